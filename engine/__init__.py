@@ -1,0 +1,1 @@
+"""The artifact contract between those who build engines and those who run them."""

@@ -1,0 +1,109 @@
+"""Content-addressed files: describe, put, and read back verified, in parallel."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from engine.errors import DataLoss
+from engine.manifest import CHUNK_SIZE, FileRef
+from engine.store import Progress, Store
+
+_PARALLEL_READS = 8  # chunks in flight; each is read and hashed on its thread, both without the interpreter lock
+
+
+def blob_key(digest: str) -> str:
+    """The address of a blob in the store."""
+    return f"blobs/sha256/{digest[:2]}/{digest}"
+
+
+class Hasher:
+    """Digests of a file that is being written: of the whole and of each chunk."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._whole = hashlib.sha256()
+        self._chunk = hashlib.sha256()
+        self._chunks: list[str] = []
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the next bytes."""
+        view = memoryview(data).cast("B")
+        while view:
+            room = CHUNK_SIZE - self.size % CHUNK_SIZE
+            part, view = view[:room], view[room:]
+            self._whole.update(part)
+            self._chunk.update(part)
+            self.size += len(part)
+            if self.size % CHUNK_SIZE == 0:
+                self._chunks.append(self._chunk.hexdigest())
+                self._chunk = hashlib.sha256()
+
+    def ref(self, name: str) -> FileRef:
+        """The description of what was written."""
+        tail = [self._chunk.hexdigest()] if self.size % CHUNK_SIZE or not self.size else []
+        return FileRef(name, self.size, self._whole.hexdigest(), tuple(self._chunks + tail))
+
+
+def describe(name: str, data: bytes) -> FileRef:
+    """The description of a file that is at hand."""
+    hasher = Hasher()
+    hasher.update(data)
+    return hasher.ref(name)
+
+
+def put_bytes(store: Store, name: str, data: bytes) -> FileRef:
+    """Stores a small file."""
+    ref = describe(name, data)
+    store.create(blob_key(ref.digest), data)
+    return ref
+
+
+def put_file(store: Store, ref: FileRef, path: Path, progress: Progress | None = None) -> None:
+    """Stores a described file; resumes, and does nothing where it is there already."""
+    store.upload(blob_key(ref.digest), path, progress)
+
+
+def read(store: Store, ref: FileRef) -> bytes:
+    """A whole file, verified. Raises NotFound and DataLoss."""
+    buffer = bytearray(ref.size)
+    read_into(store, [(ref, memoryview(buffer))])
+    return bytes(buffer)
+
+
+def read_into(
+    store: Store, files: list[tuple[FileRef, memoryview]], progress: Callable[[int], None] | None = None
+) -> None:
+    """Reads whole files to where they belong, chunks in parallel, each verified before the call returns.
+
+    Args:
+        files: each file with a writable buffer of its size.
+        progress: called with the bytes of each chunk that has arrived.
+
+    Raises:
+        NotFound: a blob is missing.
+        DataLoss: a chunk does not match its digest or ends early; no buffer may be used then.
+    """
+
+    def fetch(ref: FileRef, buffer: memoryview, index: int) -> int:
+        part = buffer[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE]
+        store.read_into(blob_key(ref.digest), index * CHUNK_SIZE, part)
+        if hashlib.sha256(part).hexdigest() != ref.chunks[index]:
+            raise DataLoss(
+                f"{ref.name} ({ref.digest[:12]}) in {store.url} is damaged: chunk {index} (from byte "
+                f"{index * CHUNK_SIZE}) does not match its digest. Delete the blob and build the engine again",
+                reason="CHUNK_DIGEST_MISMATCH",
+                metadata={"digest": ref.digest, "chunk": str(index)},
+            )
+        return len(part)
+
+    with ThreadPoolExecutor(_PARALLEL_READS, "blob-read") as pool:
+        reads = [pool.submit(fetch, ref, buffer, index) for ref, buffer in files for index in range(len(ref.chunks))]
+        try:
+            for done in reads:
+                count = done.result()
+                if progress:
+                    progress(count)
+        finally:
+            for pending in reads:
+                pending.cancel()

@@ -1,0 +1,144 @@
+"""The store in a directory of a local or shared file system."""
+
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from engine.errors import DataLoss, EnginehouseError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
+from engine.store import Progress, Store, check_key
+
+_COPY_SIZE = 4 * 1024 * 1024
+
+
+class DirectoryStore(Store):
+    """Objects are files. What is being written stands under `.partial/`, and a link or a rename makes it visible.
+
+    Needs atomic link and rename, as local file systems and NFS have them.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.url = self.root.as_uri()
+        self._partial = self.root / ".partial"
+        with self._errors("open"):
+            self._partial.mkdir(parents=True, exist_ok=True)
+
+    def read(self, key: str) -> bytes:
+        with self._errors(key):
+            return self._path(key).read_bytes()
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        with self._errors(key), self._path(key).open("rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    end = f"ends at byte {offset + done}, expected {offset + len(buffer)}"
+                    raise DataLoss(f"{key} in {self.root} {end}", reason="OBJECT_TRUNCATED")
+                done += count
+
+    def size(self, key: str) -> int | None:
+        with self._errors(key):
+            path = self._path(key)
+            return path.stat().st_size if path.is_file() else None
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with self._errors(key), self._written(data) as temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.hardlink_to(temporary)
+            except FileExistsError:
+                return False
+            return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with self._errors(key), self._written(data) as temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(path)
+
+    def upload(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        final = self._path(key)
+        total = path.stat().st_size
+        report = progress or (lambda *_: None)
+        with self._errors(key):
+            if not final.exists():
+                partial = self._partial / key.replace("/", "-")
+                with path.open("rb") as source, partial.open("a+b") as target:
+                    fcntl.flock(target, fcntl.LOCK_EX)  # a second upload of the same content waits, then finds it done
+                    if not final.exists():
+                        self._copy(source, target, total, report)
+                        final.parent.mkdir(parents=True, exist_ok=True)
+                        partial.replace(final)
+                    else:
+                        partial.unlink(missing_ok=True)
+        report(total, total)
+
+    @staticmethod
+    def _copy(source: BinaryIO, target: BinaryIO, total: int, report: Progress) -> None:
+        """Appends what is missing; an earlier upload's bytes count as far as they equal the source."""
+        target.seek(0)
+        done = 0
+        while (there := target.read(_COPY_SIZE)) and there == source.read(len(there)):
+            done += len(there)
+        target.truncate(done)
+        source.seek(done)
+        while data := source.read(_COPY_SIZE):
+            target.write(data)
+            done += len(data)
+            report(done, total)
+        target.flush()
+        os.fsync(target.fileno())
+
+    def list(self, prefix: str) -> Iterator[str]:
+        with self._errors(prefix):
+            base = self.root / prefix
+            found = [path.relative_to(self.root).as_posix() for path in base.rglob("*") if path.is_file()]
+        yield from sorted(key for key in found if not key.startswith(".partial/"))
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    @contextmanager
+    def _written(self, data: bytes) -> Iterator[Path]:
+        """A temporary file that holds `data`, gone afterwards."""
+        handle, name = tempfile.mkstemp(dir=self._partial)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turns the operating system's errors into ours, naming the store and the object."""
+        try:
+            yield
+        except EnginehouseError:
+            raise
+        except FileNotFoundError:
+            raise NotFound(f"store {self.root} has no {what}", reason="OBJECT_NOT_FOUND") from None
+        except PermissionError as error:
+            raise PermissionDenied(
+                f"store {self.root}: {error.strerror}: {error.filename}", reason="STORE_DENIED"
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                full = f"store {self.root} is full while writing {what}: free some space and repeat"
+                raise ResourceExhausted(full, reason="STORE_FULL") from None
+            raise Unavailable(f"store {self.root}: {error}", reason="STORE_UNAVAILABLE") from None

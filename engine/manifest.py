@@ -1,0 +1,132 @@
+"""The manifest of an engine: the one file that says what belongs to it. Written last, never changed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from engine.errors import InvalidArgument
+from engine.fingerprint import Fingerprint
+
+FORMAT_VERSION = 1
+CHUNK_SIZE = 32 * 1024 * 1024
+
+
+class FileRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An immutable file of the engine.
+
+    Attributes:
+        name: what it is called in an engine directory.
+        size: bytes.
+        digest: SHA-256 of the whole, hexadecimal; its address in the store.
+        chunks: SHA-256 of each CHUNK_SIZE bytes, so that ranged reads are verified as they arrive.
+    """
+
+    name: str
+    size: int
+    digest: str
+    chunks: tuple[str, ...]
+
+
+class ModelFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What executors, gateways and planners need to know of the model."""
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    dtype: str
+    kv_bytes_per_token: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one step and one sequence may hold."""
+
+    max_batch_size: int
+    max_seq_len: int
+    max_num_tokens: int
+
+
+class Parallelism(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Over how many ranks the model is spread."""
+
+    world_size: int = 1
+    tp_size: int = 1
+    pp_size: int = 1
+
+
+class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank runs."""
+
+    program: FileRef
+    weights: tuple[FileRef, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An engine.
+
+    Attributes:
+        identity: everything that decided the result; `engine_id` is its digest.
+        source: where the checkpoint was found, for people.
+        tokenizer: tokenizer.json, and tokenizer_config.json with the chat template.
+    """
+
+    engine_id: str
+    identity: dict[str, Any]
+    source: str
+    created: str
+    model: ModelFacts
+    limits: Limits
+    mapping: Parallelism
+    fingerprint: Fingerprint
+    ranks: tuple[Rank, ...]
+    tokenizer: tuple[FileRef, ...]
+    quantization: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def files(self) -> list[FileRef]:
+        """Every file of the engine."""
+        return [file for rank in self.ranks for file in (rank.program, *rank.weights)] + list(self.tokenizer)
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights over all ranks."""
+        return sum(file.size for rank in self.ranks for file in rank.weights)
+
+    def to_json(self) -> bytes:
+        """Deterministic, readable JSON."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=1)
+
+    @staticmethod
+    def from_json(data: bytes) -> "Manifest":
+        """Raises InvalidArgument, which says where, unless the data is a manifest of this format whose id is its identity's."""
+        try:
+            manifest = msgspec.json.decode(data, type=Manifest)
+        except msgspec.MsgspecError as error:
+            raise InvalidArgument(f"manifest: {error}", reason="MANIFEST_INVALID") from None
+        if manifest.format_version != FORMAT_VERSION:
+            raise InvalidArgument(
+                f"manifest of engine {manifest.engine_id[:12]} has format {manifest.format_version}; "
+                f"this release reads {FORMAT_VERSION}: build the engine again",
+                reason="MANIFEST_INVALID",
+            )
+        if engine_id(manifest.identity) != manifest.engine_id:
+            raise InvalidArgument(
+                f"manifest says engine {manifest.engine_id}, but its identity gives {engine_id(manifest.identity)}"
+            )
+        return manifest
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: the same value gives the same bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def engine_id(identity: Mapping[str, Any]) -> str:
+    """SHA-256, hexadecimal, over the canonical JSON of everything that decides a build's result."""
+    return hashlib.sha256(canonical_json(identity)).hexdigest()

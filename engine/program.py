@@ -1,0 +1,150 @@
+"""`program.json`: a model's computation as a typed, flat list of operators in single-assignment form.
+
+It is data. Nothing in it is evaluated, and reading it needs no torch. A value is named once: as an input, a weight or the
+output of one operator; operators stand in an order in which every name is defined before it is used.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from engine.errors import InvalidArgument
+from engine.opset import OPERATORS, OPSET_VERSION, attr_problem
+
+SCHEMA_VERSION = 1
+
+DType = Literal["float32", "bfloat16", "float16", "int32", "int64", "int8", "uint8"]
+
+ITEM_SIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "uint8": 1}
+
+
+class TensorType(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A dtype and a shape, whose dimensions are numbers or names of `Program.dims`."""
+
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+
+class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named tensor that an operator makes."""
+
+    name: str
+    type: TensorType
+
+
+class KVCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one attention operator keeps of a token: K and V of shape [num_kv_heads, head_dim] each."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: DType
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V together."""
+        return 2 * self.num_kv_heads * self.head_dim * ITEM_SIZE[self.dtype]
+
+
+class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One application of an operator; an optional input that is left out is the empty name."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[Value, ...]
+    attrs: dict[str, int | float | bool | list[int]] = {}
+
+
+class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The computation of one step on one rank.
+
+    Attributes:
+        dims: named dimension -> its largest value.
+        inputs: the tensors that a runner gives: token_ids int32 [num_tokens], positions int32 [num_tokens],
+            logit_indices int32 [num_logits], the rows whose logits are wanted. Attention's view of the batch (which token
+            belongs to which sequence, where its keys lie) is the runner's and has no name in the program.
+        weights: name -> type; the engine's safetensors files hold them under the same names.
+        caches: the KV caches; attribute "cache" of an attention operator is an index into them.
+        outputs: names of the results, here ("logits",): [num_logits, vocab_size].
+    """
+
+    dims: dict[str, int]
+    inputs: dict[str, TensorType]
+    weights: dict[str, TensorType]
+    caches: tuple[KVCache, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[str, ...]
+    schema_version: int = SCHEMA_VERSION
+    opset_version: int = OPSET_VERSION
+
+    def to_json(self) -> bytes:
+        """Deterministic, readable JSON."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=1)
+
+    @staticmethod
+    def from_json(data: bytes) -> "Program":
+        """Reads and validates.
+
+        Raises:
+            InvalidArgument: not a program of this schema, or one that does not hold together; the message says where.
+        """
+        try:
+            program = msgspec.json.decode(data, type=Program)
+        except msgspec.MsgspecError as error:
+            raise InvalidArgument(f"program.json: {error}", reason="PROGRAM_INVALID") from None
+        program.validate()
+        return program
+
+    def validate(self) -> None:
+        """Raises InvalidArgument unless every name is defined once before its use and every operator fits the set."""
+        if (self.schema_version, self.opset_version) != (SCHEMA_VERSION, OPSET_VERSION):
+            raise _invalid(
+                "versions",
+                f"schema {self.schema_version} and operator set {self.opset_version}; "
+                f"this release reads schema {SCHEMA_VERSION} and operator set {OPSET_VERSION}: build the engine again",
+            )
+        types = {**self.inputs, **self.weights}
+        if len(types) != len(self.inputs) + len(self.weights):
+            raise _invalid("weights", f"{sorted(set(self.inputs) & set(self.weights))} are inputs too")
+        for name, declared in types.items():
+            self._check_type(name, declared)
+        defined = set(types)
+        for number, op in enumerate(self.ops):
+            where = f"ops[{number}] ({op.op})"
+            spec = OPERATORS.get(op.op)
+            if spec is None:
+                raise _invalid(
+                    where, f"unknown operator; operator set {OPSET_VERSION} has {', '.join(sorted(OPERATORS))}"
+                )
+            if len(op.inputs) != len(spec.inputs):
+                raise _invalid(where, f"{len(op.inputs)} inputs, expected {len(spec.inputs)}: {', '.join(spec.inputs)}")
+            for name, slot in zip(op.inputs, spec.inputs, strict=True):
+                if name not in defined and not (name == "" and slot.endswith("?")):
+                    raise _invalid(where, f"input {slot.rstrip('?')!r} is {name!r}, which is not defined before")
+            if set(op.attrs) != set(spec.attrs):
+                raise _invalid(where, f"attributes {sorted(op.attrs)}, expected {sorted(spec.attrs)}")
+            for name, value in op.attrs.items():
+                if problem := attr_problem(op.op, name, value):
+                    raise _invalid(where, problem)
+            if spec.outputs != ("*",) and len(op.outputs) != len(spec.outputs):
+                raise _invalid(
+                    where, f"{len(op.outputs)} outputs, expected {len(spec.outputs)}: {', '.join(spec.outputs)}"
+                )
+            if op.op == "attention" and not 0 <= int(str(op.attrs["cache"])) < len(self.caches):
+                raise _invalid(where, f"cache {op.attrs['cache']}, but there are {len(self.caches)}")
+            for made in op.outputs:
+                if not made.name or made.name in defined:
+                    raise _invalid(where, f"output {made.name!r} is empty or defined twice")
+                self._check_type(made.name, made.type)
+                defined.add(made.name)
+        for name in self.outputs:
+            if name not in defined:
+                raise _invalid("outputs", f"{name!r} is not defined")
+
+    def _check_type(self, name: str, declared: TensorType) -> None:
+        for dim in declared.shape:
+            if (isinstance(dim, str) and dim not in self.dims) or (isinstance(dim, int) and dim < 0):
+                raise _invalid(name, f"dimension {dim!r} is neither a size nor one of {sorted(self.dims)}")
+
+
+def _invalid(where: str, problem: str) -> InvalidArgument:
+    return InvalidArgument(f"program.json: {where}: {problem}", reason="PROGRAM_INVALID")

@@ -1,0 +1,84 @@
+"""Where engines live: keys and bytes, in a directory or (through the same few verbs) an S3 bucket.
+
+Everything the project keeps goes through `Store`. Keys are relative POSIX paths. `engine/registry.py` knows what they mean.
+"""
+
+import abc
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from engine.errors import InvalidArgument
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) as a transfer goes on."""
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]*(/[A-Za-z0-9][A-Za-z0-9._@+-]*)*")
+
+
+class Store(abc.ABC):
+    """Seven verbs over keys; safe to use from several threads and processes.
+
+    Each raises `Unavailable` when the store cannot be reached, `PermissionDenied` when it refuses and `ResourceExhausted`
+    when it is full.
+    """
+
+    url: str
+
+    @abc.abstractmethod
+    def read(self, key: str) -> bytes:
+        """A small object, whole. Raises NotFound."""
+
+    @abc.abstractmethod
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` from byte `offset` on. Raises NotFound, and DataLoss when the object ends before."""
+
+    @abc.abstractmethod
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, or None if there is none."""
+
+    @abc.abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Writes a small object unless there is one: of several writers exactly one gets True. All or nothing."""
+
+    @abc.abstractmethod
+    def replace(self, key: str, data: bytes) -> None:
+        """Writes a small object over what may be there. All or nothing."""
+
+    @abc.abstractmethod
+    def upload(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """Writes a large object that nobody sees before it is whole.
+
+        For immutable content: where the key exists nothing is done, and what an interrupted upload of the same file left
+        is not sent again.
+        """
+
+    @abc.abstractmethod
+    def list(self, prefix: str) -> Iterator[str]:
+        """Keys that begin with `prefix` (a whole path component ending in "/"), sorted."""
+
+    @abc.abstractmethod
+    def delete(self, key: str) -> None:
+        """Removes an object; no error if there is none."""
+
+
+def check_key(key: str) -> str:
+    """The key itself. Raises InvalidArgument for one that could leave the store or that some backend cannot hold."""
+    if not _KEY.fullmatch(key) or ".." in key:
+        raise InvalidArgument(
+            f"{key!r} is no valid key: use letters, digits and . _ @ + - between slashes", reason="KEY_INVALID"
+        )
+    return key
+
+
+def open_store(url: str) -> Store:
+    """The store at a path or a file:// URL. Raises InvalidArgument for another scheme."""
+    from engine.directory import DirectoryStore
+
+    parts = urlsplit(url)
+    if parts.scheme == "" and url:
+        return DirectoryStore(Path(url).expanduser())
+    if parts.scheme == "file" and parts.path and parts.netloc in ("", "localhost"):
+        return DirectoryStore(Path(unquote(parts.path)))
+    raise InvalidArgument(f"{url!r} is no store: give a directory or file:///directory", reason="STORE_URL_INVALID")

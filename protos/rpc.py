@@ -1,0 +1,184 @@
+"""What every service does around its servicer: errors to gRPC status and back, health, binding, an orderly end."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from engine.errors import EnginehouseError, Internal, Unavailable
+from protos.v1.common_pb2 import Failure
+
+DOMAIN = "enginehouse"
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+# Without SO_REUSEPORT a second server on a port fails to bind; with it, it would silently take half of the connections.
+_SERVER_OPTIONS = CHANNEL_OPTIONS + [("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10_000)]
+
+log = logging.getLogger(__name__)
+
+
+def to_failure(error: BaseException) -> Failure:
+    """The wire form of an error; one that is not ours is INTERNAL, with its type."""
+    known = error if isinstance(error, EnginehouseError) else Internal(f"{type(error).__name__}: {error}")
+    return Failure(code=known.code, reason=known.reason, message=known.message, metadata=known.metadata)
+
+
+def from_failure(failure: Failure) -> EnginehouseError:
+    """The error that `to_failure` was given."""
+    kind = _BY_CODE.get(failure.code, EnginehouseError)
+    return kind(failure.message, reason=failure.reason, metadata=dict(failure.metadata), code=failure.code)
+
+
+def from_rpc_error(error: grpc.RpcError) -> EnginehouseError:
+    """The error behind a failed call, with its reason if the server gave google.rpc.ErrorInfo."""
+    code = int(error.code().value[0])
+    failure = Failure(code=code, reason=error.code().name, message=error.details() or error.code().name)
+    status = _rich_status(error)
+    for detail in status.details if status else []:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            failure.reason = info.reason
+            failure.metadata.update(info.metadata)
+    return from_failure(failure)
+
+
+def _rich_status(error: grpc.RpcError) -> status_pb2.Status | None:
+    metadata: Any = error.trailing_metadata()
+    packed = dict(metadata or ()).get("grpc-status-details-bin")
+    return status_pb2.Status.FromString(packed) if packed else None
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
+    """Ends the call with the error's status and google.rpc.ErrorInfo."""
+    failure = to_failure(error)
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata=dict(failure.metadata)))
+    status = status_pb2.Status(code=failure.code, message=failure.message, details=[detail])
+    await context.abort_with_status(rpc_status.to_status(status))
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Lets servicers raise EnginehouseError; whatever else they raise is logged and becomes INTERNAL."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+
+        async def fail(context: Any, error: Exception) -> None:
+            if isinstance(error, grpc.aio.AbortError):
+                raise error
+            if not isinstance(error, EnginehouseError):
+                log.exception("%s failed", method)
+            await abort(context, error)
+
+        def unary(inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def call(request: Any, context: Any) -> Any:
+                try:
+                    return await inner(request, context)
+                except Exception as error:
+                    return await fail(context, error)
+
+            return call
+
+        def stream(inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+            async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+                try:
+                    async for response in inner(request, context):
+                        yield response
+                except Exception as error:
+                    await fail(context, error)
+
+            return call
+
+        shape = ("stream_" if handler.request_streaming else "unary_") + (
+            "stream" if handler.response_streaming else "unary"
+        )
+        wrap = stream if handler.response_streaming else unary
+        make = getattr(grpc, f"{shape}_rpc_method_handler")
+        return make(wrap(getattr(handler, shape)), handler.request_deserializer, handler.response_serializer)
+
+
+async def serve(
+    service: str,
+    register: Callable[[grpc.aio.Server], None],
+    host: str,
+    port: int,
+    *,
+    on_stop: Callable[[], Awaitable[None]],
+    grace: float = 5.0,
+) -> None:
+    """Serves until SIGTERM or SIGINT, then stops taking calls, lets running ones end within `grace` seconds, and returns.
+
+    Prints one line "enginehouse <service> listening on <host>:<port>" to stdout; port 0 takes a free one.
+
+    Args:
+        service: "builder", "executor" or "gateway".
+        register: adds the servicers.
+        on_stop: called after the last call has ended.
+
+    Raises:
+        Unavailable: the port cannot be bound.
+    """
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+    register(server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise Unavailable(
+            f"cannot listen on {host}:{port}; is the port taken? Choose another with --port", reason="PORT_TAKEN"
+        )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    for name in ("", f"enginehouse.v1.{service.capitalize()}"):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    print(f"enginehouse {service} listening on {host}:{bound}", flush=True)
+    await stop.wait()
+    await checks.enter_graceful_shutdown()
+    await server.stop(grace)
+    await on_stop()
+
+
+def main(service: str, run: Awaitable[None]) -> int:
+    """Runs a service's coroutine as a process; the exit status. An EnginehouseError is one line on stderr, no traceback."""
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {service} %(levelname)s %(message)s", stream=sys.stderr
+    )
+
+    async def body() -> None:
+        await run
+
+    try:
+        asyncio.run(body())
+    except EnginehouseError as error:
+        print(f"{service}: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _subclasses(kind: type[EnginehouseError]) -> list[type[EnginehouseError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in _subclasses(child))]
+
+
+_BY_CODE = {kind.code: kind for kind in reversed(_subclasses(EnginehouseError))}
