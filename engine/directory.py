@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import DataLoss, EnginehouseError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
-from engine.store import Progress, Store, check_key
+from engine.store import Progress, Store, check_key, check_prefix
 
 _COPY_SIZE = 4 * 1024 * 1024
 
@@ -70,9 +70,8 @@ class DirectoryStore(Store):
         report = progress or (lambda *_: None)
         with self._errors(key):
             if not final.exists():
-                partial = self._partial / key.replace("/", "-")
-                with path.open("rb") as source, partial.open("a+b") as target:
-                    fcntl.flock(target, fcntl.LOCK_EX)  # a second upload of the same content waits, then finds it done
+                partial = self._partial / key.replace("/", ",")  # a comma is in no key: no two keys share a partial
+                with path.open("rb") as source, self._locked(partial) as target:
                     if not final.exists():
                         self._copy(source, target, total, report)
                         final.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +79,18 @@ class DirectoryStore(Store):
                     else:
                         partial.unlink(missing_ok=True)
         report(total, total)
+
+    @staticmethod
+    @contextmanager
+    def _locked(partial: Path) -> Iterator[BinaryIO]:
+        """The partial file, ours alone: a second upload of the same content waits, then finds it done."""
+        while True:
+            with partial.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if _is_at(file, partial):
+                    yield file
+                    return
+                # while we waited it became an object: that one is never written to again
 
     @staticmethod
     def _copy(source: BinaryIO, target: BinaryIO, total: int, report: Progress) -> None:
@@ -99,7 +110,7 @@ class DirectoryStore(Store):
 
     def list(self, prefix: str) -> Iterator[str]:
         with self._errors(prefix):
-            base = self.root / prefix
+            base = self.root / check_prefix(prefix)
             found = [path.relative_to(self.root).as_posix() for path in base.rglob("*") if path.is_file()]
         yield from sorted(key for key in found if not key.startswith(".partial/"))
 
@@ -131,7 +142,7 @@ class DirectoryStore(Store):
             yield
         except EnginehouseError:
             raise
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise NotFound(f"store {self.root} has no {what}", reason="OBJECT_NOT_FOUND") from None
         except PermissionError as error:
             raise PermissionDenied(
@@ -142,3 +153,10 @@ class DirectoryStore(Store):
                 full = f"store {self.root} is full while writing {what}: free some space and repeat"
                 raise ResourceExhausted(full, reason="STORE_FULL") from None
             raise Unavailable(f"store {self.root}: {error}", reason="STORE_UNAVAILABLE") from None
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -117,8 +117,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if engine_id(manifest.identity) != manifest.engine_id:
             raise InvalidArgument(
-                f"manifest says engine {manifest.engine_id}, but its identity gives {engine_id(manifest.identity)}"
+                f"manifest says engine {manifest.engine_id}, but its identity gives {engine_id(manifest.identity)}",
+                reason="MANIFEST_INVALID",
             )
+        for file in manifest.files():
+            if len(file.chunks) != max(1, -(-file.size // CHUNK_SIZE)):  # a missing digest would leave bytes unread
+                raise InvalidArgument(
+                    f"manifest of engine {manifest.engine_id[:12]}: {file.name} of {file.size} bytes has "
+                    f"{len(file.chunks)} chunk digests",
+                    reason="MANIFEST_INVALID",
+                )
         return manifest
 
 

@@ -4,6 +4,7 @@ It is data. Nothing in it is evaluated, and reading it needs no torch. A value i
 output of one operator; operators stand in an order in which every name is defined before it is used.
 """
 
+import math
 from typing import Literal
 
 import msgspec
@@ -23,6 +24,16 @@ class TensorType(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dtype: DType
     shape: tuple[int | str, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements of a tensor whose dimensions are all numbers."""
+        return math.prod(int(dim) for dim in self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a tensor whose dimensions are all numbers."""
+        return self.size * ITEM_SIZE[self.dtype]
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,6 +118,8 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise _invalid("weights", f"{sorted(set(self.inputs) & set(self.weights))} are inputs too")
         for name, declared in types.items():
             self._check_type(name, declared)
+        if "" in types:
+            raise _invalid("inputs and weights", "the empty name stands for an optional input that is left out")
         defined = set(types)
         for number, op in enumerate(self.ops):
             where = f"ops[{number}] ({op.op})"
@@ -129,6 +142,8 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise _invalid(
                     where, f"{len(op.outputs)} outputs, expected {len(spec.outputs)}: {', '.join(spec.outputs)}"
                 )
+            if op.op == "split" and len(op.outputs) != len(op.attrs["sizes"]):  # type: ignore[arg-type]
+                raise _invalid(where, f"{len(op.outputs)} outputs, but sizes {op.attrs['sizes']}")
             if op.op == "attention" and not 0 <= int(str(op.attrs["cache"])) < len(self.caches):
                 raise _invalid(where, f"cache {op.attrs['cache']}, but there are {len(self.caches)}")
             for made in op.outputs:

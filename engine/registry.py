@@ -9,7 +9,7 @@ import re
 import msgspec
 
 from engine.blobs import blob_key
-from engine.errors import InvalidArgument, NotFound, Unavailable
+from engine.errors import DataLoss, InvalidArgument, NotFound, Unavailable
 from engine.manifest import Manifest
 from engine.store import Store
 
@@ -40,9 +40,15 @@ def find_manifest(store: Store, engine_id: str) -> Manifest | None:
     if not _ID.fullmatch(engine_id):
         raise InvalidArgument(f"engine id {engine_id!r} is not 64 hexadecimal digits", reason="ENGINE_ID_INVALID")
     try:
-        return Manifest.from_json(store.read(f"engines/{engine_id}.json"))
+        found = Manifest.from_json(store.read(f"engines/{engine_id}.json"))
     except NotFound:
         return None
+    if found.engine_id != engine_id:
+        raise DataLoss(
+            f"engines/{engine_id}.json in {store.url} holds engine {found.engine_id[:12]}: delete it and build again",
+            reason="MANIFEST_MISPLACED",
+        )
+    return found
 
 
 def manifest(store: Store, engine_id: str) -> Manifest:
@@ -103,6 +109,13 @@ def resolve(store: Store, name: str) -> NameRecord:
         known = ", ".join(names(store)) or "none yet"
         raise NotFound(f"no model {name!r}; there are: {known}", reason="MODEL_NOT_FOUND", metadata={"model": name})
     return record
+
+
+def find_engine(store: Store, engine: str) -> str:
+    """The engine id that a model name or an engine id stands for. Raises NotFound."""
+    if _ID.fullmatch(engine):
+        return manifest(store, engine).engine_id
+    return resolve(store, engine).engine_id
 
 
 def names(store: Store) -> list[str]:

@@ -72,6 +72,15 @@ def check_key(key: str) -> str:
     return key
 
 
+def check_prefix(prefix: str) -> str:
+    """The prefix itself. Raises InvalidArgument unless it is empty or whole path components that end in "/"."""
+    if prefix and not prefix.endswith("/"):
+        raise InvalidArgument(f"{prefix!r} is no valid prefix: end it with /", reason="KEY_INVALID")
+    if prefix:
+        check_key(prefix[:-1])
+    return prefix
+
+
 def open_store(url: str) -> Store:
     """The store at a path or a file:// URL. Raises InvalidArgument for another scheme."""
     from engine.directory import DirectoryStore

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -27,13 +28,17 @@ CHANNEL_OPTIONS = [
 # Without SO_REUSEPORT a second server on a port fails to bind; with it, it would silently take half of the connections.
 _SERVER_OPTIONS = CHANNEL_OPTIONS + [("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10_000)]
 
+# A status travels in HTTP/2 trailers, twice and partly percent-encoded; past 8 KiB the client would see another error.
+_MAX_STATUS_TEXT = 1500
+
 log = logging.getLogger(__name__)
 
 
 def to_failure(error: BaseException) -> Failure:
     """The wire form of an error; one that is not ours is INTERNAL, with its type."""
     known = error if isinstance(error, EnginehouseError) else Internal(f"{type(error).__name__}: {error}")
-    return Failure(code=known.code, reason=known.reason, message=known.message, metadata=known.metadata)
+    message = known.message.encode(errors="backslashreplace").decode()  # a file name may be no valid Unicode
+    return Failure(code=known.code, reason=known.reason, message=message, metadata=known.metadata)
 
 
 def from_failure(failure: Failure) -> EnginehouseError:
@@ -64,6 +69,9 @@ def _rich_status(error: grpc.RpcError) -> status_pb2.Status | None:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
     """Ends the call with the error's status and google.rpc.ErrorInfo."""
     failure = to_failure(error)
+    text = failure.message.encode()
+    if len(text) > _MAX_STATUS_TEXT:
+        failure.message = text[:_MAX_STATUS_TEXT].decode(errors="ignore") + " ..."
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata=dict(failure.metadata)))
     status = status_pb2.Status(code=failure.code, message=failure.message, details=[detail])
@@ -95,11 +103,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
             return call
 
-        def stream(inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        def stream(inner: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
             async def call(request: Any, context: Any) -> AsyncIterator[Any]:
                 try:
-                    async for response in inner(request, context):
-                        yield response
+                    async with aclosing(inner(request, context)) as responses:  # a lost call ends the servicer's, too
+                        async for response in responses:
+                            yield response
                 except Exception as error:
                     await fail(context, error)
 
@@ -120,6 +129,7 @@ async def serve(
     port: int,
     *,
     on_stop: Callable[[], Awaitable[None]],
+    before_stop: Callable[[], Awaitable[None]] | None = None,
     grace: float = 5.0,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then stops taking calls, lets running ones end within `grace` seconds, and returns.
@@ -129,6 +139,7 @@ async def serve(
     Args:
         service: "builder", "executor" or "gateway".
         register: adds the servicers.
+        before_stop: called when the signal has come and calls still run; makes those end that would not by themselves.
         on_stop: called after the last call has ended.
 
     Raises:
@@ -156,6 +167,8 @@ async def serve(
     print(f"enginehouse {service} listening on {host}:{bound}", flush=True)
     await stop.wait()
     await checks.enter_graceful_shutdown()
+    if before_stop:
+        await before_stop()
     await server.stop(grace)
     await on_stop()
 
@@ -174,6 +187,8 @@ def main(service: str, run: Awaitable[None]) -> int:
     except EnginehouseError as error:
         print(f"{service}: {error.message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before serve() could handle it
+        return 130
     return 0
 
 

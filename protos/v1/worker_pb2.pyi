@@ -28,6 +28,7 @@ class ToWorker(_message.Message):
     SUBMIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     CLIENT_GONE_FIELD_NUMBER: _builtins.int
+    CLIENT_DONE_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     """the front's number for a Run or Generate stream"""
     @_builtins.property
@@ -36,6 +37,8 @@ class ToWorker(_message.Message):
     def cancel(self) -> _executor_pb2.Cancel: ...
     @_builtins.property
     def client_gone(self) -> Global___ClientGone: ...
+    @_builtins.property
+    def client_done(self) -> Global___ClientDone: ...
     def __init__(
         self,
         *,
@@ -43,12 +46,13 @@ class ToWorker(_message.Message):
         submit: _executor_pb2.Submit | None = ...,
         cancel: _executor_pb2.Cancel | None = ...,
         client_gone: Global___ClientGone | None = ...,
+        client_done: Global___ClientDone | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client", b"client", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone", "client_done"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -56,6 +60,8 @@ Global___ToWorker: _TypeAlias = ToWorker  # noqa: Y015
 
 @_typing.final
 class ClientGone(_message.Message):
+    """The client's stream is lost: its requests are cancelled, and nothing more is sent to it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -70,6 +76,38 @@ class ClientGone(_message.Message):
 Global___ClientGone: _TypeAlias = ClientGone  # noqa: Y015
 
 @_typing.final
+class ClientDone(_message.Message):
+    """The client will send no more: `drained` tells when the last of its requests has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClientDone: _TypeAlias = ClientDone  # noqa: Y015
+
+@_typing.final
+class Drained(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drained: _TypeAlias = Drained  # noqa: Y015
+
+@_typing.final
 class FromWorker(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -78,6 +116,7 @@ class FromWorker(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     step_output: _builtins.bytes
     """a serialized StepOutput for that client"""
@@ -89,8 +128,10 @@ class FromWorker(_message.Message):
 
     @_builtins.property
     def load(self) -> _executor_pb2.EngineLoad:
-        """when it changes without a step"""
+        """when it has changed"""
 
+    @_builtins.property
+    def drained(self) -> Global___Drained: ...
     def __init__(
         self,
         *,
@@ -99,12 +140,13 @@ class FromWorker(_message.Message):
         progress: _executor_pb2.LoadEngineProgress | None = ...,
         failure: _common_pb2.Failure | None = ...,
         load: _executor_pb2.EngineLoad | None = ...,
+        drained: Global___Drained | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load", "drained"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

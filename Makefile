@@ -1,0 +1,41 @@
+# make demo | test | check | drills | bench | protos
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard protos/v1/*.proto)
+
+.PHONY: demo test check drills bench protos clean
+
+demo: $(VENV)/.ready
+	$(BIN)/enginehouse up demo=examples/demo-model -- $(BIN)/enginehouse generate "In the beginning" --model demo --max-tokens 96 --stats
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+drills: $(VENV)/.ready
+	$(BIN)/python -m pytest -m drill
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@tmp=$$(mktemp -d) && $(MAKE) --no-print-directory protos OUT=$$tmp && \
+	  for file in $$(cd $$tmp && find protos -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make protos"; exit 1; }; done && rm -r $$tmp
+
+bench: $(VENV)/.ready
+	$(BIN)/python bench/cpu.py
+
+OUT ?= .
+protos: $(VENV)/.ready
+	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(OUT) --grpc_python_out=$(OUT) \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) $(PROTOS)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Checkpoint -> engine: everything that knows a model family or a checkpoint format."""

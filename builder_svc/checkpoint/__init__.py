@@ -1,0 +1,1 @@
+"""Reads checkpoints: a config, and tensors by name."""

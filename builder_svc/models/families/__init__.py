@@ -1,0 +1,54 @@
+"""Model families, a page each: how a Hugging Face config becomes a DecoderConfig, and what its weights are called.
+
+A page is a module here with
+    ARCHITECTURES   the names in config.json's "architectures" that it reads
+    decoder_config(config: Fields, architecture: str) -> DecoderConfig
+    weight_names(config: DecoderConfig) -> dict[str, tuple[str, ...]]
+The last maps each weight of our decoder to the checkpoint's tensors that form it, stacked along the first dimension.
+A module that is put here is found; nothing else has to change.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Protocol
+
+from builder_svc.models.config import DecoderConfig
+from builder_svc.models.fields import Fields
+from engine.errors import Unimplemented
+
+
+class Family(Protocol):
+    """What a page provides."""
+
+    ARCHITECTURES: tuple[str, ...]
+
+    def decoder_config(self, config: Fields, architecture: str) -> DecoderConfig:
+        """The decoder of a config.json."""
+
+    def weight_names(self, config: DecoderConfig) -> dict[str, tuple[str, ...]]:
+        """Our weight name -> the checkpoint's tensor names, stacked."""
+
+
+def families() -> Mapping[str, Family]:
+    """Architecture -> page, of every page there is."""
+    pages = [importlib.import_module(f"{__name__}.{page.name}") for page in pkgutil.iter_modules(__path__)]
+    return {architecture: page for page in pages for architecture in page.ARCHITECTURES}
+
+
+def find_family(config: Fields) -> tuple[Family, str]:
+    """The page that reads this config, and the architecture's name.
+
+    Raises:
+        InvalidArgument: no architecture is named.
+        Unimplemented: none of them is supported; the message lists those that are.
+    """
+    names = config.require("architectures", list)
+    known = families()
+    for name in names:
+        if name in known:
+            return known[name], name
+    raise Unimplemented(
+        f"{config.where}: architecture {', '.join(map(str, names))} is not supported; supported are {', '.join(sorted(known))}",
+        reason="ARCHITECTURE_UNSUPPORTED",
+    )

@@ -1,0 +1,46 @@
+"""Reading fields of somebody else's JSON, with errors that name the file and the field."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from engine.errors import InvalidArgument
+
+T = TypeVar("T")
+
+
+class Fields:
+    """A JSON object whose fields are read with their type.
+
+    Args:
+        values: the object.
+        where: what to call it in an error, such as the path of its file.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def require(self, name: str, kind: type[T]) -> T:
+        """The field. Raises InvalidArgument if it is missing, null or of another type; an int will do for a float."""
+        if self.values.get(name) is None:
+            raise InvalidArgument(f"{self.where} has no {name!r}", reason="CONFIG_FIELD_MISSING")
+        value = self.values[name]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise InvalidArgument(
+                f"{self.where}: {name!r} is {value!r}, expected {kind.__name__}", reason="CONFIG_FIELD_INVALID"
+            )
+        return value  # type: ignore[no-any-return]
+
+    def get(self, name: str, kind: type[T], default: T) -> T:
+        """The field, or the default where it is missing or null."""
+        return default if self.values.get(name) is None else self.require(name, kind)
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """An int of at least 1; required unless there is a default."""
+        value = self.require(name, int) if default is None else self.get(name, int, default)
+        if value < 1:
+            raise InvalidArgument(
+                f"{self.where}: {name!r} is {value}, expected at least 1", reason="CONFIG_FIELD_INVALID"
+            )
+        return value

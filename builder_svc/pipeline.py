@@ -1,0 +1,186 @@
+"""The one way from a checkpoint to an engine; each step is a function that can be used by itself.
+
+checkpoint -> config + named weights -> module -> program -> blobs + manifest -> store
+"""
+
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from builder_svc.checkpoint.digests import file_digests
+from builder_svc.checkpoint.huggingface import HuggingFaceCheckpoint
+from builder_svc.lower.program import lower
+from builder_svc.models.config import DecoderConfig
+from builder_svc.models.decoder import Decoder
+from builder_svc.models.families import Family, find_family
+from builder_svc.options import BuildOptions, Progress
+from builder_svc.tokenizer import NormalizedTokenizer, normalize
+from builder_svc.weights import check_weights, write_weights
+from engine import registry
+from engine.blobs import describe, put_bytes, put_file
+from engine.errors import InvalidArgument, NotFound
+from engine.fingerprint import Fingerprint
+from engine.manifest import Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
+from engine.opset import OPSET_VERSION
+from engine.program import Program
+from engine.store import Store
+
+RECIPE_VERSION = 1  # raised when the same inputs give another engine than before
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that has been understood, and what will be made of it."""
+
+    checkpoint: HuggingFaceCheckpoint
+    family: Family
+    config: DecoderConfig
+    tokenizer: NormalizedTokenizer
+    dtype: str
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Built:
+    """The result of a build; `reused` if the engine was in the store already."""
+
+    manifest: Manifest
+    reused: bool
+
+
+def build(
+    checkpoint: Path,
+    store: Store,
+    options: BuildOptions = BuildOptions(),  # noqa: B008  (frozen)
+    *,
+    work_dir: Path | None = None,
+    progress: Progress = lambda *_: None,
+) -> Built:
+    """Builds an engine of a checkpoint directory into a store, or finds it there.
+
+    Args:
+        work_dir: for the weights before they are uploaded, as large as the engine; by default the system's.
+        progress: called as the phases go on.
+
+    Raises:
+        NotFound, InvalidArgument, DataLoss: the checkpoint is not there, does not hold together or is damaged.
+        Unimplemented: a known kind of model that we do not support.
+        ResourceExhausted, Unavailable, PermissionDenied: the store or the work directory.
+    """
+    model = read_model(checkpoint, options)
+    identity = build_identity(model, options, progress)
+    if found := registry.find_manifest(store, engine_id(identity)):
+        return Built(found, reused=True)
+    progress("program", 0, 1, "")
+    program, constants = make_program(model)
+    names = model.family.weight_names(model.config)
+    check_weights(model.checkpoint, names, program)
+    progress("program", 1, 1, "")
+    with tempfile.TemporaryDirectory(prefix="enginehouse-", dir=work_dir) as directory:
+        files = write_weights(
+            model.checkpoint,
+            names,
+            constants,
+            program,
+            Path(directory),
+            lambda done, total: progress("weights", done, total, "bytes"),
+        )
+        before, total = 0, sum(ref.size for ref, _ in files)
+        for ref, path in files:
+            put_file(store, ref, path, lambda done, _, before=before: progress("upload", before + done, total, "bytes"))
+            before += ref.size
+    progress("publish", 0, 1, "")
+    rank = Rank(put_bytes(store, "program.json", program.to_json()), tuple(ref for ref, _ in files))
+    tokenizer = (
+        put_bytes(store, "tokenizer.json", model.tokenizer.tokenizer_json),
+        put_bytes(store, "tokenizer_config.json", model.tokenizer.config_json),
+    )
+    manifest = Manifest(
+        engine_id=engine_id(identity),
+        identity=identity,
+        source=str(checkpoint),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=model_facts(model, program),
+        limits=model.limits,
+        mapping=Parallelism(),
+        fingerprint=Fingerprint("torch", options.device, compute_capability=options.compute_capability),
+        ranks=(rank,),
+        tokenizer=tokenizer,
+    )
+    published = registry.publish(store, manifest)
+    progress("publish", 1, 1, "")
+    return Built(published, reused=False)
+
+
+def read_model(checkpoint: Path, options: BuildOptions) -> Model:
+    """Opens a checkpoint, finds its family and resolves what the options leave open. Reads no weights."""
+    if not checkpoint.is_dir():
+        raise NotFound(
+            f"{checkpoint} is no directory; give a checkpoint in Hugging Face layout", reason="CHECKPOINT_NOT_FOUND"
+        )
+    opened = HuggingFaceCheckpoint(checkpoint)
+    family, architecture = find_family(opened.config)
+    config = family.decoder_config(opened.config, architecture)
+    longest = config.max_position_embeddings
+    max_seq_len = options.max_seq_len or longest
+    if max_seq_len > longest:
+        raise InvalidArgument(f"max_seq_len is {max_seq_len}, more than the model's {longest} positions")
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "float32" if options.device == "cpu" else opened.dtype()
+    limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
+    return Model(opened, family, config, normalize(checkpoint, config.vocab_size), dtype, limits)
+
+
+def build_identity(model: Model, options: BuildOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Everything that decides the engine, as JSON values; its digest is the engine id."""
+    digests = file_digests(model.checkpoint.files(), lambda done, total: progress("checkpoint", done, total, "bytes"))
+    return {
+        "checkpoint": digests,
+        "tokenizer": [
+            describe("", data).digest for data in (model.tokenizer.tokenizer_json, model.tokenizer.config_json)
+        ],
+        "config": dict(model.checkpoint.config.values),
+        "dtype": model.dtype,
+        "limits": msgspec.to_builtins(model.limits),
+        "quantization": None,
+        "mapping": msgspec.to_builtins(Parallelism()),
+        "target": {"backend": "torch", "device": options.device, "compute_capability": options.compute_capability},
+        "opset_version": OPSET_VERSION,
+        "recipe_version": RECIPE_VERSION,
+    }
+
+
+def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
+    """The model's program, and the weights that no checkpoint holds."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, model.dtype))
+    try:
+        with torch.device("meta"):
+            decoder = Decoder(model.config)
+        program = lower(decoder, max_num_tokens=model.limits.max_num_tokens)
+    finally:
+        torch.set_default_dtype(default)
+    return program, decoder.constants()
+
+
+def model_facts(model: Model, program: Program) -> ModelFacts:
+    """What others need to know of the model."""
+    attention = model.config.layers[0].attention
+    return ModelFacts(
+        architecture=model.config.architecture,
+        vocab_size=model.config.vocab_size,
+        num_layers=len(model.config.layers),
+        hidden_size=model.config.hidden_size,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        dtype=model.dtype,
+        kv_bytes_per_token=sum(cache.bytes_per_token for cache in program.caches),
+        eos_token_ids=model.checkpoint.eos_token_ids(),
+        num_parameters=sum(declared.size for declared in program.weights.values()),
+    )

@@ -1,0 +1,1 @@
+"""Engine -> tokens. Knows no model family, no tokenizer, no checkpoint format."""

@@ -1,0 +1,41 @@
+"""The executor service: python -m executor_svc --store URL --engine NAME."""
+
+import argparse
+import sys
+
+from executor_svc.server import ExecutorServicer
+from protos import rpc
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    """Loads the engines that were asked for, then serves."""
+    servicer = ExecutorServicer(arguments.store, arguments.device, arguments.kv_memory)
+    try:
+        for engine in arguments.engine:
+            await (await servicer.load(await servicer.resolve(engine))).ready
+    except BaseException:
+        await servicer.close()
+        raise
+    await rpc.serve("executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close)
+
+
+def main() -> int:
+    """The process."""
+    parser = argparse.ArgumentParser(
+        prog="executor_svc", description="Loads engines from a store and streams tokens over gRPC."
+    )
+    parser.add_argument("--store", required=True, help="directory or file:// URL that holds the engines")
+    parser.add_argument(
+        "--engine", action="append", default=[], help="model name or engine id to load before serving; may be repeated"
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--kv-memory", type=int, help="bytes of KV cache an engine; default: what it can use, up to half of free memory"
+    )
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
+    return rpc.main("executor", run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""From a Submit message to a Sequence: every value of a caller is checked here, before anything is queued."""
+
+import hashlib
+import math
+import secrets
+import time
+
+from engine.errors import DeadlineExceeded, InvalidArgument
+from engine.manifest import Manifest
+from executor_svc.core import Sampling, Sequence
+from protos.v1.common_pb2 import SamplingParams
+from protos.v1.executor_pb2 import Submit
+
+
+def to_sequence(client: int, submit: Submit, manifest: Manifest) -> Sequence:
+    """The request as the scheduler wants it.
+
+    Raises:
+        InvalidArgument: names the value and what is allowed.
+        DeadlineExceeded: its time is over already.
+    """
+    vocab_size, max_seq_len = manifest.model.vocab_size, manifest.limits.max_seq_len
+    prompt, resumed = list(submit.token_ids), list(submit.resume_token_ids)
+    if not prompt:
+        raise InvalidArgument("the prompt is empty; give at least one token id", reason="PROMPT_EMPTY")
+    for token in (*prompt, *resumed, *submit.stopping.stop_token_ids):
+        if token >= vocab_size:
+            raise InvalidArgument(
+                f"token id {token} is outside the vocabulary of {vocab_size}", reason="TOKEN_ID_INVALID"
+            )
+    room = max_seq_len - len(prompt)
+    max_tokens = submit.stopping.max_tokens if submit.stopping.HasField("max_tokens") else max(room, 1)
+    if max_tokens < 1:
+        raise InvalidArgument("max_tokens is 0; it must be at least 1", reason="MAX_TOKENS_INVALID")
+    if max_tokens > room:
+        raise InvalidArgument(
+            f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the engine's max_seq_len of {max_seq_len}",
+            reason="CONTEXT_TOO_LONG",
+        )
+    if len(resumed) >= max_tokens:
+        raise InvalidArgument(
+            f"{len(resumed)} resume_token_ids leave nothing of max_tokens {max_tokens}", reason="MAX_TOKENS_INVALID"
+        )
+    deadline = None
+    if submit.HasField("timeout"):
+        timeout = submit.timeout.ToTimedelta().total_seconds()
+        if timeout <= 0:
+            raise DeadlineExceeded("the request's deadline had passed when it arrived")
+        deadline = time.monotonic() + timeout
+    return Sequence(
+        client=client,
+        handle=submit.handle,
+        token_ids=prompt + resumed,
+        prompt_len=len(prompt),
+        max_tokens=max_tokens,
+        sampling=to_sampling(submit.sampling),
+        eos_ids=frozenset() if submit.stopping.ignore_eos else frozenset(manifest.model.eos_token_ids),
+        stop_ids=frozenset(submit.stopping.stop_token_ids),
+        priority=submit.priority,
+        salt=hashlib.blake2b(submit.tenant.encode(), digest_size=16).digest(),
+        deadline=deadline,
+    )
+
+
+def to_sampling(params: SamplingParams) -> Sampling:
+    """Sampling settings with their defaults. Raises InvalidArgument."""
+    temperature = params.temperature if params.HasField("temperature") else 1.0
+    top_p = params.top_p if params.HasField("top_p") else 1.0
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InvalidArgument(
+            f"temperature is {temperature}; it must be a number of at least 0", reason="TEMPERATURE_INVALID"
+        )
+    if not 0 < top_p <= 1:
+        raise InvalidArgument(f"top_p is {top_p}; it must be above 0 and at most 1", reason="TOP_P_INVALID")
+    seed = params.seed if params.HasField("seed") else secrets.randbits(64)
+    return Sampling(temperature, params.top_k, top_p, seed)

@@ -1,0 +1,156 @@
+"""What computes a batch. A runner is thin: it declares what it can, takes a batch and gives its tokens."""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import FailedPrecondition
+from engine.manifest import Limits
+from engine.ops import Step
+from engine.program import Program
+from executor_svc.core import Batch
+from executor_svc.interpreter import Interpreter
+from executor_svc.kernels import implementations
+from executor_svc.sampler import sample
+
+BLOCK_SIZE = 16
+_KV_SHARE = 0.5  # of the free memory, where nobody says how much
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a runner declares.
+
+    Attributes:
+        kv_layout: "paged": blocks of block_size tokens anywhere; "slots": a block is a whole sequence, block_size its limit.
+        num_blocks, block_size: of the cache that it has allocated.
+        mixed_batches: whether a batch may hold prompts and decodes.
+        prefix_cache: whether sequences may share blocks.
+        future_tokens: whether it can take as input what a batch in flight is still sampling.
+        max_in_flight: batches that may be started before the first is finished.
+    """
+
+    kv_layout: Literal["paged", "slots"]
+    num_blocks: int
+    block_size: int
+    mixed_batches: bool = True
+    prefix_cache: bool = True
+    future_tokens: bool = False
+    max_in_flight: int = 1
+
+
+class Runner(Protocol):
+    """Batches are finished in the order in which they were started."""
+
+    capabilities: Capabilities
+
+    def start(self, batch: Batch) -> None:
+        """Begins to compute a batch."""
+
+    def finish(self) -> list[int]:
+        """Waits for the oldest batch that was started: a token for each of its items that samples."""
+
+
+class TorchRunner:
+    """Interprets the program with torch. On the CPU a batch is computed when it is started."""
+
+    def __init__(
+        self,
+        program: Program,
+        weights: dict[str, Tensor],
+        limits: Limits,
+        *,
+        device: str = "cpu",
+        kv_memory: int | None = None,
+        operators: dict[str, Callable[..., Any]] | None = None,
+    ) -> None:
+        """Allocates the KV cache, once.
+
+        Args:
+            weights: by the program's names, on the device.
+            kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most half of
+                the memory that is free.
+            operators: implementations to use instead of the device's.
+
+        Raises:
+            FailedPrecondition: that is too little for one sequence of max_seq_len.
+        """
+        self._interpreter = Interpreter(program, weights, operators or implementations(device))
+        self._device = torch.device(device)
+        self._finished: deque[list[int]] = deque()
+        block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
+        per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
+        if kv_memory is None:
+            kv_memory = min(limits.max_batch_size * per_sequence * block_bytes, int(_KV_SHARE * _free_memory()))
+        num_blocks = kv_memory // block_bytes
+        if num_blocks < per_sequence:
+            raise FailedPrecondition(
+                f"{kv_memory >> 20} MiB of KV cache hold {num_blocks * BLOCK_SIZE} tokens, less than one sequence of "
+                f"{limits.max_seq_len}: start the executor with --kv-memory {per_sequence * block_bytes} or more, or build the "
+                "engine with a smaller --max-seq-len",
+                reason="KV_MEMORY_TOO_SMALL",
+            )
+        shapes = [(num_blocks, BLOCK_SIZE, cache.num_kv_heads, cache.head_dim) for cache in program.caches]
+        dtypes = [getattr(torch, cache.dtype) for cache in program.caches]
+        self._k, self._v = (
+            [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
+            for _ in range(2)
+        )
+        self.capabilities = Capabilities("paged", num_blocks, BLOCK_SIZE)
+
+    def start(self, batch: Batch) -> None:
+        sampling = [item for item in batch.items if item.samples]
+        logits = self._logits(batch)
+        positions = [item.start + item.count for item in sampling]
+        self._finished.append(
+            sample(logits, [item.sequence.sampling for item in sampling], positions) if sampling else []
+        )
+
+    def finish(self) -> list[int]:
+        return self._finished.popleft()
+
+    @torch.inference_mode()
+    def _logits(self, batch: Batch) -> Tensor:
+        """[items that sample, vocab_size], float32."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last_rows: list[int] = []
+        for item in batch.items:
+            sequence, end = item.sequence, item.start + item.count
+            token_ids += sequence.token_ids[item.start : end]
+            positions += range(item.start, end)
+            slots += [sequence.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(item.start, end)]
+            if item.samples:
+                last_rows.append(len(token_ids) - 1)
+        longest = max(-(-(item.start + item.count) // BLOCK_SIZE) for item in batch.items)
+        tables = [(item.sequence.blocks + [0] * longest)[:longest] for item in batch.items]
+        step = Step(
+            query_lens=[item.count for item in batch.items],
+            context_lens=[item.start + item.count for item in batch.items],
+            block_tables=self._tensor(tables),
+            slots=self._tensor(slots, torch.int64),
+            k_caches=self._k,
+            v_caches=self._v,
+        )
+        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": last_rows}
+        (logits,) = self._interpreter.run({name: self._tensor(values) for name, values in inputs.items()}, step)
+        return logits.float()
+
+    def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(line for line in file if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,322 @@
+"""Which tokens are computed next. Pure Python: no torch, no clock, no I/O.
+
+`schedule()` gives a batch, `commit()` takes its tokens, in the same order, with up to `max_in_flight` batches between.
+Continuous batching with chunked prefill (Orca, Yu et al. 2022; Sarathi-Serve, Agrawal et al. 2024): decodes first, then
+prompts in chunks, under a budget of tokens a step. When the cache is full, the lowest in rank gives its blocks back and is
+computed again later. Tokens do not depend on any of this: random numbers are counted by position (see sampler.py).
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from engine.errors import Internal, ResourceExhausted
+from executor_svc.core import Batch, Emitted, Finish, Reason, Scheduled, Sequence
+from executor_svc.kv_cache import KVCache, block_hash
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits, and what the runner declares.
+
+    Attributes:
+        max_in_flight: batches between schedule and commit.
+        future_tokens: whether a runner can take as input a token that a batch in flight is still sampling.
+        mixed_batches: whether one batch may hold prompts and decodes.
+        prefix_cache: whether blocks may be shared between sequences.
+        max_waiting: sequences that wait; one more is refused.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    max_in_flight: int = 1
+    future_tokens: bool = False
+    mixed_batches: bool = True
+    prefix_cache: bool = True
+    max_waiting: int = 4096
+
+
+class Scheduler:
+    """Sequences come by `add` and leave when their end has been emitted, or by `cancel`.
+
+    A sequence waits (in a heap by rank) or runs (holding cache blocks). Its blocks are given back when it has ended or was
+    preempted AND no batch in flight holds it.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.cache = KVCache(config.num_blocks, config.block_size)
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; ended ones are dropped when they surface
+        self._num_waiting = 0
+        self._leaving: list[Sequence] = []  # ended, but held by a batch in flight
+        self._in_flight: deque[Batch] = deque()
+        self._arrivals = 0
+        self._steps = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are not admitted."""
+        return self._num_waiting
+
+    @property
+    def num_in_flight(self) -> int:
+        """Batches between schedule and commit."""
+        return len(self._in_flight)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.running and not self._num_waiting and not self._in_flight
+
+    def queued_tokens(self) -> int:
+        """Known tokens that are not computed yet."""
+        waiting = sum(len(sequence.token_ids) for _, sequence in self._waiting if sequence.finish is None)
+        return waiting + sum(sequence.num_tokens - sequence.num_computed for sequence in self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence.
+
+        Raises:
+            ResourceExhausted: too many wait, or the cache could not hold it even alone.
+        """
+        if self._num_waiting >= self.config.max_waiting:
+            raise ResourceExhausted(
+                f"{self._num_waiting} requests are waiting, which is the limit; try again later",
+                reason="QUEUE_FULL",
+                metadata={"retry_after_s": "1"},
+            )
+        longest = min(sequence.prompt_len + sequence.max_tokens, self.config.max_seq_len)
+        if self.cache.blocks_for(longest) > self.config.num_blocks:
+            raise ResourceExhausted(
+                f"prompt and completion may need {longest} tokens of KV cache, this executor has "
+                f"{self.config.num_blocks * self.config.block_size}: lower max_tokens or start it with more --kv-memory",
+                reason="KV_CACHE_TOO_SMALL",
+            )
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        self._wait(sequence)
+
+    def cancel(self, sequence: Sequence, reason: Reason = Reason.CANCELLED) -> bool:
+        """Ends a sequence from outside; False if it had ended already. No token of it is emitted afterwards."""
+        if sequence.finish is not None:
+            return False
+        self._end(sequence, Finish(reason))
+        return True
+
+    def schedule(self) -> Batch | None:
+        """The next batch, or None if there is nothing that can run now."""
+        if len(self._in_flight) >= self.config.max_in_flight:
+            return None
+        items: list[Scheduled] = []
+        decodes, prompts = self._ready()
+        if self.config.mixed_batches:
+            self._schedule_decodes(decodes, items)
+            self._schedule_prompts(prompts, items)
+        else:
+            self._schedule_prompts(prompts, items)
+            if not items:
+                self._schedule_decodes(decodes, items)
+        if not items:
+            return None
+        self._steps += 1
+        batch = Batch(self._steps, tuple(items))
+        self._in_flight.append(batch)
+        return batch
+
+    def commit(self, batch: Batch, tokens: list[int]) -> list[Emitted]:
+        """Takes the tokens of the oldest batch in flight, one for each item that samples, in order.
+
+        Returns:
+            What happened to whom; nothing for sequences that ended meanwhile.
+        """
+        if not self._in_flight or self._in_flight.popleft() is not batch:
+            raise Internal("batches must be committed in the order in which they were scheduled")
+        emitted, supply = [], iter(tokens)
+        for item in batch.items:
+            sequence = item.sequence
+            token = next(supply) if item.samples else None
+            sequence.in_flight -= 1
+            sequence.pending -= item.samples
+            if sequence.finish is not None:
+                if not sequence.in_flight:
+                    self._leaving.remove(sequence)
+                    self._release(sequence)
+                continue
+            self._remember(item)
+            if token is not None:
+                sequence.token_ids.append(token)
+                finish = self._finish(sequence, token)
+                emitted.append(Emitted(sequence, token, finish, first=not sequence.emitted))
+                sequence.emitted = True
+                if finish:
+                    self._end(sequence, finish)
+        return emitted
+
+    def check_integrity(self) -> None:
+        """Raises Internal unless the bookkeeping holds together; called by tests after every step and when idle."""
+        held = self.running + self._leaving
+        self.cache.check_integrity([sequence.blocks for sequence in held])
+        for sequence in held:
+            if len(sequence.blocks) * self.config.block_size < sequence.num_computed:
+                raise Internal("a sequence has computed more tokens than its blocks hold")
+            if sequence.num_computed > sequence.num_tokens:
+                raise Internal("a sequence has computed tokens that it does not have")
+        waiting = [sequence for _, sequence in self._waiting if sequence.finish is None]
+        if len(waiting) != self._num_waiting or any(sequence.blocks or sequence.num_computed for sequence in waiting):
+            raise Internal("a waiting sequence is miscounted or holds blocks")
+        if len(self.running) > self.config.max_batch_size:
+            raise Internal("more sequences run than max_batch_size")
+
+    # What follows is the scheduler's own.
+
+    def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences that can be in the next batch: those that lack one token, and those that lack more."""
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            if sequence.pending and not self.config.future_tokens:
+                continue
+            if (
+                sequence.num_completion + sequence.pending >= sequence.max_tokens
+                or sequence.num_tokens >= self.config.max_seq_len
+            ):
+                continue  # its last token is in flight
+            (decodes if sequence.num_tokens - sequence.num_computed == 1 else prompts).append(sequence)
+        return sorted(decodes, key=_rank), sorted(prompts, key=_rank)
+
+    def _schedule_decodes(self, decodes: list[Sequence], items: list[Scheduled]) -> None:
+        for sequence in decodes:
+            if sequence.blocks and self._grow(sequence):  # a sequence without blocks was preempted just now
+                self._take(sequence, 1, items)
+
+    def _schedule_prompts(self, prompts: list[Sequence], items: list[Scheduled]) -> None:
+        """Continues prompts, then admits new ones, until the budget is spent."""
+        budget = self.config.max_num_tokens - sum(item.count for item in items)
+        for sequence in prompts:
+            if budget and sequence.blocks:
+                budget -= self._take(sequence, budget, items)
+        while budget and (admitted := self._admit()):
+            budget -= self._take(admitted, budget, items)
+
+    def _take(self, sequence: Sequence, budget: int, items: list[Scheduled]) -> int:
+        """Puts as much of a sequence into the batch as the budget allows; the number of tokens."""
+        start, left = sequence.num_computed, sequence.num_tokens - sequence.num_computed
+        count = min(left, budget)
+        items.append(Scheduled(sequence, start, count, samples=count == left))
+        sequence.num_computed += count
+        sequence.pending += count == left
+        sequence.in_flight += 1
+        return count
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Gives a decoding sequence the block that its next token needs, at the cost of lower ranks; False if it cannot."""
+        missing = self.cache.blocks_for(sequence.num_computed + 1) - len(sequence.blocks)
+        while missing > 0 and not self.cache.can_allocate(missing):
+            victims = [other for other in self.running if not other.in_flight]  # those in this batch count as in flight
+            if not victims:
+                return False
+            victim = max(victims, key=_rank)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.blocks += self.cache.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed = 0
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self._num_waiting += 1
+
+    def _head(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][1].finish is not None:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
+    def _admit(self) -> Sequence | None:
+        """The first of those that wait, with blocks for all its tokens, if there is room for it.
+
+        A block for every running sequence is left free: it would otherwise be taken from the one just admitted.
+        """
+        sequence = self._head()
+        if sequence is None or len(self.running) >= self.config.max_batch_size:
+            return None
+        shared = self._match(sequence)
+        fresh = self.cache.blocks_for(len(sequence.token_ids)) - len(shared)
+        if not self.cache.can_allocate(fresh + len(self.running), shared):
+            return None
+        heapq.heappop(self._waiting)
+        self._num_waiting -= 1
+        self.cache.share(shared)
+        sequence.blocks = shared + self.cache.allocate(fresh)
+        sequence.num_computed = len(shared) * self.config.block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
+        self.running.append(sequence)
+        return sequence
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Cached blocks that a waiting sequence can begin with; at least its last token is left to compute."""
+        if not self.config.prefix_cache:
+            return []
+        full = (len(sequence.token_ids) - 1) // self.config.block_size
+        self._extend_hashes(sequence, full)
+        return self.cache.match(sequence.hashes[:full])
+
+    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
+        size = self.config.block_size
+        for index in range(len(sequence.hashes), count):
+            previous = sequence.hashes[-1] if sequence.hashes else sequence.salt
+            sequence.hashes.append(block_hash(previous, sequence.token_ids[index * size : (index + 1) * size]))
+
+    def _remember(self, item: Scheduled) -> None:
+        """Makes the blocks findable that the item has filled."""
+        if not self.config.prefix_cache:
+            return
+        sequence, size = item.sequence, self.config.block_size
+        full = (item.start + item.count) // size
+        self._extend_hashes(sequence, full)
+        for index in range(item.start // size, full):
+            self.cache.remember(sequence.blocks[index], sequence.hashes[index])
+
+    def _finish(self, sequence: Sequence, token: int) -> Finish | None:
+        if token in sequence.eos_ids:
+            return Finish(Reason.EOS, token)
+        if token in sequence.stop_ids:
+            return Finish(Reason.STOP, token)
+        if sequence.num_completion >= sequence.max_tokens or len(sequence.token_ids) >= self.config.max_seq_len:
+            return Finish(Reason.LENGTH)
+        return None
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        sequence.finish = finish
+        if sequence in self.running:
+            self.running.remove(sequence)
+            if sequence.in_flight:
+                self._leaving.append(sequence)
+            else:
+                self._release(sequence)
+        else:
+            self._num_waiting -= 1
+            if len(self._waiting) > 2 * self._num_waiting + 64:
+                self._waiting = [entry for entry in self._waiting if entry[1].finish is None]
+                heapq.heapify(self._waiting)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.cache.free(sequence.blocks)
+        sequence.blocks = []
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -1,0 +1,184 @@
+"""The executor's front process: gRPC in, worker processes behind. Holds no tensor and no torch."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from engine import registry
+from engine.errors import FailedPrecondition, InvalidArgument
+from engine.store import Store, open_store
+from executor_svc.workers import Client, WorkerProcess
+from protos.rpc import from_failure, to_failure
+from protos.v1 import executor_pb2 as pb
+from protos.v1.common_pb2 import Usage
+from protos.v1.worker_pb2 import ClientDone, ClientGone, ToWorker
+
+_RELOAD_DELAY = 1.0  # seconds before a worker that died is started again
+
+log = logging.getLogger(__name__)
+
+
+class ExecutorServicer:
+    """The Executor service over any number of engines, a worker process each."""
+
+    def __init__(self, store_url: str, device: str, kv_memory: int | None) -> None:
+        self._store: Store = open_store(store_url)
+        self._device = device
+        self._arguments = ["--store", store_url, "--device", device]
+        self._arguments += ["--kv-memory", str(kv_memory)] if kv_memory else []
+        self._workers: dict[str, WorkerProcess] = {}
+        self._clients: dict[int, Client] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the service. Run's outputs are serialized in the worker already."""
+        identity = bytes
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "LoadEngine": grpc.unary_stream_rpc_method_handler(
+                self.LoadEngine, pb.LoadEngineRequest.FromString, pb.LoadEngineProgress.SerializeToString
+            ),
+            "UnloadEngine": grpc.unary_unary_rpc_method_handler(
+                self.UnloadEngine, pb.UnloadEngineRequest.FromString, pb.UnloadEngineResponse.SerializeToString
+            ),
+            "GetStatus": grpc.unary_unary_rpc_method_handler(
+                self.GetStatus, pb.GetStatusRequest.FromString, pb.ExecutorStatus.SerializeToString
+            ),
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self.Generate, pb.Submit.FromString, pb.GenerateOutput.SerializeToString
+            ),
+            "Run": grpc.stream_stream_rpc_method_handler(self.Run, pb.Command.FromString, identity),
+        }
+        name = pb.DESCRIPTOR.services_by_name["Executor"].full_name
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+
+    async def resolve(self, engine: str) -> str:
+        """The engine id behind a model name or an id. Raises NotFound."""
+        return await asyncio.to_thread(registry.find_engine, self._store, engine)
+
+    async def load(self, engine_id: str) -> WorkerProcess:
+        """The engine's worker, started if there is none; it may still be loading."""
+        worker = self._workers.get(engine_id)
+        if worker is None:
+            worker = self._workers[engine_id] = WorkerProcess(engine_id, self._clients)
+            await worker.start(self._arguments)
+            self._spawn(self._watch(worker))
+        return worker
+
+    async def close(self) -> None:
+        """Ends all workers."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*(worker.stop() for worker in self._workers.values()))
+
+    async def LoadEngine(self, request: pb.LoadEngineRequest, _context: Any) -> AsyncIterator[pb.LoadEngineProgress]:
+        engine = request.engine_id or request.model
+        if not engine:
+            raise InvalidArgument("give an engine_id or a model name", reason="ENGINE_MISSING")
+        worker = await self.load(await self.resolve(engine))
+        while not worker.ready.done():
+            yield worker.progress
+            await asyncio.wait([worker.ready], timeout=0.1)
+        worker.ready.result()
+        yield worker.progress
+
+    async def UnloadEngine(self, request: pb.UnloadEngineRequest, _context: Any) -> pb.UnloadEngineResponse:
+        await self._worker(request.engine_id).stop()
+        return pb.UnloadEngineResponse()
+
+    async def GetStatus(self, _request: pb.GetStatusRequest, _context: Any) -> pb.ExecutorStatus:
+        engines = [worker.status for worker in self._workers.values()]
+        return pb.ExecutorStatus(engines=engines, device=self._device, version=version("enginehouse"))
+
+    async def Generate(self, request: pb.Submit, _context: Any) -> AsyncIterator[pb.GenerateOutput]:
+        worker = self._worker(request.engine_id)
+        usage = Usage()
+        with self._client() as client:
+            worker.send(ToWorker(client=client.number, submit=request))
+            async for data in client.outputs():
+                step = pb.StepOutput.FromString(data)
+                if step.HasField("engine_lost") and step.engine_lost.engine_id == request.engine_id:
+                    raise from_failure(step.engine_lost.failure)
+                for failed in step.failed:
+                    raise from_failure(failed.failure)
+                for started in step.started:
+                    usage.prompt_tokens, usage.cached_tokens = started.prompt_tokens, started.cached_tokens
+                    usage.completion_tokens = len(request.resume_token_ids)
+                usage.completion_tokens += len(step.token_ids)
+                finish = step.finished[0].finish if step.finished else None
+                if step.token_ids or finish:
+                    yield pb.GenerateOutput(token_ids=step.token_ids, usage=usage, finish=finish)
+                if finish:
+                    return
+
+    async def Run(self, requests: AsyncIterator[pb.Command], _context: Any) -> AsyncIterator[bytes]:
+        with self._client() as client:
+            commands = asyncio.create_task(self._forward(requests, client))
+            try:
+                async for output in client.outputs():
+                    yield output
+            finally:
+                commands.cancel()
+
+    async def _forward(self, commands: AsyncIterator[pb.Command], client: Client) -> None:
+        """Hands a stream's commands to the workers until the client has no more."""
+        used: set[WorkerProcess] = set()
+        async for command in commands:
+            kind = command.WhichOneof("command")
+            if kind == "submit":
+                try:
+                    worker = self._worker(command.submit.engine_id)
+                except FailedPrecondition as error:
+                    failed = pb.Failed(handle=command.submit.handle, failure=to_failure(error))
+                    client.put(pb.StepOutput(failed=[failed]).SerializeToString())
+                    continue
+                used.add(worker)
+                worker.send(ToWorker(client=client.number, submit=command.submit))
+            elif kind == "cancel":
+                for worker in used:
+                    worker.send(ToWorker(client=client.number, cancel=command.cancel))
+        client.drain({worker.engine_id for worker in used if not worker.lost.done()})
+        for worker in used:
+            worker.send(ToWorker(client=client.number, client_done=ClientDone()))
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Client]:
+        """A client that the workers know until its stream ends, however it ends."""
+        client = Client()
+        self._clients[client.number] = client
+        try:
+            yield client
+        finally:
+            del self._clients[client.number]
+            for worker in self._workers.values():
+                worker.send(ToWorker(client=client.number, client_gone=ClientGone()))
+
+    def _worker(self, engine_id: str) -> WorkerProcess:
+        """The worker of an engine that is ready. Raises FailedPrecondition."""
+        worker = self._workers.get(engine_id)
+        if worker is None or not worker.ready.done():
+            state = "not loaded" if worker is None else "still loading"
+            have = ", ".join(known[:12] for known in self._workers) or "none"
+            raise FailedPrecondition(
+                f"engine {engine_id[:12] or '(none given)'} is {state} on this executor, which has: {have}; call LoadEngine",
+                reason="ENGINE_NOT_LOADED",
+            )
+        return worker
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """Forgets a worker that has ended; one that had served and was not told to end is started again."""
+        await asyncio.shield(worker.lost)
+        del self._workers[worker.engine_id]
+        if worker.crashed:
+            await asyncio.sleep(_RELOAD_DELAY)
+            log.info("starting the worker of engine %s again", worker.engine_id[:12])
+            await self.load(worker.engine_id)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

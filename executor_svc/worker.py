@@ -1,0 +1,232 @@
+"""The worker process: one rank of one engine. Loads it, then repeats four beats: receive, schedule, compute, report.
+
+Started by the front (`executor_svc/workers.py`) with one end of a socket pair; it ends when the other end closes.
+"""
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+import time
+from collections import deque
+
+import torch
+
+from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
+from engine.fingerprint import Node
+from engine.manifest import Manifest
+from engine.store import open_store
+from executor_svc.core import Batch, Finish, Reason, Sequence
+from executor_svc.frames import FrameSocket
+from executor_svc.intake import to_sequence
+from executor_svc.loader import load_engine
+from executor_svc.outbox import Outbox
+from executor_svc.runner import Runner, TorchRunner
+from executor_svc.scheduler import Scheduler, SchedulerConfig
+from protos.rpc import to_failure
+from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
+from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
+
+_DEADLINE_CHECK = 0.01  # seconds between looks at the deadlines
+
+log = logging.getLogger(__name__)
+
+
+def this_node(device: str) -> Node:
+    """What this machine has. Raises FailedPrecondition for a device that is not there."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise FailedPrecondition(
+                "this executor was started with --device cuda, but torch finds no GPU here", reason="DEVICE_MISSING"
+            )
+        major, minor = torch.cuda.get_device_capability()
+        return Node("cuda", {"torch": torch.__version__}, compute_capability=f"{major}.{minor}")
+    return Node("cpu", {"torch": torch.__version__})
+
+
+def scheduler_config(runner: Runner, manifest: Manifest) -> SchedulerConfig:
+    """The engine's limits and the runner's capabilities, as the scheduler takes them."""
+    limits, can = manifest.limits, runner.capabilities
+    return SchedulerConfig(
+        num_blocks=can.num_blocks,
+        block_size=can.block_size,
+        max_batch_size=limits.max_batch_size,
+        max_num_tokens=limits.max_num_tokens,
+        max_seq_len=limits.max_seq_len,
+        max_in_flight=can.max_in_flight,
+        future_tokens=can.future_tokens,
+        mixed_batches=can.mixed_batches,
+        prefix_cache=can.prefix_cache,
+    )
+
+
+class Worker:
+    """The loop between the front and a runner."""
+
+    def __init__(self, front: FrameSocket, manifest: Manifest, runner: Runner) -> None:
+        self._front, self._manifest, self._runner = front, manifest, runner
+        self._scheduler = Scheduler(scheduler_config(runner, manifest))
+        self._outbox = Outbox()
+        self._live: dict[int, dict[int, Sequence]] = {}  # client -> handle -> sequence
+        self._done: set[int] = set()  # clients that will send no more
+        self._batches: deque[Batch] = deque()  # in flight, oldest first
+        self._next_check = 0.0  # of deadlines
+        self._step = 0
+        self._load = EngineLoad()
+
+    def status(self) -> EngineStatus:
+        """As the front tells it to callers."""
+        limits = self._manifest.limits
+        return EngineStatus(
+            engine_id=self._manifest.engine_id,
+            state=EngineState.ENGINE_STATE_READY,
+            max_seq_len=limits.max_seq_len,
+            max_batch_size=limits.max_batch_size,
+            load=self._measure(),
+        )
+
+    def run(self) -> None:
+        """Works until the front is gone, which raises ConnectionError."""
+        while True:
+            self._receive()
+            self._expire()
+            while batch := self._scheduler.schedule():
+                self._runner.start(batch)
+                self._batches.append(batch)
+            if self._batches:
+                batch = self._batches.popleft()
+                self._step = batch.step
+                for emitted in self._scheduler.commit(batch, self._runner.finish()):
+                    self._outbox.token(emitted)
+                    if emitted.finish:
+                        self._forget(emitted.sequence)
+            elif self._scheduler.idle:
+                self._scheduler.check_integrity()
+            self._report()
+
+    def _receive(self) -> None:
+        """Takes what has arrived; waits for something if there is nothing else to do."""
+        for data in self._front.receive(None if self._scheduler.idle else 0):
+            message = ToWorker.FromString(data)
+            kind = message.WhichOneof("message")
+            if kind == "submit":
+                self._submit(message.client, message.submit)
+            elif kind == "cancel":
+                for handle in message.cancel.handles:
+                    if sequence := self._live.get(message.client, {}).get(handle):
+                        self._end(sequence, Reason.CANCELLED)
+            elif kind == "client_gone":
+                for sequence in self._live.pop(message.client, {}).values():
+                    self._scheduler.cancel(sequence)
+                self._done.discard(message.client)
+            elif kind == "client_done":
+                self._done.add(message.client)
+
+    def _submit(self, client: int, submit: Submit) -> None:
+        live = self._live.setdefault(client, {})
+        try:
+            if submit.handle in live:
+                raise InvalidArgument(
+                    f"handle {submit.handle} is in use by another live request of this stream", reason="HANDLE_IN_USE"
+                )
+            sequence = to_sequence(client, submit, self._manifest)
+            self._scheduler.add(sequence)
+        except EnginehouseError as error:
+            self._outbox.fail(client, submit.handle, error)
+            return
+        live[submit.handle] = sequence
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + _DEADLINE_CHECK
+        live = [sequence for sequences in self._live.values() for sequence in sequences.values()]
+        for sequence in live:
+            if sequence.deadline is not None and sequence.deadline <= now:
+                self._end(sequence, Reason.DEADLINE)
+
+    def _end(self, sequence: Sequence, reason: Reason) -> None:
+        if not self._scheduler.cancel(sequence, reason):
+            return
+        if reason is Reason.DEADLINE:
+            error = DeadlineExceeded(f"the deadline passed after {sequence.num_completion} tokens")
+            self._outbox.fail(sequence.client, sequence.handle, error)
+        else:
+            self._outbox.finish(sequence.client, sequence.handle, Finish(reason))
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._live.get(sequence.client, {}).pop(sequence.handle, None)
+
+    def _report(self) -> None:
+        load = self._measure()
+        for client, output in self._outbox.flush(self._step, load):
+            if client in self._live:
+                self._front.send(FromWorker(client=client, step_output=output).SerializeToString())
+        for client in [client for client in self._done if not self._live.get(client)]:
+            self._done.discard(client)
+            self._live.pop(client, None)
+            self._front.send(FromWorker(client=client, drained=Drained()).SerializeToString())
+        if load != self._load:
+            self._load = load
+            self._front.send(FromWorker(load=load).SerializeToString())
+
+    def _measure(self) -> EngineLoad:
+        scheduler = self._scheduler
+        return EngineLoad(
+            engine_id=self._manifest.engine_id,
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            queued_tokens=scheduler.queued_tokens(),
+            free_kv_blocks=scheduler.cache.num_free,
+            total_kv_blocks=scheduler.config.num_blocks,
+        )
+
+
+def main() -> int:
+    """The process; 0 when the front has gone, 1 when the engine could not be loaded or has failed."""
+    parser = argparse.ArgumentParser(prog="executor_svc.worker", description="started by the executor's front process")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--engine-id", required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--kv-memory", type=int)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when the end is; it closes the socket
+    front = FrameSocket(socket.socket(fileno=arguments.fd))
+    try:
+        _serve(front, arguments)
+    except ConnectionError:
+        return 0
+    except EnginehouseError as error:
+        front.send(FromWorker(failure=to_failure(error)).SerializeToString())
+    except Exception as error:
+        log.exception("engine %s failed", arguments.engine_id[:12])
+        front.send(FromWorker(failure=to_failure(error)).SerializeToString())
+    return 1
+
+
+def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        front.send(FromWorker(progress=LoadEngineProgress(bytes_done=done, bytes_total=total)).SerializeToString())
+
+    loaded = load_engine(open_store(arguments.store), arguments.engine_id, this_node(arguments.device), progress)
+    weights = {name: tensor.to(arguments.device) for name, tensor in loaded.weights.items()}
+    runner = TorchRunner(
+        loaded.program, weights, loaded.manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory
+    )
+    worker = Worker(front, loaded.manifest, runner)
+    size = loaded.manifest.weight_bytes()
+    log.info("engine %s: %.1f MB loaded in %.2f s", arguments.engine_id[:12], size / 1e6, time.monotonic() - began)
+    ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
+    front.send(FromWorker(progress=ready).SerializeToString())
+    worker.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

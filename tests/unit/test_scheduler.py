@@ -1,0 +1,320 @@
+"""The scheduler and the KV cache under random work, with an integrity check after every step.
+
+The runner here computes a token as a function of the sequence's own tokens up to there, which it reads only from the blocks
+that the scheduler says hold them. So a wrong block, a lost token or a doubled one gives another text than the one expected.
+"""
+
+import hashlib
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import Internal, ResourceExhausted
+from executor_svc.core import Batch, Reason, Sampling, Sequence
+from executor_svc.kv_cache import KVCache
+from executor_svc.scheduler import Scheduler, SchedulerConfig
+
+VOCAB = 50
+EOS = 0
+
+
+def next_token(token_ids: list[int]) -> int:
+    digest = hashlib.blake2b(bytes(token_ids), digest_size=2).digest()
+    return int.from_bytes(digest, "big") % VOCAB
+
+
+class BlockRunner:
+    """Keeps tokens in blocks as a real runner keeps keys; a batch in flight sees only what was there when it started."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.memory = [[-1] * config.block_size for _ in range(config.num_blocks)]
+        self.results: deque[list[int]] = deque()
+        self.unknown: dict[Sequence, list[int]] = {}  # sampled, not committed: what a device would know
+
+    def start(self, batch: Batch) -> None:
+        size, tokens = self.config.block_size, []
+        assert sum(item.count for item in batch.items) <= self.config.max_num_tokens
+        assert len(batch.items) <= self.config.max_batch_size
+        for item in batch.items:
+            sequence = item.sequence
+            assert item.count > 0
+            assert item.start + item.count < sequence.prompt_len + sequence.max_tokens, "its last token is no input"
+            unknown = self.unknown.get(sequence, [])
+            assert self.config.future_tokens or not unknown, "its last token is not known yet"
+            known = sequence.token_ids + unknown
+            for at in range(item.start, item.start + item.count):
+                self.memory[sequence.blocks[at // size]][at % size] = known[at]
+            if item.samples:
+                end = item.start + item.count
+                seen = [self.memory[sequence.blocks[at // size]][at % size] for at in range(end)]
+                token = next_token(seen)
+                self.unknown.setdefault(sequence, []).append(token)
+                tokens.append(token)
+        self.results.append(tokens)
+
+    def finish(self, batch: Batch) -> list[int]:
+        for item in batch.items:
+            if item.samples:
+                self.unknown[item.sequence].pop(0)
+        return self.results.popleft()
+
+
+def expected(prompt: list[int], max_tokens: int, max_seq_len: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens and len(tokens) < max_seq_len:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS:
+            break
+    return tokens
+
+
+@st.composite
+def tight_configs(draw: st.DrawFn) -> SchedulerConfig:
+    """A cache that holds the longest sequence of these tests (24 tokens) and little more, so that preemption is common."""
+    block_size = draw(st.sampled_from([1, 2, 4]))
+    return SchedulerConfig(
+        num_blocks=-(-24 // block_size) + draw(st.integers(0, 6)),
+        block_size=block_size,
+        max_batch_size=draw(st.integers(1, 6)),
+        max_num_tokens=draw(st.integers(6, 20)),
+        max_seq_len=40,
+        max_in_flight=draw(st.integers(1, 3)),
+        future_tokens=draw(st.booleans()),
+        mixed_batches=draw(st.booleans()),
+        prefix_cache=draw(st.booleans()),
+    )
+
+
+prompts = st.one_of(
+    st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12),
+    st.integers(1, 12).map(lambda count: [7, 7, 8, 9, 7, 7, 8, 9, 7, 7, 8, 9][:count]),  # shared prefixes
+)
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), prompts, st.integers(1, 12), st.integers(-1, 1)),
+        st.tuples(st.just("add"), prompts, st.integers(8, 12), st.integers(-1, 1)),
+        st.tuples(st.just("step"), st.integers(1, 6)),
+        st.tuples(st.just("cancel"), st.integers(0, 30)),
+    ),
+    min_size=5,
+    max_size=60,
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(config=tight_configs(), script=actions)
+def test_every_sequence_gets_its_own_text_and_every_block_comes_back(config: SchedulerConfig, script: list) -> None:
+    scheduler, runner = Scheduler(config), BlockRunner(config)
+    in_flight: deque[Batch] = deque()
+    sequences: list[tuple[Sequence, list[int]]] = []
+    heard: dict[Sequence, list[int]] = {}
+    finishes: dict[Sequence, int] = {}
+
+    def commit() -> None:
+        batch = in_flight.popleft()
+        for emitted in scheduler.commit(batch, runner.finish(batch)):
+            assert emitted.sequence not in finishes, "a token after the end"
+            assert emitted.first == (emitted.sequence not in heard)
+            heard.setdefault(emitted.sequence, []).append(emitted.token_id)
+            if emitted.finish:
+                finishes[emitted.sequence] = 1
+        scheduler.check_integrity()
+
+    def step() -> None:
+        while batch := scheduler.schedule():
+            assert batch.items
+            runner.start(batch)
+            in_flight.append(batch)
+            scheduler.check_integrity()
+        if in_flight:
+            commit()
+
+    for action in script:
+        if action[0] == "add":
+            _, prompt, max_tokens, priority = action
+            sequence = Sequence(
+                0,
+                len(sequences),
+                list(prompt),
+                len(prompt),
+                max_tokens,
+                Sampling(0.0),
+                frozenset({EOS}),
+                priority=priority,
+            )
+            try:
+                scheduler.add(sequence)
+            except ResourceExhausted:
+                assert -(-(len(prompt) + max_tokens) // config.block_size) > config.num_blocks
+                continue
+            sequences.append((sequence, expected(prompt, max_tokens, config.max_seq_len)))
+        elif action[0] == "step":
+            for _ in range(action[1]):
+                step()
+        elif sequences:
+            sequence, _ = sequences[action[1] % len(sequences)]
+            ended = sequence.finish is not None
+            assert scheduler.cancel(sequence) is not ended
+            if not ended:
+                finishes[sequence] = 1
+                assert sequence.finish is not None and sequence.finish.reason is Reason.CANCELLED
+        scheduler.check_integrity()
+    for _ in range(3000):
+        if scheduler.idle:
+            break
+        step()
+    assert scheduler.idle, "the scheduler does not come to an end"
+    assert scheduler.cache.num_free == config.num_blocks
+    assert not scheduler.running and not scheduler.num_waiting
+    for sequence, text in sequences:
+        assert finishes.get(sequence) == 1
+        told = sequence.token_ids[: sequence.prompt_len] + heard.get(sequence, [])
+        assert sequence.finish is not None
+        if sequence.finish.reason is Reason.CANCELLED:
+            assert told == text[: len(told)]
+        else:
+            assert told == text
+
+
+def run_all(scheduler: Scheduler, runner: BlockRunner) -> None:
+    while not scheduler.idle:
+        batch = scheduler.schedule()
+        assert batch is not None
+        runner.start(batch)
+        scheduler.commit(batch, runner.finish(batch))
+        scheduler.check_integrity()
+
+
+def config_of(**changes: int | bool) -> SchedulerConfig:
+    defaults = {"num_blocks": 64, "block_size": 4, "max_batch_size": 8, "max_num_tokens": 16, "max_seq_len": 64}
+    return SchedulerConfig(**{**defaults, **changes})  # type: ignore[arg-type]
+
+
+def sequence_of(prompt: list[int], max_tokens: int = 4, **changes) -> Sequence:  # type: ignore[no-untyped-def]
+    return Sequence(0, 0, list(prompt), len(prompt), max_tokens, Sampling(0.0), **changes)
+
+
+def test_decodes_go_on_beside_a_long_prompt_in_chunks() -> None:
+    scheduler, runner = Scheduler(config_of(max_num_tokens=8)), BlockRunner(config_of())
+    short, long = sequence_of([1, 2, 3], 10), sequence_of(list(range(1, 31)), 2)
+    scheduler.add(short)
+    first = scheduler.schedule()
+    assert first is not None
+    runner.start(first)
+    scheduler.commit(first, runner.finish(first))
+    scheduler.add(long)
+    counts = []
+    for _ in range(5):
+        batch = scheduler.schedule()
+        assert batch is not None
+        counts.append([(item.sequence is short, item.count, item.samples) for item in batch.items])
+        runner.start(batch)
+        scheduler.commit(batch, runner.finish(batch))
+    assert counts[0] == [(True, 1, True), (False, 7, False)]
+    assert counts[4] == [(True, 1, True), (False, 2, True)]  # 30 = 4 * 7 + 2
+
+
+def test_a_repeated_prompt_is_found_in_the_cache_and_another_tenants_is_not() -> None:
+    scheduler, runner = Scheduler(config_of()), BlockRunner(config_of())
+    prompt = list(range(1, 14))
+    first, again, foreign = sequence_of(prompt), sequence_of(prompt), sequence_of(prompt, salt=b"other")
+    for sequence in (first, again, foreign):
+        scheduler.add(sequence)
+        run_all(scheduler, runner)
+    assert (first.num_cached, again.num_cached, foreign.num_cached) == (0, 12, 0)
+    assert first.token_ids == again.token_ids == foreign.token_ids
+
+
+def test_a_wholly_cached_prompt_still_computes_its_last_token() -> None:
+    scheduler, runner = Scheduler(config_of()), BlockRunner(config_of())
+    prompt = list(range(1, 9))
+    for cached in (0, 4):  # 8 tokens fill two blocks; the second is computed again for its last row
+        sequence = sequence_of(prompt)
+        scheduler.add(sequence)
+        run_all(scheduler, runner)
+        assert sequence.num_cached == cached
+
+
+def test_the_lowest_rank_is_preempted_and_ends_with_the_same_text() -> None:
+    config = config_of(num_blocks=8, max_num_tokens=32)
+    scheduler, runner = Scheduler(config), BlockRunner(config)
+    low, high = sequence_of(list(range(1, 9)), 20), sequence_of(list(range(2, 8)), 20, priority=1)
+    scheduler.add(low)
+    scheduler.add(high)
+    run_all(scheduler, runner)
+    assert scheduler.num_preemptions > 0
+    for sequence, prompt in ((low, list(range(1, 9))), (high, list(range(2, 8)))):
+        assert sequence.token_ids == [*prompt, *expected_without_eos(prompt, 20)]
+
+
+def test_a_prompt_that_would_take_the_last_blocks_waits_instead_of_being_preempted_at_once() -> None:
+    config = config_of(num_blocks=5)
+    scheduler, runner = Scheduler(config), BlockRunner(config)
+    scheduler.add(sequence_of([1, 2, 3, 4], 5))  # grows to three blocks
+    scheduler.add(sequence_of(list(range(1, 15)), 1))  # needs four
+    run_all(scheduler, runner)
+    assert scheduler.num_preemptions == 0
+
+
+def expected_without_eos(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def test_higher_priority_is_admitted_first() -> None:
+    scheduler = Scheduler(config_of(max_batch_size=1))
+    low, high = sequence_of([1]), sequence_of([2], priority=5)
+    scheduler.add(low)
+    scheduler.add(high)
+    batch = scheduler.schedule()
+    assert batch is not None and [item.sequence for item in batch.items] == [high]
+
+
+def test_what_can_never_fit_and_what_is_too_much_is_refused() -> None:
+    scheduler = Scheduler(config_of(num_blocks=4, max_seq_len=100))
+    with pytest.raises(ResourceExhausted, match="32 tokens of KV cache, this executor has 16"):
+        scheduler.add(sequence_of([1, 2], 30))
+    busy = Scheduler(SchedulerConfig(64, 4, 8, 16, 64, max_waiting=1))
+    busy.add(sequence_of([1]))
+    with pytest.raises(ResourceExhausted, match="1 requests are waiting"):
+        busy.add(sequence_of([2]))
+
+
+def test_commits_out_of_order_are_refused() -> None:
+    scheduler = Scheduler(config_of(max_in_flight=2))
+    scheduler.add(sequence_of([1]))
+    first = scheduler.schedule()
+    scheduler.add(sequence_of([2]))
+    second = scheduler.schedule()
+    assert first is not None and second is not None
+    with pytest.raises(Internal, match="in the order"):
+        scheduler.commit(second, [1])
+
+
+def test_integrity_check_sees_a_lost_and_a_stolen_block() -> None:
+    cache = KVCache(4, 2)
+    blocks = cache.allocate(2)
+    cache.check_integrity([blocks])
+    with pytest.raises(Internal, match="reference counts"):
+        cache.check_integrity([])
+    with pytest.raises(Internal, match="reference counts"):
+        cache.check_integrity([blocks, blocks])
+    with pytest.raises(Internal, match="wanted"):
+        cache.allocate(3)
+
+
+def test_unused_content_is_forgotten_longest_unused_first_and_ends_before_beginnings() -> None:
+    cache = KVCache(3, 2)
+    blocks = cache.allocate(3)
+    digests = [bytes([number]) * 16 for number in range(3)]
+    for block, digest in zip(blocks, digests, strict=True):
+        cache.remember(block, digest)
+    cache.free(blocks)
+    assert cache.match(digests) == blocks
+    cache.allocate(1)
+    assert cache.match(digests) == blocks[:2]
