@@ -47,7 +47,7 @@ class BuildOptions:
                 raise InvalidArgument(
                     f"compute capability {self.compute_capability} needs device 'cuda', not {self.device!r}"
                 )
-            if not re.fullmatch(r"\d{1,2}\.\d", self.compute_capability):
+            if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", self.compute_capability):
                 raise InvalidArgument(f"compute capability {self.compute_capability!r}: write it like 9.0")
         for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
             value = getattr(self, name)

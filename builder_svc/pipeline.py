@@ -74,7 +74,8 @@ def build(
     """
     model = read_model(checkpoint, options)
     identity = build_identity(model, options, progress)
-    if found := registry.find_manifest(store, engine_id(identity)):
+    found = registry.find_manifest(store, engine_id(identity))
+    if found and not registry.missing_files(store, found):
         return Built(found, reused=True)
     progress("program", 0, 1, "")
     program, constants = make_program(model)

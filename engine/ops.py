@@ -118,7 +118,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def split(x: Tensor, *, sizes: list[int]) -> list[Tensor]:
     """Pieces of the last dimension, of these sizes."""
-    return list(x.split(sizes, -1))
+    return list(torch.split(x, sizes, -1))
 
 
 def gather(x: Tensor, indices: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _shapes(name: str, operator: Operator) -> Callable[..., Any]:
     return fake
 
 
-_library = torch.library.Library("enginehouse", "DEF")
+_library: Any = torch.library.Library("enginehouse", "DEF")  # type: ignore[no-untyped-call]
 for _name, _operator in OPERATORS.items():
     _library.define(_schema(_name, _operator))
     torch.library.register_fake(f"enginehouse::{_name}", _shapes(_name, _operator), lib=_library)

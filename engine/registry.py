@@ -10,7 +10,7 @@ import msgspec
 
 from engine.blobs import blob_key
 from engine.errors import DataLoss, InvalidArgument, NotFound, Unavailable
-from engine.manifest import Manifest
+from engine.manifest import FileRef, Manifest
 from engine.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -61,18 +61,22 @@ def manifest(store: Store, engine_id: str) -> Manifest:
     return found
 
 
+def missing_files(store: Store, engine: Manifest) -> list[FileRef]:
+    """Files of an engine whose blobs are not in the store, or not of their size."""
+    return [file for file in engine.files() if store.size(blob_key(file.digest)) != file.size]
+
+
 def publish(store: Store, new: Manifest) -> Manifest:
     """Makes an engine exist; returns the manifest that counts, which is an earlier one's if there was one.
 
     Raises:
         NotFound: a file of the engine is not in the store.
     """
-    for file in new.files():
-        if store.size(blob_key(file.digest)) != file.size:
-            raise NotFound(
-                f"engine {new.engine_id[:12]}: {file.name} ({file.digest[:12]}) is not in {store.url}",
-                reason="BLOB_NOT_FOUND",
-            )
+    for file in missing_files(store, new):
+        raise NotFound(
+            f"engine {new.engine_id[:12]}: {file.name} ({file.digest[:12]}) is not in {store.url}",
+            reason="BLOB_NOT_FOUND",
+        )
     store.create(f"engines/{new.engine_id}.json", new.to_json())
     return manifest(store, new.engine_id)
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import signal
 import socket
 import sys
@@ -108,7 +109,13 @@ class WorkerProcess:
                 self.engine_id,
             ]
             self._process = await asyncio.create_subprocess_exec(
-                *command, *arguments, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
+                *command,
+                *arguments,
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                # Threads that wait for each other by spinning take the cores from whom they wait for, as soon as anything else
+                # runs: measured on two busy cores, a model of 5 million parameters, 9 tokens/s spinning and 110 not.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._task = asyncio.create_task(self._read(reader))

@@ -65,6 +65,8 @@ class HuggingFaceCheckpoint:
             names = sorted(set(Fields(read_json(index), str(index)).require("weight_map", dict).values()))
         else:
             names = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise InvalidArgument(f"{index} names files outside of its directory: {names}", reason="WEIGHT_MAP_INVALID")
         if not names:
             raise NotFound(f"{self.path} holds no *.safetensors file", reason="WEIGHTS_NOT_FOUND")
         return names

@@ -1,0 +1,61 @@
+"""`python -m builder_svc`: the builder as a process."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import grpc
+
+from builder_svc.jobs import Jobs
+from builder_svc.process import BuildProcess
+from builder_svc.server import BuilderServicer
+from engine.errors import InvalidArgument
+from engine.store import open_store
+from protos import rpc
+from protos.v1 import builder_pb2_grpc
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m builder_svc", description="Builds engines from checkpoints.")
+    parser.add_argument("--store", required=True, metavar="URL", help="where engines go: a directory or file:// URL")
+    parser.add_argument(
+        "--checkpoint-root", required=True, type=Path, metavar="DIR", help="checkpoints outside of it are refused"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
+    parser.add_argument("--port", default=8401, type=int, help="0 takes a free one [8401]")
+    parser.add_argument("--jobs", default=1, type=int, metavar="N", help="builds at a time [1]")
+    parser.add_argument(
+        "--work-dir", type=Path, metavar="DIR", help="for weights before they are uploaded [the system's]"
+    )
+    parsed = parser.parse_args(arguments)
+    if parsed.jobs < 1:
+        parser.error(f"--jobs is {parsed.jobs}: it must be at least 1")
+    return parsed
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        InvalidArgument: a directory that should be there is not.
+        EnginehouseError: the store cannot be opened, or the port is taken.
+    """
+    for option, directory in (("--checkpoint-root", arguments.checkpoint_root), ("--work-dir", arguments.work_dir)):
+        if directory and not directory.is_dir():
+            raise InvalidArgument(f"{option} {directory} is no directory")
+    store = open_store(arguments.store)
+    jobs = Jobs(store, BuildProcess(work_dir=arguments.work_dir), arguments.jobs)
+    servicer = BuilderServicer(jobs, store, arguments.checkpoint_root)
+
+    def register(server: grpc.aio.Server) -> None:
+        builder_pb2_grpc.add_BuilderServicer_to_server(servicer, server)
+
+    async def stop() -> None:
+        """Nothing is left: builds end before the calls that watch them do."""
+
+    await rpc.serve("builder", register, arguments.host, arguments.port, before_stop=jobs.close, on_stop=stop)
+
+
+if __name__ == "__main__":
+    sys.exit(rpc.main("builder", run(parse())))

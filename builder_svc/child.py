@@ -1,0 +1,96 @@
+"""The process of one build: `python -m builder_svc.child`, which `builder_svc/process.py` starts and listens to."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from builder_svc.options import Progress
+from builder_svc.process import GRACE, BuildRequest, Failed, Progressed, Result
+from engine.errors import EnginehouseError, ResourceExhausted
+from engine.store import open_store
+from protos.rpc import to_failure
+
+Build = Callable[[BuildRequest, Progress], Result]
+
+log = logging.getLogger(__name__)
+
+
+def build(request: BuildRequest, progress: Progress) -> Result:
+    """The build itself."""
+    from builder_svc import pipeline  # imports torch, which takes seconds
+
+    built = pipeline.build(
+        Path(request.checkpoint),
+        open_store(request.store),
+        request.options,
+        work_dir=Path(request.work_dir) if request.work_dir else None,
+        progress=progress,
+    )
+    return Result(built.manifest.engine_id, built.reused)
+
+
+def main(build: Build = build) -> int:
+    """Takes one request from stdin and writes events to stdout; the exit status.
+
+    SIGTERM ends it in an orderly way, and so does the end of stdin, which comes when the service dies.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    events = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no event
+    lock = threading.Lock()
+
+    def send(event: Progressed | Result | Failed) -> None:
+        with lock:
+            events.write(msgspec.json.encode(event) + b"\n")
+            events.flush()
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _be_first_to_die()
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        line = stdin.readline()
+    threading.Thread(target=_end_with_service, name="end-with-service", daemon=True).start()
+    try:
+        request = msgspec.json.decode(line, type=BuildRequest)
+        result = build(request, lambda *step: send(Progressed(*step)))
+    except Exception as error:
+        if not isinstance(error, EnginehouseError):
+            log.exception("the build failed")
+        failure = to_failure(_out_of_memory(error) or error)
+        send(Failed(failure.code, failure.reason, failure.message, dict(failure.metadata)))
+        return 1
+    send(result)
+    return 0
+
+
+def _end_with_service() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _be_first_to_die() -> None:
+    """When memory runs out, the kernel is to end the build and not the service."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+def _out_of_memory(error: Exception) -> EnginehouseError | None:
+    """Of an allocation that failed, whoever tried it: Python, or torch on the CPU or on a GPU."""
+    name, text = type(error).__name__, str(error)
+    if name in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
+        return ResourceExhausted(f"the build ran out of memory: {name}: {text}", reason="BUILD_OUT_OF_MEMORY")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

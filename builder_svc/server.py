@@ -1,0 +1,134 @@
+"""The builder's servicer: checks what comes over the wire and hands it to the jobs and the registry."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from builder_svc.jobs import Jobs
+from builder_svc.options import BuildOptions
+from builder_svc.process import BuildRequest
+from engine import registry
+from engine.errors import InvalidArgument, NotFound, PermissionDenied
+from engine.store import Store
+from protos.v1 import builder_pb2_grpc
+from protos.v1.builder_pb2 import (
+    DEVICE_KIND_CPU,
+    DEVICE_KIND_CUDA,
+    DEVICE_KIND_UNSPECIFIED,
+    Build,
+    BuildEvent,
+    BuildSpec,
+    CancelBuildRequest,
+    DeviceKind,
+    GetBuildRequest,
+    ListBuildsRequest,
+    ListBuildsResponse,
+    ListModelNamesRequest,
+    ListModelNamesResponse,
+    ModelName,
+    SetModelNameRequest,
+    SubmitBuildRequest,
+    WatchBuildRequest,
+)
+
+_DEVICES = {DEVICE_KIND_UNSPECIFIED: "cpu", DEVICE_KIND_CPU: "cpu", DEVICE_KIND_CUDA: "cuda"}
+_LIMITS = ("max_batch_size", "max_seq_len", "max_num_tokens")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class BuilderServicer(builder_pb2_grpc.BuilderServicer):
+    """The service `Builder` of protos/v1/builder.proto.
+
+    Args:
+        checkpoint_root: a directory; only checkpoints in it are built.
+    """
+
+    def __init__(self, jobs: Jobs, store: Store, checkpoint_root: Path) -> None:
+        self._jobs = jobs
+        self._store = store
+        self._root = checkpoint_root.resolve(strict=True)
+
+    async def SubmitBuild(self, request: SubmitBuildRequest, _context: Context) -> Build:
+        if request.model:
+            registry.check_name(request.model)
+        options = read_options(request.spec)
+        checkpoint = await asyncio.to_thread(find_checkpoint, self._root, request.spec.checkpoint)
+        work = BuildRequest(str(checkpoint), self._store.url, options)
+        return self._jobs.submit(work, request.spec, request.model)
+
+    async def WatchBuild(self, request: WatchBuildRequest, _context: Context) -> AsyncIterator[BuildEvent]:
+        async for event in self._jobs.find(request.build_id).events():
+            yield event
+
+    async def GetBuild(self, request: GetBuildRequest, _context: Context) -> Build:
+        return self._jobs.find(request.build_id).build
+
+    async def ListBuilds(self, _request: ListBuildsRequest, _context: Context) -> ListBuildsResponse:
+        return ListBuildsResponse(builds=self._jobs.builds())
+
+    async def CancelBuild(self, request: CancelBuildRequest, _context: Context) -> Build:
+        return await self._jobs.cancel(request.build_id)
+
+    async def ListModelNames(self, _request: ListModelNamesRequest, _context: Context) -> ListModelNamesResponse:
+        def read() -> list[ModelName]:
+            return [_model_name(registry.resolve(self._store, name)) for name in registry.names(self._store)]
+
+        return ListModelNamesResponse(models=await asyncio.to_thread(read))
+
+    async def SetModelName(self, request: SetModelNameRequest, _context: Context) -> ModelName:
+        registry.check_name(request.name)
+        return _model_name(await asyncio.to_thread(registry.set_name, self._store, request.name, request.engine_id))
+
+
+def read_options(spec: BuildSpec) -> BuildOptions:
+    """The options in a spec. Raises InvalidArgument naming the value."""
+    device = _DEVICES.get(spec.target.device)
+    if device is None:
+        known = ", ".join(DeviceKind.Name(kind) for kind in _DEVICES)
+        raise InvalidArgument(f"target.device {spec.target.device}: choose one of {known}")
+    return BuildOptions(
+        dtype=spec.dtype or "auto",
+        device=device,
+        compute_capability=spec.target.compute_capability or None,
+        **{field.name: value for field, value in spec.ListFields() if field.name in _LIMITS},
+    )
+
+
+def find_checkpoint(root: Path, checkpoint: str) -> Path:
+    """The directory that a client means, without symbolic links.
+
+    Args:
+        root: resolved; relative paths are relative to it.
+
+    Raises:
+        InvalidArgument: no path at all.
+        PermissionDenied: not in the root, whether it exists or not.
+        NotFound: no directory there.
+    """
+    if not checkpoint or "\0" in checkpoint:
+        raise InvalidArgument(f"checkpoint {checkpoint!r}: give a directory under the builder's checkpoint root")
+    try:
+        path = (root / checkpoint).resolve()
+        inside = path.is_relative_to(root)
+        found = inside and path.is_dir()
+    except (OSError, RuntimeError):  # a name too long, a circle of links
+        inside, found = True, False
+    if not inside:
+        raise PermissionDenied(
+            f"checkpoint {checkpoint!r} is outside of {root}, the builder's --checkpoint-root: move it there, or start "
+            "the builder with another root",
+            reason="CHECKPOINT_OUTSIDE_ROOT",
+        )
+    if not found:
+        raise NotFound(
+            f"no directory {checkpoint!r} under the builder's checkpoint root {root}", reason="CHECKPOINT_NOT_FOUND"
+        )
+    return path
+
+
+def _model_name(record: registry.NameRecord) -> ModelName:
+    return ModelName(name=record.name, sequence=record.sequence, engine_id=record.engine_id)

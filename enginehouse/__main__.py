@@ -1,0 +1,5 @@
+"""`python -m enginehouse` is the `enginehouse` command."""
+
+from enginehouse.cli import main
+
+main(prog_name="enginehouse")

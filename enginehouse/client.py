@@ -1,0 +1,163 @@
+"""Clients of the three services for asyncio: an `async with` block each, errors as EnginehouseError."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar
+
+import grpc
+
+from engine.errors import EnginehouseError, InvalidArgument, Unavailable
+from protos.rpc import CHANNEL_OPTIONS, from_rpc_error
+from protos.v1 import builder_pb2, executor_pb2, gateway_pb2
+from protos.v1.builder_pb2_grpc import BuilderStub
+from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
+from protos.v1.executor_pb2_grpc import ExecutorStub
+from protos.v1.gateway_pb2_grpc import GatewayStub
+
+Prompt = str | Sequence[int] | Sequence[gateway_pb2.ChatMessage]
+"""Text, token ids or a conversation."""
+
+_Reply = TypeVar("_Reply")
+
+
+class _Client:
+    service: ClassVar[str]
+    remedy: ClassVar[str] = ""
+
+    def __init__(self, address: str) -> None:
+        """`address` is host:port; nothing is connected before the first call."""
+        self.address = address
+
+    async def __aenter__(self) -> Self:
+        options: list[tuple[str, int]] = list(CHANNEL_OPTIONS)
+        if is_loopback(self.address):
+            options.append(("grpc.enable_http_proxy", 0))  # $http_proxy leads nowhere near this machine's own services
+        self._channel = grpc.aio.insecure_channel(self.address, options=options)
+        self._connect(self._channel)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    def _connect(self, channel: grpc.aio.Channel) -> None:
+        raise NotImplementedError
+
+    async def _reply(self, call: Awaitable[_Reply]) -> _Reply:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise self._known(error) from None
+
+    async def _replies(self, call: "grpc.aio.UnaryStreamCall[Any, _Reply]") -> AsyncGenerator[_Reply, None]:
+        received = False
+        try:
+            async for reply in call:
+                received = True
+                yield reply
+        except grpc.aio.AioRpcError as error:
+            raise self._known(error, lost=received) from None
+        finally:
+            call.cancel()
+
+    def _known(self, error: grpc.aio.AioRpcError, *, lost: bool = False) -> EnginehouseError:
+        """The service's own error in its own words, or what is wrong with the connection."""
+        own = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata())
+        if own or error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return from_rpc_error(error)
+        if lost:
+            return Unavailable(f"lost the {self.service} at {self.address}", reason="CONNECTION_LOST")
+        return Unavailable(f"no {self.service} answers at {self.address}{self.remedy}", reason="NOT_REACHABLE")
+
+
+class GatewayClient(_Client):
+    """Prompts in, text and tokens out."""
+
+    service = "gateway"
+    remedy = ": start a cluster with `enginehouse up`, or say where one is with --gateway HOST:PORT"
+
+    def _connect(self, channel: grpc.aio.Channel) -> None:
+        self._stub = GatewayStub(channel)
+
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        sampling: SamplingParams | None = None,
+        stopping: StoppingCriteria | None = None,
+        stop: Sequence[str] = (),
+    ) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
+        """New text and tokens as they come, with a finish in the last message.
+
+        Ending the iteration (or cancelling the task) cancels the request.
+
+        Args:
+            stop: strings that end the text.
+
+        Raises:
+            InvalidArgument: text that is not valid Unicode, and whatever the gateway refuses.
+        """
+        try:
+            request = gateway_pb2.GenerateRequest(model=model, sampling=sampling, stopping=stopping, stop=stop)
+            if isinstance(prompt, str):
+                request.text = prompt
+            elif prompt and isinstance(prompt[0], gateway_pb2.ChatMessage):
+                request.chat.messages.extend(prompt)  # type: ignore[arg-type]  # one kind throughout
+            else:
+                request.token_ids.CopyFrom(TokenIds(ids=prompt))  # type: ignore[arg-type]
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"text that is not valid Unicode: {error.object[:40]!r}") from None
+        return self._replies(self._stub.Generate(request))
+
+    async def models(self) -> list[gateway_pb2.Model]:
+        """What is served, by name."""
+        reply = await self._reply(self._stub.ListModels(gateway_pb2.ListModelsRequest()))
+        return sorted(reply.models, key=lambda model: model.name)
+
+
+class BuilderClient(_Client):
+    """Builds as jobs."""
+
+    service = "builder"
+
+    def _connect(self, channel: grpc.aio.Channel) -> None:
+        self._stub = BuilderStub(channel)
+
+    async def submit(self, spec: builder_pb2.BuildSpec, model: str = "") -> builder_pb2.Build:
+        """Queues a build, whose engine gets the name `model` unless it is empty."""
+        return await self._reply(self._stub.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec, model=model)))
+
+    def watch(self, build_id: str) -> AsyncGenerator[builder_pb2.BuildEvent, None]:
+        """The job's events from the first on; the last one has its final state."""
+        return self._replies(self._stub.WatchBuild(builder_pb2.WatchBuildRequest(build_id=build_id)))
+
+    async def cancel(self, build_id: str) -> builder_pb2.Build:
+        """Ends a job; one that has ended stays as it is."""
+        request = builder_pb2.CancelBuildRequest(build_id=build_id)
+        return await asyncio.wait_for(self._reply(self._stub.CancelBuild(request)), timeout=10)
+
+
+class ExecutorClient(_Client):
+    """Engines in and out of an executor's memory."""
+
+    service = "executor"
+
+    def _connect(self, channel: grpc.aio.Channel) -> None:
+        self._stub = ExecutorStub(channel)
+
+    def load(self, engine_id: str) -> AsyncGenerator[executor_pb2.LoadEngineProgress, None]:
+        """Loads an engine; the last message holds its status, ready to serve."""
+        return self._replies(self._stub.LoadEngine(executor_pb2.LoadEngineRequest(engine_id=engine_id)))
+
+    async def status(self) -> executor_pb2.ExecutorStatus:
+        """What is loaded, and how busy it is."""
+        return await self._reply(self._stub.GetStatus(executor_pb2.GetStatusRequest()))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a host:port is on this machine."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or host.startswith("127.") or host == "::1"

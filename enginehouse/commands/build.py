@@ -1,0 +1,201 @@
+"""`enginehouse build`: a checkpoint becomes an engine, in this process or by a builder."""
+
+import asyncio
+import json
+import shlex
+import time
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from engine import registry
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, Unavailable
+from engine.store import open_store
+from enginehouse.client import BuilderClient, is_loopback
+from enginehouse.home import Home
+from enginehouse.progress import Bars, format_bytes, stderr
+from protos.rpc import from_failure
+from protos.v1.builder_pb2 import (
+    BUILD_STATE_CANCELLED,
+    BUILD_STATE_FAILED,
+    BUILD_STATE_SUCCEEDED,
+    DEVICE_KIND_CPU,
+    DEVICE_KIND_CUDA,
+    Build,
+    BuildSpec,
+    Target,
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a person chose about a build; None leaves it to the builder."""
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    compute_capability: str | None = None
+    max_batch_size: int | None = None
+    max_seq_len: int | None = None
+    max_num_tokens: int | None = None
+
+    def spec(self, checkpoint: str) -> BuildSpec:
+        """The same on the wire."""
+        return BuildSpec(
+            checkpoint=checkpoint,
+            dtype=self.dtype,
+            target=Target(
+                device=DEVICE_KIND_CUDA if self.device == "cuda" else DEVICE_KIND_CPU,
+                compute_capability=self.compute_capability or "",
+            ),
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            max_num_tokens=self.max_num_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it; `size`, in bytes, is known where the store is."""
+
+    name: str
+    engine_id: str
+    reused: bool
+    seconds: float
+    size: int | None = None
+
+
+def run(
+    checkpoint: str,
+    choices: Choices,
+    *,
+    name: str | None,
+    home: Home,
+    store: str | None,
+    builder: str | None,
+    as_json: bool,
+) -> None:
+    """Builds, or has it built when `builder` is given, and says what came of it."""
+    console = stderr()
+    name = registry.check_name(name) if name else default_name(checkpoint)
+    if builder:
+        result = asyncio.run(_build_there(checkpoint, choices, name, builder, console))
+    else:
+        result = _build_here(Path(checkpoint).expanduser(), choices, name, home, store, console)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "name": result.name,
+                    "engine_id": result.engine_id,
+                    "reused": result.reused,
+                    "seconds": round(result.seconds, 3),
+                    "size": result.size,
+                }
+            )
+        )
+        return
+    verb = "found, nothing to build" if result.reused else "built"
+    size = f", {format_bytes(result.size)}" if result.size is not None else ""
+    print(f"{result.name}: engine {result.engine_id[:12]}{size}, {verb} in {result.seconds:.1f} s")
+    print(f"engine id: {result.engine_id}")
+    if not builder:
+        print(f"next:      enginehouse up {result.name}{same_place(home, store)}")
+
+
+def default_name(checkpoint: str) -> str:
+    """The name of the checkpoint's directory. Raises InvalidArgument when it cannot be a model's name."""
+    name = Path(checkpoint).expanduser().resolve().name
+    try:
+        return registry.check_name(name)
+    except InvalidArgument:
+        raise InvalidArgument(
+            f"the directory's name {name!r} cannot name a model (1 to 128 letters, digits and . _ -): "
+            "`build` takes one with --name, `up` as NAME=CHECKPOINT",
+            reason="MODEL_NAME_INVALID",
+        ) from None
+
+
+async def follow(builder: BuilderClient, spec: BuildSpec, name: str, bars: Bars, console: Console) -> Build:
+    """Submits a build and shows its progress until it has succeeded. Cancelled, it cancels the build and says so.
+
+    Raises:
+        EnginehouseError: the build's own error, or that it was cancelled by somebody else.
+    """
+    job = await builder.submit(spec, name)
+    try:
+        async with aclosing(builder.watch(job.build_id)) as events:
+            async for event in events:
+                if event.WhichOneof("event") == "progress":
+                    step = event.progress
+                    bars.update(step.phase, step.done, step.total, step.unit)
+                else:
+                    job = event.state
+    except asyncio.CancelledError:
+        await _cancel(builder, job.build_id, console)
+        raise
+    if job.state == BUILD_STATE_FAILED:
+        raise from_failure(job.failure)
+    if job.state == BUILD_STATE_CANCELLED:
+        raise FailedPrecondition(f"build {job.build_id} was cancelled", reason="BUILD_CANCELLED")
+    if job.state != BUILD_STATE_SUCCEEDED:
+        raise Unavailable(f"the builder at {builder.address} stopped reporting before build {job.build_id} had ended")
+    return job
+
+
+async def _cancel(builder: BuilderClient, build_id: str, console: Console) -> None:
+    try:
+        await builder.cancel(build_id)
+    except (EnginehouseError, TimeoutError) as error:
+        console.print(f"could not cancel build {build_id}: {error}")
+    else:
+        console.print(f"cancelled build {build_id}")
+
+
+async def _build_there(checkpoint: str, choices: Choices, name: str, address: str, console: Console) -> Result:
+    began = time.monotonic()
+    async with BuilderClient(address) as builder:
+        with Bars(console, name) as bars:
+            job = await follow(builder, choices.spec(_path_there(checkpoint, address)), name, bars, console)
+    return Result(name, job.engine_id, job.reused, time.monotonic() - began)
+
+
+def _path_there(checkpoint: str, address: str) -> str:
+    """A builder on this machine sees the same files; to another one the path is under its own checkpoint root."""
+    local = Path(checkpoint).expanduser()
+    return str(local.resolve()) if is_loopback(address) and local.is_dir() else checkpoint
+
+
+def _build_here(
+    checkpoint: Path, choices: Choices, name: str, home: Home, store_url: str | None, console: Console
+) -> Result:
+    began = time.monotonic()  # with the seconds that the import of torch takes: the person waits for them, too
+    try:
+        from builder_svc.options import BuildOptions
+        from builder_svc.pipeline import build
+    except ModuleNotFoundError as error:
+        raise FailedPrecondition(
+            f"building in this process needs {error.name}: pip install 'enginehouse[builder]', "
+            "or have it built with --builder HOST:PORT",
+            reason="EXTRA_MISSING",
+        ) from None
+    chosen = {key: value for key, value in vars(choices).items() if value is not None}
+    options = BuildOptions(**chosen)
+    home.make()
+    store = open_store(store_url or home.store)
+    try:
+        with Bars(console, name) as bars:
+            built = build(checkpoint, store, options, work_dir=home.work, progress=bars.update)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        raise
+    registry.set_name(store, name, built.manifest.engine_id)
+    size = sum(file.size for file in built.manifest.files())
+    return Result(name, built.manifest.engine_id, built.reused, time.monotonic() - began, size)
+
+
+def same_place(home: Home, store: str | None) -> str:
+    """The options with which another command finds this data folder and store; empty for the default ones."""
+    data = "" if home == Home.find() else f" --data {shlex.quote(str(home.root))}"
+    return data if store in (None, home.store) else f"{data} --store {shlex.quote(str(store))}"

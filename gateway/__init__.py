@@ -1,0 +1,1 @@
+"""Prompt -> executor -> text: tokenizers, chat templates, routing, incremental text."""

@@ -1,0 +1,50 @@
+"""python -m gateway: the gateway as a process."""
+
+import argparse
+import sys
+
+from engine.store import open_store
+from gateway.router import Router
+from gateway.server import Gateway
+from protos.rpc import main, serve
+from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8500")
+    return text
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m gateway", description="Prompt -> executor -> text, over gRPC.")
+    parser.add_argument("--store", required=True, metavar="URL", help="where the engines are: a directory or file://")
+    parser.add_argument(
+        "--executor",
+        required=True,
+        action="append",
+        type=_address,
+        metavar="HOST:PORT",
+        help="an executor; repeat it for more. Those that are down are connected when they come up",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
+    parser.add_argument("--port", default=8400, type=int, help="port to listen on, 0 for a free one [%(default)s]")
+    return parser.parse_args()
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    router = Router(arguments.executor)
+    gateway = Gateway(open_store(arguments.store), router)
+    router.start()
+    await serve(
+        "gateway",
+        lambda server: add_GatewayServicer_to_server(gateway, server),
+        arguments.host,
+        arguments.port,
+        on_stop=router.stop,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("gateway", _run(_arguments())))

@@ -1,0 +1,211 @@
+"""The gateway's connection to one executor: one Run stream that carries all requests."""
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from engine.errors import EnginehouseError, Unavailable
+from gateway.inbox import Inbox
+from protos.rpc import CHANNEL_OPTIONS, from_failure
+from protos.v1.executor_pb2 import (
+    ENGINE_STATE_READY,
+    Cancel,
+    Command,
+    EngineLoad,
+    ExecutorStatus,
+    GetStatusRequest,
+    StepOutput,
+    Submit,
+)
+from protos.v1.executor_pb2_grpc import ExecutorStub
+
+if TYPE_CHECKING:
+    from protos.v1.executor_pb2_grpc import ExecutorAsyncStub
+
+_POLL_INTERVAL = 1.0  # seconds between two GetStatus
+_STATUS_TIMEOUT = 5.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 3.0  # seconds between attempts to connect
+_RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 3000)]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class View:
+    """An executor as a request for one engine sees it.
+
+    Attributes:
+        address: HOST:PORT.
+        connected: it answers, and the Run stream stands.
+        ready: it has the engine loaded.
+        requests: that it works on for this engine or that wait there, of all gateways.
+        queued_tokens: known to it and not computed yet.
+    """
+
+    address: str
+    connected: bool
+    ready: bool
+    requests: int
+    queued_tokens: int
+
+
+class Link:
+    """Connects, stays connected, sends requests and hands their tokens out; knows how busy the executor is."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, *_RECONNECT])
+        self._stub: ExecutorAsyncStub = ExecutorStub(self._channel)
+        self._connected = False
+        self._answers = False
+        self._loads: dict[str, EngineLoad] = {}  # of the engines that are ready
+        self._handles = itertools.count(1)
+        self._inboxes: dict[int, Inbox] = {}
+        self._live: Counter[str] = Counter()  # requests of this gateway, by engine
+        self._commands: asyncio.Queue[Command] = asyncio.Queue()
+
+    def view(self, engine_id: str) -> View:
+        """The executor as it is now. Own requests count from the moment they are sent, others' with its next report."""
+        load = self._loads.get(engine_id)
+        reported = load.running + load.waiting if load else 0
+        return View(
+            address=self.address,
+            connected=self._connected and self._answers,
+            ready=load is not None,
+            requests=max(reported, self._live[engine_id]),
+            queued_tokens=load.queued_tokens if load else 0,
+        )
+
+    @contextmanager
+    def request(self, submit: Submit) -> Iterator[Inbox]:
+        """Sends a request and gives its inbox. A request that has not ended when the context ends is cancelled."""
+        handle = submit.handle = next(self._handles) & 0xFFFF_FFFF
+        inbox = self._inboxes[handle] = Inbox(submit.engine_id)
+        self._live[inbox.engine_id] += 1
+        self._commands.put_nowait(Command(submit=submit))
+        try:
+            yield inbox
+        finally:
+            self._cancel(handle)
+
+    async def run(self) -> None:
+        """Connects, again and again, until it is cancelled."""
+        pause, told = _FIRST_PAUSE, False
+        try:
+            while True:
+                begun = time.monotonic()
+                reason = await self._session()
+                stood = time.monotonic() - begun > _STATUS_TIMEOUT
+                pause = _FIRST_PAUSE if stood and self._connected else min(2 * pause, _LONGEST_PAUSE)
+                if self._connected or not told:
+                    log.warning("executor %s: %s", self.address, reason)
+                    told = True
+                self._disconnect(reason)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+        finally:
+            self._disconnect("the gateway stops")
+            await self._channel.close()
+
+    async def _session(self) -> str:
+        """One Run stream from its beginning to its end; says what ended it."""
+        try:
+            self._note(await self._stub.GetStatus(GetStatusRequest(), timeout=_STATUS_TIMEOUT))
+            self._commands = asyncio.Queue()
+            call = self._stub.Run(_drain(self._commands))
+            self._connected = self._answers = True
+            log.info("executor %s: connected", self.address)
+            poll = asyncio.create_task(self._poll())
+            try:
+                async for step in call:
+                    self._deliver(step)
+            finally:
+                poll.cancel()
+                call.cancel()
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name}: {error.details()}"
+        except Exception as error:  # whatever it sent: a link must not die of it
+            log.exception("executor %s", self.address)
+            return f"{type(error).__name__}: {error}"
+        return "it ended the Run stream"
+
+    async def _poll(self) -> None:
+        """Keeps the status fresh. An executor that does not answer gets no new requests; its Run stream may still live."""
+        while True:
+            await asyncio.sleep(_POLL_INTERVAL)
+            try:
+                self._note(await self._stub.GetStatus(GetStatusRequest(), timeout=_STATUS_TIMEOUT))
+                self._answers = True
+            except grpc.aio.AioRpcError as error:
+                if self._answers:
+                    log.warning(
+                        "executor %s: does not answer: %s: %s", self.address, error.code().name, error.details()
+                    )
+                self._answers = False
+
+    def _note(self, status: ExecutorStatus) -> None:
+        self._loads = {engine.engine_id: engine.load for engine in status.engines if engine.state == ENGINE_STATE_READY}
+
+    def _deliver(self, step: StepOutput) -> None:
+        inboxes = self._inboxes
+        for started in step.started:
+            if inbox := inboxes.get(started.handle):
+                inbox.cached_tokens = started.cached_tokens
+        token_ids, end = list(step.token_ids), 0
+        for handle, count in zip(step.handles, step.counts or itertools.repeat(1), strict=False):
+            begin, end = end, end + count
+            if inbox := inboxes.get(handle):
+                inbox.push(token_ids[begin:end])
+                if inbox.closed:
+                    self._cancel(handle)
+        for finished in step.finished:
+            if inbox := self._forget(finished.handle):
+                inbox.finish(finished.finish)
+        for failed in step.failed:
+            self._fail(failed.handle, from_failure(failed.failure))
+        if step.HasField("engine_lost"):
+            lost = step.engine_lost
+            self._loads.pop(lost.engine_id, None)
+            for handle in [handle for handle, inbox in inboxes.items() if inbox.engine_id == lost.engine_id]:
+                self._fail(handle, from_failure(lost.failure))
+        elif step.HasField("load") and step.load.engine_id in self._loads:
+            self._loads[step.load.engine_id] = step.load
+
+    def _disconnect(self, reason: str) -> None:
+        self._connected = self._answers = False
+        self._loads = {}
+        for handle in list(self._inboxes):
+            error = Unavailable(
+                f"executor {self.address} was lost ({reason}): send the request again",
+                reason="EXECUTOR_LOST",
+                metadata={"executor": self.address},
+            )
+            self._fail(handle, error)
+
+    def _fail(self, handle: int, error: EnginehouseError) -> None:
+        if inbox := self._forget(handle):
+            inbox.fail(error)
+
+    def _cancel(self, handle: int) -> None:
+        """Cancels a request that has not ended; does nothing for one that has."""
+        if self._forget(handle):
+            self._commands.put_nowait(Command(cancel=Cancel(handles=[handle])))
+
+    def _forget(self, handle: int) -> Inbox | None:
+        inbox = self._inboxes.pop(handle, None)
+        if inbox:
+            self._live[inbox.engine_id] -= 1
+        return inbox
+
+
+async def _drain(commands: asyncio.Queue[Command]) -> AsyncIterator[Command]:
+    while True:
+        yield await commands.get()

@@ -1,0 +1,111 @@
+"""From a model's name to its engine, its limits and its tokenizer, out of the store."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import msgspec
+
+from engine import blobs, registry
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
+from engine.manifest import FileRef, Manifest
+from engine.store import Store
+from gateway.cache import Cache
+from gateway.tokenizer import Tokenizer, TokenizerConfig
+
+_NAME_TTL = 2.0  # seconds until a name that was given to another engine is noticed
+_KEPT_TOKENIZERS = 32  # some 50 MB each for a vocabulary of 150,000
+_KEPT_ENGINES = 4096
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What is kept of a manifest; chunk digests make the whole one large."""
+
+    vocab_size: int
+    max_seq_len: int
+    tokenizer: FileRef
+    config: TokenizerConfig
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the gateway knows of an engine under one of its names."""
+
+    name: str
+    engine_id: str
+    vocab_size: int
+    max_seq_len: int
+    has_chat_template: bool
+
+
+class Models:
+    """Reads the store in threads, and what it has read once it keeps."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._names = Cache(lambda name: registry.resolve(store, name).engine_id, _KEPT_ENGINES, _NAME_TTL)
+        self._engines = Cache(self._read_engine, _KEPT_ENGINES)
+        self._tokenizers = Cache(self._read_tokenizer, _KEPT_TOKENIZERS)
+
+    async def get(self, name: str) -> Model:
+        """The model of a name. Raises NotFound with the names there are."""
+        if not name:
+            known = ", ".join(await asyncio.to_thread(registry.names, self._store)) or "none yet"
+            raise InvalidArgument(f"no model given: set `model`; there are: {known}", reason="MODEL_MISSING")
+        engine_id = await self._names.get(name)
+        engine = await self._engines.get(engine_id)
+        return Model(
+            name=name,
+            engine_id=engine_id,
+            vocab_size=engine.vocab_size,
+            max_seq_len=engine.max_seq_len,
+            has_chat_template=engine.config.chat_template is not None,
+        )
+
+    async def tokenizer(self, engine_id: str) -> Tokenizer:
+        """The engine's tokenizer. Raises FailedPrecondition if it has none that can be read."""
+        return await self._tokenizers.get(engine_id)
+
+    async def list(self) -> list[Model]:
+        """Every name whose engine can be read; the others are logged."""
+        names = await asyncio.to_thread(registry.names, self._store)
+        found = await asyncio.gather(*(self.get(name) for name in names), return_exceptions=True)
+        for name, model in zip(names, found, strict=True):
+            if isinstance(model, EnginehouseError):
+                log.warning("model %s: %s", name, model.message)
+            elif isinstance(model, BaseException):
+                raise model
+        return [model for model in found if isinstance(model, Model)]
+
+    def _read_engine(self, engine_id: str) -> _Engine:
+        manifest = registry.manifest(self._store, engine_id)
+        data = blobs.read(self._store, _tokenizer_file(manifest, "tokenizer_config.json"))
+        try:
+            config = msgspec.json.decode(data, type=TokenizerConfig)
+        except msgspec.MsgspecError as error:
+            raise FailedPrecondition(
+                f"tokenizer_config.json of engine {engine_id[:12]} cannot be read ({error}): build the engine again",
+                reason="TOKENIZER_INVALID",
+            ) from None
+        return _Engine(
+            vocab_size=manifest.model.vocab_size,
+            max_seq_len=manifest.limits.max_seq_len,
+            tokenizer=_tokenizer_file(manifest, "tokenizer.json"),
+            config=config,
+        )
+
+    def _read_tokenizer(self, engine_id: str) -> Tokenizer:
+        engine = self._read_engine(engine_id)
+        return Tokenizer(blobs.read(self._store, engine.tokenizer), engine.config)
+
+
+def _tokenizer_file(manifest: Manifest, name: str) -> FileRef:
+    for file in manifest.tokenizer:
+        if file.name == name:
+            return file
+    raise FailedPrecondition(
+        f"engine {manifest.engine_id[:12]} has no {name}: build it again", reason="TOKENIZER_MISSING"
+    )

@@ -1,0 +1,120 @@
+"""The Gateway service: names to engines, text to tokens, tokens to an executor and back to text."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from engine.errors import InvalidArgument
+from engine.store import Store
+from gateway.inbox import Inbox
+from gateway.models import Model, Models
+from gateway.router import Router
+from gateway.submission import check, check_token_ids, submission
+from gateway.tokenizer import Tokenizer
+from gateway.transcript import Transcript
+from gateway.turns import Turns
+from protos.v1 import gateway_pb2 as wire
+from protos.v1.common_pb2 import FINISH_REASON_STOP, FinishInfo, Usage
+from protos.v1.executor_pb2 import Submit
+from protos.v1.gateway_pb2_grpc import GatewayServicer
+
+_LONG_TEXT = 4000  # characters, 2 ms of tokenizing; longer ones leave the event loop
+_TRACE_KEYS = ("traceparent", "tracestate")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Gateway(GatewayServicer):
+    """Thin: each step of a request has its own module. `transcript.py` makes text, `link.py` speaks with the executor."""
+
+    def __init__(self, store: Store, router: Router) -> None:
+        self._models = Models(store)
+        self._router = router
+        self._turns = Turns()
+
+    async def Generate(self, request: wire.GenerateRequest, context: Context) -> AsyncIterator[wire.GenerateResponse]:
+        check(request)
+        model = await self._models.get(request.model)
+        tokenizer = await self._models.tokenizer(model.engine_id)
+        submit = submission(request, model, await _prompt(request, tokenizer))
+        _carry_context(submit, context)
+        transcript = Transcript(tokenizer.detokenizer(submit.token_ids, _skip_special(request)), request.stop)
+        usage = Usage(prompt_tokens=len(submit.token_ids))
+        with self._router.choose(model.name, model.engine_id).request(submit) as inbox:
+            while True:
+                await inbox.wait()
+                async with self._turns.turn():
+                    response = _respond(inbox, transcript, usage)
+                    if response.HasField("finish"):
+                        break
+                    yield response
+        yield response  # outside: a stop string's cancel does not wait for a slow client
+
+    async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
+        if request.WhichOneof("input") is None:
+            raise InvalidArgument("nothing to tokenize: set `text` or `chat`", reason="PROMPT_MISSING")
+        model = await self._models.get(request.model)
+        tokenizer = await self._models.tokenizer(model.engine_id)
+        return wire.TokenizeResponse(token_ids=await _prompt(request, tokenizer))
+
+    async def Detokenize(self, request: wire.DetokenizeRequest, _context: Context) -> wire.DetokenizeResponse:
+        model = await self._models.get(request.model)
+        check_token_ids(request.token_ids, model)
+        tokenizer = await self._models.tokenizer(model.engine_id)
+        return wire.DetokenizeResponse(text=tokenizer.decode(request.token_ids, _skip_special(request)))
+
+    async def ListModels(self, _request: wire.ListModelsRequest, _context: Context) -> wire.ListModelsResponse:
+        return wire.ListModelsResponse(models=[self._describe(model) for model in await self._models.list()])
+
+    def _describe(self, model: Model) -> wire.Model:
+        return wire.Model(
+            name=model.name,
+            engine_id=model.engine_id,
+            ready_executors=self._router.ready(model.engine_id),
+            max_seq_len=model.max_seq_len,
+            has_chat_template=model.has_chat_template,
+        )
+
+
+def _respond(inbox: Inbox, transcript: Transcript, usage: Usage) -> wire.GenerateResponse:
+    """What has come since the last response. Raises what the request failed with."""
+    delta = inbox.take()
+    token_ids, text = transcript.push(delta.token_ids)
+    finish = delta.finish
+    if finish and not transcript.matched:
+        text += transcript.flush()
+    if transcript.matched:
+        finish = FinishInfo(reason=FINISH_REASON_STOP, stop_string=transcript.matched)
+    usage.completion_tokens += len(token_ids)
+    usage.cached_tokens = inbox.cached_tokens
+    return wire.GenerateResponse(text=text, token_ids=token_ids, usage=usage, finish=finish)
+
+
+async def _prompt(request: wire.GenerateRequest | wire.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    """The prompt's token ids, whichever way it was given."""
+    if isinstance(request, wire.GenerateRequest) and request.HasField("token_ids"):
+        return list(request.token_ids.ids)
+    if request.HasField("chat"):
+        messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
+        text, special = tokenizer.render(messages), False  # the template has written the special tokens
+    else:
+        text, special = request.text, request.add_special_tokens or not request.HasField("add_special_tokens")
+    if len(text) > _LONG_TEXT:
+        return await asyncio.to_thread(tokenizer.encode, text, special)
+    return tokenizer.encode(text, special)
+
+
+def _skip_special(request: wire.GenerateRequest | wire.DetokenizeRequest) -> bool:
+    return request.skip_special_tokens or not request.HasField("skip_special_tokens")
+
+
+def _carry_context(submit: Submit, context: Context) -> None:
+    """The call's deadline and trace context, for the executor."""
+    remaining = context.time_remaining()
+    if remaining is not None:
+        submit.timeout.FromNanoseconds(int(remaining * 1e9))
+    for key, value in context.invocation_metadata() or ():
+        if key in _TRACE_KEYS:
+            submit.trace_context[key] = value if isinstance(value, str) else value.decode()

@@ -1,0 +1,90 @@
+"""An engine's tokenizer: text and conversations to token ids, token ids to text."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import msgspec
+import tokenizers
+
+from engine.errors import FailedPrecondition
+from gateway.chat import ChatTemplate
+from gateway.detokenize import ByteLevelDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
+
+
+class TokenizerConfig(msgspec.Struct, frozen=True):
+    """An engine's tokenizer_config.json, as the builder writes it."""
+
+    bos_token: str | None = None
+    eos_token: str | None = None
+    chat_template: str | None = None
+
+
+class _Decoder(msgspec.Struct):
+    type: str = ""
+    decoders: list["_Decoder"] = []
+
+    def steps(self) -> list[str]:
+        return [step for inner in self.decoders for step in inner.steps()] if self.decoders else [self.type]
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The part of tokenizer.json that decides how tokens become text."""
+
+    decoder: _Decoder | None = None
+
+
+class Tokenizer:
+    """Safe to use from several threads."""
+
+    def __init__(self, file: bytes, config: TokenizerConfig) -> None:
+        """Reads tokenizer.json. Raises FailedPrecondition if it is none."""
+        try:
+            decoder = msgspec.json.decode(file, type=_TokenizerFile).decoder
+            self._tokenizer = tokenizers.Tokenizer.from_str(file.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise FailedPrecondition(
+                f"the engine's tokenizer.json cannot be read ({error}): build the engine again",
+                reason="TOKENIZER_INVALID",
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._config = config
+        special = frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+        self._left_out = {True: special, False: frozenset[int]()}  # by skip_special_tokens
+        self._bytes: dict[bool, TokenBytes] | None = None
+        if decoder and decoder.steps() == ["ByteLevel"]:
+            self._bytes = {skip: TokenBytes(self._tokenizer, left_out) for skip, left_out in self._left_out.items()}
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, with or without such as a beginning-of-sequence token."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation as text, up to where the assistant speaks; encode it without special tokens.
+
+        Raises:
+            FailedPrecondition: the model has no chat template, or a broken one.
+            InvalidArgument: the template refuses this conversation.
+        """
+        return self._chat_template.render(messages)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of token ids by themselves."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
+        """For tokens that continue a prompt."""
+        if self._bytes:
+            return ByteLevelDetokenizer(self._bytes[skip_special_tokens])
+        return WindowDetokenizer(self._tokenizer, prompt, self._left_out[skip_special_tokens])
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        config = self._config
+        if config.chat_template is None:
+            raise FailedPrecondition(
+                "the model has no chat template: send text or token ids instead of a chat",
+                reason="CHAT_TEMPLATE_MISSING",
+            )
+        known = {"bos_token": config.bos_token, "eos_token": config.eos_token}
+        return ChatTemplate(config.chat_template, {name: token for name, token in known.items() if token is not None})

@@ -1,0 +1,58 @@
+"""Checkpoints that transformers makes, small and odd; engines built of them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+os.environ["OMP_NUM_THREADS"] = "1"  # these models are small: a second thread costs more than it gives
+
+VOCAB_SIZE = 320
+TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void; 你好 🙂"
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer of at most VOCAB_SIZE ids: <s>, </s>, 256 bytes, a few merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def save_checkpoint(directory: Path, family: str = "llama", **changes: Any) -> Path:
+    """A random model of a family in Hugging Face layout, float32."""
+    import torch
+    import transformers
+
+    config_class, model_class = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    }[family]
+    settings = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2,
+        **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = model_class(config_class(**settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers begins with zeros, which would hide a bias that is left out
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA with an odd head_dim and grouped queries."""
+    return save_checkpoint(tmp_path_factory.mktemp("llama"), head_dim=20, num_attention_heads=6, num_key_value_heads=2)

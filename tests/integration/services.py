@@ -1,0 +1,48 @@
+"""Starts the real services as processes, each on a free port of the loopback interface."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Service:
+    """A running service."""
+
+    name: str
+    process: subprocess.Popen[str]
+    address: str
+    log: Path
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Ends it; its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+@contextlib.contextmanager
+def service(package: str, log: Path, *arguments: str) -> Iterator[Service]:
+    """`python -m package --port 0 arguments`, until the block ends; its log is shown if it does not come up."""
+    command = [sys.executable, "-m", package, "--port", "0", *arguments]
+    with log.open("a") as stderr:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert " listening on " in line, f"{package} did not start: {log.read_text()}"
+        yield Service(package, process, line.split()[-1], log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()

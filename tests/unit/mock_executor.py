@@ -1,0 +1,94 @@
+"""An Executor that records what it is told and says what the test has it say."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+
+from protos.v1.common_pb2 import FINISH_REASON_STOP, FinishInfo
+from protos.v1.executor_pb2 import (
+    ENGINE_STATE_READY,
+    Command,
+    EngineLoad,
+    EngineStatus,
+    ExecutorStatus,
+    Finished,
+    GetStatusRequest,
+    StepOutput,
+    Submit,
+)
+from protos.v1.executor_pb2_grpc import ExecutorServicer, add_ExecutorServicer_to_server
+
+EOS = FinishInfo(reason=FINISH_REASON_STOP, eos_token_id=1)
+
+
+class MockExecutor(ExecutorServicer):
+    def __init__(self, *ready: str) -> None:
+        self.ready = list(ready)
+        self.submits: asyncio.Queue[Submit] = asyncio.Queue()
+        self.cancels: asyncio.Queue[int] = asyncio.Queue()
+        self.streams = 0
+        self.status_fails: grpc.StatusCode | None = None
+        self._steps: asyncio.Queue[StepOutput | grpc.StatusCode] = asyncio.Queue()
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        add_ExecutorServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(self.address)
+        await self._server.start()
+
+    async def stop(self) -> None:
+        if self._server:
+            await self._server.stop(None)
+
+    async def GetStatus(self, request: GetStatusRequest, context: Any) -> ExecutorStatus:
+        if self.status_fails:
+            await context.abort(self.status_fails, "the test says so")
+        engines = [
+            EngineStatus(engine_id=i, state=ENGINE_STATE_READY, load=EngineLoad(engine_id=i)) for i in self.ready
+        ]
+        return ExecutorStatus(engines=engines, device="cpu")
+
+    async def Run(self, commands: AsyncIterator[Command], context: Any) -> AsyncIterator[StepOutput]:
+        self.streams += 1
+        self._steps = steps = asyncio.Queue()
+        reader = asyncio.create_task(self._read(commands))
+        try:
+            while not isinstance(step := await steps.get(), grpc.StatusCode):
+                yield step
+            if step is not grpc.StatusCode.OK:
+                await context.abort(step, "the test says so")
+        finally:
+            reader.cancel()
+
+    async def _read(self, commands: AsyncIterator[Command]) -> None:
+        async for command in commands:
+            if command.HasField("submit"):
+                self.submits.put_nowait(command.submit)
+            for handle in command.cancel.handles:
+                self.cancels.put_nowait(handle)
+
+    def send(self, step: StepOutput) -> None:
+        self._steps.put_nowait(step)
+
+    def tokens(self, handle: int, token_ids: Sequence[int], finish: FinishInfo | None = None) -> None:
+        """One row, and the request's end if there is one."""
+        finished = [Finished(handle=handle, finish=finish)] if finish else []
+        self.send(StepOutput(handles=[handle], counts=[len(token_ids)], token_ids=token_ids, finished=finished))
+
+    def hang_up(self, code: grpc.StatusCode = grpc.StatusCode.OK) -> None:
+        """Ends the Run stream."""
+        self._steps.put_nowait(code)
+
+    async def submitted(self) -> Submit:
+        return await asyncio.wait_for(self.submits.get(), 5)
+
+    async def cancelled(self) -> int:
+        return await asyncio.wait_for(self.cancels.get(), 5)

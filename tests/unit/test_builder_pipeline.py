@@ -1,0 +1,257 @@
+"""From a checkpoint to an engine: what decides its id, what is written, and what bad checkpoints get."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from builder_svc import weights
+from builder_svc.checkpoint.digests import file_digests
+from builder_svc.options import BuildOptions
+from builder_svc.pipeline import build, build_identity, make_program, read_model
+from engine.blobs import blob_key, read
+from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from engine.fingerprint import Node
+from engine.manifest import engine_id
+from engine.opset import OPERATORS
+from engine.store import Store
+from executor_svc.loader import load_engine
+
+NODE = Node("cpu", {"torch": torch.__version__})
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to spoil."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def change_config(directory: Path, **changes: object) -> None:
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in changes.items():
+        if value is None:
+            config.pop(name, None)
+        else:
+            config[name] = value
+    file.write_text(json.dumps(config))
+
+
+def test_the_same_inputs_give_the_same_engine_and_the_second_build_is_a_lookup(
+    checkpoint: Path, copy: Path, store: Store
+) -> None:
+    phases = []
+    first = build(checkpoint, store, progress=lambda phase, *_: phases.append(phase))
+    assert list(dict.fromkeys(phases)) == ["checkpoint", "program", "weights", "upload", "publish"]
+    again = build(copy, store)
+    assert (first.reused, again.reused) == (False, True)
+    assert again.manifest == first.manifest
+    assert len(list(store.list("engines/"))) == 1
+
+
+def identify(path: Path, **options: object) -> str:
+    chosen = BuildOptions(**options)  # type: ignore[arg-type]
+    return engine_id(build_identity(read_model(path, chosen), chosen))
+
+
+def test_every_option_decides_the_engine(checkpoint: Path) -> None:
+    changes: list[dict[str, object]] = [
+        {},
+        {"dtype": "bfloat16"},
+        {"max_seq_len": 100},
+        {"max_batch_size": 3},
+        {"max_num_tokens": 99},
+        {"device": "cuda"},
+        {"device": "cuda", "compute_capability": "9.0"},
+    ]
+    assert len({identify(checkpoint, **options) for options in changes}) == len(changes)
+
+
+def test_changed_weights_config_or_tokenizer_give_another_engine(copy: Path) -> None:
+    ids = {identify(copy)}
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    ids.add(identify(copy))
+    change_config(copy, rms_norm_eps=1e-3)
+    ids.add(identify(copy))
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    ids.add(identify(copy))
+    assert len(ids) == 4
+
+
+def test_the_program_is_data_over_the_operator_set(checkpoint: Path) -> None:
+    program, constants = make_program(read_model(checkpoint, BuildOptions(max_num_tokens=77)))
+    assert {op.op for op in program.ops} <= set(OPERATORS)
+    assert set(program.dims.values()) == {77}
+    assert len(program.caches) == 3 and program.caches[0].bytes_per_token == 2 * 2 * 20 * 4
+    assert set(constants) == {"rope.0.inv_freq"} <= set(program.weights)
+    assert type(program).from_json(program.to_json()) == program
+
+
+def test_the_manifest_tells_what_others_need(checkpoint: Path, store: Store) -> None:
+    manifest = build(checkpoint, store, BuildOptions(max_seq_len=128)).manifest
+    assert manifest.model.kv_bytes_per_token == 3 * 2 * 2 * 20 * 4
+    assert manifest.model.eos_token_ids == (1,)
+    assert (manifest.limits.max_seq_len, manifest.limits.max_batch_size) == (128, 64)
+    assert manifest.fingerprint.device == "cpu" and manifest.source == str(checkpoint)
+    config = json.loads(read(store, manifest.tokenizer[1]))
+    assert set(config) == {"bos_token", "eos_token", "chat_template"}
+
+
+def test_weights_are_split_into_files_and_loaded_from_all(
+    checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_engine(store, build(checkpoint, store).manifest.engine_id, NODE)
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 50_000)
+    split = build(checkpoint, store, BuildOptions(max_batch_size=5)).manifest
+    assert len(split.ranks[0].weights) > 3
+    loaded = load_engine(store, split.engine_id, NODE)
+    assert set(loaded.weights) == set(whole.weights)
+    assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in whole.weights.items())
+
+
+def test_sharded_checkpoints_are_read(checkpoint: Path, copy: Path, store: Store) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, copy / file)
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name: file for file, part in halves.items() for name in part}})
+    )
+    sharded, plain = (load_engine(store, build(path, store).manifest.engine_id, NODE) for path in (copy, checkpoint))
+    assert all(torch.equal(sharded.weights[name], tensor) for name, tensor in plain.weights.items())
+
+
+def test_a_lost_blob_is_built_again(checkpoint: Path, store: Store) -> None:
+    manifest = build(checkpoint, store).manifest
+    store.delete(blob_key(manifest.ranks[0].weights[0].digest))
+    assert not build(checkpoint, store).reused
+    load_engine(store, manifest.engine_id, NODE)
+
+
+def spoil_truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def spoil_shape(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(48, 71)
+    save_file(tensors, path / "model.safetensors")
+
+
+def spoil_rows(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(39, 48)
+    save_file(tensors, path / "model.safetensors")
+
+
+def spoil_missing(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.2.input_layernorm.weight"]
+    save_file(tensors, path / "model.safetensors")
+
+
+BAD = {
+    "truncated": (spoil_truncate, DataLoss, "model.safetensors is damaged or incomplete"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), NotFound, "holds no \\*.safetensors file"),
+    "shape": (
+        spoil_shape,
+        InvalidArgument,
+        r"layers.1.mlp.down_proj.weight' has shape \[48, 71\], config.json implies \[48, 72\]",
+    ),
+    "rows": (spoil_rows, InvalidArgument, r"has shape \[199, 48\], config.json implies \[200, 48\]"),
+    "missing tensor": (spoil_missing, InvalidArgument, "no tensor 'model.layers.2.input_layernorm.weight'"),
+    "no config": (lambda path: (path / "config.json").unlink(), NotFound, "holds no config.json"),
+    "config is no JSON": (
+        lambda path: (path / "config.json").write_text("{"),
+        InvalidArgument,
+        "config.json is not valid JSON",
+    ),
+    "field missing": (
+        lambda path: change_config(path, hidden_size=None),
+        InvalidArgument,
+        "config.json has no 'hidden_size'",
+    ),
+    "field of another type": (
+        lambda path: change_config(path, vocab_size="x"),
+        InvalidArgument,
+        "'vocab_size' is 'x', expected int",
+    ),
+    "field zero": (
+        lambda path: change_config(path, num_attention_heads=0),
+        InvalidArgument,
+        "'num_attention_heads' is 0, expected at least 1",
+    ),
+    "architecture": (
+        lambda path: change_config(path, architectures=["MambaForCausalLM"]),
+        Unimplemented,
+        "MambaForCausalLM is not supported; supported are LlamaForCausalLM, Qwen2ForCausalLM",
+    ),
+    "rope": (
+        lambda path: change_config(path, rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}),
+        Unimplemented,
+        "rope type 'yarn' is not supported; supported are default, linear, llama3",
+    ),
+    "activation": (
+        lambda path: change_config(path, hidden_act="gelu"),
+        Unimplemented,
+        "hidden_act 'gelu' is not supported",
+    ),
+    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), FailedPrecondition, "holds no tokenizer.json"),
+    "tokenizer damaged": (
+        lambda path: (path / "tokenizer.json").write_text("{}"),
+        InvalidArgument,
+        "tokenizer.json is no tokenizer",
+    ),
+    "tokenizer of another model": (
+        lambda path: change_config(path, vocab_size=100),
+        InvalidArgument,
+        "vocab_size is 100: they do not belong",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_checkpoint_is_named_and_leaves_the_store_as_it_was(kind: str, copy: Path, store: Store) -> None:
+    spoil, error, message = BAD[kind]
+    spoil(copy)
+    with pytest.raises(error, match=message) as caught:
+        build(copy, store)
+    assert isinstance(caught.value, EnginehouseError)
+    assert list(store.list("")) == []
+
+
+def test_options_are_checked() -> None:
+    for bad, message in [
+        ({"dtype": "int4"}, "dtype 'int4'"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"compute_capability": "9.0"}, "needs device 'cuda'"),
+        ({"device": "cuda", "compute_capability": "sm90"}, "write it like 9.0"),
+        ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"max_num_tokens": 10}, "less than max_batch_size"),
+    ]:
+        with pytest.raises(InvalidArgument, match=message):
+            BuildOptions(**bad)  # type: ignore[arg-type]
+
+
+def test_a_longer_max_seq_len_than_the_models_is_refused(checkpoint: Path, store: Store) -> None:
+    with pytest.raises(InvalidArgument, match="max_seq_len is 300, more than the model's 256 positions"):
+        build(checkpoint, store, BuildOptions(max_seq_len=300))
+
+
+def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
+    file, cache = tmp_path / "f", tmp_path / "cache.json"
+    file.write_bytes(b"one")
+    first = file_digests([file], cache=cache)
+    remembered = json.loads(cache.read_text())
+    cache.write_text(json.dumps(dict.fromkeys(remembered, "remembered")))
+    assert file_digests([file], cache=cache) == {"f": "remembered"}
+    file.write_bytes(b"other")
+    assert file_digests([file], cache=cache)["f"] not in ("remembered", first["f"])

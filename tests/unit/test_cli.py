@@ -1,0 +1,489 @@
+"""What can be typed: parsing, defaults and messages, against a gateway and a builder in this process."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import standin
+from click.testing import CliRunner, Result
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from rich.console import Console
+
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
+from engine.store import open_store
+from enginehouse.cli import main
+from enginehouse.commands.generate import Answer
+from enginehouse.progress import Bars, format_amount, format_bytes
+from protos.v1.builder_pb2 import (
+    BUILD_STATE_FAILED,
+    BUILD_STATE_RUNNING,
+    BUILD_STATE_SUCCEEDED,
+    DEVICE_KIND_CPU,
+    DEVICE_KIND_CUDA,
+    Build,
+    BuildEvent,
+    BuildProgress,
+)
+from protos.v1.builder_pb2_grpc import BuilderServicer, add_BuilderServicer_to_server
+from protos.v1.common_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, Failure, FinishInfo, Usage
+from protos.v1.gateway_pb2 import GenerateResponse, ListModelsResponse, Model
+from protos.v1.gateway_pb2_grpc import GatewayServicer, add_GatewayServicer_to_server
+
+DEMO = Model(name="demo", engine_id="ab" * 32, ready_executors=1, max_seq_len=512, has_chat_template=True)
+RAW = Model(name="raw", engine_id="cd" * 32, max_seq_len=128)
+
+
+class MockGateway(GatewayServicer):
+    """Records requests; answers with what was queued: messages, an error to end with, or "wait" until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.models = [DEMO, RAW]
+        self.requests: list[Any] = []
+        self.replies: queue.Queue[list[Any]] = queue.Queue()
+        self.cancelled: queue.Queue[bool] = queue.Queue()
+
+    def ListModels(self, request: Any, context: Any) -> ListModelsResponse:
+        return ListModelsResponse(models=self.models)
+
+    def Generate(self, request: Any, context: Any) -> Iterator[GenerateResponse]:
+        self.requests.append(request)
+        for reply in self.replies.get_nowait():
+            if isinstance(reply, EnginehouseError):
+                abort(context, reply)
+            elif reply == "wait":
+                context.add_callback(lambda: self.cancelled.put(True))
+                while context.is_active():
+                    time.sleep(0.01)
+            else:
+                yield reply
+
+
+class MockBuilder(BuilderServicer):
+    """The same for one build."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.events: list[Any] = []
+        self.cancelled: list[str] = []
+
+    def SubmitBuild(self, request: Any, context: Any) -> Build:
+        self.requests.append(request)
+        return Build(build_id="b1", model=request.model)
+
+    def WatchBuild(self, request: Any, context: Any) -> Iterator[BuildEvent]:
+        for event in self.events:
+            if event == "wait":
+                while context.is_active():
+                    time.sleep(0.01)
+            else:
+                yield event
+
+    def CancelBuild(self, request: Any, context: Any) -> Build:
+        self.cancelled.append(request.build_id)
+        return Build(build_id=request.build_id)
+
+
+def abort(context: Any, error: EnginehouseError) -> None:
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain="enginehouse"))
+    status = status_pb2.Status(code=error.code, message=error.message, details=[detail])
+    context.abort_with_status(rpc_status.to_status(status))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ENGINEHOUSE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("ENGINEHOUSE_GATEWAY", raising=False)
+    monkeypatch.delenv("ENGINEHOUSE_BUILDER", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[MockGateway, MockBuilder]]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    gateway, builder = MockGateway(), MockBuilder()
+    add_GatewayServicer_to_server(gateway, server)
+    add_BuilderServicer_to_server(builder, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    monkeypatch.setenv("ENGINEHOUSE_GATEWAY", address)
+    monkeypatch.setenv("ENGINEHOUSE_BUILDER", address)
+    yield gateway, builder
+    server.stop(0).wait()
+
+
+@pytest.fixture
+def gateway(server: tuple[MockGateway, MockBuilder]) -> MockGateway:
+    return server[0]
+
+
+@pytest.fixture
+def builder(server: tuple[MockGateway, MockBuilder]) -> MockBuilder:
+    return server[1]
+
+
+def enginehouse(*arguments: str, input: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=input)
+
+
+def answer(*texts: str, finish: FinishInfo | None = None) -> list[GenerateResponse]:
+    last = finish or FinishInfo(reason=FINISH_REASON_LENGTH)
+    return [
+        GenerateResponse(
+            text=text,
+            token_ids=[100 + number],
+            usage=Usage(prompt_tokens=5, cached_tokens=4, completion_tokens=number),
+            finish=last if number == len(texts) else None,
+        )
+        for number, text in enumerate(texts, 1)
+    ]
+
+
+# --- generate
+
+
+def test_generate_streams_with_defaults(gateway: MockGateway) -> None:
+    gateway.replies.put(answer("Once", " upon", " a time"))
+    result = enginehouse("generate", "Tell me", "--stats")
+    assert (result.exit_code, result.stdout) == (0, "Once upon a time\n")
+    (request,) = gateway.requests
+    assert (request.model, request.text, request.stopping.max_tokens) == ("demo", "Tell me", 128)
+    sampling = request.sampling
+    assert not any(sampling.HasField(name) for name in ("temperature", "top_p", "seed")) and not sampling.top_k
+    assert result.stderr.startswith("3 tokens in ")
+    for said in (" tokens/s), first token after ", "prompt 5 tokens (4 cached); finish: length"):
+        assert said in result.stderr
+
+
+def test_generate_passes_everything_on(gateway: MockGateway) -> None:
+    gateway.replies.put(answer("x"))
+    chosen = ["--model", "raw", "--max-tokens", "7", "--stop", "a", "--stop", "b"]
+    chosen += ["--temperature", "0", "--top-k", "5", "--top-p", "0.9", "--seed", "3"]
+    assert enginehouse("generate", "-", *chosen, input="from stdin\n\n").exit_code == 0
+    (request,) = gateway.requests
+    assert (request.model, request.text, list(request.stop)) == ("raw", "from stdin\n", ["a", "b"])
+    assert (request.sampling.temperature, request.sampling.top_k, request.sampling.seed) == (0, 5, 3)
+    assert request.sampling.HasField("temperature")
+    assert request.sampling.top_p == pytest.approx(0.9)
+    assert request.stopping.max_tokens == 7
+
+
+def test_generate_takes_what_fits_by_default(gateway: MockGateway) -> None:
+    refusal = InvalidArgument("too long", reason="CONTEXT_TOO_LONG")
+    gateway.replies.put([refusal])
+    gateway.replies.put(answer("x"))
+    assert enginehouse("generate", "x").stdout == "x\n"
+    assert [r.stopping.HasField("max_tokens") for r in gateway.requests] == [True, False]
+    gateway.replies.put([refusal])
+    assert enginehouse("generate", "x", "--max-tokens", "128").stderr == "error: too long\n"
+
+
+def test_generate_with_token_ids(gateway: MockGateway) -> None:
+    gateway.replies.put(answer("a", "b"))
+    result = enginehouse("generate", "[1, 22 333]", "--token-ids")
+    assert result.stdout == "101 102 \n"
+    assert list(gateway.requests[0].token_ids.ids) == [1, 22, 333]
+    wrong = enginehouse("generate", "1 two", "--token-ids")
+    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("error: 'two' is no token id")
+
+
+def test_generate_json(gateway: MockGateway) -> None:
+    gateway.replies.put(answer("ä", "###", finish=FinishInfo(reason=FINISH_REASON_STOP, stop_string="###")))
+    told = json.loads(enginehouse("generate", "x", "--json").stdout)
+    assert told["text"] == "ä###"
+    assert (told["model"], told["token_ids"], told["finish"], told["matched"]) == ("demo", [101, 102], "stop", "###")
+    assert told["usage"] == {"prompt_tokens": 5, "cached_tokens": 4, "completion_tokens": 2}
+    assert 0 <= told["first_token_seconds"] <= told["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("finish", "said"),
+    [
+        (FinishInfo(reason=FINISH_REASON_STOP, eos_token_id=0), "stop (end of text)"),
+        (FinishInfo(reason=FINISH_REASON_STOP, stop_token_id=7), "stop (token 7)"),
+        (FinishInfo(reason=FINISH_REASON_STOP, stop_string="\n"), 'stop ("\\n")'),
+        (FinishInfo(reason=FINISH_REASON_LENGTH), "length"),
+    ],
+)
+def test_the_reason_of_an_end(finish: FinishInfo, said: str) -> None:
+    taken = Answer()
+    taken.add(answer("x", finish=finish)[0])
+    assert taken.reason() == said
+    assert taken.rate() is None  # one token says nothing about a rate
+
+
+def test_the_model_must_be_chosen_when_several_are_served(gateway: MockGateway) -> None:
+    gateway.models = [DEMO, Model(name="other", ready_executors=1)]
+    result = enginehouse("generate", "x")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: several models are served: choose one with --model: demo, other\n"
+    gateway.models = [RAW]
+    assert "error: no model is loaded: start one with `enginehouse up" in enginehouse("generate", "x").stderr
+
+
+def test_errors_are_one_line_in_the_servers_words(gateway: MockGateway) -> None:
+    gateway.replies.put([NotFound("no model 'nope'; there are: demo")])
+    result = enginehouse("generate", "x", "--model", "nope")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: no model 'nope'; there are: demo\n"
+    gateway.replies.put([*answer("begun ", "never")[:1], FailedPrecondition("the engine was unloaded")])
+    result = enginehouse("generate", "x")
+    assert (result.exit_code, result.stdout) == (1, "begun \n")
+    assert result.stderr == "error: the engine was unloaded\n"
+    gateway.replies.put(answer("x", "y")[:1])
+    assert "ended the stream without a finish" in enginehouse("generate", "x").stderr
+
+
+def test_no_gateway() -> None:
+    result = enginehouse("generate", "x", "--gateway", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: no gateway answers at 127.0.0.1:1: start a cluster with `enginehouse up`, "
+        "or say where one is with --gateway HOST:PORT\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate"], "Missing argument 'PROMPT'"),
+        (["generate", "x", "--gateway", "localhost"], "is not HOST:PORT"),
+        (["generate", "x", "--temperature", "-1"], "-1.0 is not in the range x>=0"),
+        (["generate", "x", "--top-p", "0"], "0<x<=1"),
+        (["generate", "x", "--max-tokens", "0"], "x>=1"),
+        (["build", "x", "--store", "y", "--builder", "h:1"], "exclude each other"),
+        (["build", "x", "--dtype", "int3"], "'int3' is not one of"),
+        (["up", "--executors", "0"], "x>=1"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_usage_errors_have_status_2(arguments: list[str], said: str) -> None:
+    result = enginehouse(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_text_that_is_no_unicode(gateway: MockGateway) -> None:
+    assert "not valid Unicode" in enginehouse("generate", "caf\udce9").stderr
+    assert "stdin is not UTF-8 text" in enginehouse("generate", "-", input=b"caf\xe9").stderr
+    assert not gateway.requests
+
+
+def test_ctrl_c_cancels_the_request(gateway: MockGateway, tmp_path: Path) -> None:
+    gateway.replies.put([*answer("Once", "never")[:1], "wait"])
+    process = started("generate", "x")
+    assert process.stdout and process.stderr
+    assert process.stdout.read(4) == b"Once"
+    process.send_signal(signal.SIGINT)
+    assert gateway.cancelled.get(timeout=5)
+    assert process.wait(5) == 130
+    assert (process.stdout.read(), process.stderr.read()) == (b"\n", b"")
+    process.communicate()
+
+
+def started(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "enginehouse", *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+# --- chat
+
+
+def test_chat_keeps_the_conversation(gateway: MockGateway) -> None:
+    gateway.replies.put(answer("Hello", "!"))
+    gateway.replies.put(answer("Fine."))
+    result = enginehouse("chat", "--system", "Be brief.", input="Hi\n\nHow are you?\n/exit\nnever\n")
+    assert (result.exit_code, result.stdout) == (0, "Hello!\nFine.\n")
+    assert "Chat with demo." in result.stderr
+    said = [[(m.role, m.content) for m in request.chat.messages] for request in gateway.requests]
+    begin = [("system", "Be brief."), ("user", "Hi")]
+    assert said[0] == begin
+    assert said[1] == [*begin, ("assistant", "Hello!"), ("user", "How are you?")]
+    assert not gateway.requests[0].stopping.HasField("max_tokens")
+    gateway.replies.put([NotFound("the executor is gone")])
+    result = enginehouse("chat", input="Hi\nnever\n")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "error: the executor is gone")
+
+
+def test_chat_needs_a_template(gateway: MockGateway) -> None:
+    result = enginehouse("chat", "--model", "raw")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: model 'raw' has no chat template: it continues text")
+    assert "error: no model 'nope'; there are: demo, raw" in enginehouse("chat", "--model", "nope").stderr
+
+
+def test_ctrl_c_in_a_chat_ends_the_answer_and_not_the_chat(gateway: MockGateway) -> None:
+    gateway.replies.put([*answer("Once", "never")[:1], "wait"])
+    gateway.replies.put(answer("again"))
+    process = started("chat")
+    assert process.stdin and process.stdout
+    process.stdin.write(b"Tell\n")
+    process.stdin.flush()
+    assert process.stdout.read(4) == b"Once"
+    process.send_signal(signal.SIGINT)
+    assert gateway.cancelled.get(timeout=5)
+    rest, _ = process.communicate(b"More\n", timeout=10)
+    assert (process.returncode, rest) == (0, b"\nagain\n")
+    assert [m.content for m in gateway.requests[1].chat.messages] == ["Tell", "Once", "More"]
+
+
+# --- models
+
+
+def test_models_served(gateway: MockGateway) -> None:
+    assert enginehouse("models").stdout.splitlines() == [
+        "model  engine        executors   max tokens  chat",
+        "demo   abababababab  1           512         yes",
+        "raw    cdcdcdcdcdcd  not loaded  128         no",
+    ]
+    assert json.loads(enginehouse("models", "--json").stdout)[1] == {
+        "name": "raw",
+        "engine_id": "cd" * 32,
+        "ready_executors": 0,
+        "max_seq_len": 128,
+        "chat": False,
+    }
+    gateway.models = []
+    assert enginehouse("models").stdout == "no models yet: enginehouse up NAME=CHECKPOINT\n"
+
+
+def test_models_stored(tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    assert "no models in file://" in enginehouse("models", "--store", store).stdout
+    engine_id = standin.publish(open_store(store), "demo")
+    assert enginehouse("models", "--store", store).stdout.splitlines() == [
+        "model  engine        architecture      for          size",
+        f"demo   {engine_id[:12]}  LlamaForCausalLM  float32 cpu  2 B",
+    ]
+    assert json.loads(enginehouse("models", "--store", store, "--json").stdout)[0]["engine_id"] == engine_id
+    assert enginehouse("models", "--store", "s4://x").stderr.startswith("error: 's4://x' is no store")
+
+
+# --- build
+
+
+def progress(phase: str, done: int, total: int, unit: str = "") -> BuildEvent:
+    return BuildEvent(progress=BuildProgress(phase=phase, done=done, total=total, unit=unit))
+
+
+def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "My-Llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    builder.events = [
+        BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_RUNNING)),
+        progress("weights", 1_000_000, 4_930_000, "bytes"),
+        progress("weights", 4_930_000, 4_930_000, "bytes"),
+        progress("publish", 1, 1),
+        BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, engine_id="ef" * 32)),
+    ]
+    result = enginehouse(
+        "build", "My-Llama/", *["--dtype", "bfloat16", "--device", "cuda", "--compute-capability", "9.0"]
+    )
+    assert result.exit_code == 0
+    assert "My-Llama: engine efefefefefef, built in " in result.stdout
+    assert result.stderr.splitlines() == ["My-Llama: weights 4.93 / 4.93 MB", "My-Llama: publish done"]
+    (request,) = builder.requests
+    assert (request.model, request.spec.checkpoint) == ("My-Llama", str(tmp_path / "My-Llama"))
+    spec = request.spec
+    assert (spec.dtype, spec.target.device, spec.target.compute_capability) == ("bfloat16", DEVICE_KIND_CUDA, "9.0")
+    assert not any(spec.HasField(name) for name in ("max_batch_size", "max_seq_len", "max_num_tokens"))
+
+    told = json.loads(enginehouse("build", "elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json").stdout)
+    assert (told["name"], told["engine_id"], told["reused"]) == ("n", "ef" * 32, False)
+    spec = builder.requests[1].spec
+    assert (spec.checkpoint, spec.target.device, spec.max_seq_len) == ("elsewhere/x", DEVICE_KIND_CPU, 9)
+
+
+def test_a_build_that_fails(builder: MockBuilder) -> None:
+    failure = Failure(code=12, reason="FAMILY_UNKNOWN", message="no family for 'MambaForCausalLM'")
+    builder.events = [BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_FAILED, failure=failure))]
+    result = enginehouse("build", "x")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: no family for 'MambaForCausalLM'\n"
+    builder.events = []
+    assert "stopped reporting before build b1 had ended" in enginehouse("build", "x").stderr
+
+
+def test_ctrl_c_cancels_a_build(builder: MockBuilder) -> None:
+    builder.events = [progress("program", 1, 1), "wait"]
+    process = started("build", "x")
+    assert process.stderr
+    assert process.stderr.readline() == b"x: program done\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said, builder.cancelled) == (130, b"cancelled build b1\n", ["b1"])
+
+
+def test_build_names(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    result = enginehouse("build", str(tmp_path / "a b"))
+    assert result.exit_code == 1
+    assert "the directory's name 'a b' cannot name a model" in result.stderr
+    assert "--name" in result.stderr
+    assert "error: model name 'x/y'" in enginehouse("build", str(tmp_path), "--name", "x/y").stderr
+
+
+# --- progress, start-up
+
+
+def test_amounts() -> None:
+    assert [format_bytes(n) for n in (0, 999, 1000, 4_934_000, 49_340_000, 999_600, 15_000_000_000)] == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "4.93 MB",
+        "49.3 MB",
+        "1.00 MB",
+        "15.0 GB",
+    ]
+    assert format_amount(900_000, 4_930_000, "bytes") == "900 kB / 4.93 MB"
+    assert format_amount(3, 48, "tensors") == "3 / 48 tensors"
+    assert format_amount(3, 0, "bytes") == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars(terminal: bool) -> None:
+    console = Console(force_terminal=terminal, width=100, record=True, markup=False)
+    with console.capture() as captured, Bars(console, "m[0]") as bars:
+        for done in (0, 5, 10, 10):
+            bars.update("weights", done, 10, "tensors")
+        bars.update("unknown", 0, 0)
+    if terminal:
+        assert "m[0]: weights" in captured.get()
+    else:
+        assert captured.get() == "m[0]: weights 10 / 10 tensors\n"
+
+
+def test_start_is_quick() -> None:
+    """--help brings neither grpc nor torch nor rich, `import enginehouse` nothing at all."""
+    code = (
+        "import sys; import enginehouse; few = len(sys.modules)\n"
+        "from enginehouse.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'grpc', 'rich', 'msgspec', 'asyncio'} & set(sys.modules)), 'click' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert result.stdout.splitlines()[-1] == "[] True"
+
+
+def test_lazy_exports() -> None:
+    import enginehouse
+
+    assert enginehouse.EnginehouseError is EnginehouseError
+    assert set(enginehouse.__all__) == set(dir(enginehouse))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        enginehouse.nonsense  # noqa: B018

@@ -1,0 +1,168 @@
+"""What only the directory store can show: leftovers, locks, full disks, paths."""
+
+import errno
+import fcntl
+import os
+import random
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from store_harness import MIB, interrupt
+
+from engine.directory import DirectoryStore
+from engine.errors import InvalidArgument, PermissionDenied, ResourceExhausted, Unavailable
+from engine.store import open_store
+
+
+def test_urls(tmp_path: Path):
+    strange = tmp_path / "with space % and é"
+    DirectoryStore(strange).create("key", b"x")
+    assert open_store(strange.as_uri()).read("key") == b"x"
+    assert open_store(f"file://localhost{tmp_path}").url == tmp_path.as_uri()
+    for url in ("", "ftp://host/x", "file://host/x", "file:"):
+        with pytest.raises(InvalidArgument, match="no store"):
+            open_store(url)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(tmp_path / "store")
+
+
+def leftover(directory: DirectoryStore, large_file: Path) -> Path:
+    """The file that an upload leaves when its process dies."""
+    interrupt(directory, "blobs/x", large_file, at=4 * MIB)
+    (partial,) = (directory.root / ".partial").iterdir()
+    return partial
+
+
+@pytest.mark.parametrize(
+    "left", ["nothing", "good", "good, not at a step", "wrong first byte", "wrong later byte", "whole", "longer"]
+)
+def test_whatever_an_upload_left_the_next_one_is_right(directory: DirectoryStore, large_file: Path, left: str):
+    data = large_file.read_bytes()
+    content = {
+        "nothing": b"",
+        "good": data[: 4 * MIB],
+        "good, not at a step": data[: 5 * MIB + 3],
+        "wrong first byte": b"\0" + data[1 : 6 * MIB] if data[0] else b"\1" + data[1 : 6 * MIB],
+        "wrong later byte": data[: 5 * MIB] + bytes([data[5 * MIB] ^ 1]),
+        "whole": data,
+        "longer": data + b"more",
+    }[left]
+    leftover(directory, large_file).write_bytes(content)
+    directory.upload("blobs/x", large_file)
+    assert directory.read("blobs/x") == data
+    assert list((directory.root / ".partial").iterdir()) == []
+
+
+def test_keys_that_look_alike_share_no_partial_file(directory: DirectoryStore, tmp_path: Path, large_file: Path):
+    other = tmp_path / "other"
+    other.write_bytes(random.Random(2).randbytes(9 * MIB))
+    gate = threading.Barrier(2)
+
+    def upload(key: str, path: Path) -> None:
+        gate.wait()
+        directory.upload(key, path)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(upload, "a/b", large_file), pool.submit(upload, "a-b", other)]:
+            done.result()
+    assert directory.read("a/b") == large_file.read_bytes()
+    assert directory.read("a-b") == other.read_bytes()
+
+
+def test_an_upload_that_waited_does_not_write_to_what_was_made_meanwhile(directory: DirectoryStore, large_file: Path):
+    partial = leftover(directory, large_file)
+    made = directory.root / "made"
+    with ThreadPoolExecutor(1) as pool:
+        with partial.open("a+b") as first:
+            fcntl.flock(first, fcntl.LOCK_EX)
+            second = pool.submit(directory.upload, "blobs/x", large_file)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.2)
+            partial.rename(made)  # the first upload is done
+            before = made.read_bytes()
+        second.result(timeout=10)
+    assert directory.read("blobs/x") == large_file.read_bytes()
+    assert made.read_bytes() == before
+
+
+def test_a_temporary_file_is_no_object_and_does_not_stay(directory: DirectoryStore):
+    directory.create("key", b"x")
+    directory.create("key", b"y")
+    directory.replace("key", b"z")
+    assert list((directory.root / ".partial").iterdir()) == []
+    assert list(directory.list("")) == ["key"]
+
+
+def test_others_may_read_objects(directory: DirectoryStore, large_file: Path):
+    directory.create("small", b"x")
+    directory.upload("large", large_file)
+    assert (directory.root / "small").stat().st_mode & 0o444 == 0o444
+
+
+def test_a_full_disk_in_words(directory: DirectoryStore, large_file: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    directory.create("before", b"x")
+    monkeypatch.setattr(os, "fsync", full)
+    for attempt in (
+        lambda: directory.create("a/small", b"x"),
+        lambda: directory.replace("before", b"y"),
+        lambda: directory.upload("a/large", large_file),
+    ):
+        with pytest.raises(ResourceExhausted, match="is full") as caught:
+            attempt()
+        assert caught.value.reason == "STORE_FULL"
+    monkeypatch.undo()
+    assert list(directory.list("")) == ["before"]
+    assert directory.read("before") == b"x"
+    directory.upload("a/large", large_file)
+    assert directory.read("a/large") == large_file.read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small tmpfs: {made.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", "--lazy", mount], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, large_file: Path):
+    store = DirectoryStore(small_disk / "store")
+    store.create("before", b"x")
+    for attempt in (
+        lambda: store.upload("a/large", large_file),
+        lambda: store.create("a/small", bytes(MIB)),
+        lambda: store.replace("before", bytes(MIB)),
+    ):
+        with pytest.raises(ResourceExhausted, match="is full"):
+            attempt()
+    assert list(store.list("")) == ["before"]
+    assert store.read("before") == b"x"
+
+
+def test_a_store_that_refuses(directory: DirectoryStore, monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionDenied, match="Permission denied"):
+        directory.read("key")
+
+
+def test_a_store_that_cannot_be_opened(tmp_path: Path):
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(Unavailable, match="file"):
+        DirectoryStore(tmp_path / "file" / "store")

@@ -1,0 +1,108 @@
+"""Families against transformers: the same logits through the program, the same tokens through scheduler and runner."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from builder_svc.models.families import families
+from builder_svc.options import BuildOptions
+from builder_svc.pipeline import build
+from engine.directory import DirectoryStore
+from engine.fingerprint import Node
+from executor_svc.core import Sampling, Sequence
+from executor_svc.loader import LoadedEngine, load_engine
+from executor_svc.runner import TorchRunner
+from executor_svc.scheduler import Scheduler
+from executor_svc.worker import scheduler_config
+from tests.conftest import VOCAB_SIZE, save_checkpoint
+
+ROPE_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+CASES = {
+    "llama-grouped-odd-head": ("llama", {"head_dim": 20, "num_attention_heads": 6, "num_key_value_heads": 2}),
+    "llama-biases-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama3-scaling": ("llama", {"rope_parameters": ROPE_LLAMA3}),
+    "llama-linear-scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
+    "qwen2": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 60}),
+    "qwen2-window-tied": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+}
+
+
+def make_engine(checkpoint: Path, store: Path, **options: object) -> LoadedEngine:
+    directory = DirectoryStore(store)
+    built = build(checkpoint, directory, BuildOptions(**options))  # type: ignore[arg-type]
+    return load_engine(directory, built.manifest.engine_id, Node("cpu", {"torch": torch.__version__}))
+
+
+def run_together(loaded: LoadedEngine, sequences: list[Sequence]) -> int:
+    """Through the scheduler, to the end; the number of preemptions."""
+    runner = TorchRunner(loaded.program, loaded.weights, loaded.manifest.limits)
+    scheduler = Scheduler(scheduler_config(runner, loaded.manifest))
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while not scheduler.idle:
+        batch = scheduler.schedule()
+        assert batch is not None
+        runner.start(batch)
+        scheduler.commit(batch, runner.finish())
+        scheduler.check_integrity()
+    return scheduler.num_preemptions
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_transformers(case: str, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", family, **changes)
+    loaded = make_engine(checkpoint, tmp_path / "store", max_num_tokens=64)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    torch.manual_seed(3)
+    prompts = [torch.randint(2, VOCAB_SIZE, (length,)).tolist() for length in (1, 70, 33)]
+    sequences = [Sequence(0, row, list(prompt), len(prompt), 64, Sampling(0.0)) for row, prompt in enumerate(prompts)]
+
+    runner = TorchRunner(loaded.program, loaded.weights, loaded.manifest.limits)
+    scheduler = Scheduler(scheduler_config(runner, loaded.manifest))
+    scheduler.add(Sequence(0, 0, list(prompts[2]), 33, 1, Sampling(0.0)))
+    batch = scheduler.schedule()
+    assert batch is not None
+    with torch.inference_mode():
+        wanted = reference(torch.tensor([prompts[2]])).logits[0, -1]
+    assert (runner._logits(batch)[0] - wanted).abs().max() < 1e-4
+
+    run_together(loaded, sequences)
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        text = reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert sequence.token_ids == text[0].tolist()
+
+
+def test_half_precision_stays_near_the_reference(checkpoint: Path, tmp_path: Path) -> None:
+    """Teacher-forced: each greedy token's reference logit is within 0.02 of the largest magnitude of the best."""
+    loaded = make_engine(checkpoint, tmp_path / "store", dtype="bfloat16")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    sequence = Sequence(0, 0, list(range(2, 30)), 28, 40, Sampling(0.0))
+    run_together(loaded, [sequence])
+    with torch.inference_mode():
+        logits = reference(torch.tensor([sequence.token_ids])).logits[0, 27:-1]
+    for row, token in zip(logits, sequence.token_ids[28:], strict=True):
+        assert row[token] >= row.max() - 0.02 * row.abs().max()
+
+
+def test_every_page_says_what_it_reads() -> None:
+    known = families()
+    assert {"LlamaForCausalLM", "Qwen2ForCausalLM"} <= set(known)

@@ -1,0 +1,87 @@
+"""What happens when streams have more to say than the process can send."""
+
+import asyncio
+
+import pytest
+
+from engine.errors import ResourceExhausted, Unavailable
+from gateway.inbox import MAX_PENDING_TOKENS, Delta, Inbox
+from gateway.turns import Turns
+from protos.v1.common_pb2 import FINISH_REASON_LENGTH, FinishInfo
+
+
+async def test_few_write_at_a_time_in_order() -> None:
+    turns, writing, order = Turns(), 0, []
+
+    async def write(number: int) -> None:
+        nonlocal writing
+        async with turns.turn():
+            writing += 1
+            assert writing <= Turns.WIDTH
+            order.append(number)
+            await asyncio.sleep(0)
+            writing -= 1
+
+    await asyncio.gather(*(write(number) for number in range(50)))
+    assert order == list(range(50))
+
+
+async def test_a_write_that_does_not_end_stops_nobody_for_long() -> None:
+    turns, forever = Turns(), asyncio.Event()
+
+    async def stuck() -> None:
+        async with turns.turn():
+            await forever.wait()
+
+    tasks = [asyncio.create_task(stuck()) for _ in range(3 * Turns.WIDTH)]
+    async with asyncio.timeout(5), turns.turn():
+        pass
+    tasks[0].cancel()
+    forever.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert turns._free._value == Turns.WIDTH
+
+
+async def test_one_that_leaves_the_line_takes_no_turn() -> None:
+    turns = Turns()
+    held = [turns.turn() for _ in range(Turns.WIDTH)]
+    for turn in held:
+        await turn.__aenter__()
+    waiting = asyncio.create_task(turns.turn().__aenter__())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    for turn in held:
+        await turn.__aexit__()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert turns._free._value == Turns.WIDTH
+
+
+async def test_what_was_not_taken_in_time_becomes_one_delta() -> None:
+    inbox, finish = Inbox("e"), FinishInfo(reason=FINISH_REASON_LENGTH)
+    inbox.push([1])
+    inbox.push([2, 3])
+    await inbox.wait()
+    assert inbox.take() == Delta([1, 2, 3], None)
+    inbox.push([4])
+    inbox.finish(finish)
+    assert inbox.take() == Delta([4], finish)
+
+
+async def test_tokens_come_before_the_error() -> None:
+    inbox = Inbox("e")
+    inbox.push([1])
+    inbox.fail(Unavailable("gone"))
+    assert inbox.take() == Delta([1], None)
+    await inbox.wait()
+    with pytest.raises(Unavailable):
+        inbox.take()
+
+
+async def test_an_inbox_has_an_end() -> None:
+    inbox = Inbox("e")
+    inbox.push(range(MAX_PENDING_TOKENS))
+    assert not inbox.closed
+    inbox.push([1])
+    assert inbox.closed
+    with pytest.raises(ResourceExhausted):
+        inbox.take()

@@ -1,0 +1,115 @@
+"""Every refusal: its status, its reason, and that no executor hears of the request."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from gateway_harness import MAX_SEQ_LEN, VOCAB_SIZE, Cluster, cluster, failure, publish
+
+from protos.v1 import gateway_pb2 as wire
+from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
+
+INVALID, NOT_FOUND, FAILED_PRECONDITION, UNAVAILABLE = 3, 5, 9, 14
+nan, inf = float("nan"), float("inf")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    path = tmp_path_factory.mktemp("store")
+    async with cluster(path) as made:
+        publish(made.store, "plain", template=None)
+        yield made
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def sampling(**fields: Any) -> dict[str, Any]:
+    return {"sampling": SamplingParams(**fields)}
+
+
+def stopping(**fields: Any) -> dict[str, Any]:
+    return {"stopping": StoppingCriteria(**fields)}
+
+
+def ids(count: int, value: int = 5) -> dict[str, Any]:
+    return {"token_ids": TokenIds(ids=[value] * count)}
+
+
+def chat(*messages: tuple[str, str]) -> dict[str, Any]:
+    return {"chat": wire.Chat(messages=[wire.ChatMessage(role=role, content=text) for role, text in messages])}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "says"),
+    [
+        ({"text": ""}, "PROMPT_EMPTY", "text"),
+        (ids(0), "PROMPT_EMPTY", "token_ids"),
+        (chat(), "PROMPT_EMPTY", "chat"),
+        (chat(("", "hello")), "CHAT_INVALID", "role"),
+        (ids(1, VOCAB_SIZE), "TOKEN_ID_INVALID", f"holds {VOCAB_SIZE}"),
+        (stopping(stop_token_ids=[4_000_000_000]), "TOKEN_ID_INVALID", "stop_token_ids holds 4000000000"),
+        (sampling(temperature=-0.5), "TEMPERATURE_INVALID", "-0.5"),
+        (sampling(temperature=nan), "TEMPERATURE_INVALID", "nan"),
+        (sampling(temperature=inf), "TEMPERATURE_INVALID", "inf"),
+        (sampling(top_p=0), "TOP_P_INVALID", "top_p is 0"),
+        (sampling(top_p=1.5), "TOP_P_INVALID", "1.5"),
+        (sampling(top_p=nan), "TOP_P_INVALID", "nan"),
+        (stopping(max_tokens=0), "MAX_TOKENS_INVALID", "max_tokens is 0"),
+        (ids(10) | stopping(max_tokens=MAX_SEQ_LEN - 9), "CONTEXT_TOO_LONG", f"at most {MAX_SEQ_LEN - 10}"),
+        (ids(MAX_SEQ_LEN), "CONTEXT_TOO_LONG", f"at most {MAX_SEQ_LEN - 1}"),
+        ({"stop": [""]}, "STOP_INVALID", "0 characters"),
+        ({"stop": ["x" * 1001]}, "STOP_INVALID", "1001 characters"),
+        ({"stop": [str(n) for n in range(17)]}, "STOP_INVALID", "at most 16"),
+        ({"model": ""}, "MODEL_MISSING", "demo"),
+        ({"model": "../x"}, "MODEL_NAME_INVALID", "../x"),
+    ],
+)
+async def test_what_cannot_be_right(shared: Cluster, fields: dict[str, Any], reason: str, says: str) -> None:
+    error = await failure(shared.generate(**fields))
+    assert (error.code, error.reason) == (INVALID, reason)
+    assert says in error.message
+    assert shared.executor.submits.empty()
+
+
+async def test_no_prompt(shared: Cluster) -> None:
+    error = await failure(shared.stub.Generate(wire.GenerateRequest(model="demo")))
+    assert (error.code, error.reason) == (INVALID, "PROMPT_MISSING")
+    error = await failure(shared.stub.Tokenize(wire.TokenizeRequest(model="demo")))
+    assert (error.code, error.reason) == (INVALID, "PROMPT_MISSING")
+
+
+async def test_the_longest_that_fits(shared: Cluster) -> None:
+    call = shared.generate(**ids(MAX_SEQ_LEN - 1), **stopping(max_tokens=1))
+    assert len((await shared.executor.submitted()).token_ids) == MAX_SEQ_LEN - 1
+    call.cancel()
+
+
+async def test_an_unknown_model_names_those_there_are(shared: Cluster) -> None:
+    for call in (
+        shared.generate(model="demoo"),
+        shared.stub.Tokenize(wire.TokenizeRequest(model="demoo", text="x")),
+        shared.stub.Detokenize(wire.DetokenizeRequest(model="demoo")),
+    ):
+        error = await failure(call)
+        assert (error.code, error.reason) == (NOT_FOUND, "MODEL_NOT_FOUND")
+        assert "demo, plain" in error.message
+
+
+async def test_an_engine_that_no_executor_has(shared: Cluster) -> None:
+    error = await failure(shared.generate(model="plain"))
+    assert (error.code, error.reason) == (UNAVAILABLE, "ENGINE_NOT_READY")
+    assert error.metadata["engine_id"][:12] in error.message
+    assert "1 of 1 executors" in error.message
+
+
+async def test_a_chat_without_a_template(shared: Cluster) -> None:
+    error = await failure(shared.generate(model="plain", **chat(("user", "hello"))))
+    assert (error.code, error.reason) == (FAILED_PRECONDITION, "CHAT_TEMPLATE_MISSING")
+    assert "send text" in error.message
+
+
+async def test_detokenize_checks_its_ids(shared: Cluster) -> None:
+    error = await failure(shared.stub.Detokenize(wire.DetokenizeRequest(model="demo", token_ids=[VOCAB_SIZE])))
+    assert (error.code, error.reason) == (INVALID, "TOKEN_ID_INVALID")
