@@ -27,12 +27,19 @@ class Service:
 
 @contextlib.contextmanager
 def service(package: str, log: Path, *arguments: str) -> Iterator[Service]:
-    """`python -m package --port 0 arguments`, until the block ends; its log is shown if it does not come up."""
+    """`python -m package --port 0 arguments`, until the block ends; its log is shown if it does not come up.
+
+    It sees only what its own extra installs.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent / "only_extra"),
+        "PYTHONSAFEPATH": "1",
+        "ENGINEHOUSE_ONLY": package.removesuffix("_svc"),
+    }
     command = [sys.executable, "-m", package, "--port", "0", *arguments]
     with log.open("a") as stderr:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

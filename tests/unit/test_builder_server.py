@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy
 import pytest
-import safetensors.numpy
 from builder_harness import child, ends, publish, real_child, state
-from tokenizers import Tokenizer, models
 
 from builder_svc.__main__ import parse
 from builder_svc.jobs import Jobs
@@ -24,7 +21,7 @@ from builder_svc.process import BuildProcess
 from builder_svc.server import BuilderServicer, find_checkpoint, read_options
 from engine import registry
 from engine.errors import EnginehouseError, InvalidArgument, NotFound, PermissionDenied
-from engine.store import Store, open_store
+from engine.store import Store
 from protos import rpc
 from protos.v1.builder_pb2 import (
     DEVICE_KIND_CUDA,
@@ -343,70 +340,6 @@ async def test_no_build_outlives_the_service(tmp_path: Path, root: Path, number:
             assert await watching.read() is grpc.aio.EOF
         assert await asyncio.wait_for(process.wait(), 20) == (0 if number == signal.SIGTERM else -number)
     assert await ends(event.progress.done)
-
-
-def write_checkpoint(path: Path) -> None:
-    """A Llama of one layer that has learnt nothing."""
-    hidden, vocab, inner = 16, 32, 24
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": vocab,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "eos_token_id": 2,
-        "torch_dtype": "float32",
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    Tokenizer(models.WordLevel({f"w{index}": index for index in range(vocab)}, unk_token="w0")).save(
-        str(path / "tokenizer.json")
-    )
-    layer = "model.layers.0."
-    shapes = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-        layer + "input_layernorm.weight": (hidden,),
-        layer + "post_attention_layernorm.weight": (hidden,),
-        layer + "self_attn.q_proj.weight": (hidden, hidden),
-        layer + "self_attn.k_proj.weight": (hidden // 2, hidden),
-        layer + "self_attn.v_proj.weight": (hidden // 2, hidden),
-        layer + "self_attn.o_proj.weight": (hidden, hidden),
-        layer + "mlp.gate_proj.weight": (inner, hidden),
-        layer + "mlp.up_proj.weight": (inner, hidden),
-        layer + "mlp.down_proj.weight": (hidden, inner),
-    }
-    random = numpy.random.default_rng(1)
-    weights = {name: random.standard_normal(shape, dtype=numpy.float32) for name, shape in shapes.items()}
-    safetensors.numpy.save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-
-
-async def test_the_real_thing(tmp_path: Path, root: Path):
-    write_checkpoint(root / "demo")
-    async with service(tmp_path, root) as (_, stub):
-        build_id = (await stub.SubmitBuild(request("demo", "demo"))).build_id
-        async with asyncio.timeout(60):
-            events = [event async for event in stub.WatchBuild(WatchBuildRequest(build_id=build_id))]
-    final = events[-1].state
-    assert (state(final), final.failure.message) == ("SUCCEEDED", "")
-    assert list(dict.fromkeys(event.progress.phase for event in events if event.HasField("progress"))) == [
-        "checkpoint",
-        "program",
-        "weights",
-        "upload",
-        "publish",
-    ]
-    store = open_store(str(tmp_path / "store"))
-    assert registry.resolve(store, "demo").engine_id == final.engine_id
-    assert registry.manifest(store, final.engine_id).model.vocab_size == 32
-    assert left(tmp_path / "outside") == []
 
 
 def left(directory: Path) -> list[Path]:

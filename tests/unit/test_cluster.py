@@ -383,14 +383,10 @@ def test_the_lock_is_held_until_the_warden_has_ended(tmp_path: Path) -> None:
 def test_service_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "mine")
     monkeypatch.setenv("no_proxy", "example.org")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     made = service_environment()
     assert made["PYTHONPATH"].split(os.pathsep)[0] == "mine"
     assert made["no_proxy"] == "example.org,127.0.0.1,localhost"
     assert made["PYTHONSAFEPATH"] == "1"
-    assert made["OMP_WAIT_POLICY"] == "ACTIVE"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    assert service_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_free_ports_differ() -> None:

@@ -7,16 +7,9 @@ import torch
 import transformers
 
 from builder_svc.models.families import families
-from builder_svc.options import BuildOptions
-from builder_svc.pipeline import build
-from engine.directory import DirectoryStore
-from engine.fingerprint import Node
 from executor_svc.core import Sampling, Sequence
-from executor_svc.loader import LoadedEngine, load_engine
-from executor_svc.runner import TorchRunner
-from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.conftest import VOCAB_SIZE, save_checkpoint
+from tests.running import Engine, make_engine
 
 ROPE_LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -36,27 +29,6 @@ CASES = {
 }
 
 
-def make_engine(checkpoint: Path, store: Path, **options: object) -> LoadedEngine:
-    directory = DirectoryStore(store)
-    built = build(checkpoint, directory, BuildOptions(**options))  # type: ignore[arg-type]
-    return load_engine(directory, built.manifest.engine_id, Node("cpu", {"torch": torch.__version__}))
-
-
-def run_together(loaded: LoadedEngine, sequences: list[Sequence]) -> int:
-    """Through the scheduler, to the end; the number of preemptions."""
-    runner = TorchRunner(loaded.program, loaded.weights, loaded.manifest.limits)
-    scheduler = Scheduler(scheduler_config(runner, loaded.manifest))
-    for sequence in sequences:
-        scheduler.add(sequence)
-    while not scheduler.idle:
-        batch = scheduler.schedule()
-        assert batch is not None
-        runner.start(batch)
-        scheduler.commit(batch, runner.finish())
-        scheduler.check_integrity()
-    return scheduler.num_preemptions
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
@@ -69,16 +41,15 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
     prompts = [torch.randint(2, VOCAB_SIZE, (length,)).tolist() for length in (1, 70, 33)]
     sequences = [Sequence(0, row, list(prompt), len(prompt), 64, Sampling(0.0)) for row, prompt in enumerate(prompts)]
 
-    runner = TorchRunner(loaded.program, loaded.weights, loaded.manifest.limits)
-    scheduler = Scheduler(scheduler_config(runner, loaded.manifest))
-    scheduler.add(Sequence(0, 0, list(prompts[2]), 33, 1, Sampling(0.0)))
-    batch = scheduler.schedule()
+    engine = Engine(loaded)
+    engine.scheduler.add(Sequence(0, 0, list(prompts[2]), 33, 1, Sampling(0.0)))
+    batch = engine.scheduler.schedule()
     assert batch is not None
     with torch.inference_mode():
         wanted = reference(torch.tensor([prompts[2]])).logits[0, -1]
-    assert (runner._logits(batch)[0] - wanted).abs().max() < 1e-4
+    assert (engine.runner._logits(batch)[0] - wanted).abs().max() < 1e-4
 
-    run_together(loaded, sequences)
+    Engine(loaded).run(sequences)
     for sequence, prompt in zip(sequences, prompts, strict=True):
         text = reference.generate(
             torch.tensor([prompt]),
@@ -96,7 +67,7 @@ def test_half_precision_stays_near_the_reference(checkpoint: Path, tmp_path: Pat
     loaded = make_engine(checkpoint, tmp_path / "store", dtype="bfloat16")
     reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     sequence = Sequence(0, 0, list(range(2, 30)), 28, 40, Sampling(0.0))
-    run_together(loaded, [sequence])
+    Engine(loaded).run([sequence])
     with torch.inference_mode():
         logits = reference(torch.tensor([sequence.token_ids])).logits[0, 27:-1]
     for row, token in zip(logits, sequence.token_ids[28:], strict=True):

@@ -1,0 +1,191 @@
+"""One executor process by itself: what the gateway relies on."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from builder_svc.options import BuildOptions
+from builder_svc.pipeline import build
+from engine import registry
+from engine.errors import EnginehouseError
+from engine.store import open_store
+from protos.rpc import from_rpc_error
+from protos.v1 import executor_pb2 as pb
+from protos.v1.common_pb2 import FinishReason, SamplingParams, StoppingCriteria
+from protos.v1.executor_pb2_grpc import ExecutorStub
+from tests.integration.services import Service, service
+
+
+@dataclass
+class Running:
+    """An executor with one engine ready, and one in its store that it cannot run."""
+
+    service: Service
+    engine_id: str
+    foreign_id: str
+
+    def submit(self, max_tokens: int, **fields: object) -> pb.Submit:
+        sampling = SamplingParams(temperature=1.0, seed=7)
+        stopping = StoppingCriteria(max_tokens=max_tokens, ignore_eos=True)
+        given = {
+            "engine_id": self.engine_id,
+            "token_ids": range(2, 30),
+            "sampling": sampling,
+            "stopping": stopping,
+            **fields,
+        }
+        return pb.Submit(**given)  # type: ignore[arg-type]
+
+    def worker(self) -> int:
+        pid = self.service.process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+@pytest.fixture(scope="module")
+def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    directory = tmp_path_factory.mktemp("executor")
+    store = open_store(str(directory / "store"))
+    engine_id = build(checkpoint, store).manifest.engine_id
+    foreign_id = build(checkpoint, store, BuildOptions(device="cuda", dtype="float32")).manifest.engine_id
+    registry.set_name(store, "tiny", engine_id)
+    with service("executor_svc", directory / "log", "--store", store.url, "--engine", "tiny") as started:
+        yield Running(started, engine_id, foreign_id)
+
+
+@pytest.fixture
+async def stub(running: Running) -> AsyncIterator[ExecutorStub]:
+    async with grpc.aio.insecure_channel(running.service.address) as channel:
+        yield ExecutorStub(channel)
+
+
+async def generate(stub: ExecutorStub, submit: pb.Submit) -> list[int]:
+    return [token async for output in stub.Generate(submit) for token in output.token_ids]
+
+
+async def error_of(call: AsyncIterator[object]) -> EnginehouseError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    return from_rpc_error(caught.value)
+
+
+async def load(stub: ExecutorStub) -> pb.EngineLoad:
+    for _ in range(100):
+        found = (await stub.GetStatus(pb.GetStatusRequest())).engines[0].load
+        if not found.running and not found.waiting:
+            break
+        await asyncio.sleep(0.05)
+    return found
+
+
+async def test_resumed_elsewhere_the_text_goes_on_as_it_would_have(running: Running, stub: ExecutorStub) -> None:
+    whole = await generate(stub, running.submit(40))
+    assert len(whole) == 40
+    outputs = [output async for output in stub.Generate(running.submit(40, resume_token_ids=whole[:15]))]
+    assert [token for output in outputs for token in output.token_ids] == whole[15:]
+    assert outputs[-1].usage.completion_tokens == 40 and outputs[-1].usage.prompt_tokens == 28
+    assert outputs[-1].finish.reason == FinishReason.FINISH_REASON_LENGTH
+
+
+async def test_end_and_stop_ids_say_what_matched(running: Running, stub: ExecutorStub) -> None:
+    whole = await generate(stub, running.submit(40))
+    stopping = StoppingCriteria(max_tokens=40, stop_token_ids=[whole[9]], ignore_eos=True)
+    outputs = [output async for output in stub.Generate(running.submit(40, stopping=stopping))]
+    assert [token for output in outputs for token in output.token_ids] == whole[: whole.index(whole[9]) + 1]
+    assert outputs[-1].finish.reason == FinishReason.FINISH_REASON_STOP and outputs[-1].finish.stop_token_id == whole[9]
+
+
+async def test_a_cancelled_call_frees_its_blocks(running: Running, stub: ExecutorStub) -> None:
+    call = stub.Generate(running.submit(220))
+    await call.read()
+    call.cancel()
+    after = await load(stub)
+    assert after.free_kv_blocks == after.total_kv_blocks and after.running == 0
+
+
+async def test_a_deadline_that_passes_ends_the_request(running: Running, stub: ExecutorStub) -> None:
+    late = running.submit(220)
+    late.timeout.FromMilliseconds(60)
+    error = await error_of(stub.Generate(late))
+    assert error.reason == "DEADLINE_EXCEEDED" and error.message.startswith("the deadline passed after")
+    assert (await load(stub)).running == 0
+
+
+async def test_an_engine_for_another_device_is_refused_in_words(running: Running, stub: ExecutorStub) -> None:
+    error = await error_of(stub.LoadEngine(pb.LoadEngineRequest(engine_id=running.foreign_id)))
+    assert (error.code, error.reason) == (9, "ENGINE_FINGERPRINT_MISMATCH")
+    assert "needs device 'cuda'" in error.message and "--device cpu" in error.message
+
+
+async def test_a_bad_request_on_a_run_stream_fails_alone(running: Running, stub: ExecutorStub) -> None:
+    submits = [
+        running.submit(5, handle=1),
+        running.submit(200, handle=2),
+        running.submit(5, handle=2),
+        running.submit(5, handle=3, token_ids=[999]),
+    ]
+    commands = [pb.Command(submit=submit) for submit in submits]
+    commands += [
+        pb.Command(cancel=pb.Cancel(handles=[2, 77])),
+        pb.Command(submit=running.submit(5, handle=4, engine_id="0" * 64)),
+    ]
+    failed, finished = {}, {}
+    async for output in stub.Run(iter(commands)):
+        failed.update({item.handle: item.failure.reason for item in output.failed})
+        finished.update({item.handle: item.finish.reason for item in output.finished})
+    assert failed == {2: "HANDLE_IN_USE", 3: "TOKEN_ID_INVALID", 4: "ENGINE_NOT_LOADED"}
+    assert finished == {1: FinishReason.FINISH_REASON_LENGTH, 2: FinishReason.FINISH_REASON_CANCELLED}
+
+
+async def test_a_killed_worker_ends_its_streams_and_comes_back(running: Running, stub: ExecutorStub) -> None:
+    call = aiter(stub.Generate(running.submit(220)))
+    await anext(call)
+    killed = time.monotonic()
+    os.kill(running.worker(), signal.SIGKILL)
+    error = await error_of(call)
+    assert (error.code, error.reason) == (14, "ENGINE_LOST") and "SIGKILL" in error.message
+    assert time.monotonic() - killed < 2
+    for _ in range(200):
+        engines = (await stub.GetStatus(pb.GetStatusRequest())).engines
+        if engines and engines[0].state == pb.ENGINE_STATE_READY:
+            break
+        await asyncio.sleep(0.1)
+    assert len(await generate(stub, running.submit(5))) == 5
+
+
+async def test_an_engine_can_be_unloaded_and_loaded_again(running: Running, stub: ExecutorStub) -> None:
+    call = aiter(stub.Generate(running.submit(220)))
+    await anext(call)
+    await stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=running.engine_id))
+    assert (await error_of(call)).reason == "ENGINE_UNLOADED"
+    assert not (await stub.GetStatus(pb.GetStatusRequest())).engines
+    progress = [part async for part in stub.LoadEngine(pb.LoadEngineRequest(model="tiny"))]
+    assert progress[-1].engine.state == pb.ENGINE_STATE_READY
+    assert len(await generate(stub, running.submit(5))) == 5
+
+
+def test_a_killed_front_leaves_no_worker(running: Running) -> None:
+    """The last test of this module: it ends the service."""
+    worker = running.worker()
+    os.kill(running.service.process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_taken_port_and_an_unknown_engine_are_one_line_each(checkpoint: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with (
+        pytest.raises(AssertionError, match="no model 'nope'; there are: none yet"),
+        service("executor_svc", log, "--store", str(tmp_path), "--engine", "nope"),
+    ):
+        pass
+    assert "Traceback" not in log.read_text()

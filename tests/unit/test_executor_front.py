@@ -1,0 +1,69 @@
+"""The front's client buffers and the frames."""
+
+import asyncio
+import socket
+
+import pytest
+
+from engine.errors import ResourceExhausted
+from executor_svc.frames import FrameSocket, frame, read_frame
+from executor_svc.workers import MAX_BUFFERED, Client
+
+
+async def test_outputs_come_in_order_and_end_when_all_engines_have_drained() -> None:
+    client = Client()
+    for number in range(3):
+        client.put(bytes([number]))
+    client.drain({"a", "b"})
+    reader = asyncio.create_task(collect(client))
+    await asyncio.sleep(0)
+    client.drained("a")
+    client.put(b"last")
+    client.drained("b")
+    assert await reader == [b"\x00", b"\x01", b"\x02", b"last"]
+
+
+async def test_a_client_that_used_no_engine_ends_at_once() -> None:
+    client = Client()
+    client.drain(set())
+    assert await collect(client) == []
+
+
+async def test_a_client_that_does_not_read_is_ended() -> None:
+    client = Client()
+    for _ in range(MAX_BUFFERED + 1):
+        client.put(b"x")
+    with pytest.raises(ResourceExhausted, match=f"has not read {MAX_BUFFERED}"):
+        await collect(client)
+
+
+async def collect(client: Client) -> list[bytes]:
+    return [output async for output in client.outputs()]
+
+
+async def test_frames_arrive_whole_however_they_are_cut() -> None:
+    ours, theirs = socket.socketpair()
+    worker = FrameSocket(theirs)
+    messages = [b"", b"one", b"x" * 100_000]
+    data = b"".join(frame(message) for message in messages)
+    got: list[bytes] = []
+    ours.setblocking(True)
+    for start in range(0, len(data), 3001):
+        ours.sendall(data[start : start + 3001])
+        got += worker.receive(0)
+    assert got == messages
+    assert worker.receive(0) == []
+    reader, writer = await asyncio.open_connection(sock=ours)
+    worker.send(b"answer")
+    assert await read_frame(reader) == b"answer"
+    theirs.close()
+    assert await read_frame(reader) is None
+    writer.close()
+    await writer.wait_closed()
+
+
+def test_the_end_of_the_front_is_seen() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with pytest.raises(ConnectionError), theirs:
+        FrameSocket(theirs).receive(1)
