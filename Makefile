@@ -24,7 +24,7 @@ check: $(VENV)/.ready
 	  for file in $$(cd $$tmp && find protos -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make protos"; exit 1; }; done && rm -r $$tmp
 
 bench: $(VENV)/.ready
-	$(BIN)/python bench/cpu.py
+	PYTHONPATH=. $(BIN)/python bench/cpu.py
 
 OUT ?= .
 protos: $(VENV)/.ready

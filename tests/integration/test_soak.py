@@ -63,8 +63,8 @@ async def settled(executor: executor_pb2_grpc.ExecutorStub) -> executor_pb2.Engi
     return load
 
 
-async def soak(executor_address: str, gateway_address: str, count: int, at_once: int) -> None:
-    numbers = random.Random(0)
+async def soak(executor_address: str, gateway_address: str, count: int, at_once: int, seed: int = 0) -> None:
+    numbers = random.Random(seed)
     async with (
         grpc.aio.insecure_channel(gateway_address) as channel,
         grpc.aio.insecure_channel(executor_address) as direct,
