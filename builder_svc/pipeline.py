@@ -18,12 +18,12 @@ from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
 from builder_svc.models.decoder import Decoder
 from builder_svc.models.families import Family, find_family
-from builder_svc.options import BuildOptions, Progress
+from builder_svc.options import DTYPES, BuildOptions, Progress
 from builder_svc.tokenizer import NormalizedTokenizer, normalize
 from builder_svc.weights import check_weights, write_weights
 from engine import registry
 from engine.blobs import describe, put_bytes, put_file
-from engine.errors import InvalidArgument, NotFound
+from engine.errors import InvalidArgument, NotFound, Unimplemented
 from engine.fingerprint import Fingerprint
 from engine.manifest import Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
 from engine.opset import OPSET_VERSION
@@ -134,6 +134,10 @@ def read_model(checkpoint: Path, options: BuildOptions) -> Model:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if options.device == "cpu" else opened.dtype()
+        if dtype not in DTYPES:
+            raise Unimplemented(
+                f"{checkpoint} is stored in {dtype}; choose one of {', '.join(DTYPES[1:])} for the engine"
+            )
     limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
     return Model(opened, family, config, normalize(checkpoint, config.vocab_size), dtype, limits)
 

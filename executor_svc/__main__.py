@@ -12,7 +12,7 @@ async def run(arguments: argparse.Namespace) -> None:
     servicer = ExecutorServicer(arguments.store, arguments.device, arguments.kv_memory)
     try:
         for engine in arguments.engine:
-            await (await servicer.load(await servicer.resolve(engine))).ready
+            await servicer.open(engine)
     except BaseException:
         await servicer.close()
         raise

@@ -43,7 +43,7 @@ def to_sequence(client: int, submit: Submit, manifest: Manifest) -> Sequence:
         )
     deadline = None
     if submit.HasField("timeout"):
-        timeout = submit.timeout.ToTimedelta().total_seconds()
+        timeout = submit.timeout.seconds + submit.timeout.nanos / 1e9
         if timeout <= 0:
             raise DeadlineExceeded("the request's deadline had passed when it arrived")
         deadline = time.monotonic() + timeout

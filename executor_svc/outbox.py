@@ -1,6 +1,5 @@
 """What happened to each client's requests since the last flush, in the wire's columns."""
 
-from engine.errors import EnginehouseError
 from executor_svc.core import Emitted, Finish, Reason
 from protos.rpc import to_failure
 from protos.v1.common_pb2 import FinishInfo, FinishReason
@@ -42,7 +41,7 @@ class Outbox:
             info.stop_token_id = finish.token_id
         self._output(client).finished.add(handle=handle, finish=info)
 
-    def fail(self, client: int, handle: int, error: EnginehouseError) -> None:
+    def fail(self, client: int, handle: int, error: Exception) -> None:
         """A request's end by an error."""
         self._output(client).failed.add(handle=handle, failure=to_failure(error))
 

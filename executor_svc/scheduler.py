@@ -57,6 +57,7 @@ class Scheduler:
         self._in_flight: deque[Batch] = deque()
         self._arrivals = 0
         self._steps = 0
+        self._decoded = False  # in the last batch, where batches are not mixed
 
     @property
     def num_waiting(self) -> int:
@@ -90,7 +91,7 @@ class Scheduler:
                 reason="QUEUE_FULL",
                 metadata={"retry_after_s": "1"},
             )
-        longest = min(sequence.prompt_len + sequence.max_tokens, self.config.max_seq_len)
+        longest = self._longest(sequence)
         if self.cache.blocks_for(longest) > self.config.num_blocks:
             raise ResourceExhausted(
                 f"prompt and completion may need {longest} tokens of KV cache, this executor has "
@@ -117,10 +118,14 @@ class Scheduler:
         if self.config.mixed_batches:
             self._schedule_decodes(decodes, items)
             self._schedule_prompts(prompts, items)
-        else:
-            self._schedule_prompts(prompts, items)
-            if not items:
-                self._schedule_decodes(decodes, items)
+        else:  # in turn, so that neither waits for the end of the other
+            first, second = (self._schedule_decodes, decodes), (self._schedule_prompts, prompts)
+            if self._decoded:
+                first, second = second, first
+            for schedule, ready in (first, second):
+                if not items:
+                    schedule(ready, items)
+            self._decoded = bool(items) and items[0].sequence in decodes
         if not items:
             return None
         self._steps += 1
@@ -235,6 +240,10 @@ class Scheduler:
         sequence.num_computed = 0
         self._wait(sequence)
 
+    def _longest(self, sequence: Sequence) -> int:
+        """Tokens that it can come to."""
+        return min(sequence.prompt_len + sequence.max_tokens, self.config.max_seq_len)
+
     def _wait(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.rank, sequence))
         self._num_waiting += 1
@@ -247,14 +256,16 @@ class Scheduler:
     def _admit(self) -> Sequence | None:
         """The first of those that wait, with blocks for all its tokens, if there is room for it.
 
-        A block for every running sequence is left free: it would otherwise be taken from the one just admitted.
+        A block is left free for every running sequence that may still need one: it would otherwise be taken from the one
+        just admitted.
         """
         sequence = self._head()
         if sequence is None or len(self.running) >= self.config.max_batch_size:
             return None
         shared = self._match(sequence)
         fresh = self.cache.blocks_for(len(sequence.token_ids)) - len(shared)
-        if not self.cache.can_allocate(fresh + len(self.running), shared):
+        growing = sum(len(other.blocks) < self.cache.blocks_for(self._longest(other)) for other in self.running)
+        if not self.cache.can_allocate(fresh + growing, shared):
             return None
         heapq.heappop(self._waiting)
         self._num_waiting -= 1

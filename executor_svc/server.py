@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from engine import registry
-from engine.errors import FailedPrecondition, InvalidArgument
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.store import Store, open_store
 from executor_svc.workers import Client, WorkerProcess
 from protos.rpc import from_failure, to_failure
@@ -18,7 +18,7 @@ from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import Usage
 from protos.v1.worker_pb2 import ClientDone, ClientGone, ToWorker
 
-_RELOAD_DELAY = 1.0  # seconds before a worker that died is started again
+_RELOAD_DELAY, _LONGEST_RELOAD_DELAY = 1.0, 30.0  # seconds before a worker that died is started again
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class ExecutorServicer:
         self._arguments += ["--kv-memory", str(kv_memory)] if kv_memory else []
         self._workers: dict[str, WorkerProcess] = {}
         self._clients: dict[int, Client] = {}
+        self._wanted: set[str] = set()  # engines that have been loaded and not unloaded
         self._tasks: set[asyncio.Task[None]] = set()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -60,20 +61,27 @@ class ExecutorServicer:
         """The engine id behind a model name or an id. Raises NotFound."""
         return await asyncio.to_thread(registry.find_engine, self._store, engine)
 
+    async def open(self, engine: str) -> None:
+        """Loads an engine by name or id and keeps it loaded."""
+        worker = await self.load(await self.resolve(engine))
+        await asyncio.shield(worker.ready)
+        self._wanted.add(worker.engine_id)
+
     async def load(self, engine_id: str) -> WorkerProcess:
         """The engine's worker, started if there is none; it may still be loading."""
-        worker = self._workers.get(engine_id)
+        while (worker := self._workers.get(engine_id)) and worker.stopping:
+            await asyncio.shield(worker.ended)
         if worker is None:
-            worker = self._workers[engine_id] = WorkerProcess(engine_id, self._clients)
+            worker = self._workers[engine_id] = WorkerProcess(engine_id, self._clients, self._ended)
             await worker.start(self._arguments)
-            self._spawn(self._watch(worker))
         return worker
 
     async def close(self) -> None:
         """Ends all workers."""
+        self._wanted.clear()
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*(worker.stop() for worker in self._workers.values()))
+        await asyncio.gather(*(worker.stop() for worker in list(self._workers.values())))
 
     async def LoadEngine(self, request: pb.LoadEngineRequest, _context: Any) -> AsyncIterator[pb.LoadEngineProgress]:
         engine = request.engine_id or request.model
@@ -84,10 +92,16 @@ class ExecutorServicer:
             yield worker.progress
             await asyncio.wait([worker.ready], timeout=0.1)
         worker.ready.result()
+        self._wanted.add(worker.engine_id)
         yield worker.progress
 
     async def UnloadEngine(self, request: pb.UnloadEngineRequest, _context: Any) -> pb.UnloadEngineResponse:
-        await self._worker(request.engine_id).stop()
+        worker = self._workers.get(request.engine_id)
+        if worker is None and request.engine_id not in self._wanted:
+            raise self._not_loaded(request.engine_id)
+        self._wanted.discard(request.engine_id)
+        if worker:
+            await worker.stop()
         return pb.UnloadEngineResponse()
 
     async def GetStatus(self, _request: pb.GetStatusRequest, _context: Any) -> pb.ExecutorStatus:
@@ -141,44 +155,60 @@ class ExecutorServicer:
             elif kind == "cancel":
                 for worker in used:
                     worker.send(ToWorker(client=client.number, cancel=command.cancel))
-        client.drain({worker.engine_id for worker in used if not worker.lost.done()})
+        client.drain({worker.engine_id for worker in used if not worker.ended.done()})
         for worker in used:
             worker.send(ToWorker(client=client.number, client_done=ClientDone()))
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Client]:
         """A client that the workers know until its stream ends, however it ends."""
-        client = Client()
+        client = Client(on_failure=self._gone)
         self._clients[client.number] = client
         try:
             yield client
         finally:
             del self._clients[client.number]
-            for worker in self._workers.values():
-                worker.send(ToWorker(client=client.number, client_gone=ClientGone()))
+            self._gone(client)
+
+    def _gone(self, client: Client) -> None:
+        for worker in self._workers.values():
+            worker.send(ToWorker(client=client.number, client_gone=ClientGone()))
 
     def _worker(self, engine_id: str) -> WorkerProcess:
-        """The worker of an engine that is ready. Raises FailedPrecondition."""
+        """The worker of an engine that serves. Raises FailedPrecondition."""
         worker = self._workers.get(engine_id)
-        if worker is None or not worker.ready.done():
-            state = "not loaded" if worker is None else "still loading"
-            have = ", ".join(known[:12] for known in self._workers) or "none"
-            raise FailedPrecondition(
-                f"engine {engine_id[:12] or '(none given)'} is {state} on this executor, which has: {have}; call LoadEngine",
-                reason="ENGINE_NOT_LOADED",
-            )
+        if worker is None or not worker.serving:
+            raise self._not_loaded(engine_id)
         return worker
 
-    async def _watch(self, worker: WorkerProcess) -> None:
-        """Forgets a worker that has ended; one that had served and was not told to end is started again."""
-        await asyncio.shield(worker.lost)
-        del self._workers[worker.engine_id]
-        if worker.crashed:
-            await asyncio.sleep(_RELOAD_DELAY)
-            log.info("starting the worker of engine %s again", worker.engine_id[:12])
-            await self.load(worker.engine_id)
+    def _not_loaded(self, engine_id: str) -> FailedPrecondition:
+        worker = self._workers.get(engine_id)
+        state = "not loaded" if worker is None else "being unloaded" if worker.stopping else "still loading"
+        have = ", ".join(known[:12] for known in self._workers) or "none"
+        return FailedPrecondition(
+            f"engine {engine_id[:12] or '(none given)'} is {state} on this executor, which has: {have}; call LoadEngine",
+            reason="ENGINE_NOT_LOADED",
+        )
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _ended(self, worker: WorkerProcess) -> None:
+        """Forgets a worker that has ended; an engine that is still wanted is loaded again."""
+        del self._workers[worker.engine_id]
+        if worker.engine_id in self._wanted:
+            task = asyncio.create_task(self._reload(worker.engine_id))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _reload(self, engine_id: str) -> None:
+        """Loads an engine whose worker has died, as often as it takes, until somebody else has or it is unloaded."""
+        delay = _RELOAD_DELAY
+        while True:
+            await asyncio.sleep(delay)
+            if engine_id not in self._wanted or engine_id in self._workers:
+                return
+            log.info("starting the worker of engine %s again", engine_id[:12])
+            try:
+                await asyncio.shield((await self.load(engine_id)).ready)
+                return
+            except EnginehouseError as error:
+                log.warning("engine %s cannot be loaded again: %s", engine_id[:12], error.message)
+                delay = min(2 * delay, _LONGEST_RELOAD_DELAY)

@@ -125,14 +125,17 @@ class Worker:
 
     def _submit(self, client: int, submit: Submit) -> None:
         live = self._live.setdefault(client, {})
+        if submit.handle in live:  # no answer under this handle could be told from the other request's
+            message = f"handle {submit.handle} is in use by another live request of this stream"
+            failure = to_failure(InvalidArgument(message, reason="HANDLE_IN_USE"))
+            self._front.send(FromWorker(client=client, client_failure=failure).SerializeToString())
+            return
         try:
-            if submit.handle in live:
-                raise InvalidArgument(
-                    f"handle {submit.handle} is in use by another live request of this stream", reason="HANDLE_IN_USE"
-                )
             sequence = to_sequence(client, submit, self._manifest)
             self._scheduler.add(sequence)
-        except EnginehouseError as error:
+        except Exception as error:
+            if not isinstance(error, EnginehouseError):
+                log.exception("request %d of client %d", submit.handle, client)
             self._outbox.fail(client, submit.handle, error)
             return
         live[submit.handle] = sequence

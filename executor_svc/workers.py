@@ -1,7 +1,6 @@
 """The front's side: worker processes, and the clients whose streams they feed."""
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -9,7 +8,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from engine.errors import EnginehouseError, ResourceExhausted, Unavailable
 from executor_svc.frames import frame, read_frame
@@ -17,30 +16,48 @@ from protos.rpc import from_failure, to_failure
 from protos.v1.executor_pb2 import EngineLost, EngineState, EngineStatus, LoadEngineProgress, StepOutput
 from protos.v1.worker_pb2 import FromWorker, ToWorker
 
-MAX_BUFFERED = 4096  # step outputs that wait for a client to read; a second or more of steps
+MAX_BUFFERED = 16 << 20  # bytes of step outputs that wait for a client to read; a minute or so of a full batch
 
 log = logging.getLogger(__name__)
 
 
 class Client:
-    """One Run or Generate stream: serialized StepOutputs for it, in order."""
+    """One Run or Generate stream: serialized StepOutputs for it, in order.
+
+    Args:
+        on_failure: called when the stream has failed, before its reader knows; it may be a reader that never comes.
+    """
 
     _numbers = itertools.count(1)
 
-    def __init__(self) -> None:
+    def __init__(self, on_failure: Callable[["Client"], None]) -> None:
         self.number = next(self._numbers)
         self._outputs: deque[bytes] = deque()
+        self._buffered = 0
         self._news = asyncio.Event()
-        self._overflow = self._done = False
+        self._done = False
         self._draining: set[str] | None = None
+        self._error: EnginehouseError | None = None
+        self._on_failure = on_failure
 
     def put(self, output: bytes) -> None:
-        """Adds an output; one too many ends the stream with RESOURCE_EXHAUSTED."""
-        if len(self._outputs) >= MAX_BUFFERED:
-            self._overflow = True
-        else:
-            self._outputs.append(output)
+        """Adds an output. A client that leaves more than MAX_BUFFERED bytes unread fails."""
+        if self._error:
+            return
+        self._outputs.append(output)
+        self._buffered += len(output)
+        if self._buffered > MAX_BUFFERED:
+            message = f"the client has left more than {MAX_BUFFERED >> 20} MiB of step outputs unread"
+            self.fail(ResourceExhausted(message, reason="CLIENT_TOO_SLOW"))
         self._news.set()
+
+    def fail(self, error: EnginehouseError) -> None:
+        """Ends the whole stream with an error, whatever is still buffered."""
+        if self._error is None:
+            self._error = error
+            self._outputs.clear()
+            self._news.set()
+            self._on_failure(self)
 
     def drain(self, engine_ids: set[str]) -> None:
         """The client will send no more: the stream ends when these engines have told all."""
@@ -58,14 +75,14 @@ class Client:
         self._news.set()
 
     async def outputs(self) -> AsyncIterator[bytes]:
-        """The outputs as they come. Raises ResourceExhausted when the reader has fallen too far behind."""
+        """The outputs as they come. Raises what the stream has failed with."""
         while True:
-            if self._overflow:
-                raise ResourceExhausted(
-                    f"the client has not read {MAX_BUFFERED} step outputs", reason="CLIENT_TOO_SLOW"
-                )
+            if self._error:
+                raise self._error
             if self._outputs:
-                yield self._outputs.popleft()
+                output = self._outputs.popleft()
+                self._buffered -= len(output)
+                yield output
             elif self._done:
                 return
             else:
@@ -78,107 +95,126 @@ class WorkerProcess:
 
     Attributes:
         ready: done when the engine is; its exception says why it never was.
-        lost: done when the process has ended, with the reason; `crashed` if the engine had been ready and nobody ended it.
+        ended: done when the process has, with the reason.
         status: as GetStatus reports it.
         progress: the newest of loading.
+
+    Args:
+        clients: all streams of the front, by number.
+        on_end: called once, when the process has ended, before any client hears of it.
     """
 
-    def __init__(self, engine_id: str, clients: dict[int, Client]) -> None:
+    def __init__(self, engine_id: str, clients: dict[int, Client], on_end: Callable[["WorkerProcess"], None]) -> None:
         self.engine_id = engine_id
         self.status = EngineStatus(engine_id=engine_id, state=EngineState.ENGINE_STATE_LOADING)
         self.progress = LoadEngineProgress()
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
-        self.lost: asyncio.Future[EnginehouseError] = loop.create_future()
+        self.ended: asyncio.Future[EnginehouseError] = loop.create_future()
+        self.stopping = False
         self._clients = clients
+        self._on_end = on_end
         self._failure: EnginehouseError | None = None
-        self._stopping = False
-        self.crashed = False
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests can be sent to it."""
+        return self.status.state == EngineState.ENGINE_STATE_READY and not self.stopping and not self.ended.done()
 
     async def start(self, arguments: list[str]) -> None:
-        """Starts the process, with the worker's command line apart from --fd and --engine-id."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [
-                sys.executable,
-                "-m",
-                "executor_svc.worker",
-                "--fd",
-                str(theirs.fileno()),
-                "--engine-id",
-                self.engine_id,
-            ]
-            self._process = await asyncio.create_subprocess_exec(
-                *command,
-                *arguments,
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                # Threads that wait for each other by spinning take the cores from whom they wait for, as soon as anything else
-                # runs: measured on two busy cores, a model of 5 million parameters, 9 tokens/s spinning and 110 not.
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._task = asyncio.create_task(self._read(reader))
+        """Starts the process, with the worker's command line apart from --fd and --engine-id.
+
+        Raises:
+            Unavailable: the system gives no process or socket; the worker counts as ended.
+        """
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                own = ["--fd", str(theirs.fileno()), "--engine-id", self.engine_id]
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "executor_svc.worker", *own, *arguments),
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    # Threads that wait for each other by spinning take the cores from whom they wait for, as soon as
+                    # anything else runs: measured on two busy cores, a model of 5 million parameters, 9 tokens/s
+                    # spinning and 110 not.
+                    env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+                )
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+        except OSError as error:
+            self._failure = Unavailable(f"cannot start a worker process: {error}", reason="WORKER_NOT_STARTED")
+            self._end("")
+            raise self._failure from None
+        if self.stopping:
+            self._writer.close()
+        self._task = asyncio.create_task(self._read(reader, self._process))
 
     def send(self, message: ToWorker) -> None:
         """Sends a message; into the void if the worker is gone, which its clients learn from EngineLost."""
-        if not self._writer.is_closing():
+        if self._writer and not self._writer.is_closing():
             self._writer.write(frame(message.SerializeToString()))
 
     async def stop(self) -> None:
-        """Ends the process: by closing the socket, and by SIGKILL if it has not noticed after 5 seconds."""
-        self._stopping = True
-        self._writer.close()
-        try:
-            await asyncio.wait_for(self._process.wait(), 5)
-        except TimeoutError:
+        """Ends the process, loading or not: by closing the socket, and by SIGKILL if it does not notice in 5 seconds."""
+        self.stopping = True
+        if self._writer:
+            self._writer.close()
+        done, _ = await asyncio.wait([self.ended], timeout=5)
+        if not done and self._process:
             self._process.kill()
-        await self._task
+        await asyncio.shield(self.ended)
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> None:
         while data := await read_frame(reader):
-            message = FromWorker.FromString(data)
-            kind = message.WhichOneof("message")
-            if kind == "step_output":
-                if client := self._clients.get(message.client):
-                    client.put(message.step_output)
-            elif kind == "load":
-                self.status.load.CopyFrom(message.load)
-            elif kind == "progress":
-                self.progress = message.progress
-                if message.progress.HasField("engine"):
-                    self.status.CopyFrom(message.progress.engine)
-                    self.ready.set_result(None)
-            elif kind == "drained":
-                if client := self._clients.get(message.client):
-                    client.drained(self.engine_id)
-            elif kind == "failure":
-                self._failure = from_failure(message.failure)
-        self._end(await self._process.wait())
+            self._take(FromWorker.FromString(data))
+        status = await process.wait()
+        self._end(signal.Signals(-status).name if status < 0 else f"exit status {status}")
 
-    def _end(self, status: int) -> None:
-        self._writer.close()
-        if self._stopping:
+    def _take(self, message: FromWorker) -> None:
+        kind = message.WhichOneof("message")
+        client = self._clients.get(message.client)
+        if kind == "step_output":
+            if client:
+                client.put(message.step_output)
+        elif kind == "load":
+            self.status.load.CopyFrom(message.load)
+        elif kind == "progress":
+            self.progress = message.progress
+            if message.progress.HasField("engine") and not self.stopping:
+                self.status.CopyFrom(message.progress.engine)
+                self.ready.set_result(None)
+        elif kind == "drained":
+            if client:
+                client.drained(self.engine_id)
+        elif kind == "client_failure":
+            if client:
+                client.fail(from_failure(message.client_failure))
+        elif kind == "failure":
+            self._failure = from_failure(message.failure)
+
+    def _end(self, how: str) -> None:
+        if self._writer:
+            self._writer.close()
+        if self.stopping:
             error: EnginehouseError = Unavailable(
                 f"engine {self.engine_id[:12]} was unloaded", reason="ENGINE_UNLOADED"
             )
         elif self._failure and not self.ready.done():
             error = self._failure
         else:
-            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             what = f": {self._failure.message}" if self._failure else f" by {how}"
             error = Unavailable(f"the worker of engine {self.engine_id[:12]} has ended{what}", reason="ENGINE_LOST")
+            log.error("%s", error.message)
         if not self.ready.done():
             self.ready.set_exception(error)
-            with contextlib.suppress(EnginehouseError):
-                self.ready.exception()  # seen, even if nobody waits for it
-        elif not self._stopping:
-            self.crashed = True
-            log.error("%s", error.message)
+            self.ready.exception()  # seen, even if nobody waits for it
+        self.ended.set_result(error)
+        self._on_end(self)
         lost = StepOutput(
             engine_lost=EngineLost(engine_id=self.engine_id, failure=to_failure(error))
         ).SerializeToString()
-        for client in self._clients.values():
+        for client in list(self._clients.values()):
             client.put(lost)
             client.drained(self.engine_id)
-        self.lost.set_result(error)

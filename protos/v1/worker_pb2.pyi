@@ -117,6 +117,7 @@ class FromWorker(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
+    CLIENT_FAILURE_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     step_output: _builtins.bytes
     """a serialized StepOutput for that client"""
@@ -132,6 +133,10 @@ class FromWorker(_message.Message):
 
     @_builtins.property
     def drained(self) -> Global___Drained: ...
+    @_builtins.property
+    def client_failure(self) -> _common_pb2.Failure:
+        """ends the client's whole stream: it has broken the protocol"""
+
     def __init__(
         self,
         *,
@@ -141,12 +146,13 @@ class FromWorker(_message.Message):
         failure: _common_pb2.Failure | None = ...,
         load: _executor_pb2.EngineLoad | None = ...,
         drained: Global___Drained | None = ...,
+        client_failure: _common_pb2.Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load", "drained"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load", "drained", "client_failure"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

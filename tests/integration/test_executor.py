@@ -30,6 +30,7 @@ class Running:
     service: Service
     engine_id: str
     foreign_id: str
+    store: str
 
     def submit(self, max_tokens: int, **fields: object) -> pb.Submit:
         sampling = SamplingParams(temperature=1.0, seed=7)
@@ -56,7 +57,7 @@ def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     foreign_id = build(checkpoint, store, BuildOptions(device="cuda", dtype="float32")).manifest.engine_id
     registry.set_name(store, "tiny", engine_id)
     with service("executor_svc", directory / "log", "--store", store.url, "--engine", "tiny") as started:
-        yield Running(started, engine_id, foreign_id)
+        yield Running(started, engine_id, foreign_id, str(directory / "store"))
 
 
 @pytest.fixture
@@ -67,6 +68,15 @@ async def stub(running: Running) -> AsyncIterator[ExecutorStub]:
 
 async def generate(stub: ExecutorStub, submit: pb.Submit) -> list[int]:
     return [token async for output in stub.Generate(submit) for token in output.token_ids]
+
+
+async def ready(stub: ExecutorStub) -> None:
+    for _ in range(200):
+        engines = (await stub.GetStatus(pb.GetStatusRequest())).engines
+        if engines and engines[0].state == pb.ENGINE_STATE_READY:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError("the engine does not come back")
 
 
 async def error_of(call: AsyncIterator[object]) -> EnginehouseError:
@@ -128,7 +138,6 @@ async def test_a_bad_request_on_a_run_stream_fails_alone(running: Running, stub:
     submits = [
         running.submit(5, handle=1),
         running.submit(200, handle=2),
-        running.submit(5, handle=2),
         running.submit(5, handle=3, token_ids=[999]),
     ]
     commands = [pb.Command(submit=submit) for submit in submits]
@@ -140,8 +149,51 @@ async def test_a_bad_request_on_a_run_stream_fails_alone(running: Running, stub:
     async for output in stub.Run(iter(commands)):
         failed.update({item.handle: item.failure.reason for item in output.failed})
         finished.update({item.handle: item.finish.reason for item in output.finished})
-    assert failed == {2: "HANDLE_IN_USE", 3: "TOKEN_ID_INVALID", 4: "ENGINE_NOT_LOADED"}
+    assert failed == {3: "TOKEN_ID_INVALID", 4: "ENGINE_NOT_LOADED"}
     assert finished == {1: FinishReason.FINISH_REASON_LENGTH, 2: FinishReason.FINISH_REASON_CANCELLED}
+
+
+async def test_a_handle_that_is_in_use_ends_the_stream(running: Running, stub: ExecutorStub) -> None:
+    commands = [pb.Command(submit=running.submit(200, handle=1)) for _ in range(2)]
+    error = await error_of(stub.Run(iter(commands)))
+    assert (error.code, error.reason) == (3, "HANDLE_IN_USE")
+    assert (await load(stub)).running == 0
+
+
+async def test_loading_while_it_is_unloaded_waits_and_loads(running: Running, stub: ExecutorStub) -> None:
+    unload = asyncio.ensure_future(stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=running.engine_id)))
+    progress = [part async for part in stub.LoadEngine(pb.LoadEngineRequest(model="tiny"))]
+    await unload
+    assert progress[-1].engine.state == pb.ENGINE_STATE_READY
+    assert len(await generate(stub, running.submit(5))) == 5
+
+
+async def test_a_load_can_be_called_off(running: Running, stub: ExecutorStub) -> None:
+    await stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=running.engine_id))
+    loading = stub.LoadEngine(pb.LoadEngineRequest(model="tiny"))
+    await loading.read()
+    await stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=running.engine_id))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while await loading.read() is not grpc.aio.EOF:
+            pass
+        raise AssertionError(f"the load ended with {await loading.code()}")
+    assert from_rpc_error(caught.value).reason == "ENGINE_UNLOADED"
+    assert not (await stub.GetStatus(pb.GetStatusRequest())).engines
+    assert [part async for part in stub.LoadEngine(pb.LoadEngineRequest(model="tiny"))][-1].HasField("engine")
+
+
+async def test_an_engine_whose_worker_died_comes_back_when_the_store_does(running: Running, stub: ExecutorStub) -> None:
+    manifest = Path(running.store) / "engines" / f"{running.engine_id}.json"
+    manifest.rename(manifest.with_suffix(".away"))
+    os.kill(running.worker(), signal.SIGKILL)
+    for _ in range(200):
+        if "cannot be loaded again" in running.service.log.read_text():
+            break
+        await asyncio.sleep(0.1)
+    assert "cannot be loaded again: no engine" in running.service.log.read_text()
+    manifest.with_suffix(".away").rename(manifest)
+    await ready(stub)
+    assert len(await generate(stub, running.submit(5))) == 5
 
 
 async def test_a_killed_worker_ends_its_streams_and_comes_back(running: Running, stub: ExecutorStub) -> None:
@@ -152,11 +204,7 @@ async def test_a_killed_worker_ends_its_streams_and_comes_back(running: Running,
     error = await error_of(call)
     assert (error.code, error.reason) == (14, "ENGINE_LOST") and "SIGKILL" in error.message
     assert time.monotonic() - killed < 2
-    for _ in range(200):
-        engines = (await stub.GetStatus(pb.GetStatusRequest())).engines
-        if engines and engines[0].state == pb.ENGINE_STATE_READY:
-            break
-        await asyncio.sleep(0.1)
+    await ready(stub)
     assert len(await generate(stub, running.submit(5))) == 5
 
 

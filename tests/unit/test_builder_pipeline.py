@@ -199,6 +199,11 @@ BAD = {
         Unimplemented,
         "rope type 'yarn' is not supported; supported are default, linear, llama3",
     ),
+    "quantized": (
+        lambda path: change_config(path, quantization_config={"quant_method": "gptq"}),
+        Unimplemented,
+        "quantization method 'gptq' is not supported",
+    ),
     "activation": (
         lambda path: change_config(path, hidden_act="gelu"),
         Unimplemented,
@@ -239,6 +244,16 @@ def test_options_are_checked() -> None:
     ]:
         with pytest.raises(InvalidArgument, match=message):
             BuildOptions(**bad)  # type: ignore[arg-type]
+
+
+def test_auto_takes_the_checkpoints_dtype_on_cuda_and_float32_on_the_cpu(copy: Path) -> None:
+    for stored, taken in [("bfloat16", "bfloat16"), ("float16", "float16")]:
+        change_config(copy, dtype=stored)
+        assert read_model(copy, BuildOptions(device="cuda")).dtype == taken
+        assert read_model(copy, BuildOptions()).dtype == "float32"
+    change_config(copy, dtype="float64")
+    with pytest.raises(Unimplemented, match="is stored in float64; choose one of float32, bfloat16, float16"):
+        read_model(copy, BuildOptions(device="cuda"))
 
 
 def test_a_longer_max_seq_len_than_the_models_is_refused(checkpoint: Path, store: Store) -> None:

@@ -11,7 +11,7 @@ from executor_svc.workers import MAX_BUFFERED, Client
 
 
 async def test_outputs_come_in_order_and_end_when_all_engines_have_drained() -> None:
-    client = Client()
+    client = Client(print)
     for number in range(3):
         client.put(bytes([number]))
     client.drain({"a", "b"})
@@ -24,17 +24,33 @@ async def test_outputs_come_in_order_and_end_when_all_engines_have_drained() -> 
 
 
 async def test_a_client_that_used_no_engine_ends_at_once() -> None:
-    client = Client()
+    client = Client(print)
     client.drain(set())
     assert await collect(client) == []
 
 
 async def test_a_client_that_does_not_read_is_ended() -> None:
-    client = Client()
-    for _ in range(MAX_BUFFERED + 1):
-        client.put(b"x")
-    with pytest.raises(ResourceExhausted, match=f"has not read {MAX_BUFFERED}"):
+    failed: list[Client] = []
+    client = Client(failed.append)
+    output = b"x" * (MAX_BUFFERED // 4)
+    for _ in range(4):
+        client.put(output)
+    assert failed == []
+    client.put(b"x")
+    assert failed == [client], "its requests end at once, not when it reads again"
+    client.put(b"x")
+    with pytest.raises(ResourceExhausted, match="more than 16 MiB of step outputs unread"):
         await collect(client)
+    assert failed == [client]
+
+
+async def test_what_was_read_counts_no_more() -> None:
+    client = Client(print)
+    output = b"x" * (MAX_BUFFERED // 2)
+    outputs = client.outputs()
+    for _ in range(5):
+        client.put(output)
+        assert await anext(outputs) == output
 
 
 async def collect(client: Client) -> list[bytes]:

@@ -76,6 +76,12 @@ def test_bad_values_are_named(fields: dict[str, Any], message: str) -> None:
         to_sequence(7, submit(**fields), MANIFEST)
 
 
+def test_the_longest_deadline_there_is() -> None:
+    given = submit()
+    given.timeout.seconds, given.timeout.nanos = 2**63 - 1, 2**31 - 1
+    assert to_sequence(7, given, MANIFEST).deadline == pytest.approx(2**63, rel=1e-6)
+
+
 def test_a_deadline_that_has_passed_is_never_started() -> None:
     given = submit()
     given.timeout.FromMilliseconds(0)

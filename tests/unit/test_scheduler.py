@@ -74,7 +74,7 @@ def expected(prompt: list[int], max_tokens: int, max_seq_len: int) -> list[int]:
 @st.composite
 def tight_configs(draw: st.DrawFn) -> SchedulerConfig:
     """A cache that holds the longest sequence of these tests (24 tokens) and little more, so that preemption is common."""
-    block_size = draw(st.sampled_from([1, 2, 4]))
+    block_size = draw(st.sampled_from([1, 2, 4, 40]))  # 40: slots, a block is a whole sequence
     return SchedulerConfig(
         num_blocks=-(-24 // block_size) + draw(st.integers(0, 6)),
         block_size=block_size,
@@ -264,6 +264,30 @@ def expected_without_eos(prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
+
+
+def test_every_slot_is_used() -> None:
+    """A block as long as a sequence: none has to be left free for growth."""
+    scheduler = Scheduler(config_of(num_blocks=8, block_size=64, prefix_cache=False))
+    for _ in range(9):
+        scheduler.add(sequence_of([1], 8))
+    assert scheduler.schedule() is not None
+    assert (len(scheduler.running), scheduler.num_waiting) == (8, 1)
+
+
+def test_where_batches_are_not_mixed_neither_kind_waits_for_the_end_of_the_other() -> None:
+    config = config_of(mixed_batches=False)
+    scheduler, runner = Scheduler(config), BlockRunner(config)
+    scheduler.add(sequence_of([3, 2, 1], 20))
+    kinds = []
+    for number in range(12):
+        scheduler.add(sequence_of([number + 1, 2, 3, 4, 5], 1))
+        batch = scheduler.schedule()
+        assert batch is not None
+        kinds.append({item.count == 1 for item in batch.items})
+        runner.start(batch)
+        scheduler.commit(batch, runner.finish(batch))
+    assert kinds == [{False}, *[{True}, {False}] * 5, {True}] or kinds == [{False}, {False}, *[{True}, {False}] * 5]
 
 
 def test_higher_priority_is_admitted_first() -> None:
