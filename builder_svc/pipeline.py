@@ -25,9 +25,9 @@ from engine import registry
 from engine.blobs import describe, put_bytes, put_file
 from engine.errors import InvalidArgument, NotFound, Unimplemented
 from engine.fingerprint import Fingerprint
-from engine.manifest import Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
+from engine.manifest import FORMAT_VERSION, Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
 from engine.opset import OPSET_VERSION
-from engine.program import Program
+from engine.program import SCHEMA_VERSION, Program
 from engine.store import Store
 
 RECIPE_VERSION = 1  # raised when the same inputs give another engine than before
@@ -43,6 +43,7 @@ class Model:
     tokenizer: NormalizedTokenizer
     dtype: str
     limits: Limits
+    eos_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def build(
         model=model_facts(model, program),
         limits=model.limits,
         mapping=Parallelism(),
-        fingerprint=Fingerprint("torch", options.device, compute_capability=options.compute_capability),
+        fingerprint=Fingerprint("torch", options.device, program.opset_version, options.compute_capability),
         ranks=(rank,),
         tokenizer=tokenizer,
     )
@@ -134,12 +135,13 @@ def read_model(checkpoint: Path, options: BuildOptions) -> Model:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if options.device == "cpu" else opened.dtype()
-        if dtype not in DTYPES:
+        if dtype not in DTYPES[1:]:
             raise Unimplemented(
                 f"{checkpoint} is stored in {dtype}; choose one of {', '.join(DTYPES[1:])} for the engine"
             )
     limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
-    return Model(opened, family, config, normalize(checkpoint, config.vocab_size), dtype, limits)
+    tokenizer = normalize(checkpoint, config.vocab_size)
+    return Model(opened, family, config, tokenizer, dtype, limits, opened.eos_token_ids())
 
 
 def build_identity(model: Model, options: BuildOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
@@ -150,13 +152,12 @@ def build_identity(model: Model, options: BuildOptions, progress: Progress = lam
         "tokenizer": [
             describe("", data).digest for data in (model.tokenizer.tokenizer_json, model.tokenizer.config_json)
         ],
-        "config": dict(model.checkpoint.config.values),
         "dtype": model.dtype,
         "limits": msgspec.to_builtins(model.limits),
         "quantization": None,
         "mapping": msgspec.to_builtins(Parallelism()),
         "target": {"backend": "torch", "device": options.device, "compute_capability": options.compute_capability},
-        "opset_version": OPSET_VERSION,
+        "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
         "recipe_version": RECIPE_VERSION,
     }
 
@@ -186,6 +187,6 @@ def model_facts(model: Model, program: Program) -> ModelFacts:
         num_kv_heads=attention.num_kv_heads,
         dtype=model.dtype,
         kv_bytes_per_token=sum(cache.bytes_per_token for cache in program.caches),
-        eos_token_ids=model.checkpoint.eos_token_ids(),
+        eos_token_ids=model.eos_token_ids,
         num_parameters=sum(declared.size for declared in program.weights.values()),
     )

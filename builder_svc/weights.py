@@ -12,6 +12,7 @@ from engine.errors import InvalidArgument, ResourceExhausted
 from engine.manifest import FileRef
 from engine.program import ITEM_SIZE, Program
 
+_DERIVED = ("rotary_emb.inv_freq",)  # older checkpoints store what their config implies
 MAX_FILE_BYTES = 4 * 1024**3
 _NAMES = {
     "float32": "F32",
@@ -44,6 +45,18 @@ def check_weights(checkpoint: HuggingFaceCheckpoint, names: Mapping[str, tuple[s
         if rows != expected[0]:
             raise _mismatch(" + ".join(theirs), (rows, *expected[1:]), expected)
 
+    used = {name for theirs in names.values() for name in theirs}
+    for name in checkpoint.shapes:
+        if (
+            name not in used
+            and not name.endswith(_DERIVED)
+            and not (name == "lm_head.weight" and "lm_head.weight" not in names)
+        ):
+            raise InvalidArgument(
+                f"{checkpoint.path} holds tensor {name!r}, for which its config.json has no place",
+                reason="TENSOR_UNEXPECTED",
+            )
+
 
 def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> InvalidArgument:
     wanted = ", ".join("any" if size < 0 else str(size) for size in expected)
@@ -62,8 +75,8 @@ def write_weights(
 ) -> list[tuple[FileRef, Path]]:
     """Writes the program's weights as safetensors files of at most MAX_FILE_BYTES (or one tensor) into a directory.
 
-    Tensors stand in the order of their first use, wider dtypes first, so that each is aligned to its own size. At most
-    one of them is in memory at a time.
+    Tensors stand in the order of their first use, wider dtypes first, so that each is aligned to its own size. One of them
+    is in memory at a time, with the parts that it is made of.
 
     Args:
         constants: weights that no checkpoint holds.

@@ -53,14 +53,15 @@ def describe(name: str, data: bytes) -> FileRef:
 
 
 def put_bytes(store: Store, name: str, data: bytes) -> FileRef:
-    """Stores a small file."""
+    """Stores a small file; does nothing where it is there already, in its full size."""
     ref = describe(name, data)
-    store.create(blob_key(ref.digest), data)
+    if store.size(blob_key(ref.digest)) != ref.size:
+        store.replace(blob_key(ref.digest), data)
     return ref
 
 
 def put_file(store: Store, ref: FileRef, path: Path, progress: Progress | None = None) -> None:
-    """Stores a described file; resumes, and does nothing where it is there already."""
+    """Stores a described file; resumes, and does nothing where it is there already, in its full size."""
     store.upload(blob_key(ref.digest), path, progress)
 
 

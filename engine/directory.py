@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import DataLoss, EnginehouseError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
-from engine.store import Progress, Store, check_key, check_prefix
+from engine.store import Progress, Store, check_key, check_prefix, is_key
 
 _COPY_SIZE = 4 * 1024 * 1024
 
@@ -56,6 +56,7 @@ class DirectoryStore(Store):
                 path.hardlink_to(temporary)
             except FileExistsError:
                 return False
+            _sync(path.parent)
             return True
 
     def replace(self, key: str, data: bytes) -> None:
@@ -63,19 +64,21 @@ class DirectoryStore(Store):
         with self._errors(key), self._written(data) as temporary:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
+            _sync(path.parent)
 
     def upload(self, key: str, path: Path, progress: Progress | None = None) -> None:
         final = self._path(key)
         total = path.stat().st_size
         report = progress or (lambda *_: None)
         with self._errors(key):
-            if not final.exists():
+            if self.size(key) != total:
                 partial = self._partial / key.replace("/", ",")  # a comma is in no key: no two keys share a partial
                 with path.open("rb") as source, self._locked(partial) as target:
-                    if not final.exists():
+                    if self.size(key) != total:
                         self._copy(source, target, total, report)
                         final.parent.mkdir(parents=True, exist_ok=True)
                         partial.replace(final)
+                        _sync(final.parent)
                     else:
                         partial.unlink(missing_ok=True)
         report(total, total)
@@ -112,7 +115,7 @@ class DirectoryStore(Store):
         with self._errors(prefix):
             base = self.root / check_prefix(prefix)
             found = [path.relative_to(self.root).as_posix() for path in base.rglob("*") if path.is_file()]
-        yield from sorted(key for key in found if not key.startswith(".partial/"))
+        yield from sorted(filter(is_key, found))
 
     def delete(self, key: str) -> None:
         with self._errors(key):
@@ -160,3 +163,12 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _sync(directory: Path) -> None:
+    """Makes new names in a directory survive a loss of power."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

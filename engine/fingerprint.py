@@ -12,7 +12,7 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         backend: "torch": a program that the executor interprets.
         device: "cpu" or "cuda".
-        opset_version: of the operator set that the program uses.
+        opset_version: of the operator set that the program uses; a node with a later one will do.
         compute_capability: of an NVIDIA GPU, such as "9.0".
         backend_version: of a backend whose plans fit one version only.
         driver_floor: the oldest NVIDIA driver, such as "580.65".
@@ -45,7 +45,7 @@ def mismatches(needs: Fingerprint, node: Node) -> list[str]:
         found.append(f"it needs {needs.backend} {needs.backend_version}, this node has {node.backends[needs.backend]}")
     if needs.device != node.device:
         found.append(f"it needs device {needs.device!r}, this executor runs on {node.device!r}")
-    if needs.opset_version != node.opset_version:
+    if needs.opset_version > node.opset_version:
         found.append(f"it needs operator set {needs.opset_version}, this executor has {node.opset_version}")
     if needs.compute_capability not in (None, node.compute_capability):
         found.append(f"it needs compute capability {needs.compute_capability}, this GPU has {node.compute_capability}")

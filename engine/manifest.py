@@ -7,11 +7,17 @@ from typing import Any
 
 import msgspec
 
-from engine.errors import InvalidArgument
+from engine.errors import FailedPrecondition, InvalidArgument
 from engine.fingerprint import Fingerprint
 
 FORMAT_VERSION = 1
 CHUNK_SIZE = 32 * 1024 * 1024
+
+
+class _Version(msgspec.Struct):
+    """Read first, so that a manifest of another format is told by that and not by its fields."""
+
+    format_version: int
 
 
 class FileRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,17 +110,22 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @staticmethod
     def from_json(data: bytes) -> "Manifest":
-        """Raises InvalidArgument, which says where, unless the data is a manifest of this format whose id is its identity's."""
+        """Reads and checks.
+
+        Raises:
+            FailedPrecondition: a manifest of another format.
+            InvalidArgument: no manifest, or one whose id is not its identity's; the message says where.
+        """
         try:
+            version = msgspec.json.decode(data, type=_Version).format_version
+            if version != FORMAT_VERSION:
+                raise FailedPrecondition(
+                    f"the manifest has format {version}, this release reads {FORMAT_VERSION}: build the engine again",
+                    reason="MANIFEST_FORMAT",
+                )
             manifest = msgspec.json.decode(data, type=Manifest)
         except msgspec.MsgspecError as error:
             raise InvalidArgument(f"manifest: {error}", reason="MANIFEST_INVALID") from None
-        if manifest.format_version != FORMAT_VERSION:
-            raise InvalidArgument(
-                f"manifest of engine {manifest.engine_id[:12]} has format {manifest.format_version}; "
-                f"this release reads {FORMAT_VERSION}: build the engine again",
-                reason="MANIFEST_INVALID",
-            )
         if engine_id(manifest.identity) != manifest.engine_id:
             raise InvalidArgument(
                 f"manifest says engine {manifest.engine_id}, but its identity gives {engine_id(manifest.identity)}",

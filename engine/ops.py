@@ -138,7 +138,7 @@ def _schema(name: str, operator: Operator) -> str:
     kinds = {int: "int", float: "float", bool: "bool", list: "int[]"}
     tensors = [f"Tensor? {slot[:-1]}" if slot.endswith("?") else f"Tensor {slot}" for slot in operator.inputs]
     attrs = [f"{kinds[kind]} {attr}" for attr, kind in operator.attrs.items()]
-    if operator.outputs == ("*",):
+    if operator.variadic:
         result = "Tensor[]"
     else:
         result = f"({', '.join('Tensor' for _ in operator.outputs)})"
@@ -146,11 +146,11 @@ def _schema(name: str, operator: Operator) -> str:
 
 
 def _shapes(name: str, operator: Operator) -> Callable[..., Any]:
-    """The reference under torch's fake tensors, which compute shapes only; attention's needs no cache for that."""
+    """The reference under torch's fake tensors, which compute shapes only."""
 
     def fake(*args: Any) -> Any:
         tensors, attrs = args[: len(operator.inputs)], args[len(operator.inputs) :]
-        if name == "attention":
+        if operator.uses_step:  # it needs the step's caches, which a trace has not; the result is like the first input
             return torch.empty_like(tensors[0])
         result = REFERENCE[name](*tensors, **dict(zip(operator.attrs, attrs, strict=True)))
         return [part.clone() for part in result] if isinstance(result, list) else result

@@ -1,6 +1,6 @@
 """The operator set as data: what a program may say. No torch here; `engine/ops.py` gives each operator its meaning.
 
-A program that validates against this table runs on every executor with the same `OPSET_VERSION`.
+A program that validates against this table runs on every executor with at least its `opset_version`.
 """
 
 from dataclasses import dataclass, field
@@ -16,13 +16,22 @@ class Operator:
     Attributes:
         inputs: names of the tensor inputs in order; a trailing "?" marks an optional one, which a program leaves out
             by the empty name "".
-        outputs: names of the results; ("*",) when the number follows from the attributes.
+        outputs: names of the results; ("*",) for a list with a result for each entry of attribute "sizes".
+        since: the version of the set that the operator came with. Additions raise OPSET_VERSION and old programs stay valid.
+        uses_step: whether it takes the runner's view of the step (`engine.ops.Step`) as keyword `step`.
         attrs: attribute name -> its type; int, float, bool or list (of int). Every attribute is given, none is implied.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...] = ("y",)
     attrs: dict[str, type] = field(default_factory=dict)
+    uses_step: bool = False
+    since: int = 1
+
+    @property
+    def variadic(self) -> bool:
+        """Whether it makes a list of results."""
+        return self.outputs == ("*",)
 
 
 OPERATORS: dict[str, Operator] = {
@@ -32,7 +41,9 @@ OPERATORS: dict[str, Operator] = {
     "add_rms_norm": Operator(("x", "residual", "weight"), ("y", "sum"), {"eps": float}),
     "rope_table": Operator(("positions", "inv_freq"), ("cos", "sin"), {"scale": float}),
     "rope": Operator(("x", "cos", "sin"), attrs={"head_dim": int, "interleaved": bool}),
-    "attention": Operator(("q", "k", "v"), attrs={"cache": int, "head_dim": int, "scale": float, "window": int}),
+    "attention": Operator(
+        ("q", "k", "v"), attrs={"cache": int, "head_dim": int, "scale": float, "window": int}, uses_step=True
+    ),
     "silu_mul": Operator(("gate_up",)),
     "split": Operator(("x",), ("*",), {"sizes": list}),
     "gather": Operator(("x", "indices")),

@@ -75,7 +75,8 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             belongs to which sequence, where its keys lie) is the runner's and has no name in the program.
         weights: name -> type; the engine's safetensors files hold them under the same names.
         caches: the KV caches; attribute "cache" of an attention operator is an index into them.
-        outputs: names of the results, here ("logits",): [num_logits, vocab_size].
+        outputs: names of the results; the first is the logits [num_logits, vocab_size].
+        opset_version: the first operator set that has all the operators; any later one will do.
     """
 
     dims: dict[str, int]
@@ -107,11 +108,11 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def validate(self) -> None:
         """Raises InvalidArgument unless every name is defined once before its use and every operator fits the set."""
-        if (self.schema_version, self.opset_version) != (SCHEMA_VERSION, OPSET_VERSION):
+        if self.schema_version != SCHEMA_VERSION or self.opset_version > OPSET_VERSION:
             raise _invalid(
                 "versions",
                 f"schema {self.schema_version} and operator set {self.opset_version}; "
-                f"this release reads schema {SCHEMA_VERSION} and operator set {OPSET_VERSION}: build the engine again",
+                f"this release reads schema {SCHEMA_VERSION} and operator sets up to {OPSET_VERSION}",
             )
         types = {**self.inputs, **self.weights}
         if len(types) != len(self.inputs) + len(self.weights):
@@ -124,10 +125,9 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for number, op in enumerate(self.ops):
             where = f"ops[{number}] ({op.op})"
             spec = OPERATORS.get(op.op)
-            if spec is None:
-                raise _invalid(
-                    where, f"unknown operator; operator set {OPSET_VERSION} has {', '.join(sorted(OPERATORS))}"
-                )
+            if spec is None or spec.since > self.opset_version:
+                known = sorted(name for name, operator in OPERATORS.items() if operator.since <= self.opset_version)
+                raise _invalid(where, f"unknown operator; operator set {self.opset_version} has {', '.join(known)}")
             if len(op.inputs) != len(spec.inputs):
                 raise _invalid(where, f"{len(op.inputs)} inputs, expected {len(spec.inputs)}: {', '.join(spec.inputs)}")
             for name, slot in zip(op.inputs, spec.inputs, strict=True):
@@ -138,19 +138,21 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for name, value in op.attrs.items():
                 if problem := attr_problem(op.op, name, value):
                     raise _invalid(where, problem)
-            if spec.outputs != ("*",) and len(op.outputs) != len(spec.outputs):
+            if spec.variadic and len(op.outputs) != len(op.attrs["sizes"]):  # type: ignore[arg-type]
+                raise _invalid(where, f"{len(op.outputs)} outputs, but sizes {op.attrs['sizes']}")
+            if not spec.variadic and len(op.outputs) != len(spec.outputs):
                 raise _invalid(
                     where, f"{len(op.outputs)} outputs, expected {len(spec.outputs)}: {', '.join(spec.outputs)}"
                 )
-            if op.op == "split" and len(op.outputs) != len(op.attrs["sizes"]):  # type: ignore[arg-type]
-                raise _invalid(where, f"{len(op.outputs)} outputs, but sizes {op.attrs['sizes']}")
-            if op.op == "attention" and not 0 <= int(str(op.attrs["cache"])) < len(self.caches):
+            if spec.uses_step and not 0 <= int(str(op.attrs["cache"])) < len(self.caches):
                 raise _invalid(where, f"cache {op.attrs['cache']}, but there are {len(self.caches)}")
             for made in op.outputs:
                 if not made.name or made.name in defined:
                     raise _invalid(where, f"output {made.name!r} is empty or defined twice")
                 self._check_type(made.name, made.type)
                 defined.add(made.name)
+        if not self.outputs:
+            raise _invalid("outputs", "there are none")
         for name in self.outputs:
             if name not in defined:
                 raise _invalid("outputs", f"{name!r} is not defined")

@@ -43,6 +43,11 @@ def find_manifest(store: Store, engine_id: str) -> Manifest | None:
         found = Manifest.from_json(store.read(f"engines/{engine_id}.json"))
     except NotFound:
         return None
+    except InvalidArgument as error:
+        raise DataLoss(
+            f"engines/{engine_id}.json in {store.url} is damaged ({error.message}): delete it and build again",
+            reason="MANIFEST_INVALID",
+        ) from None
     if found.engine_id != engine_id:
         raise DataLoss(
             f"engines/{engine_id}.json in {store.url} holds engine {found.engine_id[:12]}: delete it and build again",

@@ -18,7 +18,7 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]*(/[A-Za-z0-9][A-Za-z0-9._@+-]*)*
 
 
 class Store(abc.ABC):
-    """Seven verbs over keys; safe to use from several threads and processes.
+    """Eight verbs over keys; safe to use from several threads and processes.
 
     Each raises `Unavailable` when the store cannot be reached, `PermissionDenied` when it refuses and `ResourceExhausted`
     when it is full.
@@ -50,22 +50,27 @@ class Store(abc.ABC):
     def upload(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """Writes a large object that nobody sees before it is whole.
 
-        For immutable content: where the key exists nothing is done, and what an interrupted upload of the same file left
-        is not sent again.
+        For immutable content: where an object of the file's size exists nothing is done (one of another size is damaged and
+        replaced), and what an interrupted upload of the same file left is not sent again.
         """
 
     @abc.abstractmethod
     def list(self, prefix: str) -> Iterator[str]:
-        """Keys that begin with `prefix` (a whole path component ending in "/"), sorted."""
+        """Keys that begin with `prefix` (a whole path component ending in "/"), sorted; what is no valid key is not listed."""
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Removes an object; no error if there is none."""
 
 
+def is_key(text: str) -> bool:
+    """Whether it could be a key: nothing that leaves the store, or that some backend cannot hold."""
+    return _KEY.fullmatch(text) is not None and ".." not in text
+
+
 def check_key(key: str) -> str:
-    """The key itself. Raises InvalidArgument for one that could leave the store or that some backend cannot hold."""
-    if not _KEY.fullmatch(key) or ".." in key:
+    """The key itself. Raises InvalidArgument for what is none."""
+    if not is_key(key):
         raise InvalidArgument(
             f"{key!r} is no valid key: use letters, digits and . _ @ + - between slashes", reason="KEY_INVALID"
         )

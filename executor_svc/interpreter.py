@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.ops import Step
+from engine.opset import OPERATORS
 from engine.program import Program
 
 
@@ -16,7 +17,7 @@ class _Instruction:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     attrs: dict[str, Any]
-    needs_step: bool
+    uses_step: bool
     single: bool
     dead: tuple[int, ...]  # registers that nothing reads any more
 
@@ -48,8 +49,8 @@ class Interpreter:
                     tuple(registers[name] if name else -1 for name in op.inputs),
                     tuple(registers[value.name] for value in op.outputs),
                     dict(op.attrs),
-                    needs_step=op.op == "attention",
-                    single=len(op.outputs) == 1 and op.op != "split",
+                    uses_step=OPERATORS[op.op].uses_step,
+                    single=len(OPERATORS[op.op].outputs) == 1 and not OPERATORS[op.op].variadic,
                     dead=tuple(registers[name] for name in names if last_use.get(name, number) == number),
                 )
             )
@@ -66,7 +67,7 @@ class Interpreter:
             arguments = [file[register] for register in code.inputs]
             result = (
                 code.function(*arguments, step=step, **code.attrs)
-                if code.needs_step
+                if code.uses_step
                 else code.function(*arguments, **code.attrs)
             )
             for register, value in zip(code.outputs, (result,) if code.single else result, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine import blobs, fingerprint, registry
-from engine.errors import DataLoss
+from engine.errors import DataLoss, FailedPrecondition
 from engine.fingerprint import Node
 from engine.manifest import Manifest
 from engine.program import Program
@@ -32,7 +32,7 @@ class LoadedEngine:
 def load_engine(
     store: Store, engine_id: str, node: Node, progress: Callable[[int, int], None] = lambda *_: None
 ) -> LoadedEngine:
-    """Loads rank 0.
+    """Loads an engine of one rank.
 
     Args:
         node: what is here; an engine that needs something else is refused before a byte of it is read.
@@ -45,6 +45,11 @@ def load_engine(
     """
     manifest = registry.manifest(store, engine_id)
     fingerprint.check(engine_id, manifest.source, manifest.fingerprint, node)
+    if len(manifest.ranks) != 1:
+        raise FailedPrecondition(
+            f"engine {engine_id[:12]} is for {len(manifest.ranks)} ranks; this executor runs engines of one",
+            reason="RANKS_UNSUPPORTED",
+        )
     rank = manifest.ranks[0]
     program = Program.from_json(blobs.read(store, rank.program))
     buffers = [torch.empty(file.size, dtype=torch.uint8) for file in rank.weights]

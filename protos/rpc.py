@@ -29,7 +29,7 @@ CHANNEL_OPTIONS = [
 _SERVER_OPTIONS = CHANNEL_OPTIONS + [("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10_000)]
 
 # A status travels in HTTP/2 trailers, twice and partly percent-encoded; past 8 KiB the client would see another error.
-_MAX_STATUS_TEXT = 1500
+_MAX_STATUS_TEXT, _MAX_METADATA_VALUE = 1500, 200
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     if len(text) > _MAX_STATUS_TEXT:
         failure.message = text[:_MAX_STATUS_TEXT].decode(errors="ignore") + " ..."
     detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata=dict(failure.metadata)))
+    metadata = {key: value[:_MAX_METADATA_VALUE] for key, value in failure.metadata.items()}
+    detail.Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata=metadata))
     status = status_pb2.Status(code=failure.code, message=failure.message, details=[detail])
     await context.abort_with_status(rpc_status.to_status(status))
 

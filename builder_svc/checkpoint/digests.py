@@ -1,4 +1,4 @@
-"""SHA-256 of checkpoint files, remembered by what tells a file from its next version: inode, size and time of change."""
+"""SHA-256 of checkpoint files, remembered by what tells a file from its next version: inode, size and times of change."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def file_digests(
 
     def digest(path: Path) -> tuple[str, str]:
         status = path.stat()
-        key = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+        key = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
         return key, known.get(key) or _sha256(path)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from builder_svc.models.fields import Fields
-from engine.errors import DataLoss, InvalidArgument, NotFound, Unimplemented
+from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 
 
 class HuggingFaceCheckpoint:
@@ -39,7 +39,13 @@ class HuggingFaceCheckpoint:
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
         self._files = {name: self._open(name) for name in self._file_names()}
-        self._where = {tensor: file for file, opened in self._files.items() for tensor in opened.keys()}  # noqa: SIM118
+        self._where: dict[str, str] = {}
+        for file, opened in self._files.items():
+            for tensor in opened.keys():  # noqa: SIM118  (no mapping)
+                if tensor in self._where:
+                    where = f"{self._where[tensor]} and in {file}"
+                    raise InvalidArgument(f"{path}: tensor {tensor!r} stands in {where}", reason="TENSOR_TWICE")
+                self._where[tensor] = file
         self.shapes = {
             tensor: tuple(self._files[file].get_slice(tensor).get_shape()) for tensor, file in self._where.items()
         }
@@ -63,17 +69,25 @@ class HuggingFaceCheckpoint:
     def eos_token_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids, of generation_config.json or else config.json."""
         found = self.generation_config.get("eos_token_id", self.config.values.get("eos_token_id"))
-        ids = found if isinstance(found, list) else [found]
-        return tuple(int(token) for token in ids if token is not None)
+        ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+        vocab_size = self.config.size("vocab_size")
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise InvalidArgument(
+                    f"{self.path}: eos_token_id {token!r} is no id below vocab_size {vocab_size}",
+                    reason="CONFIG_FIELD_INVALID",
+                )
+        return tuple(ids)
 
     def _file_names(self) -> list[str]:
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(Fields(read_json(index), str(index)).require("weight_map", dict).values()))
+            mapped = list(Fields(read_json(index), str(index)).require("weight_map", dict).values())
+            names = sorted({name if isinstance(name, str) else repr(name) for name in mapped})
         else:
             whole = self.path / "model.safetensors"
             names = [whole.name] if whole.exists() else sorted(file.name for file in self.path.glob("*.safetensors"))
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        if any(Path(name).name != name for name in names):
             raise InvalidArgument(f"{index} names files outside of its directory: {names}", reason="WEIGHT_MAP_INVALID")
         if not names:
             raise NotFound(f"{self.path} holds no *.safetensors file", reason="WEIGHTS_NOT_FOUND")
@@ -95,6 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFound(f"{path.parent} holds no {path.name}", reason="FILE_NOT_FOUND") from None
+    except OSError as error:
+        raise FailedPrecondition(f"{path} cannot be read: {error.strerror}", reason="FILE_UNREADABLE") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"{path} is not valid JSON: {error}", reason="JSON_INVALID") from None
     if not isinstance(value, dict):

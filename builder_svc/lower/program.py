@@ -64,7 +64,8 @@ class _Translation:
             else:
                 self._operator(node)
         caches = tuple(self.caches[index] for index in sorted(self.caches))
-        program = Program(self.dims, self.inputs, self.weights, caches, tuple(self.ops), outputs)
+        since = max(OPERATORS[op.op].since for op in self.ops)
+        program = Program(self.dims, self.inputs, self.weights, caches, tuple(self.ops), outputs, opset_version=since)
         program.validate()
         return program
 
@@ -91,10 +92,10 @@ class _Translation:
             for (attr, kind), value in zip(spec.attrs.items(), values, strict=True)
         }
         results = node.meta["val"] if isinstance(node.meta["val"], list | tuple) else [node.meta["val"]]
-        single = len(results) == 1 and spec.outputs != ("*",)
+        single = len(results) == 1 and not spec.variadic
         names = [f"v{len(self.ops)}" if single else f"v{len(self.ops)}.{index}" for index in range(len(results))]
         self.names[node] = names[0] if single else names
-        if name == "attention":
+        if "cache" in spec.attrs:
             keys = tensors[1].meta["val"]  # type: ignore[union-attr]
             heads = keys.shape[1] // attrs["head_dim"]
             self.caches[attrs["cache"]] = KVCache(heads, attrs["head_dim"], self._type(keys).dtype)

@@ -8,7 +8,7 @@ import torch
 
 from builder_svc.models.config import RopeSpec
 from builder_svc.models.fields import Fields
-from engine.errors import Unimplemented
+from engine.errors import InvalidArgument, Unimplemented
 
 
 def rope_spec(config: Fields, head_dim: int) -> RopeSpec:
@@ -20,7 +20,15 @@ def rope_spec(config: Fields, head_dim: int) -> RopeSpec:
     """
     found: Mapping[str, Any] = config.get("rope_parameters", dict, {}) or config.get("rope_scaling", dict, {})
     scaling = Fields(found, f"{config.where}: rope scaling")
-    theta = float(found.get("rope_theta") or config.get("rope_theta", float, 10000.0))
+    theta = scaling.get("rope_theta", float, config.get("rope_theta", float, 10000.0))
+    if theta <= 0:
+        raise InvalidArgument(
+            f"{config.where}: rope_theta is {theta}, expected more than 0", reason="CONFIG_FIELD_INVALID"
+        )
+    if head_dim % 2:
+        raise InvalidArgument(
+            f"{config.where}: head_dim is {head_dim}, rotary positions need an even one", reason="CONFIG_FIELD_INVALID"
+        )
     kind = found.get("rope_type") or found.get("type") or "default"
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     inv_freq = 1.0 / theta**exponents

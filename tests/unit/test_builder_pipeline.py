@@ -29,14 +29,14 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
-def change_config(directory: Path, **changes: object) -> None:
-    file = directory / "config.json"
+def change_config(directory: Path, name: str = "config.json", **changes: object) -> None:
+    file = directory / name
     config = json.loads(file.read_text())
-    for name, value in changes.items():
+    for key, value in changes.items():
         if value is None:
-            config.pop(name, None)
+            config.pop(key, None)
         else:
-            config[name] = value
+            config[key] = value
     file.write_text(json.dumps(config))
 
 
@@ -128,11 +128,13 @@ def test_sharded_checkpoints_are_read(checkpoint: Path, copy: Path, store: Store
     assert all(torch.equal(sharded.weights[name], tensor) for name, tensor in plain.weights.items())
 
 
-def test_a_lost_blob_is_built_again(checkpoint: Path, store: Store) -> None:
+def test_lost_and_cut_off_blobs_are_built_again(checkpoint: Path, store: Store) -> None:
     manifest = build(checkpoint, store).manifest
     store.delete(blob_key(manifest.ranks[0].weights[0].digest))
+    store.replace(blob_key(manifest.ranks[0].program.digest), b"cut off")
     assert not build(checkpoint, store).reused
     load_engine(store, manifest.engine_id, NODE)
+    assert build(checkpoint, store).reused
 
 
 def spoil_truncate(path: Path) -> None:
@@ -156,6 +158,26 @@ def spoil_missing(path: Path) -> None:
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.2.input_layernorm.weight"]
     save_file(tensors, path / "model.safetensors")
+
+
+def spoil_extra(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(120)
+    save_file(tensors, path / "model.safetensors")
+
+
+def spoil_twice(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "a.safetensors")
+    save_file({"model.norm.weight": torch.zeros(48)}, path / "b.safetensors")
+
+
+def spoil_directory(path: Path) -> None:
+    (path / "config.json").unlink()
+    (path / "config.json").mkdir()
+
+
+def spoil_map(path: Path) -> None:
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors", "b": {}}}')
 
 
 BAD = {
@@ -199,6 +221,38 @@ BAD = {
         Unimplemented,
         "rope type 'yarn' is not supported; supported are default, linear, llama3",
     ),
+    "extra tensor": (
+        spoil_extra,
+        InvalidArgument,
+        "holds tensor 'model.layers.0.self_attn.q_proj.bias', for which its config.json has no",
+    ),
+    "tensor twice": (
+        spoil_twice,
+        InvalidArgument,
+        "tensor 'model.norm.weight' stands in a.safetensors and in b.safetensors",
+    ),
+    "eos is text": (
+        lambda path: change_config(path, "generation_config.json", eos_token_id="</s>"),
+        InvalidArgument,
+        "eos_token_id '</s>' is no id",
+    ),
+    "eos is no token": (
+        lambda path: change_config(path, "generation_config.json", eos_token_id=[1, 320]),
+        InvalidArgument,
+        "eos_token_id 320 is no id",
+    ),
+    "odd head_dim": (
+        lambda path: change_config(path, head_dim=21),
+        InvalidArgument,
+        "head_dim is 21, rotary positions need an even one",
+    ),
+    "rope_theta": (
+        lambda path: change_config(path, rope_parameters={"rope_theta": 0.0}),
+        InvalidArgument,
+        "rope_theta is 0.0, expected more than 0",
+    ),
+    "config is a directory": (spoil_directory, FailedPrecondition, "config.json cannot be read: Is a directory"),
+    "weights elsewhere": (spoil_map, InvalidArgument, "names files outside of its directory"),
     "quantized": (
         lambda path: change_config(path, quantization_config={"quant_method": "gptq"}),
         Unimplemented,

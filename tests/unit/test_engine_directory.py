@@ -166,3 +166,10 @@ def test_a_store_that_cannot_be_opened(tmp_path: Path):
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(Unavailable, match="file"):
         DirectoryStore(tmp_path / "file" / "store")
+
+
+def test_strange_files_are_not_listed(tmp_path: Path):
+    store = DirectoryStore(tmp_path)
+    store.create("models/demo/0000000001.json", b"1")
+    (tmp_path / "models" / "demo" / ".nfs0001").touch()
+    assert list(store.list("models/demo/")) == ["models/demo/0000000001.json"]

@@ -221,11 +221,17 @@ def test_upload_of_an_empty_file(store: Store, tmp_path: Path):
 def test_upload_does_nothing_where_the_object_is(store: Store, tmp_path: Path, large_file: Path):
     store.upload("blobs/x", large_file)
     other = tmp_path / "other"
-    other.write_bytes(b"other")
+    other.write_bytes(large_file.read_bytes()[::-1])
     steps: list[int] = []
     store.upload("blobs/x", other, lambda done, _: steps.append(done))
-    assert store.size("blobs/x") == large_file.stat().st_size
-    assert steps == [5]
+    assert store.read("blobs/x") == large_file.read_bytes()
+    assert steps == [large_file.stat().st_size]
+
+
+def test_upload_replaces_an_object_that_was_cut_off(store: Store, large_file: Path):
+    store.create("blobs/x", b"cut off")
+    store.upload("blobs/x", large_file)
+    assert store.read("blobs/x") == large_file.read_bytes()
 
 
 def test_an_interrupted_upload_is_invisible(store: Store, large_file: Path):
