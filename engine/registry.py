@@ -86,10 +86,10 @@ def publish(store: Store, new: Manifest) -> Manifest:
     return manifest(store, new.engine_id)
 
 
-def history(store: Store, name: str) -> list[NameRecord]:
-    """What a name has stood for, oldest first; empty for an unknown name."""
+def history(store: Store, name: str, last: int | None = None) -> list[NameRecord]:
+    """What a name has stood for, oldest first, only the `last` ones if given; empty for an unknown name."""
     keys = sorted(store.list(f"models/{check_name(name)}/"), key=_sequence)
-    return [msgspec.json.decode(store.read(key), type=NameRecord) for key in keys]
+    return [_record(store, key) for key in (keys if last is None else keys[-last:])]
 
 
 def set_name(store: Store, name: str, engine_id: str) -> NameRecord:
@@ -107,8 +107,7 @@ def set_name(store: Store, name: str, engine_id: str) -> NameRecord:
 
 def latest(store: Store, name: str) -> NameRecord | None:
     """What a name stands for now, or None."""
-    keys = list(store.list(f"models/{check_name(name)}/"))
-    return msgspec.json.decode(store.read(max(keys, key=_sequence)), type=NameRecord) if keys else None
+    return next(iter(history(store, name, last=1)), None)
 
 
 def resolve(store: Store, name: str) -> NameRecord:
@@ -134,3 +133,10 @@ def names(store: Store) -> list[str]:
 
 def _sequence(key: str) -> int:
     return int(key.rsplit("/", 1)[1].removesuffix(".json"))
+
+
+def _record(store: Store, key: str) -> NameRecord:
+    try:
+        return msgspec.json.decode(store.read(key), type=NameRecord)
+    except msgspec.MsgspecError as error:
+        raise DataLoss(f"{key} in {store.url} is damaged ({error}): delete it", reason="NAME_INVALID") from None

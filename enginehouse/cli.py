@@ -63,6 +63,12 @@ def _address(_: click.Context, __: click.Parameter, value: str | None) -> str | 
     return value
 
 
+def _addresses(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        _address(context, parameter, value)
+    return values
+
+
 _data = click.option(
     "--data",
     metavar="DIR",
@@ -262,6 +268,25 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     from enginehouse.home import Home, gateway_address
 
     command.run(Sampling(**sampling), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
+
+
+@main.command()
+@click.argument("engine", metavar="MODEL|ENGINE_ID")
+@click.option(
+    "executors",
+    "--executor",
+    metavar="HOST:PORT",
+    multiple=True,
+    callback=_addresses,
+    help="May be repeated; default: the local cluster's.",
+)
+@_data
+def load(engine: str, executors: tuple[str, ...], data: str | None) -> None:
+    """Load a model's newest engine into running executors; the gateway then sends its requests there."""
+    from enginehouse.commands import load as command
+    from enginehouse.home import Home
+
+    command.run(engine, executors, Home.find(data))
 
 
 @main.command()

@@ -1,6 +1,7 @@
 """Clients of the three services for asyncio: an `async with` block each, errors as EnginehouseError."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
@@ -148,9 +149,11 @@ class ExecutorClient(_Client):
     def _connect(self, channel: grpc.aio.Channel) -> None:
         self._stub = ExecutorStub(channel)
 
-    def load(self, engine_id: str) -> AsyncGenerator[executor_pb2.LoadEngineProgress, None]:
-        """Loads an engine; the last message holds its status, ready to serve."""
-        return self._replies(self._stub.LoadEngine(executor_pb2.LoadEngineRequest(engine_id=engine_id)))
+    def load(self, engine: str) -> AsyncGenerator[executor_pb2.LoadEngineProgress, None]:
+        """Loads an engine, by id or by model name; the last message holds its status, ready to serve."""
+        is_id = re.fullmatch("[0-9a-f]{64}", engine)
+        request = executor_pb2.LoadEngineRequest(**{"engine_id" if is_id else "model": engine})
+        return self._replies(self._stub.LoadEngine(request))
 
     async def status(self) -> executor_pb2.ExecutorStatus:
         """What is loaded, and how busy it is."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -14,6 +15,7 @@ from gateway.cache import Cache
 from gateway.tokenizer import Tokenizer, TokenizerConfig
 
 _NAME_TTL = 2.0  # seconds until a name that was given to another engine is noticed
+_KEPT_HISTORY = 3  # of a name's engines
 _KEPT_TOKENIZERS = 32  # some 50 MB each for a vocabulary of 150,000
 _KEPT_ENGINES = 4096
 
@@ -42,11 +44,18 @@ class Model:
 
 
 class Models:
-    """Reads the store in threads, and what it has read once it keeps."""
+    """Reads the store in threads, and what it has read once it keeps.
 
-    def __init__(self, store: Store) -> None:
+    A name that was given to another engine goes on with the one before until an executor has the new one.
+
+    Args:
+        ready: how many executors can take a request for an engine.
+    """
+
+    def __init__(self, store: Store, ready: Callable[[str], int]) -> None:
         self._store = store
-        self._names = Cache(lambda name: registry.resolve(store, name).engine_id, _KEPT_ENGINES, _NAME_TTL)
+        self._ready = ready
+        self._names = Cache(self._read_name, _KEPT_ENGINES, _NAME_TTL)
         self._engines = Cache(self._read_engine, _KEPT_ENGINES)
         self._tokenizers = Cache(self._read_tokenizer, _KEPT_TOKENIZERS)
 
@@ -55,7 +64,8 @@ class Models:
         if not name:
             known = ", ".join(await asyncio.to_thread(registry.names, self._store)) or "none yet"
             raise InvalidArgument(f"no model given: set `model`; there are: {known}", reason="MODEL_MISSING")
-        engine_id = await self._names.get(name)
+        engine_ids = await self._names.get(name)
+        engine_id = next(filter(self._ready, engine_ids), engine_ids[0])
         engine = await self._engines.get(engine_id)
         return Model(
             name=name,
@@ -79,6 +89,11 @@ class Models:
             elif isinstance(model, BaseException):
                 raise model
         return [model for model in found if isinstance(model, Model)]
+
+    def _read_name(self, name: str) -> tuple[str, ...]:
+        """The engines that a name stands for and has stood for lately, newest first."""
+        records = registry.history(self._store, name, last=_KEPT_HISTORY) or [registry.resolve(self._store, name)]
+        return tuple(record.engine_id for record in reversed(records))
 
     def _read_engine(self, engine_id: str) -> _Engine:
         manifest = registry.manifest(self._store, engine_id)

@@ -43,7 +43,7 @@ class Router:
             connected = sum(view.connected for view in views)
             raise Unavailable(
                 f"no executor has engine {engine_id[:12]} of model {model!r} ready "
-                f"({connected} of {len(views)} executors are connected): load it, or try again when it is loaded",
+                f"({connected} of {len(views)} executors are connected): load it with `enginehouse load {model}`",
                 reason="ENGINE_NOT_READY",
                 metadata={"engine_id": engine_id, "model": model, "connected_executors": str(connected)},
             )

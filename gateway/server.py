@@ -30,7 +30,7 @@ class Gateway(GatewayServicer):
     """Thin: each step of a request has its own module. `transcript.py` makes text, `link.py` speaks with the executor."""
 
     def __init__(self, store: Store, router: Router) -> None:
-        self._models = Models(store)
+        self._models = Models(store, router.ready)
         self._router = router
         self._turns = Turns()
 
@@ -98,7 +98,8 @@ async def _prompt(request: wire.GenerateRequest | wire.TokenizeRequest, tokenize
         return list(request.token_ids.ids)
     if request.HasField("chat"):
         messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
-        text, special = tokenizer.render(messages), False  # the template has written the special tokens
+        text = await asyncio.to_thread(tokenizer.render, messages)  # a template may take its time
+        special = False  # it has written the special tokens
     else:
         text, special = request.text, request.add_special_tokens or not request.HasField("add_special_tokens")
     if len(text) > _LONG_TEXT:

@@ -5,7 +5,6 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from rich.console import Console
 from engine import registry
 from engine.errors import InvalidArgument, NotFound, Unavailable
 from engine.store import open_store
-from enginehouse.client import BuilderClient, ExecutorClient, GatewayClient
+from enginehouse.client import BuilderClient, GatewayClient
 from enginehouse.cluster import LocalCluster
 from enginehouse.commands.build import Choices, default_name, follow, same_place
+from enginehouse.commands.load import load
 from enginehouse.foreground import Signals, find_program, run_command
 from enginehouse.home import DEFAULT_GATEWAY, Home
 from enginehouse.progress import Bars, format_bytes, stderr
@@ -119,13 +119,7 @@ class _Up:
             for model in self._wanted:
                 engines[model.name] = await self._engine(builder, model)
         for name, engine_id in engines.items():
-            began = time.monotonic()
-            with Bars(self._console, name) as bars:
-                await asyncio.gather(
-                    *(_load(address, number, engine_id, bars) for number, address in enumerate(cluster.executors, 1))
-                )
-            spent = time.monotonic() - began
-            self._console.print(f"{name}: loaded by {_count(len(cluster.executors), 'executor')} in {spent:.1f} s")
+            await load(engine_id, cluster.executors, name, self._console)
         async with GatewayClient(cluster.gateway) as gateway:
             deadline = time.monotonic() + _READY_TIMEOUT
             while True:
@@ -183,13 +177,6 @@ class _Up:
         if model.has_chat_template:
             self._console.print(f"  enginehouse chat{name}{where}")
         self._console.print(f"  enginehouse models{where}")
-
-
-async def _load(address: str, number: int, engine_id: str, bars: Bars) -> None:
-    async with ExecutorClient(address) as executor, aclosing(executor.load(engine_id)) as progress:
-        async for step in progress:
-            if step.bytes_total:
-                bars.update(f"executor-{number}", step.bytes_done, step.bytes_total, "bytes")
 
 
 async def _forever() -> None:

@@ -318,6 +318,7 @@ class Model(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     engine_id: _builtins.str
+    """that requests go to: the newest of the name that an executor has"""
     ready_executors: _builtins.int
     """executors that have the engine loaded"""
     max_seq_len: _builtins.int

@@ -92,8 +92,9 @@ def test_the_store_and_a_build_in_this_process(data: Path) -> None:
     assert told["size"] == listed[0]["size"] > 1_000_000
 
 
-def test_ctrl_c_in_the_middle(data: Path) -> None:
-    """Of an answer: it is cancelled, and the executor goes on. Of the cluster: all of it ends, with status 0."""
+def test_a_running_cluster(data: Path) -> None:
+    """Ctrl-C in an answer cancels it, and the executor goes on. A name that is built anew goes on with its old engine until
+    the new one is loaded. Ctrl-C ends all of the cluster, with status 0."""
     up = subprocess.Popen(
         [*ENGINEHOUSE, "up", "demo", "--port", "0", "--executors", "2"],
         stdin=subprocess.DEVNULL,
@@ -128,6 +129,18 @@ def test_ctrl_c_in_the_middle(data: Path) -> None:
         refused = enginehouse(data, "up", "--port", "0")
         assert refused.returncode == 1
         assert f"(process {up.pid}" in refused.stderr
+
+        assert enginehouse(data, "build", str(DEMO), "--name", "demo", "--max-batch-size", "8").returncode == 0
+        new = json.loads(enginehouse(data, "models", "--store", str(data / "store"), "--json").stdout)[1]["engine_id"]
+        between = enginehouse(data, "generate", "And it came", "--model", "demo", "--max-tokens", "8")
+        assert between.returncode == 0, between.stderr
+        loaded = enginehouse(data, "load", "demo")
+        assert loaded.returncode == 0 and "demo: loaded by 2 executors" in loaded.stderr
+        deadline = time.monotonic() + 10
+        while json.loads(enginehouse(data, "models", "--json").stdout)[1]["engine_id"] != new:
+            assert time.monotonic() < deadline
+        moved = enginehouse(data, "generate", "And it came", "--model", "demo", "--max-tokens", "8")
+        assert moved.returncode == 0, moved.stderr
 
         up.send_signal(signal.SIGINT)
         assert up.wait(20) == 0

@@ -50,10 +50,28 @@ async def test_list_models(tmp_path: Path) -> None:
         ]
 
 
+async def test_a_name_stays_with_its_engine_until_an_executor_has_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.models._NAME_TTL", 0.0)
+    store, loaded = DirectoryStore(tmp_path), set()
+    models = Models(store, lambda engine_id: int(engine_id in loaded))
+    first = publish(store, "demo")
+    assert (await models.get("demo")).engine_id == first
+    loaded.add(first)
+    second = publish(store, "other", template=None)
+    registry.set_name(store, "demo", second)
+    assert (await models.get("demo")).engine_id == first
+    loaded.add(second)
+    assert (await models.get("demo")).engine_id == second
+    loaded.clear()
+    assert (await models.get("demo")).engine_id == second
+
+
 async def test_a_name_that_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.models._NAME_TTL", 0.1)
     store = DirectoryStore(tmp_path)
-    models = Models(store)
+    models = Models(store, lambda _: 1)
     first = publish(store, "demo")
     assert (await models.get("demo")).engine_id == first
     second = publish(store, "other", template=None)
@@ -67,7 +85,7 @@ async def test_a_name_that_changes_is_noticed(tmp_path: Path, monkeypatch: pytes
 async def test_an_engine_with_a_tokenizer_that_is_none(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     engine_id = publish(store, "demo", tokenizer='{"model": 3}')
-    models = Models(store)
+    models = Models(store, lambda _: 1)
     assert (await models.get("demo")).engine_id == engine_id
     with pytest.raises(FailedPrecondition) as error:
         await models.tokenizer(engine_id)
