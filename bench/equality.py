@@ -1,7 +1,8 @@
 """Greedy decoding in float32 against transformers, token for token, on a real checkpoint.
 
 python bench/equality.py CHECKPOINT: 64 tokens of each prompt alone, among 32 requests of mixed lengths, with and without
-prefix-cache hits, and across forced preemption; and one seed in every one of these situations. Prints what was equal.
+prefix-cache hits, and across forced preemption; and one seed in every one of these situations.
+Prints what was equal; the exit status is 1 if anything was not.
 """
 
 import argparse
@@ -50,6 +51,8 @@ def main() -> None:
     print(f"transformers: {len(prompts) * LENGTH / (time.monotonic() - began):.1f} tokens/s, one after another")
     del model
 
+    failed = False
+
     def requests(count: int, sampling: Sampling) -> list[Sequence]:
         chosen = [prompts[row % len(prompts)] for row in range(count)]
         return [Sequence(0, row, list(prompt), len(prompt), LENGTH, sampling) for row, prompt in enumerate(chosen)]
@@ -61,7 +64,9 @@ def main() -> None:
         began, before = time.monotonic(), engine.scheduler.num_preemptions
         engine.run(run)
         seconds, cached = time.monotonic() - began, sum(sequence.num_cached or 0 for sequence in run)
+        nonlocal failed
         equal = sum(text == wanted[row % len(wanted)] for row, text in enumerate(texts(run)))
+        failed |= equal < len(run)
         preempted = engine.scheduler.num_preemptions - before
         print(
             f"{name}: {equal} of {len(run)} equal, {len(run) * LENGTH / seconds:.1f} tokens/s, "
@@ -85,6 +90,7 @@ def main() -> None:
         Engine(loaded).run(first)
         compare("one seed, 32 at once", engine, requests(AT_ONCE, sampling), texts(first))
         compare("one seed, 48 blocks", tight, requests(AT_ONCE, sampling), texts(first))
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """From a Submit message to a Sequence: every value of a caller is checked here, before anything is queued."""
 
 import hashlib
-import math
 import secrets
 import time
 
 from engine.errors import DeadlineExceeded, InvalidArgument
 from engine.manifest import Manifest
 from executor_svc.core import Sampling, Sequence
+from protos.checks import check_sampling, check_stopping
 from protos.v1.common_pb2 import SamplingParams
 from protos.v1.executor_pb2 import Submit
 
@@ -28,10 +28,9 @@ def to_sequence(client: int, submit: Submit, manifest: Manifest) -> Sequence:
             raise InvalidArgument(
                 f"token id {token} is outside the vocabulary of {vocab_size}", reason="TOKEN_ID_INVALID"
             )
+    check_stopping(submit.stopping)
     room = max_seq_len - len(prompt)
     max_tokens = submit.stopping.max_tokens if submit.stopping.HasField("max_tokens") else max(room, 1)
-    if max_tokens < 1:
-        raise InvalidArgument("max_tokens is 0; it must be at least 1", reason="MAX_TOKENS_INVALID")
     if max_tokens > room:
         raise InvalidArgument(
             f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the engine's max_seq_len of {max_seq_len}",
@@ -64,13 +63,8 @@ def to_sequence(client: int, submit: Submit, manifest: Manifest) -> Sequence:
 
 def to_sampling(params: SamplingParams) -> Sampling:
     """Sampling settings with their defaults. Raises InvalidArgument."""
+    check_sampling(params)
     temperature = params.temperature if params.HasField("temperature") else 1.0
     top_p = params.top_p if params.HasField("top_p") else 1.0
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InvalidArgument(
-            f"temperature is {temperature}; it must be a number of at least 0", reason="TEMPERATURE_INVALID"
-        )
-    if not 0 < top_p <= 1:
-        raise InvalidArgument(f"top_p is {top_p}; it must be above 0 and at most 1", reason="TOP_P_INVALID")
     seed = params.seed if params.HasField("seed") else secrets.randbits(64)
     return Sampling(temperature, params.top_k, top_p, seed)

@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,15 +27,13 @@ class Capabilities:
     """What a runner declares.
 
     Attributes:
-        kv_layout: "paged": blocks of block_size tokens anywhere; "slots": a block is a whole sequence, block_size its limit.
-        num_blocks, block_size: of the cache that it has allocated.
+        num_blocks, block_size: of the cache that it has allocated. A runner of slots has blocks as long as a sequence may be.
         mixed_batches: whether a batch may hold prompts and decodes.
         prefix_cache: whether sequences may share blocks.
         future_tokens: whether it can take as input what a batch in flight is still sampling.
         max_in_flight: batches that may be started before the first is finished.
     """
 
-    kv_layout: Literal["paged", "slots"]
     num_blocks: int
     block_size: int
     mixed_batches: bool = True
@@ -101,7 +99,7 @@ class TorchRunner:
             [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
             for _ in range(2)
         )
-        self.capabilities = Capabilities("paged", num_blocks, BLOCK_SIZE)
+        self.capabilities = Capabilities(num_blocks, BLOCK_SIZE)
 
     def start(self, batch: Batch) -> None:
         sampling = [item for item in batch.items if item.samples]

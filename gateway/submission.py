@@ -1,11 +1,11 @@
 """A client's request, checked, as the Submit that an executor gets. Nothing is queued before all of it is right."""
 
-import math
 import secrets
 from collections.abc import Sequence
 
 from engine.errors import InvalidArgument
 from gateway.models import Model
+from protos.checks import check_sampling, check_stopping
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
 from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2 import GenerateRequest
@@ -17,11 +17,8 @@ MAX_STOP_LENGTH = 1000  # characters
 def check(request: GenerateRequest) -> None:
     """Raises InvalidArgument for what can be seen without the model."""
     _check_prompt(request)
-    _check_sampling(request.sampling)
-    if request.stopping.HasField("max_tokens") and request.stopping.max_tokens == 0:
-        raise InvalidArgument(
-            "max_tokens is 0: give at least 1, or leave it out for as many as fit", reason="MAX_TOKENS_INVALID"
-        )
+    check_sampling(request.sampling)
+    check_stopping(request.stopping)
     _check_stops(request.stop)
 
 
@@ -90,20 +87,6 @@ def _check_prompt(request: GenerateRequest) -> None:
     if not all(message.role for message in request.chat.messages):
         raise InvalidArgument(
             "a chat message has no role: give each one, such as system, user or assistant", reason="CHAT_INVALID"
-        )
-
-
-def _check_sampling(sampling: SamplingParams) -> None:
-    temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InvalidArgument(
-            f"temperature is {temperature:g}: give a finite number, at least 0 (0 is greedy)",
-            reason="TEMPERATURE_INVALID",
-        )
-    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
-    if not 0 < top_p <= 1:
-        raise InvalidArgument(
-            f"top_p is {top_p:g}: give a number above 0 and at most 1 (1 keeps all tokens)", reason="TOP_P_INVALID"
         )
 
 

@@ -282,7 +282,7 @@ class BuildProgress(_message.Message):
     done: _builtins.int
     total: _builtins.int
     unit: _builtins.str
-    """"bytes", "tensors"; empty for none"""
+    """"bytes"; empty for none"""
     def __init__(
         self,
         *,

@@ -66,7 +66,7 @@ def test_values_arrive() -> None:
         ({"sampling": {"temperature": -0.1}}, "temperature is -0.1"),
         ({"sampling": {"temperature": float("nan")}}, "temperature is nan"),
         ({"sampling": {"temperature": float("inf")}}, "temperature is inf"),
-        ({"sampling": {"top_p": 0.0}}, "top_p is 0.0"),
+        ({"sampling": {"top_p": 0.0}}, "top_p is 0:"),
         ({"sampling": {"top_p": 1.5}}, "top_p is 1.5"),
         ({"sampling": {"top_p": float("nan")}}, "top_p is nan"),
     ],

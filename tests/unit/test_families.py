@@ -1,11 +1,14 @@
 """Families against transformers: the same logits through the program, the same tokens through scheduler and runner."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+import builder_svc.models.families as families_package
 from builder_svc.models.families import families
 from executor_svc.core import Sampling, Sequence
 from tests.conftest import VOCAB_SIZE, save_checkpoint
@@ -74,6 +77,16 @@ def test_half_precision_stays_near_the_reference(checkpoint: Path, tmp_path: Pat
         assert row[token] >= row.max() - 0.02 * row.abs().max()
 
 
-def test_every_page_says_what_it_reads() -> None:
-    known = families()
-    assert {"LlamaForCausalLM", "Qwen2ForCausalLM"} <= set(known)
+def test_a_new_family_is_one_new_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    (pages / "newcomer.py").write_text(
+        "from builder_svc.models.families.llama import decoder_config, weight_names\n"
+        "ARCHITECTURES = ('NewcomerForCausalLM',)\n"
+    )
+    monkeypatch.setattr(families_package, "__path__", [*families_package.__path__, str(pages)])
+    config = json.loads((checkpoint / "config.json").read_text()) | {"architectures": ["NewcomerForCausalLM"]}
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    (copy / "config.json").write_text(json.dumps(config))
+    assert make_engine(copy, tmp_path / "store").manifest.model.architecture == "NewcomerForCausalLM"
+    assert {"LlamaForCausalLM", "NewcomerForCausalLM", "Qwen2ForCausalLM"} <= set(families())
