@@ -62,10 +62,8 @@ class ExecutorServicer:
         return await asyncio.to_thread(registry.find_engine, self._store, engine)
 
     async def open(self, engine: str) -> None:
-        """Loads an engine by name or id and keeps it loaded."""
-        worker = await self.load(await self.resolve(engine))
-        await asyncio.shield(worker.ready)
-        self._wanted.add(worker.engine_id)
+        """Loads an engine by name or id, to the end."""
+        await asyncio.shield((await self.load(await self.resolve(engine))).ready)
 
     async def load(self, engine_id: str) -> WorkerProcess:
         """The engine's worker, started if there is none; it may still be loading."""
@@ -73,6 +71,7 @@ class ExecutorServicer:
             await asyncio.shield(worker.ended)
         if worker is None:
             worker = self._workers[engine_id] = WorkerProcess(engine_id, self._clients, self._ended)
+            worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
             await worker.start(self._arguments)
         return worker
 
@@ -92,7 +91,6 @@ class ExecutorServicer:
             yield worker.progress
             await asyncio.wait([worker.ready], timeout=0.1)
         worker.ready.result()
-        self._wanted.add(worker.engine_id)
         yield worker.progress
 
     async def UnloadEngine(self, request: pb.UnloadEngineRequest, _context: Any) -> pb.UnloadEngineResponse:

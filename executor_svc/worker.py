@@ -28,6 +28,7 @@ from protos.rpc import to_failure
 from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
 from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
 
+_IDLE_CHECK = 1.0  # seconds of idleness after which the scheduler's integrity is checked
 _DEADLINE_CHECK = 0.01  # seconds between looks at the deadlines
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Worker:
         self._done: set[int] = set()  # clients that will send no more
         self._batches: deque[Batch] = deque()  # in flight, oldest first
         self._next_check = 0.0  # of deadlines
+        self._checked = False  # the scheduler's integrity, since something last happened
         self._step = 0
         self._load = EngineLoad()
 
@@ -101,13 +103,16 @@ class Worker:
                     self._outbox.token(emitted)
                     if emitted.finish:
                         self._forget(emitted.sequence)
-            elif self._scheduler.idle:
-                self._scheduler.check_integrity()
             self._report()
 
     def _receive(self) -> None:
         """Takes what has arrived; waits for something if there is nothing else to do."""
-        for data in self._front.receive(None if self._scheduler.idle else 0):
+        idle = self._scheduler.idle
+        messages = self._front.receive((None if self._checked else _IDLE_CHECK) if idle else 0)
+        if idle and not messages and not self._checked:
+            self._scheduler.check_integrity()  # after a while, so that no request waits for it
+        self._checked = idle and not messages
+        for data in messages:
             message = ToWorker.FromString(data)
             kind = message.WhichOneof("message")
             if kind == "submit":
