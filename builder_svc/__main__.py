@@ -9,8 +9,8 @@ import grpc
 from builder_svc.jobs import Jobs
 from builder_svc.process import BuildProcess
 from builder_svc.server import BuilderServicer
+from engine.backends import open_store
 from engine.errors import InvalidArgument
-from engine.store import open_store
 from protos import rpc
 from protos.v1 import builder_pb2_grpc
 

@@ -14,8 +14,8 @@ import msgspec
 
 from builder_svc.options import Progress
 from builder_svc.process import GRACE, BuildRequest, Failed, Progressed, Result
+from engine.backends import open_store
 from engine.errors import EnginehouseError, ResourceExhausted
-from engine.store import open_store
 from protos.rpc import to_failure
 
 Build = Callable[[BuildRequest, Progress], Result]

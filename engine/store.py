@@ -7,7 +7,6 @@ import abc
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from engine.errors import InvalidArgument
 
@@ -84,15 +83,3 @@ def check_prefix(prefix: str) -> str:
     if prefix:
         check_key(prefix[:-1])
     return prefix
-
-
-def open_store(url: str) -> Store:
-    """The store at a path or a file:// URL. Raises InvalidArgument for another scheme."""
-    from engine.directory import DirectoryStore
-
-    parts = urlsplit(url)
-    if parts.scheme == "" and url:
-        return DirectoryStore(Path(url).expanduser())
-    if parts.scheme == "file" and parts.path and parts.netloc in ("", "localhost"):
-        return DirectoryStore(Path(unquote(parts.path)))
-    raise InvalidArgument(f"{url!r} is no store: give a directory or file:///directory", reason="STORE_URL_INVALID")

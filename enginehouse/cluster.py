@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
+from engine.backends import open_store
 from engine.errors import Unavailable
-from engine.store import open_store
 from enginehouse.home import ClusterState, Home
 from enginehouse.process import ServiceProcess, service_environment
 from enginehouse.warden import Warden

@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from engine import registry
+from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
-from engine.store import Store, open_store
+from engine.store import Store
 from executor_svc.workers import Client, WorkerProcess
 from protos.rpc import from_failure, to_failure
 from protos.v1 import executor_pb2 as pb

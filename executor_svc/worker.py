@@ -13,10 +13,10 @@ from collections import deque
 
 import torch
 
+from engine.backends import open_store
 from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.fingerprint import Node
 from engine.manifest import Manifest
-from engine.store import open_store
 from executor_svc.core import Batch, Finish, Reason, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.intake import to_sequence

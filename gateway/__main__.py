@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from engine.store import open_store
+from engine.backends import open_store
 from gateway.router import Router
 from gateway.server import Gateway
 from protos.rpc import main, serve

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from engine import registry
+from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, Unavailable
-from engine.store import open_store
 from enginehouse.client import BuilderClient, is_loopback
 from enginehouse.home import Home
 from enginehouse.progress import Bars, format_bytes, stderr

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from engine import registry
-from engine.store import open_store
+from engine.backends import open_store
 from enginehouse.client import GatewayClient
 from enginehouse.progress import format_bytes
 from protos.v1.gateway_pb2 import Model

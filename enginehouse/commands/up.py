@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from engine import registry
+from engine.backends import open_store
 from engine.errors import InvalidArgument, NotFound, Unavailable
-from engine.store import open_store
 from enginehouse.client import BuilderClient, GatewayClient
 from enginehouse.cluster import LocalCluster
 from enginehouse.commands.build import Choices, default_name, follow, same_place

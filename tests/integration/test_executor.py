@@ -14,8 +14,8 @@ import pytest
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
 from engine import registry
+from engine.backends import open_store
 from engine.errors import EnginehouseError
-from engine.store import open_store
 from protos.rpc import from_rpc_error
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import FinishReason, SamplingParams, StoppingCriteria

@@ -15,7 +15,7 @@ import pytest
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
 from engine import registry
-from engine.store import open_store
+from engine.backends import open_store
 from protos.v1 import executor_pb2, executor_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from protos.v1.common_pb2 import FinishReason, SamplingParams, StoppingCriteria, TokenIds
 from tests.integration.services import Service, service

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.store import Store, open_store
+from engine.backends import open_store
+from engine.store import Store
 
 
 @pytest.fixture(params=["directory"])

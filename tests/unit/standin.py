@@ -18,10 +18,11 @@ from typing import Any
 import grpc
 
 from engine import blobs, registry
+from engine.backends import open_store
 from engine.errors import NotFound
 from engine.fingerprint import Fingerprint
 from engine.manifest import Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
-from engine.store import Store, open_store
+from engine.store import Store
 from protos.rpc import main, serve
 from protos.v1 import builder_pb2, executor_pb2, gateway_pb2
 from protos.v1.builder_pb2_grpc import BuilderServicer, add_BuilderServicer_to_server

@@ -21,8 +21,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from rich.console import Console
 
+from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
-from engine.store import open_store
 from enginehouse.cli import main
 from enginehouse.commands.generate import Answer
 from enginehouse.progress import Bars, format_amount, format_bytes

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from store_harness import MIB, interrupt
 
+from engine.backends import open_store
 from engine.directory import DirectoryStore
 from engine.errors import InvalidArgument, PermissionDenied, ResourceExhausted, Unavailable
-from engine.store import open_store
 
 
 def test_urls(tmp_path: Path):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from store_harness import MIB, interrupt
 
+from engine.backends import open_store
 from engine.errors import DataLoss, InvalidArgument, NotFound
-from engine.store import Store, check_key, check_prefix, open_store
+from engine.store import Store, check_key, check_prefix
 
 # Small objects
 
