@@ -51,7 +51,7 @@ def test_of_8_racing_threads_one_creates(store: Store):
 
 def test_of_8_racing_processes_one_creates(store: Store):
     script = (
-        "import sys; from engine.store import open_store; store = open_store(sys.argv[1]); print(flush=True); input()\n"
+        "import sys; from engine.backends import open_store; store = open_store(sys.argv[1]); print(flush=True); input()\n"
         "print([store.create(f'race/{turn}', sys.argv[2].encode()) for turn in range(20)])"
     )
     racers = [
