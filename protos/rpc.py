@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -30,6 +31,8 @@ _SERVER_OPTIONS = CHANNEL_OPTIONS + [("grpc.so_reuseport", 0), ("grpc.http2.min_
 
 # A status travels in HTTP/2 trailers, twice and partly percent-encoded; past 8 KiB the client would see another error.
 _MAX_STATUS_TEXT, _MAX_METADATA_VALUE = 1500, 200
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core would tell of every connection that ends
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +182,9 @@ def main(service: str, run: Awaitable[None]) -> int:
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {service} %(levelname)s %(message)s", stream=sys.stderr
     )
+
+    # Errors of servicers are logged above; what is left here is a traceback for every client that leaves during a write.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
 
     async def body() -> None:
         await run
