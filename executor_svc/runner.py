@@ -84,7 +84,7 @@ class TorchRunner:
         block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         if kv_memory is None:
-            kv_memory = min(limits.max_batch_size * per_sequence * block_bytes, int(_KV_SHARE * _free_memory()))
+            kv_memory = min(limits.max_batch_size * per_sequence * block_bytes, int(_KV_SHARE * _free_memory(device)))
         num_blocks = kv_memory // block_bytes
         if num_blocks < per_sequence:
             raise FailedPrecondition(
@@ -144,8 +144,11 @@ class TorchRunner:
         return torch.tensor(values, dtype=dtype, device=self._device)
 
 
-def _free_memory() -> int:
-    """Bytes that can be had without swapping."""
+def _free_memory(device: str) -> int:
+    """Bytes of the device's memory that nobody uses; on the CPU, that can be had without swapping."""
+    if device == "cuda":
+        free: int = torch.cuda.mem_get_info()[0]
+        return free
     try:
         with open("/proc/meminfo") as file:
             available = next(line for line in file if line.startswith("MemAvailable:"))

@@ -1,26 +1,25 @@
 """An engine run in this process: through scheduler and runner, without the services."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
-from engine.fingerprint import Node
 from executor_svc.core import Sequence
 from executor_svc.loader import LoadedEngine, load_engine
 from executor_svc.runner import TorchRunner
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
+from executor_svc.worker import scheduler_config, this_node
 
 
-def make_engine(checkpoint: Path, store: Path, **options: Any) -> LoadedEngine:
-    """Built and loaded, on the CPU."""
+def make_engine(checkpoint: Path, store: Path, device: str = "cpu", **options: Any) -> LoadedEngine:
+    """Built and loaded, its weights on the device."""
     directory = DirectoryStore(store)
-    built = build(checkpoint, directory, BuildOptions(**options))
-    return load_engine(directory, built.manifest.engine_id, Node("cpu", {"torch": torch.__version__}))
+    built = build(checkpoint, directory, BuildOptions(device=device, **options))
+    loaded = load_engine(directory, built.manifest.engine_id, this_node(device))
+    return replace(loaded, weights={name: tensor.to(device) for name, tensor in loaded.weights.items()})
 
 
 class Engine:
@@ -28,7 +27,10 @@ class Engine:
 
     def __init__(self, loaded: LoadedEngine, kv_blocks: int | None = None) -> None:
         memory = kv_blocks and kv_blocks * 16 * loaded.manifest.model.kv_bytes_per_token
-        self.runner = TorchRunner(loaded.program, loaded.weights, loaded.manifest.limits, kv_memory=memory)
+        device = loaded.manifest.fingerprint.device
+        self.runner = TorchRunner(
+            loaded.program, loaded.weights, loaded.manifest.limits, device=device, kv_memory=memory
+        )
         self.scheduler = Scheduler(scheduler_config(self.runner, loaded.manifest))
 
     def run(self, sequences: list[Sequence]) -> None:
