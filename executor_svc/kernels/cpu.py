@@ -1,5 +1,7 @@
 """Operators on the CPU."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from engine.ops import Step
 
 __all__ = ["add_rms_norm", "attention", "rms_norm"]
+
+_SLACK = 64  # keys by which contexts may differ in one batch, beside half of their length
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -23,36 +27,66 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, step: Step, cache: int, head_dim: int, scale: float, window: int
 ) -> Tensor:
-    """Sequence by sequence through torch's flash attention; keys are gathered from their blocks."""
+    """torch's flash attention: sequences with one new token in groups of like length, the others one by one.
+
+    Keys and values are gathered from their blocks.
+    """
     k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
     block_size, groups = k_cache.shape[1], k_cache.shape[2]
     k_cache.view(-1, groups, head_dim).index_copy_(0, step.slots, k.view(-1, groups, head_dim))
     v_cache.view(-1, groups, head_dim).index_copy_(0, step.slots, v.view(-1, groups, head_dim))
-    output = torch.empty_like(q)
-    start = 0
-    for row, (query_len, context_len) in enumerate(zip(step.query_lens, step.context_lens, strict=True)):
-        first = (
-            max(0, context_len - query_len - window + 1) // block_size if window else 0
-        )  # blocks before are out of every window
-        blocks = step.block_tables[row, first : -(-context_len // block_size)]
-        length = context_len - first * block_size
-        keys = k_cache.index_select(0, blocks).view(-1, groups, head_dim)[:length].transpose(0, 1)
-        values = v_cache.index_select(0, blocks).view(-1, groups, head_dim)[:length].transpose(0, 1)
-        queries = q[start : start + query_len].view(query_len, -1, head_dim).transpose(0, 1)
-        mask = None
-        if window or query_len not in (1, length):
-            at = torch.arange(length - query_len, length)[:, None]
-            seen = torch.arange(length)[None, :]
-            mask = (seen <= at) & (seen > at - window) if window else seen <= at
+    queries, output = q.view(len(q), -1, head_dim), torch.empty_like(q).view(len(q), -1, head_dim)
+    starts = list(itertools.accumulate(step.query_lens, initial=0))
+    for rows in _batches(step):
+        tokens = [at for row in rows for at in range(starts[row], starts[row + 1])]
+        query_len, longest = step.query_lens[rows[0]], max(step.context_lens[row] for row in rows)
+        first = 0  # blocks before are out of every window
+        if window:
+            first = (
+                max(0, min(step.context_lens[row] - step.query_lens[row] for row in rows) - window + 1) // block_size
+            )
+        blocks = step.block_tables[rows, first : -(-longest // block_size)]
+        keys, values = (
+            part.index_select(0, blocks.flatten()).view(len(rows), -1, groups, head_dim)[
+                :, : longest - first * block_size
+            ]
+            for part in (k_cache, v_cache)
+        )
+        whole = (
+            query_len == keys.shape[1] and len(rows) == 1 and not window
+        )  # a prompt from its beginning: causal, no mask
+        ends = torch.tensor([step.context_lens[row] for row in rows]) - first * block_size
         result = F.scaled_dot_product_attention(
-            queries[None],
-            keys[None],
-            values[None],
-            mask,
-            is_causal=mask is None and query_len > 1,
+            queries[tokens].view(len(rows), query_len, -1, head_dim).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            None if whole else _visible(ends, query_len, keys.shape[1], window),
+            is_causal=whole and query_len > 1,
             scale=scale,
             enable_gqa=True,
         )
-        output[start : start + query_len].view(query_len, -1, head_dim).copy_(result[0].transpose(0, 1))
-        start += query_len
-    return output
+        output[tokens] = result.transpose(1, 2).flatten(0, 1)
+    return output.view_as(q)
+
+
+def _batches(step: Step) -> list[list[int]]:
+    """Rows that are computed together: those with one new token whose contexts differ by at most half, and single others."""
+    decodes = sorted((length, row) for row, length in enumerate(step.context_lens) if step.query_lens[row] == 1)
+    batches: list[list[int]] = [[row] for row, count in enumerate(step.query_lens) if count > 1]
+    shortest = 0
+    for length, row in decodes:
+        if not shortest or length > 2 * shortest + _SLACK:
+            batches.append([])
+            shortest = length
+        batches[-1].append(row)
+    return batches
+
+
+def _visible(ends: Tensor, query_len: int, num_keys: int, window: int) -> Tensor | None:
+    """[N] key counts -> which keys each of the last query_len positions sees, [N, 1, query_len, num_keys]; None for all."""
+    at = ends[:, None] - query_len + torch.arange(query_len)
+    seen = torch.arange(num_keys)
+    visible = seen <= at[..., None]
+    if window:
+        visible &= seen > at[..., None] - window
+    return None if bool(visible.all()) else visible[:, None]
