@@ -52,6 +52,12 @@ def save_checkpoint(directory: Path, family: str = "llama", **changes: Any) -> P
     return directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The person's own cache is left alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA with an odd head_dim and grouped queries."""

@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
+_KEPT = 10_000  # digests, the newest
+
+
 def cache_path() -> Path:
     """$XDG_CACHE_HOME/enginehouse/digests.json, by default under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "enginehouse" / "digests.json"
@@ -55,7 +58,7 @@ def _save(cache: Path, known: dict[str, str]) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False) as file:
-            json.dump(known, file)
+            json.dump(dict(list(known.items())[-_KEPT:]), file)
         Path(file.name).replace(cache)
     except OSError:
         return
