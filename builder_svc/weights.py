@@ -93,16 +93,15 @@ def write_weights(
         hasher, path = Hasher(), directory / f"rank0-{number:05d}.safetensors"
         try:
             with path.open("wb") as file:
-
-                def write(data: bytes | memoryview, file=file, hasher=hasher) -> None:  # type: ignore[no-untyped-def]
-                    file.write(data)
-                    hasher.update(data)
-
-                write(_header(group, program))
+                header = _header(group, program)
+                file.write(header)
+                hasher.update(header)
                 for name in group:
                     tensor = constants[name] if name in constants else _stack(checkpoint, names[name])
                     tensor = tensor.to(getattr(torch, program.weights[name].dtype)).contiguous()
-                    write(memoryview(tensor.view(torch.uint8).view(-1).numpy()))
+                    data = memoryview(tensor.view(torch.uint8).view(-1).numpy())
+                    file.write(data)
+                    hasher.update(data)
                     done += tensor.nbytes
                     progress(done, total)
         except OSError as error:
