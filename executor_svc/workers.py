@@ -121,7 +121,7 @@ class WorkerProcess:
     @property
     def serving(self) -> bool:
         """Whether requests can be sent to it."""
-        return self.status.state == EngineState.ENGINE_STATE_READY and not self.stopping and not self.ended.done()
+        return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
 
     async def start(self, arguments: list[str]) -> None:
         """Starts the process, with the worker's command line apart from --fd and --engine-id.
@@ -159,6 +159,7 @@ class WorkerProcess:
     async def stop(self) -> None:
         """Ends the process, loading or not: by closing the socket, and by SIGKILL if it does not notice in 5 seconds."""
         self.stopping = True
+        self.status.state = EngineState.ENGINE_STATE_UNLOADING
         if self._writer:
             self._writer.close()
         done, _ = await asyncio.wait([self.ended], timeout=5)

@@ -30,12 +30,14 @@ class _EngineStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EngineSta
     ENGINE_STATE_UNSPECIFIED: _EngineState.ValueType  # 0
     ENGINE_STATE_LOADING: _EngineState.ValueType  # 1
     ENGINE_STATE_READY: _EngineState.ValueType  # 2
+    ENGINE_STATE_UNLOADING: _EngineState.ValueType  # 3
 
 class EngineState(_EngineState, metaclass=_EngineStateEnumTypeWrapper): ...
 
 ENGINE_STATE_UNSPECIFIED: EngineState.ValueType  # 0
 ENGINE_STATE_LOADING: EngineState.ValueType  # 1
 ENGINE_STATE_READY: EngineState.ValueType  # 2
+ENGINE_STATE_UNLOADING: EngineState.ValueType  # 3
 Global___EngineState: _TypeAlias = EngineState  # noqa: Y015
 
 @_typing.final

@@ -162,6 +162,10 @@ async def test_a_handle_that_is_in_use_ends_the_stream(running: Running, stub: E
 
 async def test_loading_while_it_is_unloaded_waits_and_loads(running: Running, stub: ExecutorStub) -> None:
     unload = asyncio.ensure_future(stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=running.engine_id)))
+    for _ in range(1000):  # until the unload has begun, or is done
+        engines = (await stub.GetStatus(pb.GetStatusRequest())).engines
+        if not engines or engines[0].state == pb.ENGINE_STATE_UNLOADING:
+            break
     progress = [part async for part in stub.LoadEngine(pb.LoadEngineRequest(model="tiny"))]
     await unload
     assert progress[-1].engine.state == pb.ENGINE_STATE_READY
