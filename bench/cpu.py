@@ -75,7 +75,9 @@ def main() -> None:
     arguments = parser.parse_args()
     results: dict[str, object] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
         "checkpoint": arguments.checkpoint.name,
     }

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from engine.errors import InvalidArgument
 
 Progress = Callable[[str, int, int, str], None]
-"""Called with (phase, done, total, unit) as a build goes on; the phases are `PHASES`, the unit "bytes" or ""."""
+"""Called with (phase, done, total, unit) as a build goes on; the phases are "checkpoint", "program", "weights", "upload", "publish"; the unit is "bytes" or ""."""
 
-PHASES = ("checkpoint", "program", "weights", "upload", "publish")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 

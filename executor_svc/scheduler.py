@@ -65,11 +65,6 @@ class Scheduler:
         return self._num_waiting
 
     @property
-    def num_in_flight(self) -> int:
-        """Batches between schedule and commit."""
-        return len(self._in_flight)
-
-    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self.running and not self._num_waiting and not self._in_flight
