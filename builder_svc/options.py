@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from engine.errors import InvalidArgument
 
 Progress = Callable[[str, int, int, str], None]
-"""Called with (phase, done, total, unit) as a build goes on; the phases are "checkpoint", "program", "weights", "upload", "publish"; the unit is "bytes" or ""."""
+"""Called with (phase, done, total, unit) as a build goes on.
+
+The phases are "checkpoint", "program", "weights", "upload" and "publish"; the unit is "bytes" or "".
+"""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
