@@ -4,13 +4,14 @@ import errno
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import DataLoss, EnginehouseError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
-from engine.store import Progress, Store, check_key, check_prefix, is_key
+from engine.store import Entry, Progress, Store, check_key, check_prefix, is_key
 
 _COPY_SIZE = 4 * 1024 * 1024
 
@@ -111,15 +112,34 @@ class DirectoryStore(Store):
         target.flush()
         os.fsync(target.fileno())
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Entry]:
         with self._errors(prefix):
             base = self.root / check_prefix(prefix)
-            found = [path.relative_to(self.root).as_posix() for path in base.rglob("*") if path.is_file()]
-        yield from sorted(filter(is_key, found))
+            found = [entry for path in base.rglob("*") if (entry := self._entry(path))]
+        yield from sorted(found)
 
     def delete(self, key: str) -> None:
         with self._errors(key):
             self._path(key).unlink(missing_ok=True)
+
+    def discard_partial(self, age: float) -> int:
+        count = 0
+        with self._errors("what uploads have left"):
+            for path in self._partial.iterdir():
+                with suppress(FileNotFoundError):  # that upload has just ended
+                    if path.stat().st_mtime <= time.time() - age:
+                        path.unlink()
+                        count += 1
+        return count
+
+    def _entry(self, path: Path) -> Entry | None:
+        """What a listing says of a file; None for a directory, what is no key, and what has just been deleted."""
+        key = path.relative_to(self.root).as_posix()
+        with suppress(FileNotFoundError):
+            if is_key(key) and path.is_file():
+                status = path.stat()
+                return Entry(key, status.st_size, status.st_mtime)
+        return None
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)

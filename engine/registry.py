@@ -88,7 +88,7 @@ def publish(store: Store, new: Manifest) -> Manifest:
 
 def history(store: Store, name: str, last: int | None = None) -> list[NameRecord]:
     """What a name has stood for, oldest first, only the `last` ones if given; empty for an unknown name."""
-    keys = sorted(store.list(f"models/{check_name(name)}/"), key=_sequence)
+    keys = sorted((entry.key for entry in store.list(f"models/{check_name(name)}/")), key=_sequence)
     return [_record(store, key) for key in (keys if last is None else keys[-last:])]
 
 
@@ -128,7 +128,7 @@ def find_engine(store: Store, engine: str) -> str:
 
 def names(store: Store) -> list[str]:
     """All model names, sorted."""
-    return sorted({key.split("/")[1] for key in store.list("models/")})
+    return sorted({entry.key.split("/")[1] for entry in store.list("models/")})
 
 
 def _sequence(key: str) -> int:

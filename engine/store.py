@@ -7,6 +7,7 @@ import abc
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.errors import InvalidArgument
 
@@ -16,8 +17,22 @@ Progress = Callable[[int, int], None]
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]*(/[A-Za-z0-9][A-Za-z0-9._@+-]*)*")
 
 
+class Entry(NamedTuple):
+    """An object as a listing shows it.
+
+    Attributes:
+        key: its address.
+        size: bytes.
+        modified: seconds since the epoch by the store's clock, which need not be this machine's.
+    """
+
+    key: str
+    size: int
+    modified: float
+
+
 class Store(abc.ABC):
-    """Eight verbs over keys; safe to use from several threads and processes.
+    """Nine verbs over keys; safe to use from several threads and processes.
 
     Each raises `Unavailable` when the store cannot be reached, `PermissionDenied` when it refuses and `ResourceExhausted`
     when it is full.
@@ -54,12 +69,22 @@ class Store(abc.ABC):
         """
 
     @abc.abstractmethod
-    def list(self, prefix: str) -> Iterator[str]:
-        """Keys that begin with `prefix` (a whole path component ending in "/"), sorted; what is no valid key is not listed."""
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Objects whose keys begin with `prefix` (whole path components ending in "/", or empty for all), sorted by key.
+
+        What is no valid key is not listed.
+        """
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Removes an object; no error if there is none."""
+
+    @abc.abstractmethod
+    def discard_partial(self, age: float) -> int:
+        """Removes what interrupted uploads have left, unless something was added to it in the last `age` seconds.
+
+        Returns how many uploads that were.
+        """
 
 
 def is_key(text: str) -> bool:

@@ -59,6 +59,31 @@ class BuilderStub:
                 request_serializer=protos_dot_v1_dot_builder__pb2.CancelBuildRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_builder__pb2.Build.FromString,
                 _registered_method=True)
+        self.OfferCheckpoint = channel.unary_unary(
+                '/enginehouse.v1.Builder/OfferCheckpoint',
+                request_serializer=protos_dot_v1_dot_builder__pb2.OfferCheckpointRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_builder__pb2.OfferCheckpointResponse.FromString,
+                _registered_method=True)
+        self.UploadFile = channel.stream_unary(
+                '/enginehouse.v1.Builder/UploadFile',
+                request_serializer=protos_dot_v1_dot_builder__pb2.UploadFileRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_builder__pb2.UploadFileResponse.FromString,
+                _registered_method=True)
+        self.ListEngines = channel.unary_unary(
+                '/enginehouse.v1.Builder/ListEngines',
+                request_serializer=protos_dot_v1_dot_builder__pb2.ListEnginesRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_builder__pb2.ListEnginesResponse.FromString,
+                _registered_method=True)
+        self.GetEngine = channel.unary_unary(
+                '/enginehouse.v1.Builder/GetEngine',
+                request_serializer=protos_dot_v1_dot_builder__pb2.GetEngineRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_builder__pb2.GetEngineResponse.FromString,
+                _registered_method=True)
+        self.DeleteEngine = channel.unary_unary(
+                '/enginehouse.v1.Builder/DeleteEngine',
+                request_serializer=protos_dot_v1_dot_builder__pb2.DeleteEngineRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_builder__pb2.DeleteEngineResponse.FromString,
+                _registered_method=True)
         self.ListModelNames = channel.unary_unary(
                 '/enginehouse.v1.Builder/ListModelNames',
                 request_serializer=protos_dot_v1_dot_builder__pb2.ListModelNamesRequest.SerializeToString,
@@ -69,20 +94,38 @@ class BuilderStub:
                 request_serializer=protos_dot_v1_dot_builder__pb2.SetModelNameRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_builder__pb2.ModelName.FromString,
                 _registered_method=True)
+        self.RenameModel = channel.unary_unary(
+                '/enginehouse.v1.Builder/RenameModel',
+                request_serializer=protos_dot_v1_dot_builder__pb2.RenameModelRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_builder__pb2.ModelName.FromString,
+                _registered_method=True)
+        self.DeleteModelName = channel.unary_unary(
+                '/enginehouse.v1.Builder/DeleteModelName',
+                request_serializer=protos_dot_v1_dot_builder__pb2.DeleteModelNameRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_builder__pb2.ModelName.FromString,
+                _registered_method=True)
+        self.GetModelHistory = channel.unary_unary(
+                '/enginehouse.v1.Builder/GetModelHistory',
+                request_serializer=protos_dot_v1_dot_builder__pb2.GetModelHistoryRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_builder__pb2.GetModelHistoryResponse.FromString,
+                _registered_method=True)
 
 
 class BuilderServicer:
     """Missing associated documentation comment in .proto file."""
 
     def SubmitBuild(self, request, context):
-        """Queues a build and returns at once. A build whose engine exists already succeeds without building.
+        """Queues a build and returns at once; joins the same build if it is queued or running anywhere. A build whose engine
+        exists already succeeds without building. Jobs are kept in the store: any builder of that store knows all of them, and
+        goes on with those of a builder that has died.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchBuild(self, request, context):
-        """The job's events from the first on, until it has ended.
+        """The job's events, until it has ended. UNAVAILABLE when this builder stops before: watch at another one, or here again,
+        from the sequence after the last that was seen.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,6 +149,40 @@ class BuilderServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OfferCheckpoint(self, request, context):
+        """Says which files of a checkpoint are not there yet. When none is missing, `checkpoint` can be built.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadFile(self, request_iterator, context):
+        """One file: a header, then its bytes from the header's offset on. It counts when all of them have come and match the digest;
+        what came of a call that broke off is kept for a day, and OfferCheckpoint tells the offset to go on from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEngines(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetEngine(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteEngine(self, request, context):
+        """FAILED_PRECONDITION while a model name stands for the engine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModelNames(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -113,6 +190,27 @@ class BuilderServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetModelName(self, request, context):
+        """Gives a name to an engine; also the way back to an earlier engine of the name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenameModel(self, request, context):
+        """The new name stands for the old one's engine, then the old name for none. FAILED_PRECONDITION if the new name is taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModelName(self, request, context):
+        """The name stands for nothing from now on; its history and the engine stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelHistory(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +244,31 @@ def add_BuilderServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_v1_dot_builder__pb2.CancelBuildRequest.FromString,
                     response_serializer=protos_dot_v1_dot_builder__pb2.Build.SerializeToString,
             ),
+            'OfferCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferCheckpoint,
+                    request_deserializer=protos_dot_v1_dot_builder__pb2.OfferCheckpointRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_builder__pb2.OfferCheckpointResponse.SerializeToString,
+            ),
+            'UploadFile': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadFile,
+                    request_deserializer=protos_dot_v1_dot_builder__pb2.UploadFileRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_builder__pb2.UploadFileResponse.SerializeToString,
+            ),
+            'ListEngines': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEngines,
+                    request_deserializer=protos_dot_v1_dot_builder__pb2.ListEnginesRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_builder__pb2.ListEnginesResponse.SerializeToString,
+            ),
+            'GetEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEngine,
+                    request_deserializer=protos_dot_v1_dot_builder__pb2.GetEngineRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_builder__pb2.GetEngineResponse.SerializeToString,
+            ),
+            'DeleteEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteEngine,
+                    request_deserializer=protos_dot_v1_dot_builder__pb2.DeleteEngineRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_builder__pb2.DeleteEngineResponse.SerializeToString,
+            ),
             'ListModelNames': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModelNames,
                     request_deserializer=protos_dot_v1_dot_builder__pb2.ListModelNamesRequest.FromString,
@@ -155,6 +278,21 @@ def add_BuilderServicer_to_server(servicer, server):
                     servicer.SetModelName,
                     request_deserializer=protos_dot_v1_dot_builder__pb2.SetModelNameRequest.FromString,
                     response_serializer=protos_dot_v1_dot_builder__pb2.ModelName.SerializeToString,
+            ),
+            'RenameModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenameModel,
+                    request_deserializer=protos_dot_v1_dot_builder__pb2.RenameModelRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_builder__pb2.ModelName.SerializeToString,
+            ),
+            'DeleteModelName': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModelName,
+                    request_deserializer=protos_dot_v1_dot_builder__pb2.DeleteModelNameRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_builder__pb2.ModelName.SerializeToString,
+            ),
+            'GetModelHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelHistory,
+                    request_deserializer=protos_dot_v1_dot_builder__pb2.GetModelHistoryRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_builder__pb2.GetModelHistoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -303,6 +441,141 @@ class Builder:
             _registered_method=True)
 
     @staticmethod
+    def OfferCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginehouse.v1.Builder/OfferCheckpoint',
+            protos_dot_v1_dot_builder__pb2.OfferCheckpointRequest.SerializeToString,
+            protos_dot_v1_dot_builder__pb2.OfferCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadFile(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/enginehouse.v1.Builder/UploadFile',
+            protos_dot_v1_dot_builder__pb2.UploadFileRequest.SerializeToString,
+            protos_dot_v1_dot_builder__pb2.UploadFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEngines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginehouse.v1.Builder/ListEngines',
+            protos_dot_v1_dot_builder__pb2.ListEnginesRequest.SerializeToString,
+            protos_dot_v1_dot_builder__pb2.ListEnginesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginehouse.v1.Builder/GetEngine',
+            protos_dot_v1_dot_builder__pb2.GetEngineRequest.SerializeToString,
+            protos_dot_v1_dot_builder__pb2.GetEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginehouse.v1.Builder/DeleteEngine',
+            protos_dot_v1_dot_builder__pb2.DeleteEngineRequest.SerializeToString,
+            protos_dot_v1_dot_builder__pb2.DeleteEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListModelNames(request,
             target,
             options=(),
@@ -346,6 +619,87 @@ class Builder:
             '/enginehouse.v1.Builder/SetModelName',
             protos_dot_v1_dot_builder__pb2.SetModelNameRequest.SerializeToString,
             protos_dot_v1_dot_builder__pb2.ModelName.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenameModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginehouse.v1.Builder/RenameModel',
+            protos_dot_v1_dot_builder__pb2.RenameModelRequest.SerializeToString,
+            protos_dot_v1_dot_builder__pb2.ModelName.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModelName(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginehouse.v1.Builder/DeleteModelName',
+            protos_dot_v1_dot_builder__pb2.DeleteModelNameRequest.SerializeToString,
+            protos_dot_v1_dot_builder__pb2.ModelName.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginehouse.v1.Builder/GetModelHistory',
+            protos_dot_v1_dot_builder__pb2.GetModelHistoryRequest.SerializeToString,
+            protos_dot_v1_dot_builder__pb2.GetModelHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

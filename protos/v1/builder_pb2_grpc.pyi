@@ -32,27 +32,69 @@ class BuilderStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> BuilderAsyncStub: ...
     SubmitBuild: _grpc.UnaryUnaryMultiCallable[_builder_pb2.SubmitBuildRequest, _builder_pb2.Build]
-    """Queues a build and returns at once. A build whose engine exists already succeeds without building."""
+    """Queues a build and returns at once; joins the same build if it is queued or running anywhere. A build whose engine
+    exists already succeeds without building. Jobs are kept in the store: any builder of that store knows all of them, and
+    goes on with those of a builder that has died.
+    """
     WatchBuild: _grpc.UnaryStreamMultiCallable[_builder_pb2.WatchBuildRequest, _builder_pb2.BuildEvent]
-    """The job's events from the first on, until it has ended."""
+    """The job's events, until it has ended. UNAVAILABLE when this builder stops before: watch at another one, or here again,
+    from the sequence after the last that was seen.
+    """
     GetBuild: _grpc.UnaryUnaryMultiCallable[_builder_pb2.GetBuildRequest, _builder_pb2.Build]
     ListBuilds: _grpc.UnaryUnaryMultiCallable[_builder_pb2.ListBuildsRequest, _builder_pb2.ListBuildsResponse]
     CancelBuild: _grpc.UnaryUnaryMultiCallable[_builder_pb2.CancelBuildRequest, _builder_pb2.Build]
+    OfferCheckpoint: _grpc.UnaryUnaryMultiCallable[_builder_pb2.OfferCheckpointRequest, _builder_pb2.OfferCheckpointResponse]
+    """Says which files of a checkpoint are not there yet. When none is missing, `checkpoint` can be built."""
+    UploadFile: _grpc.StreamUnaryMultiCallable[_builder_pb2.UploadFileRequest, _builder_pb2.UploadFileResponse]
+    """One file: a header, then its bytes from the header's offset on. It counts when all of them have come and match the digest;
+    what came of a call that broke off is kept for a day, and OfferCheckpoint tells the offset to go on from.
+    """
+    ListEngines: _grpc.UnaryUnaryMultiCallable[_builder_pb2.ListEnginesRequest, _builder_pb2.ListEnginesResponse]
+    GetEngine: _grpc.UnaryUnaryMultiCallable[_builder_pb2.GetEngineRequest, _builder_pb2.GetEngineResponse]
+    DeleteEngine: _grpc.UnaryUnaryMultiCallable[_builder_pb2.DeleteEngineRequest, _builder_pb2.DeleteEngineResponse]
+    """FAILED_PRECONDITION while a model name stands for the engine."""
     ListModelNames: _grpc.UnaryUnaryMultiCallable[_builder_pb2.ListModelNamesRequest, _builder_pb2.ListModelNamesResponse]
     SetModelName: _grpc.UnaryUnaryMultiCallable[_builder_pb2.SetModelNameRequest, _builder_pb2.ModelName]
+    """Gives a name to an engine; also the way back to an earlier engine of the name."""
+    RenameModel: _grpc.UnaryUnaryMultiCallable[_builder_pb2.RenameModelRequest, _builder_pb2.ModelName]
+    """The new name stands for the old one's engine, then the old name for none. FAILED_PRECONDITION if the new name is taken."""
+    DeleteModelName: _grpc.UnaryUnaryMultiCallable[_builder_pb2.DeleteModelNameRequest, _builder_pb2.ModelName]
+    """The name stands for nothing from now on; its history and the engine stay."""
+    GetModelHistory: _grpc.UnaryUnaryMultiCallable[_builder_pb2.GetModelHistoryRequest, _builder_pb2.GetModelHistoryResponse]
 
 @_typing.type_check_only
 class BuilderAsyncStub(BuilderStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     SubmitBuild: _aio.UnaryUnaryMultiCallable[_builder_pb2.SubmitBuildRequest, _builder_pb2.Build]  # type: ignore[assignment]
-    """Queues a build and returns at once. A build whose engine exists already succeeds without building."""
+    """Queues a build and returns at once; joins the same build if it is queued or running anywhere. A build whose engine
+    exists already succeeds without building. Jobs are kept in the store: any builder of that store knows all of them, and
+    goes on with those of a builder that has died.
+    """
     WatchBuild: _aio.UnaryStreamMultiCallable[_builder_pb2.WatchBuildRequest, _builder_pb2.BuildEvent]  # type: ignore[assignment]
-    """The job's events from the first on, until it has ended."""
+    """The job's events, until it has ended. UNAVAILABLE when this builder stops before: watch at another one, or here again,
+    from the sequence after the last that was seen.
+    """
     GetBuild: _aio.UnaryUnaryMultiCallable[_builder_pb2.GetBuildRequest, _builder_pb2.Build]  # type: ignore[assignment]
     ListBuilds: _aio.UnaryUnaryMultiCallable[_builder_pb2.ListBuildsRequest, _builder_pb2.ListBuildsResponse]  # type: ignore[assignment]
     CancelBuild: _aio.UnaryUnaryMultiCallable[_builder_pb2.CancelBuildRequest, _builder_pb2.Build]  # type: ignore[assignment]
+    OfferCheckpoint: _aio.UnaryUnaryMultiCallable[_builder_pb2.OfferCheckpointRequest, _builder_pb2.OfferCheckpointResponse]  # type: ignore[assignment]
+    """Says which files of a checkpoint are not there yet. When none is missing, `checkpoint` can be built."""
+    UploadFile: _aio.StreamUnaryMultiCallable[_builder_pb2.UploadFileRequest, _builder_pb2.UploadFileResponse]  # type: ignore[assignment]
+    """One file: a header, then its bytes from the header's offset on. It counts when all of them have come and match the digest;
+    what came of a call that broke off is kept for a day, and OfferCheckpoint tells the offset to go on from.
+    """
+    ListEngines: _aio.UnaryUnaryMultiCallable[_builder_pb2.ListEnginesRequest, _builder_pb2.ListEnginesResponse]  # type: ignore[assignment]
+    GetEngine: _aio.UnaryUnaryMultiCallable[_builder_pb2.GetEngineRequest, _builder_pb2.GetEngineResponse]  # type: ignore[assignment]
+    DeleteEngine: _aio.UnaryUnaryMultiCallable[_builder_pb2.DeleteEngineRequest, _builder_pb2.DeleteEngineResponse]  # type: ignore[assignment]
+    """FAILED_PRECONDITION while a model name stands for the engine."""
     ListModelNames: _aio.UnaryUnaryMultiCallable[_builder_pb2.ListModelNamesRequest, _builder_pb2.ListModelNamesResponse]  # type: ignore[assignment]
     SetModelName: _aio.UnaryUnaryMultiCallable[_builder_pb2.SetModelNameRequest, _builder_pb2.ModelName]  # type: ignore[assignment]
+    """Gives a name to an engine; also the way back to an earlier engine of the name."""
+    RenameModel: _aio.UnaryUnaryMultiCallable[_builder_pb2.RenameModelRequest, _builder_pb2.ModelName]  # type: ignore[assignment]
+    """The new name stands for the old one's engine, then the old name for none. FAILED_PRECONDITION if the new name is taken."""
+    DeleteModelName: _aio.UnaryUnaryMultiCallable[_builder_pb2.DeleteModelNameRequest, _builder_pb2.ModelName]  # type: ignore[assignment]
+    """The name stands for nothing from now on; its history and the engine stay."""
+    GetModelHistory: _aio.UnaryUnaryMultiCallable[_builder_pb2.GetModelHistoryRequest, _builder_pb2.GetModelHistoryResponse]  # type: ignore[assignment]
 
 class BuilderServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -61,7 +103,10 @@ class BuilderServicer(metaclass=_abc_1.ABCMeta):
         request: _builder_pb2.SubmitBuildRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_builder_pb2.Build, _abc.Awaitable[_builder_pb2.Build]]:
-        """Queues a build and returns at once. A build whose engine exists already succeeds without building."""
+        """Queues a build and returns at once; joins the same build if it is queued or running anywhere. A build whose engine
+        exists already succeeds without building. Jobs are kept in the store: any builder of that store knows all of them, and
+        goes on with those of a builder that has died.
+        """
 
     @_abc_1.abstractmethod
     def WatchBuild(
@@ -69,7 +114,9 @@ class BuilderServicer(metaclass=_abc_1.ABCMeta):
         request: _builder_pb2.WatchBuildRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_builder_pb2.BuildEvent], _abc.AsyncIterator[_builder_pb2.BuildEvent]]:
-        """The job's events from the first on, until it has ended."""
+        """The job's events, until it has ended. UNAVAILABLE when this builder stops before: watch at another one, or here again,
+        from the sequence after the last that was seen.
+        """
 
     @_abc_1.abstractmethod
     def GetBuild(
@@ -93,6 +140,46 @@ class BuilderServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_builder_pb2.Build, _abc.Awaitable[_builder_pb2.Build]]: ...
 
     @_abc_1.abstractmethod
+    def OfferCheckpoint(
+        self,
+        request: _builder_pb2.OfferCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builder_pb2.OfferCheckpointResponse, _abc.Awaitable[_builder_pb2.OfferCheckpointResponse]]:
+        """Says which files of a checkpoint are not there yet. When none is missing, `checkpoint` can be built."""
+
+    @_abc_1.abstractmethod
+    def UploadFile(
+        self,
+        request_iterator: _MaybeAsyncIterator[_builder_pb2.UploadFileRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_builder_pb2.UploadFileResponse, _abc.Awaitable[_builder_pb2.UploadFileResponse]]:
+        """One file: a header, then its bytes from the header's offset on. It counts when all of them have come and match the digest;
+        what came of a call that broke off is kept for a day, and OfferCheckpoint tells the offset to go on from.
+        """
+
+    @_abc_1.abstractmethod
+    def ListEngines(
+        self,
+        request: _builder_pb2.ListEnginesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builder_pb2.ListEnginesResponse, _abc.Awaitable[_builder_pb2.ListEnginesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetEngine(
+        self,
+        request: _builder_pb2.GetEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builder_pb2.GetEngineResponse, _abc.Awaitable[_builder_pb2.GetEngineResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DeleteEngine(
+        self,
+        request: _builder_pb2.DeleteEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builder_pb2.DeleteEngineResponse, _abc.Awaitable[_builder_pb2.DeleteEngineResponse]]:
+        """FAILED_PRECONDITION while a model name stands for the engine."""
+
+    @_abc_1.abstractmethod
     def ListModelNames(
         self,
         request: _builder_pb2.ListModelNamesRequest,
@@ -104,6 +191,30 @@ class BuilderServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _builder_pb2.SetModelNameRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_builder_pb2.ModelName, _abc.Awaitable[_builder_pb2.ModelName]]: ...
+    ) -> _typing.Union[_builder_pb2.ModelName, _abc.Awaitable[_builder_pb2.ModelName]]:
+        """Gives a name to an engine; also the way back to an earlier engine of the name."""
+
+    @_abc_1.abstractmethod
+    def RenameModel(
+        self,
+        request: _builder_pb2.RenameModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builder_pb2.ModelName, _abc.Awaitable[_builder_pb2.ModelName]]:
+        """The new name stands for the old one's engine, then the old name for none. FAILED_PRECONDITION if the new name is taken."""
+
+    @_abc_1.abstractmethod
+    def DeleteModelName(
+        self,
+        request: _builder_pb2.DeleteModelNameRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builder_pb2.ModelName, _abc.Awaitable[_builder_pb2.ModelName]]:
+        """The name stands for nothing from now on; its history and the engine stay."""
+
+    @_abc_1.abstractmethod
+    def GetModelHistory(
+        self,
+        request: _builder_pb2.GetModelHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builder_pb2.GetModelHistoryResponse, _abc.Awaitable[_builder_pb2.GetModelHistoryResponse]]: ...
 
 def add_BuilderServicer_to_server(servicer: BuilderServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,6 +9,11 @@ from engine.store import Store
 MIB = 1024 * 1024
 
 
+def keys(store: Store, prefix: str = "") -> list[str]:
+    """What a store lists."""
+    return [entry.key for entry in store.list(prefix)]
+
+
 class Interrupted(Exception):
     pass
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from store_harness import keys
 
 from builder_svc import weights
 from builder_svc.checkpoint.digests import file_digests
@@ -49,7 +50,7 @@ def test_the_same_inputs_give_the_same_engine_and_the_second_build_is_a_lookup(
     again = build(copy, store)
     assert (first.reused, again.reused) == (False, True)
     assert again.manifest == first.manifest
-    assert len(list(store.list("engines/"))) == 1
+    assert len(keys(store, "engines/")) == 1
 
 
 def identify(path: Path, **options: object) -> str:
@@ -284,7 +285,7 @@ def test_a_bad_checkpoint_is_named_and_leaves_the_store_as_it_was(kind: str, cop
     with pytest.raises(error, match=message) as caught:
         build(copy, store)
     assert isinstance(caught.value, EnginehouseError)
-    assert list(store.list("")) == []
+    assert keys(store, "") == []
 
 
 def test_options_are_checked() -> None:

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from store_harness import MIB, interrupt
+from store_harness import MIB, interrupt, keys
 
 from engine.backends import open_store
 from engine.errors import DataLoss, InvalidArgument, NotFound
@@ -124,10 +125,22 @@ def test_a_prefix_is_no_object(store: Store):
 def test_list_is_sorted_and_keeps_to_the_prefix(store: Store):
     for key in ("models/b/2", "models/b/10", "models/a/1", "models-2/a", "top"):
         store.create(key, b"")
-    assert list(store.list("models/")) == ["models/a/1", "models/b/10", "models/b/2"]
-    assert list(store.list("models/b/")) == ["models/b/10", "models/b/2"]
-    assert list(store.list("")) == ["models-2/a", "models/a/1", "models/b/10", "models/b/2", "top"]
-    assert list(store.list("nothing/")) == []
+    assert keys(store, "models/") == ["models/a/1", "models/b/10", "models/b/2"]
+    assert keys(store, "models/b/") == ["models/b/10", "models/b/2"]
+    assert keys(store, "") == ["models-2/a", "models/a/1", "models/b/10", "models/b/2", "top"]
+    assert keys(store, "nothing/") == []
+
+
+def test_list_tells_sizes_and_times(store: Store, large_file: Path):
+    store.create("a/small", b"123")
+    store.upload("a/large", large_file)
+    large, small = store.list("a/")
+    assert (large.key, large.size) == ("a/large", large_file.stat().st_size)
+    assert (small.key, small.size) == ("a/small", 3)
+    before = small.modified
+    time.sleep(1.1)  # some stores tell whole seconds
+    store.replace("a/small", b"1234")
+    assert 1 <= next(entry for entry in store.list("a/") if entry.key == "a/small").modified - before < 60
 
 
 BAD_KEYS = [
@@ -238,7 +251,7 @@ def test_upload_replaces_an_object_that_was_cut_off(store: Store, large_file: Pa
 def test_an_interrupted_upload_is_invisible(store: Store, large_file: Path):
     interrupt(store, "blobs/x", large_file, at=4 * MIB)
     assert store.size("blobs/x") is None
-    assert list(store.list("")) == []
+    assert keys(store, "") == []
     with pytest.raises(NotFound):
         store.read("blobs/x")
 
@@ -260,6 +273,18 @@ def test_an_interrupted_upload_of_other_bytes_does_no_harm(store: Store, large_f
     assert store.read("blobs/x") == changed
 
 
+def test_what_an_interrupted_upload_left_can_be_discarded(store: Store, large_file: Path):
+    interrupt(store, "blobs/x", large_file, at=8 * MIB)
+    assert store.discard_partial(age=3600) == 0
+    time.sleep(1.1)  # some stores tell whole seconds
+    assert store.discard_partial(age=0) == 1
+    assert store.discard_partial(age=0) == 0
+    steps: list[int] = []
+    store.upload("blobs/x", large_file, lambda done, _: steps.append(done))
+    assert steps[0] <= 8 * MIB  # from the beginning
+    assert store.read("blobs/x") == large_file.read_bytes()
+
+
 def test_racing_uploads_of_one_object(store: Store, large_file: Path):
     gate = threading.Barrier(4)
 
@@ -270,7 +295,7 @@ def test_racing_uploads_of_one_object(store: Store, large_file: Path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(upload, range(4)))
     assert store.read("blobs/x") == large_file.read_bytes()
-    assert list(store.list("")) == ["blobs/x"]
+    assert keys(store, "") == ["blobs/x"]
 
 
 # Opening
