@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import grpc
+import msgspec
 
 from builder_svc.jobs import Jobs
-from builder_svc.process import BuildProcess
-from builder_svc.server import BuilderServicer
+from builder_svc.process import BuildProcess, BuildRequest
+from builder_svc.server import BuilderServicer, find_checkpoint
 from engine.backends import open_store
 from engine.errors import InvalidArgument
 from protos import rpc
@@ -45,8 +46,19 @@ async def run(arguments: argparse.Namespace) -> None:
         if directory and not directory.is_dir():
             raise InvalidArgument(f"{option} {directory} is no directory")
     store = open_store(arguments.store)
-    jobs = Jobs(store, BuildProcess(work_dir=arguments.work_dir), arguments.jobs)
-    servicer = BuilderServicer(jobs, store, arguments.checkpoint_root)
+    root = arguments.checkpoint_root.resolve()
+
+    def prepare(request: BuildRequest) -> BuildRequest:
+        """A job that another builder has taken in must be one that this one would have."""
+        return msgspec.structs.replace(
+            request, store=store.url, checkpoint=str(find_checkpoint(root, request.checkpoint))
+        )
+
+    process = BuildProcess(work_dir=arguments.work_dir)
+    process.clear()
+    jobs = Jobs(store, process, arguments.jobs, prepare=prepare)
+    servicer = BuilderServicer(jobs, store, root)
+    jobs.start()
 
     def register(server: grpc.aio.Server) -> None:
         builder_pb2_grpc.add_BuilderServicer_to_server(servicer, server)

@@ -1,9 +1,8 @@
-"""The record of one build: its state and its events."""
+"""One build's job as a state machine: its state and its events."""
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -22,39 +21,55 @@ from protos.v1.builder_pb2 import (
 )
 from protos.v1.common_pb2 import Failure
 
-MAX_EVENTS = 1000  # of one job
+MAX_PROGRESS = 1000  # events of one job
 PROGRESS_INTERVAL = 0.1  # seconds between two events of a phase, at least
 PROGRESS_STEPS = 150  # events of a phase, at most, spread over its total
+MAX_LOG_CHARS = 256 * 1024  # of one job
 
 _OPEN = (BUILD_STATE_QUEUED, BUILD_STATE_RUNNING)
 
 log = logging.getLogger(__name__)
 
 
+def has_ended(build: Build) -> bool:
+    """Whether the state is final."""
+    return build.state not in _OPEN
+
+
 class Job:
-    """One build's record: the job as it is now, and its events. Only these methods change it.
+    """A build's job, as its builder moves it on. Only these methods change it.
 
         QUEUED --start--> RUNNING --succeed--> SUCCEEDED
-           |                 |
-           '--------+--------'---fail--------> FAILED
-                    '------------cancel------> CANCELLED
+           |  ^------release--'|
+           '--------+----------'---fail--------> FAILED
+                    '--------------cancel------> CANCELLED
 
     Each transition sets the state and appends an event with the whole job; the event of a final state is the last one.
-    `progress` and `built` need RUNNING and leave it. Any other order raises Internal and changes nothing. Events are
-    numbered from 0 without gaps and never change once appended: all watchers see the same list.
+    `progress`, `log` and `built` need RUNNING and leave it. Any other order raises Internal and changes nothing. Events are
+    numbered from 0 without gaps and never change.
+
+    Args:
+        events: all events so far, of which the last state counts.
     """
 
-    def __init__(
-        self, build_id: str, spec: BuildSpec, model: str, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._build = Build(build_id=build_id, spec=spec, model=model, state=BUILD_STATE_QUEUED, created=_now())
+    def __init__(self, events: Sequence[BuildEvent], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._build = Build()
+        self._build.CopyFrom(next(event.state for event in reversed(events) if event.HasField("state")))
+        self._next = len(events)
+        self._progress_left = MAX_PROGRESS - sum(event.HasField("progress") for event in events)
+        self._chars_left = MAX_LOG_CHARS - sum(len(event.log) for event in events)
         self._clock = clock
-        self._events: list[BuildEvent] = []
-        self._news = asyncio.Event()  # set, and replaced, when an event is appended
+        self._new: list[BuildEvent] = []
         self._shown: BuildProgress | None = None  # the newest progress among the events
         self._shown_at = 0.0
         self._held: BuildProgress | None = None  # a newer one, of the same phase
-        self._append_state()
+        self._lines: list[str] = []  # of the log, not yet in an event
+
+    @staticmethod
+    def submitted(build_id: str, spec: BuildSpec, model: str) -> list[BuildEvent]:
+        """The events of a job that has just been submitted: QUEUED."""
+        build = Build(build_id=build_id, spec=spec, model=model, state=BUILD_STATE_QUEUED, created=_now())
+        return [BuildEvent(time=_now(), state=build)]
 
     @property
     def build(self) -> Build:
@@ -66,10 +81,26 @@ class Job:
     @property
     def ended(self) -> bool:
         """Whether the state is final."""
-        return self._build.state not in _OPEN
+        return has_ended(self._build)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything pending."""
+        return bool(self._new or self._lines)
+
+    def pending(self) -> list[BuildEvent]:
+        """The events that nobody has said to be kept."""
+        self._append_log()
+        return list(self._new)
+
+    def kept(self, count: int) -> None:
+        """The first `count` pending events are in the store."""
+        del self._new[:count]
 
     def start(self) -> None:
         """QUEUED -> RUNNING."""
+        self._expect("become RUNNING", BUILD_STATE_QUEUED)
+        self._build.attempt += 1
         self._move(BUILD_STATE_RUNNING, BUILD_STATE_QUEUED)
 
     def progress(self, phase: str, done: int, total: int, unit: str) -> None:
@@ -84,6 +115,14 @@ class Job:
         else:
             self._held = new
 
+    def log(self, line: str) -> None:
+        """Records a line that the build has printed."""
+        self._expect("log", BUILD_STATE_RUNNING)
+        if self._chars_left <= 0:
+            return
+        self._chars_left -= len(line) + 1
+        self._lines.append(line if self._chars_left > 0 else "... the log ends here: it is too long")
+
     def built(self, engine_id: str, reused: bool) -> None:
         """The engine is in the store; the job goes on with its name."""
         self._expect("have an engine", BUILD_STATE_RUNNING)
@@ -91,6 +130,13 @@ class Job:
         self._build.reused = reused
         self._append_held()
         self._append_state()
+
+    def release(self) -> None:
+        """RUNNING -> QUEUED: another builder is to begin anew."""
+        self._build.ClearField("engine_id")
+        self._build.ClearField("reused")
+        self._move(BUILD_STATE_QUEUED, BUILD_STATE_RUNNING)
+        self._shown = None
 
     def succeed(self) -> None:
         """RUNNING -> SUCCEEDED."""
@@ -103,24 +149,6 @@ class Job:
     def cancel(self) -> None:
         """QUEUED or RUNNING -> CANCELLED."""
         self._move(BUILD_STATE_CANCELLED, *_OPEN)
-
-    async def events(self) -> AsyncIterator[BuildEvent]:
-        """All events from the first, and new ones as they come, until the final state."""
-        sequence = 0
-        while True:
-            news = self._news
-            while sequence < len(self._events):
-                yield self._events[sequence]
-                sequence += 1
-            if self.ended:
-                return
-            await news.wait()
-
-    async def end(self) -> Build:
-        """The job when it has ended."""
-        while not self.ended:
-            await self._news.wait()
-        return self.build
 
     def _expect(self, action: str, *states: BuildState.ValueType) -> None:
         if self._build.state not in states:
@@ -151,18 +179,24 @@ class Job:
         self._held = None
         self._shown = new
         self._shown_at = self._clock()
-        if len(self._events) < MAX_EVENTS - 2:  # an engine and a final state may follow
+        if self._progress_left > 0:
+            self._progress_left -= 1
             self._append(BuildEvent(progress=new))
 
+    def _append_log(self) -> None:
+        if self._lines:
+            lines, self._lines = self._lines, []
+            self._append(BuildEvent(log="\n".join(lines)))
+
     def _append_state(self) -> None:
+        self._append_log()
         self._append(BuildEvent(state=self._build))
 
     def _append(self, event: BuildEvent) -> None:
-        event.sequence = len(self._events)
+        event.sequence = self._next
         event.time.CopyFrom(_now())
-        self._events.append(event)
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        self._next += 1
+        self._new.append(event)
 
 
 def _now() -> Timestamp:

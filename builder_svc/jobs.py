@@ -1,51 +1,104 @@
-"""The queue of builds: in the order in which they come, as many at a time as the service allows.
+"""This builder's part of the queue: takes jobs in the order in which they came, as many at a time as it may, from the store.
 
-Jobs live on the event loop, and their records end with the service.
+All builders of a store look at the same queue (`joblog.py`). A job whose builder has died is given free by any other one.
 """
 
 import asyncio
 import logging
+import os
 import secrets
-import time
+import socket
+from collections.abc import AsyncIterator, Callable
 
+import msgspec
+
+from builder_svc import joblog
+from builder_svc.attempt import Attempt, Builder, Pace
 from builder_svc.job import Job
+from builder_svc.joblog import JobLog
 from builder_svc.process import BuildProcess, BuildRequest
-from engine import registry
-from engine.errors import EnginehouseError, NotFound, ResourceExhausted, Unavailable
+from engine.errors import DataLoss, EnginehouseError, Unavailable
 from engine.store import Store
 from protos.rpc import to_failure
-from protos.v1.builder_pb2 import Build, BuildSpec
+from protos.v1.builder_pb2 import Build, BuildEvent, BuildSpec
 
-MAX_OPEN_JOBS = 1000
-MAX_ENDED_JOBS = 1000
+MAX_DEATHS = 3  # of builders with one job, before it is given up
+_KEPT_LOGS = 200  # of ended jobs, for those who ask again
 
 log = logging.getLogger(__name__)
+
+
+class _Known:
+    """A log, and what this builder knows of it."""
+
+    def __init__(self, store: Store, build_id: str) -> None:
+        self.log = JobLog(store, build_id)
+        self.lock = asyncio.Lock()
+        self.attempt: Attempt | None = None  # while this builder has the job
+        self.quiet_since: float | None = None  # loop time of the first look at the log as it is
+        self._news = asyncio.Event()  # set, and replaced, when the log has grown
+
+    def told(self) -> None:
+        """The log has grown."""
+        news, self._news = self._news, asyncio.Event()
+        self.quiet_since = None
+        news.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Returns when the log has grown, or after some time."""
+        await asyncio.wait((asyncio.ensure_future(self._news.wait()),), timeout=seconds)
+
+    async def refresh(self) -> None:
+        """Reads what others have written."""
+        async with self.lock:
+            number = self.log.number
+            await asyncio.to_thread(self.log.refresh)
+        if self.log.number != number:
+            self.told()
 
 
 class Jobs:
     """Runs jobs in the order in which they come, at most `limit` at a time.
 
     Args:
-        store: holds the names that builds give to their engines.
+        store: holds the jobs, and the names that builds give to their engines.
         process: runs one build.
         limit: builds at a time.
+        prepare: makes of a job's request what this builder's process is to do, in a thread; raises what forbids it.
+        finish: called in a thread with the id of an engine that is in the store now, before it gets its name.
     """
 
-    def __init__(self, store: Store, process: BuildProcess, limit: int = 1) -> None:
+    def __init__(
+        self,
+        store: Store,
+        process: BuildProcess,
+        limit: int = 1,
+        *,
+        prepare: Callable[[BuildRequest], BuildRequest] | None = None,
+        finish: Callable[[str], None] = lambda _: None,
+        pace: Pace = Pace(),  # noqa: B008  (frozen)
+    ) -> None:
         self._store = store
-        self._process = process
-        self._slots = asyncio.Semaphore(limit)
-        self._jobs: dict[str, Job] = {}  # by id, oldest first
-        self._joinable: dict[tuple[BuildRequest, str], str] = {}  # what is being built -> id
-        self._cancellable: dict[str, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closing = False
+        self._limit = limit
+        self._pace = pace
+        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        here = prepare or (lambda request: msgspec.structs.replace(request, store=store.url))
+        self._builder = Builder(name, store, process, here, finish, pace)
+        self._known: dict[str, _Known] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._look_now = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
 
-    def submit(self, request: BuildRequest, spec: BuildSpec, model: str) -> Build:
-        """Queues a build, or joins the same one that is queued or running.
+    def start(self) -> None:
+        """Begins to take jobs."""
+        self._looking = asyncio.create_task(self._keep_looking(), name="queue")
+
+    async def submit(self, request: BuildRequest, spec: BuildSpec, model: str) -> Build:
+        """Queues a build, or joins the same one that is queued or running at any builder.
 
         Args:
-            request: what the build process is asked for.
+            request: what the build process is asked for, as far as it does not depend on the builder.
             spec: what the client asked for, for the record.
             model: the name to give to the engine; empty for none.
 
@@ -53,80 +106,168 @@ class Jobs:
             Unavailable: the service is stopping.
             ResourceExhausted: too many jobs wait.
         """
-        if self._closing:
+        if self._closing.is_set():
             raise Unavailable("the builder is stopping: submit the build again", reason="BUILDER_STOPPING")
-        key = (request, model)
-        same = self._jobs.get(self._joinable.get(key, ""))
-        if same and not same.ended:
-            return same.build
-        if len(self._tasks) >= MAX_OPEN_JOBS:
-            raise ResourceExhausted(f"{len(self._tasks)} builds are waiting: try again later", reason="QUEUE_FULL")
-        build_id = f"{time.time_ns():016x}{secrets.token_hex(4)}"
-        job = self._jobs[build_id] = Job(build_id, spec, model)
-        self._joinable[key] = build_id
-        task = self._cancellable[build_id] = asyncio.create_task(self._run(job, request), name=f"build {build_id}")
-        self._tasks.add(task)
-        task.add_done_callback(lambda task: self._ended(job, key, task))
-        return job.build
+        submitted = await asyncio.to_thread(joblog.submit, self._store, self._builder.name, request, spec, model)
+        self._look_now.set()
+        return submitted.build
 
-    def find(self, build_id: str) -> Job:
-        """A job. Raises NotFound."""
-        if build_id not in self._jobs:
-            raise NotFound(f"no build {build_id!r}", reason="BUILD_NOT_FOUND", metadata={"build_id": build_id})
-        return self._jobs[build_id]
+    async def find(self, build_id: str) -> Build:
+        """A job as it is now. Raises NotFound."""
+        return await asyncio.to_thread(joblog.find, self._store, build_id)
 
-    def builds(self) -> list[Build]:
-        """All jobs, newest first."""
-        return [job.build for job in reversed(self._jobs.values())]
+    async def builds(self) -> list[Build]:
+        """Jobs that are open and the last that have ended, newest first."""
+        return await asyncio.to_thread(joblog.builds, self._store)
+
+    async def events(self, build_id: str, first: int = 0) -> AsyncIterator[BuildEvent]:
+        """The job's events from the number `first` on, as they are recorded, until its end.
+
+        Raises:
+            NotFound: there is no such job.
+            Unavailable: the service is stopping; the job may go on elsewhere.
+        """
+        known = await self._know(build_id)
+        while True:
+            ended = known.log.ended  # before the events are looked at: none comes after
+            while first < len(known.log.events):
+                yield known.log.events[first]
+                first += 1
+            if ended:
+                return
+            if self._closing.is_set() and not known.attempt:
+                raise Unavailable(
+                    f"this builder stops; build {build_id} goes on at the next one: watch it again from event {first}",
+                    reason="BUILDER_STOPPING",
+                )
+            await known.wait(self._pace.watch)
+            if not known.attempt:
+                await known.refresh()
 
     async def cancel(self, build_id: str) -> Build:
         """Ends a job and returns it as it ended; one that ended before, or that has its engine already, is left alone."""
-        job = self.find(build_id)
-        self._cancel(build_id)
-        return await job.end()
+        known = await self._know(build_id)
+        while not known.log.ended:
+            await asyncio.to_thread(joblog.leave, self._store, known.log, known.log.build.model)
+            if known.attempt:
+                known.attempt.cancel()
+                break
+            async with known.lock:
+                if known.log.owner:
+                    told = await asyncio.to_thread(known.log.append, "cancel", self._builder.name)
+                else:
+                    job = Job(known.log.events)
+                    job.cancel()
+                    told = await asyncio.to_thread(known.log.append, "claim", self._builder.name, job.pending())
+            if told:
+                known.told()
+                break
+            await known.refresh()
+        if known.log.ended:
+            await asyncio.to_thread(joblog.retire, self._store, known.log)
+        async for _ in self.events(build_id, len(known.log.events)):
+            pass
+        return known.log.build
 
     async def close(self) -> None:
-        """Fails what is queued and running, and returns when every build process has ended."""
-        self._closing = True
-        for build_id in list(self._cancellable):
-            self._cancel(build_id)
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        """Gives back what is running, and returns when every build process has ended."""
+        self._closing.set()
+        if self._looking:
+            self._looking.cancel()
+            await asyncio.wait((self._looking,))
+        for known in self._known.values():
+            if known.attempt:
+                known.attempt.release()
+        if self._running:
+            await asyncio.wait(self._running.values())
+        for known in self._known.values():
+            known.told()
 
-    def _cancel(self, build_id: str) -> None:
-        """Once at most: a second cancellation would interrupt the orderly end of the process."""
-        if task := self._cancellable.pop(build_id, None):
-            task.cancel()
-            for key in [key for key, joinable in self._joinable.items() if joinable == build_id]:
-                del self._joinable[key]
+    async def _know(self, build_id: str) -> _Known:
+        """A job's log, as it is now. Raises NotFound."""
+        known = self._known.setdefault(joblog.check_id(build_id), _Known(self._store, build_id))
+        if not known.attempt and not known.log.ended:
+            await known.refresh()
+        if known.log.number == 0:
+            self._known.pop(build_id, None)
+            raise joblog.not_found(build_id)
+        return known
 
-    async def _run(self, job: Job, request: BuildRequest) -> None:
-        try:
-            async with self._slots:
-                job.start()
-                result = await self._process.run(request, job.progress)
-                self._cancellable.pop(job.build.build_id, None)  # from here on a cancel comes too late
-                job.built(result.engine_id, result.reused)
-                if job.build.model:
-                    await asyncio.to_thread(registry.set_name, self._store, job.build.model, result.engine_id)
-                job.succeed()
-        except Exception as error:
-            if not isinstance(error, EnginehouseError):
-                log.exception("build %s", job.build.build_id)
-            job.fail(to_failure(error))
+    async def _keep_looking(self) -> None:
+        told = False
+        while True:
+            self._look_now.clear()
+            try:
+                await self._look()
+                told = False
+            except EnginehouseError as error:
+                for known in self._known.values():
+                    known.quiet_since = None  # nobody could write either
+                if not told:
+                    log.warning("the queue of builds cannot be read: %s", error.message)
+                told = True
+            except Exception:
+                log.exception("the queue of builds")
+            waiting = asyncio.ensure_future(self._look_now.wait())
+            await asyncio.wait((waiting,), timeout=self._pace.poll)
+            waiting.cancel()
 
-    def _ended(self, job: Job, key: tuple[BuildRequest, str], task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        build_id = job.build.build_id
-        self._cancellable.pop(build_id, None)
-        if self._joinable.get(key) == build_id:
-            del self._joinable[key]
-        if not job.ended:  # its task was cancelled, perhaps before its first step
-            if self._closing:
-                job.fail(
-                    to_failure(Unavailable("the builder was stopped: submit the build again", reason="BUILDER_STOPPED"))
-                )
-            else:
-                job.cancel()
-        for old in [found for found, job in self._jobs.items() if job.ended][:-MAX_ENDED_JOBS]:
-            del self._jobs[old]
+    async def _look(self) -> None:
+        """Goes through the queue once: takes what is free, gives free what nobody works on."""
+        queue = await asyncio.to_thread(joblog.open_ids, self._store)
+        for build_id in queue:
+            known = self._known.setdefault(build_id, _Known(self._store, build_id))
+            full = len(self._running) >= self._limit
+            if known.attempt or (full and known.log.number and not known.log.owner):
+                continue
+            try:
+                await self._attend(known)
+            except DataLoss as error:  # this one job's record is at fault
+                log.warning("build %s: %s", build_id, error.message)
+        self._forget(set(queue))
+
+    async def _attend(self, known: _Known) -> None:
+        await known.refresh()
+        job_log, loop = known.log, asyncio.get_running_loop()
+        if job_log.ended:
+            await asyncio.to_thread(joblog.retire, self._store, job_log)
+        elif job_log.owner:
+            known.quiet_since = known.quiet_since or loop.time()
+            if loop.time() - known.quiet_since >= self._pace.lease:
+                await self._expire(known)
+        elif job_log.number and len(self._running) < self._limit:
+            known.attempt = Attempt(self._builder, job_log, known.lock, known.told)
+            task = asyncio.create_task(known.attempt.run(), name=f"build {job_log.build_id}")
+            self._running[job_log.build_id] = task
+            task.add_done_callback(lambda _: self._ended(known))
+
+    async def _expire(self, known: _Known) -> None:
+        """Gives free a job whose builder has died, or gives it up."""
+        job_log = known.log
+        log.warning("build %s: its builder %s does not write any more", job_log.build_id, job_log.owner)
+        job = Job(job_log.events)
+        if job_log.cancel_requested:
+            job.cancel()
+        elif job_log.deaths + 1 >= MAX_DEATHS:
+            message = f"{MAX_DEATHS} builders have died while they built it; look at the last lines of its log"
+            job.fail(to_failure(Unavailable(message, reason="BUILDER_DIED")))
+        else:
+            job.release()
+        async with known.lock:
+            if await asyncio.to_thread(job_log.append, "expire", self._builder.name, job.pending()):
+                known.told()
+        self._look_now.set()
+
+    def _ended(self, known: _Known) -> None:
+        task = self._running.pop(known.log.build_id)
+        known.attempt = None
+        if error := task.exception():
+            log.error("build %s", known.log.build_id, exc_info=error)
+        known.told()
+        self._look_now.set()
+
+    def _forget(self, queue: set[str]) -> None:
+        """Keeps the logs of a bounded number of jobs that have ended."""
+        ended = [build_id for build_id in self._known if build_id not in queue and build_id not in self._running]
+        for build_id in ended[:-_KEPT_LOGS]:
+            del self._known[build_id]

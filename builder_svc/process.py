@@ -11,13 +11,15 @@ This is the service's side, which imports no torch; `builder_svc/child.py` is th
 """
 
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, cast
@@ -32,8 +34,11 @@ from protos.v1.common_pb2 import Failure
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 COMMAND = (sys.executable, "-m", "builder_svc.child")
 
+_PREFIX = "enginehouse-build-"
+_FRESH = 60.0  # seconds in which a new directory may not be locked yet
 _LOG_LINES, _LOG_LINE_CHARS, _LOG_CHARS = 100, 500, 16_384
 _MAX_LINE_BYTES = 1 << 20
+Log = Callable[[str], None]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -41,7 +46,7 @@ class BuildRequest(msgspec.Struct, frozen=True):
     """What the child is asked for."""
 
     checkpoint: str
-    store: str
+    store: str = ""
     options: BuildOptions = BuildOptions()
     work_dir: str | None = None
 
@@ -88,28 +93,43 @@ class BuildProcess:
         self.work_dir = work_dir
         self.grace = grace
 
-    async def run(self, request: BuildRequest, progress: Progress) -> Result:
+    async def run(self, request: BuildRequest, progress: Progress, log: Log = lambda _: None) -> Result:
         """Builds. When this returns or raises, the child and all that it started have ended.
 
         A cancelled call ends the child first: SIGTERM, and SIGKILL after the grace.
+
+        Args:
+            progress: called as the child reports it.
+            log: called with each line that the child prints.
 
         Raises:
             EnginehouseError: the child's own; for a child that died without a word Internal, or ResourceExhausted if it
                 was killed by SIGKILL. The message then ends with the child's last log lines.
         """
         try:
-            directory = tempfile.mkdtemp(prefix="enginehouse-build-", dir=self.work_dir)
+            directory = tempfile.mkdtemp(prefix=_PREFIX, dir=self.work_dir)
+            lock = _lock(directory)
         except OSError as error:
             raise _not_started(error) from None
         try:
-            return await self._run(msgspec.structs.replace(request, work_dir=directory), progress)
+            return await self._run(msgspec.structs.replace(request, work_dir=directory), progress, log)
         finally:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            os.close(lock)
 
-    async def _run(self, request: BuildRequest, progress: Progress) -> Result:
+    def clear(self) -> None:
+        """Removes what builders that were killed have left in the work directory: weights, as large as their engines."""
+        for directory in Path(self.work_dir or tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            with suppress(OSError):  # somebody works in it, or it is another user's
+                if directory.stat().st_mtime < time.time() - _FRESH:
+                    lock = _lock(str(directory))
+                    shutil.rmtree(directory, ignore_errors=True)
+                    os.close(lock)
+
+    async def _run(self, request: BuildRequest, progress: Progress, log: Log) -> Result:
         loop = asyncio.get_running_loop()
         try:
-            _, child = await loop.subprocess_exec(lambda: _Child(loop, progress), *self.command, process_group=0)
+            _, child = await loop.subprocess_exec(lambda: _Child(loop, progress, log), *self.command, process_group=0)
         except OSError as error:
             raise _not_started(error) from None
         try:
@@ -130,12 +150,13 @@ class BuildProcess:
 class _Child(asyncio.SubprocessProtocol):
     """What the service hears of a child. A protocol and no streams: `Process.wait()` would wait for grandchildren too."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, progress: Progress) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, progress: Progress, log: Log) -> None:
         self.outcome: Result | Failed | None = None
         self.told = loop.create_future()  # done with the outcome, or with the end of a child that gave none
         self.closed = loop.create_future()  # done when the child has ended and its pipes are read to the end
         self._loop = loop
         self._progress = progress
+        self._tell = log
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
         self._rest = {1: b"", 2: b""}
 
@@ -199,6 +220,7 @@ class _Child(asyncio.SubprocessProtocol):
                 return self._event(event)
         if text := line[: 4 * _LOG_LINE_CHARS].decode(errors="replace").rstrip():
             self._log.append(text[:_LOG_LINE_CHARS])
+            self._tell(text[:_LOG_LINE_CHARS])
         return None
 
     def _event(self, event: Progressed | Result | Failed) -> None:
@@ -213,6 +235,17 @@ class _Child(asyncio.SubprocessProtocol):
         if self._transport.get_returncode() is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._transport.get_pid(), number)
+
+
+def _lock(directory: str) -> int:
+    """Says that somebody works in a directory, until the descriptor is closed. Raises BlockingIOError if somebody does."""
+    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def _not_started(error: OSError) -> EnginehouseError:

@@ -57,18 +57,17 @@ class BuilderServicer(builder_pb2_grpc.BuilderServicer):
             registry.check_name(request.model)
         options = read_options(request.spec)
         checkpoint = await asyncio.to_thread(find_checkpoint, self._root, request.spec.checkpoint)
-        work = BuildRequest(str(checkpoint), self._store.url, options)
-        return self._jobs.submit(work, request.spec, request.model)
+        return await self._jobs.submit(BuildRequest(str(checkpoint), options=options), request.spec, request.model)
 
     async def WatchBuild(self, request: WatchBuildRequest, _context: Context) -> AsyncIterator[BuildEvent]:
-        async for event in self._jobs.find(request.build_id).events():
+        async for event in self._jobs.events(request.build_id, request.from_sequence):
             yield event
 
     async def GetBuild(self, request: GetBuildRequest, _context: Context) -> Build:
-        return self._jobs.find(request.build_id).build
+        return await self._jobs.find(request.build_id)
 
     async def ListBuilds(self, _request: ListBuildsRequest, _context: Context) -> ListBuildsResponse:
-        return ListBuildsResponse(builds=self._jobs.builds())
+        return ListBuildsResponse(builds=await self._jobs.builds())
 
     async def CancelBuild(self, request: CancelBuildRequest, _context: Context) -> Build:
         return await self._jobs.cancel(request.build_id)

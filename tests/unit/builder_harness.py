@@ -4,7 +4,6 @@ import asyncio
 import sys
 from pathlib import Path
 
-from builder_svc.job import Job
 from engine import registry
 from engine.blobs import describe, put_bytes
 from engine.errors import EnginehouseError
@@ -98,13 +97,10 @@ def state(build: Build) -> str:
     return BuildState.Name(build.state).removeprefix("BUILD_STATE_")
 
 
-async def seen(job: Job) -> list[BuildEvent]:
-    """All events of a job; ends with the job."""
-    return [event async for event in job.events()]
-
-
 def short(event: BuildEvent) -> str:
     """An event in a word or three."""
     if event.HasField("state"):
         return state(event.state)
+    if event.HasField("log"):
+        return f"log {event.log}"
     return f"{event.progress.phase} {event.progress.done}/{event.progress.total}"

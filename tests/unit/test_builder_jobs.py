@@ -1,20 +1,26 @@
-"""The queue of builds. Most builds are stand-ins in this process; those that are processes are in test_builder_process.py."""
+"""The queue of builds, of one builder and of several. Builds are stand-ins in this process, but for the last ones."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from builder_harness import child, failure, publish, seen, short, state
+from builder_harness import child, failure, publish, short, state
 
+from builder_svc import joblog
 from builder_svc import jobs as jobs_module
+from builder_svc.attempt import Pace
 from builder_svc.jobs import Jobs
 from builder_svc.options import BuildOptions, Progress
 from builder_svc.process import BuildProcess, BuildRequest, Result
 from engine import registry
-from engine.errors import EnginehouseError, NotFound, ResourceExhausted, Unavailable
+from engine.errors import EnginehouseError, NotFound, PermissionDenied, Unavailable
 from engine.store import Store
-from protos.v1.builder_pb2 import BuildSpec
+from protos.v1.builder_pb2 import Build, BuildSpec
+
+ENGINE = "0" * 64
+RESULT = Result(ENGINE, reused=False)
+PACE = Pace(poll=0.02, save=0.01, beat=0.1, lease=0.5, watch=0.02)
 
 
 class Builds:
@@ -22,14 +28,18 @@ class Builds:
 
     def __init__(self) -> None:
         self.runs: dict[str, asyncio.Future[Result]] = {}  # by checkpoint
+        self.progress: dict[str, Progress] = {}
         self.at_once = self.most_at_once = 0
         self.ended: list[str] = []
         self.on_cancel: Callable[[], object] = lambda: None
+        self.started = asyncio.Event()
 
-    async def run(self, request: BuildRequest, progress: Progress) -> Result:
+    async def run(self, request: BuildRequest, progress: Progress, log: Callable[[str], None]) -> Result:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         self.runs[request.checkpoint] = asyncio.get_running_loop().create_future()
+        self.progress[request.checkpoint] = progress
+        log(f"building {request.checkpoint}")
         try:
             return await self.runs[request.checkpoint]
         except asyncio.CancelledError:
@@ -39,6 +49,22 @@ class Builds:
             self.at_once -= 1
             self.ended.append(request.checkpoint)
 
+    async def has(self, *checkpoints: str) -> None:
+        """Returns when these are running."""
+        await until(lambda: set(checkpoints) <= set(self.runs))
+
+    def finish(self, checkpoint: str, outcome: Result | Exception = RESULT) -> None:
+        if isinstance(outcome, Result):
+            self.runs[checkpoint].set_result(outcome)
+        else:
+            self.runs[checkpoint].set_exception(outcome)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
 
 @pytest.fixture
 def builds() -> Builds:
@@ -47,57 +73,75 @@ def builds() -> Builds:
 
 @pytest.fixture
 async def jobs(store: Store, builds: Builds) -> AsyncIterator[Jobs]:
-    jobs = Jobs(store, builds, 2)  # type: ignore[arg-type]
+    jobs = Jobs(store, builds, 2, pace=PACE)  # type: ignore[arg-type]
+    jobs.start()
     yield jobs
     await jobs.close()
 
 
-def submit(jobs: Jobs, checkpoint: str, model: str = "", **options: object) -> str:
-    request = BuildRequest(checkpoint, "store", BuildOptions(**options))  # type: ignore[arg-type]
-    return jobs.submit(request, BuildSpec(checkpoint=checkpoint), model).build_id
+async def submit(jobs: Jobs, checkpoint: str, model: str = "", **options: object) -> str:
+    request = BuildRequest(checkpoint, options=BuildOptions(**options))  # type: ignore[arg-type]
+    return (await jobs.submit(request, BuildSpec(checkpoint=checkpoint), model)).build_id
 
 
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
+async def end(jobs: Jobs, build_id: str) -> Build:
+    """The job when it has ended."""
+    async with asyncio.timeout(20):
+        async for event in jobs.events(build_id):
+            last = event
+    return last.state
 
 
-def states(jobs: Jobs) -> list[str]:
+async def seen(jobs: Jobs, build_id: str, first: int = 0) -> list[str]:
+    """All events but the log's, in short."""
+    async with asyncio.timeout(20):
+        return [short(event) async for event in jobs.events(build_id, first) if not event.log]
+
+
+async def states(jobs: Jobs) -> list[str]:
     """Oldest first."""
-    return [state(build) for build in reversed(jobs.builds())]
+    return [state(build) for build in reversed(await jobs.builds())]
+
+
+async def reach(jobs: Jobs, *wanted: str) -> None:
+    """Returns when the jobs have these states, oldest first."""
+    async with asyncio.timeout(20):
+        while await states(jobs) != list(wanted):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def test_a_build_that_succeeds_names_its_engine_first(jobs: Jobs, builds: Builds, store: Store):
     engine = publish(store)
-    submitted = jobs.find(submit(jobs, "a", "demo"))
-    assert state(submitted.build) == "QUEUED"
-
-    async def name_at_the_end() -> str:
-        await submitted.end()
-        return registry.resolve(store, "demo").engine_id
-
-    watching = asyncio.create_task(name_at_the_end())
-    await settle()
-    builds.runs["a"].set_result(Result(engine, reused=True))
-    build = await submitted.end()
-    assert (state(build), build.engine_id, build.reused, build.model) == ("SUCCEEDED", engine, True, "demo")
-    assert await watching == engine
+    build_id = await submit(jobs, "a", "demo")
+    await builds.has("a")
+    builds.finish("a", Result(engine, reused=True))
+    build = await end(jobs, build_id)
+    assert (state(build), build.engine_id, build.reused, build.model, build.attempt) == (
+        "SUCCEEDED",
+        engine,
+        True,
+        "demo",
+        1,
+    )
+    assert registry.resolve(store, "demo").engine_id == engine
+    assert await jobs.find(build_id) == build
+    await until(lambda: not joblog.open_ids(store))
 
 
 async def test_a_build_without_a_name(jobs: Jobs, builds: Builds, store: Store):
-    job = jobs.find(submit(jobs, "a"))
-    await settle()
-    builds.runs["a"].set_result(Result("0" * 64, reused=False))
-    assert state(await job.end()) == "SUCCEEDED"
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    builds.finish("a")
+    assert state(await end(jobs, build_id)) == "SUCCEEDED"
     assert registry.names(store) == []
 
 
 async def test_a_name_that_cannot_be_set_fails_the_job_and_keeps_the_engine(jobs: Jobs, builds: Builds):
-    job = jobs.find(submit(jobs, "a", "demo"))
-    await settle()
-    builds.runs["a"].set_result(Result("0" * 64, reused=False))
-    build = await job.end()
-    assert (state(build), build.engine_id, build.failure.reason) == ("FAILED", "0" * 64, "ENGINE_NOT_FOUND")
+    build_id = await submit(jobs, "a", "demo")
+    await builds.has("a")
+    builds.finish("a")
+    build = await end(jobs, build_id)
+    assert (state(build), build.engine_id, build.failure.reason) == ("FAILED", ENGINE, "ENGINE_NOT_FOUND")
 
 
 @pytest.mark.parametrize(
@@ -105,104 +149,146 @@ async def test_a_name_that_cannot_be_set_fails_the_job_and_keeps_the_engine(jobs
     [(NotFound("no model.safetensors", reason="FILE_NOT_FOUND"), "FILE_NOT_FOUND"), (KeyError("x"), "INTERNAL")],
 )
 async def test_a_build_that_fails_fails_alone(jobs: Jobs, builds: Builds, error: Exception, reason: str):
-    bad, good = jobs.find(submit(jobs, "bad")), jobs.find(submit(jobs, "good"))
-    await settle()
-    builds.runs["bad"].set_exception(error)
-    build = await bad.end()
+    bad, good = await submit(jobs, "bad"), await submit(jobs, "good")
+    await builds.has("bad", "good")
+    builds.finish("bad", error)
+    build = await end(jobs, bad)
     assert (state(build), build.failure.reason) == ("FAILED", reason)
-    builds.runs["good"].set_result(Result("0" * 64, reused=False))
-    assert state(await good.end()) == "SUCCEEDED"
+    builds.finish("good")
+    assert state(await end(jobs, good)) == "SUCCEEDED"
 
 
 async def test_as_many_at_a_time_as_allowed_in_their_order(jobs: Jobs, builds: Builds):
     for name in "abcd":
-        submit(jobs, name)
-    await settle()
-    assert states(jobs) == ["RUNNING", "RUNNING", "QUEUED", "QUEUED"]
-    builds.runs["b"].set_result(Result("0" * 64, reused=False))
-    await settle()
-    assert states(jobs) == ["RUNNING", "SUCCEEDED", "RUNNING", "QUEUED"]
-    builds.runs["a"].set_exception(Unavailable("gone"))
-    await settle()
-    assert states(jobs) == ["FAILED", "SUCCEEDED", "RUNNING", "RUNNING"]
+        await submit(jobs, name)
+    await reach(jobs, "RUNNING", "RUNNING", "QUEUED", "QUEUED")
+    builds.finish("b")
+    await reach(jobs, "RUNNING", "SUCCEEDED", "RUNNING", "QUEUED")
+    builds.finish("a", Unavailable("gone"))
+    await reach(jobs, "FAILED", "SUCCEEDED", "RUNNING", "RUNNING")
     assert builds.most_at_once == 2
 
 
 async def test_ids_are_sortable_and_builds_come_newest_first(jobs: Jobs):
-    ids = [submit(jobs, name) for name in "abc"]
+    ids = [await submit(jobs, name) for name in "abc"]
     assert ids == sorted(ids)
     assert len(set(ids)) == 3
     assert all(len(build_id) == 24 and int(build_id, 16) for build_id in ids)
-    assert [build.build_id for build in jobs.builds()] == ids[::-1]
-
-
-async def test_the_same_request_joins_while_it_is_queued_or_running(jobs: Jobs, builds: Builds):
-    first = submit(jobs, "a", "demo")
-    assert submit(jobs, "a", "demo") == first
-    await settle()
-    assert submit(jobs, "a", "demo") == first
-    others = [submit(jobs, "a"), submit(jobs, "a", "other"), submit(jobs, "b", "demo")]
-    assert len({first, *others, submit(jobs, "a", "demo", dtype="float16")}) == 5
-    builds.runs["a"].set_exception(Unavailable("gone"))
-    await jobs.find(first).end()
-    assert submit(jobs, "a", "demo") != first
+    assert [build.build_id for build in await jobs.builds()] == ids[::-1]
 
 
 async def test_an_unknown_build(jobs: Jobs):
-    with pytest.raises(NotFound, match="no build 'x'"):
-        jobs.find("x")
-    assert isinstance(await failure(jobs.cancel("x")), NotFound)
+    for call in (jobs.find("x"), jobs.cancel("x"), end(jobs, "0" * 24)):
+        assert isinstance(await failure(call), NotFound)
+
+
+async def test_what_the_build_prints_is_kept(jobs: Jobs, builds: Builds, store: Store):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    builds.finish("a")
+    await end(jobs, build_id)
+    other = Jobs(store, builds)  # type: ignore[arg-type]
+    assert [event.log async for event in other.events(build_id) if event.log] == ["building a"]
+
+
+async def test_a_watcher_may_begin_anywhere(jobs: Jobs, builds: Builds):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    builds.progress["a"]("weights", 1, 2, "")
+    watching = asyncio.create_task(seen(jobs, build_id, 1))
+    builds.finish("a")
+    assert await watching == ["RUNNING", "weights 1/2", "RUNNING", "SUCCEEDED"]
+    assert await seen(jobs, build_id, 99) == []
+
+
+async def test_what_this_builder_may_not_build_it_fails(store: Store, builds: Builds):
+    def refuse(_: BuildRequest) -> BuildRequest:
+        raise PermissionDenied("outside of the root", reason="CHECKPOINT_OUTSIDE_ROOT")
+
+    jobs = Jobs(store, builds, prepare=refuse, pace=PACE)  # type: ignore[arg-type]
+    jobs.start()
+    build = await end(jobs, await submit(jobs, "a"))
+    assert (state(build), build.failure.code, build.failure.reason) == ("FAILED", 7, "CHECKPOINT_OUTSIDE_ROOT")
+    assert not builds.runs
+    await jobs.close()
+
+
+async def test_what_is_done_with_an_engine_is_done_before_it_gets_its_name(store: Store, builds: Builds):
+    engine, finished = publish(store), list[tuple[str, list[str]]]()
+    jobs = Jobs(
+        store,
+        builds,  # type: ignore[arg-type]
+        finish=lambda engine_id: finished.append((engine_id, registry.names(store))),
+        pace=PACE,
+    )
+    jobs.start()
+    build_id = await submit(jobs, "a", "demo")
+    await builds.has("a")
+    builds.finish("a", Result(engine, reused=False))
+    await end(jobs, build_id)
+    assert finished == [(engine, [])]
+    await jobs.close()
 
 
 # Cancelling
 
 
-async def test_cancel_before_the_first_step(jobs: Jobs, builds: Builds):
-    build = await jobs.cancel(submit(jobs, "a"))
-    assert state(build) == "CANCELLED"
-    assert builds.runs == {}
+async def test_cancel_before_anybody_has_it(store: Store, builds: Builds):
+    jobs = Jobs(store, builds, pace=PACE)  # type: ignore[arg-type]
+    build_id = await submit(jobs, "a")
+    assert state(await jobs.cancel(build_id)) == "CANCELLED"
+    jobs.start()
+    await asyncio.sleep(0.1)
+    assert builds.runs == {} and joblog.open_ids(store) == []
+    await jobs.close()
 
 
 async def test_cancel_while_queued(jobs: Jobs, builds: Builds):
-    ids = [submit(jobs, name) for name in "abc"]
-    await settle()
+    ids = [await submit(jobs, name) for name in "abc"]
+    await builds.has("a", "b")
     assert state(await jobs.cancel(ids[2])) == "CANCELLED"
-    assert states(jobs) == ["RUNNING", "RUNNING", "CANCELLED"]
-    builds.runs["a"].set_exception(Unavailable("gone"))
-    await settle()
+    await reach(jobs, "RUNNING", "RUNNING", "CANCELLED")
+    builds.finish("a", Unavailable("gone"))
+    await reach(jobs, "FAILED", "RUNNING", "CANCELLED")
     assert set(builds.runs) == {"a", "b"}
 
 
 async def test_cancel_while_running_frees_the_place(jobs: Jobs, builds: Builds):
-    ids = [submit(jobs, name) for name in "abc"]
-    await settle()
+    ids = [await submit(jobs, name) for name in "abc"]
+    await builds.has("a", "b")
     assert state(await jobs.cancel(ids[0])) == "CANCELLED"
-    await settle()
-    assert states(jobs) == ["CANCELLED", "RUNNING", "RUNNING"]
+    await reach(jobs, "CANCELLED", "RUNNING", "RUNNING")
 
 
-async def test_cancel_twice_at_once_cancels_once(jobs: Jobs, builds: Builds):
+async def test_cancel_at_any_moment_of_the_beginning(jobs: Jobs, builds: Builds):
+    for delay in range(40):
+        build_id = await submit(jobs, f"a{delay}")
+        await asyncio.sleep(delay / 4000)
+        async with asyncio.timeout(20):
+            assert state(await jobs.cancel(build_id)) == "CANCELLED"
+    assert builds.at_once == 0
+
+
+async def test_cancel_several_times_at_once_cancels_once(jobs: Jobs, builds: Builds):
     cancels: list[None] = []
     builds.on_cancel = lambda: cancels.append(None)
-    build_id = submit(jobs, "a")
-    await settle()
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
     answers = await asyncio.gather(*(jobs.cancel(build_id) for _ in range(3)))
     assert [state(build) for build in answers] == ["CANCELLED"] * 3
     assert len(cancels) == 1
-    assert [short(event) for event in await seen(jobs.find(build_id))] == ["QUEUED", "RUNNING", "CANCELLED"]
+    assert await seen(jobs, build_id) == ["QUEUED", "RUNNING", "CANCELLED"]
 
 
-@pytest.mark.parametrize("result", [Result("0" * 64, reused=False), Unavailable("gone")])
+@pytest.mark.parametrize("result", [Result(ENGINE, reused=False), Unavailable("gone")])
 async def test_cancel_of_an_ended_job_changes_nothing(jobs: Jobs, builds: Builds, result: Result | EnginehouseError):
-    job = jobs.find(submit(jobs, "a"))
-    await settle()
-    if isinstance(result, Result):
-        builds.runs["a"].set_result(result)
-    else:
-        builds.runs["a"].set_exception(result)
-    ended = await job.end()
-    assert await jobs.cancel(ended.build_id) == ended
-    assert len(await seen(job)) == (4 if isinstance(result, Result) else 3)
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    builds.finish("a", result)
+    ended = await end(jobs, build_id)
+    events = await seen(jobs, build_id)
+    assert await jobs.cancel(build_id) == ended
+    assert await seen(jobs, build_id) == events
 
 
 async def test_cancel_of_a_build_whose_engine_is_there_comes_too_late(
@@ -218,73 +304,254 @@ async def test_cancel_of_a_build_whose_engine_is_there_comes_too_late(
         return set_name(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(registry, "set_name", slow)
-    build_id = submit(jobs, "a", "demo")
-    await settle()
-    builds.runs["a"].set_result(Result(engine, reused=False))
+    build_id = await submit(jobs, "a", "demo")
+    await builds.has("a")
+    builds.finish("a", Result(engine, reused=False))
     await naming.wait()
     cancelling = asyncio.create_task(jobs.cancel(build_id))
-    await settle()
+    await asyncio.sleep(0.1)
     go_on.set()
     assert state(await cancelling) == "SUCCEEDED"
     assert registry.resolve(store, "demo").engine_id == engine
 
 
-async def test_a_client_that_leaves_while_it_cancels(jobs: Jobs):
-    build_id = submit(jobs, "a")
-    await settle()
+async def test_a_client_that_leaves_while_it_cancels(jobs: Jobs, builds: Builds):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
     cancelling = asyncio.create_task(jobs.cancel(build_id))
-    await asyncio.sleep(0)
+    await until(lambda: builds.ended)
     cancelling.cancel()
-    assert state(await jobs.find(build_id).end()) == "CANCELLED"
+    assert state(await end(jobs, build_id)) == "CANCELLED"
 
 
-async def test_a_build_that_is_being_cancelled_is_not_joined(jobs: Jobs):
-    build_id = submit(jobs, "a")
-    await settle()
-    cancelling = asyncio.create_task(jobs.cancel(build_id))
-    await asyncio.sleep(0)
-    assert submit(jobs, "a") != build_id
-    assert state(await cancelling) == "CANCELLED"
+async def test_a_build_that_is_being_cancelled_is_not_joined(jobs: Jobs, builds: Builds):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    joined: list[str] = []
+    builds.on_cancel = lambda: joined.append(
+        joblog.submit(jobs._store, "b", BuildRequest("a"), BuildSpec(), "").build_id
+    )
+    assert state(await jobs.cancel(build_id)) == "CANCELLED"
+    assert joined and joined[0] != build_id
 
 
-# Bounds and the end
+# Several builders
 
 
-async def test_close_fails_what_is_open_and_takes_no_more(jobs: Jobs, builds: Builds):
-    for name in "abc":
-        submit(jobs, name)
-    await settle()
+@pytest.fixture
+async def other_builds() -> Builds:
+    return Builds()
+
+
+@pytest.fixture
+async def other(store: Store, other_builds: Builds) -> AsyncIterator[Jobs]:
+    """A second builder on the same store, which begins to take jobs when the test says so."""
+    jobs = Jobs(store, other_builds, 2, pace=PACE)  # type: ignore[arg-type]
+    yield jobs
     await jobs.close()
-    assert states(jobs) == ["FAILED"] * 3
-    assert {(build.failure.code, build.failure.reason) for build in jobs.builds()} == {(14, "BUILDER_STOPPED")}
+
+
+def die(jobs: Jobs) -> None:
+    """The builder writes and looks no more, as if it had been killed."""
+    assert jobs._looking
+    jobs._looking.cancel()
+    for known in jobs._known.values():
+        known.log.append = lambda *_: (_ for _ in ()).throw(Unavailable("dead"))  # type: ignore[method-assign]
+
+
+async def test_every_builder_knows_every_job(jobs: Jobs, builds: Builds, other: Jobs):
+    build_id = await submit(jobs, "a")
+    watching = [asyncio.create_task(seen(one, build_id)) for one in (jobs, other)]
+    await builds.has("a")
+    builds.progress["a"]("weights", 1, 2, "")
+    assert await submit(other, "a") == build_id
+    builds.finish("a")
+    assert await watching[0] == await watching[1] == ["QUEUED", "RUNNING", "weights 1/2", "RUNNING", "SUCCEEDED"]
+    assert await other.builds() == await jobs.builds()
+    assert await other.find(build_id) == await jobs.find(build_id)
+
+
+async def test_jobs_are_shared_and_each_is_run_once(jobs: Jobs, builds: Builds, other: Jobs, other_builds: Builds):
+    other.start()
+    names = [f"job-{number}" for number in range(12)]
+    ids = [await submit(jobs, name) for name in names]
+    for _ in range(2000):
+        for each in (builds, other_builds):
+            for run in each.runs.values():
+                if not run.done():
+                    run.set_result(Result(ENGINE, reused=False))
+        if "RUNNING" not in (found := await states(jobs)) and "QUEUED" not in found:
+            break
+        await asyncio.sleep(0.005)
+    assert await states(jobs) == ["SUCCEEDED"] * 12
+    assert sorted([*builds.ended, *other_builds.ended]) == sorted(names)
+    assert builds.ended and other_builds.ended
+    assert [(await jobs.find(build_id)).attempt for build_id in ids] == [1] * 12
+
+
+async def test_a_job_is_cancelled_through_another_builder(jobs: Jobs, builds: Builds, other: Jobs):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    assert state(await other.cancel(build_id)) == "CANCELLED"
+    assert builds.ended == ["a"]
+    assert await seen(jobs, build_id) == await seen(other, build_id) == ["QUEUED", "RUNNING", "CANCELLED"]
+
+
+async def test_a_job_whose_builder_died_goes_on_at_another(
+    jobs: Jobs, builds: Builds, other: Jobs, other_builds: Builds
+):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    builds.progress["a"]("weights", 1, 2, "")
+    await asyncio.sleep(0.1)
+    die(jobs)
+    watching = asyncio.create_task(seen(other, build_id))
+    other.start()
+    await other_builds.has("a")
+    other_builds.finish("a")
+    assert await watching == ["QUEUED", "RUNNING", "weights 1/2", "QUEUED", "RUNNING", "RUNNING", "SUCCEEDED"]
+    assert (await other.find(build_id)).attempt == 2
+
+
+async def test_a_builder_that_was_taken_for_dead_stops_its_build(
+    jobs: Jobs, builds: Builds, other: Jobs, other_builds: Builds
+):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    known = jobs._known[build_id]
+    await known.lock.acquire()  # it hangs: nothing is written
+    other.start()
+    await other_builds.has("a")
+    known.lock.release()
+    await until(lambda: builds.ended == ["a"])
+    other_builds.finish("a")
+    assert state(await end(jobs, build_id)) == "SUCCEEDED"
+    assert (await jobs.find(build_id)).attempt == 2
+    assert other_builds.ended == ["a"]
+
+
+async def test_a_job_that_kills_its_builders_is_given_up(store: Store, other: Jobs):
+    submitted = joblog.submit(store, "dead", BuildRequest("a"), BuildSpec(), "")
+    for death in range(jobs_module.MAX_DEATHS):
+        job = jobs_module.Job(submitted.events)
+        job.start()
+        assert submitted.append("claim", f"dead-{death}", job.pending())
+        if death < jobs_module.MAX_DEATHS - 1:
+            job.kept(1)
+            job.release()
+            assert submitted.append("expire", "observer", job.pending())
+    other.start()
+    build = await end(other, submitted.build_id)
+    assert (state(build), build.failure.reason, build.attempt) == ("FAILED", "BUILDER_DIED", jobs_module.MAX_DEATHS)
+    await until(lambda: not joblog.open_ids(store))
+
+
+async def test_a_job_whose_builder_died_while_it_was_cancelled_is_cancelled(jobs: Jobs, builds: Builds, other: Jobs):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    die(jobs)
+    other.start()
+    assert state(await other.cancel(build_id)) == "CANCELLED"
+
+
+async def test_what_a_killed_end_has_left_in_the_queue_is_cleared(store: Store, other: Jobs):
+    submitted = joblog.submit(store, "dead", BuildRequest("a"), BuildSpec(), "")
+    job = jobs_module.Job(submitted.events)
+    job.cancel()
+    submitted.append("claim", "dead", job.pending())
+    other.start()
+    await until(lambda: joblog.open_ids(store) == [])
+    assert state(await other.find(submitted.build_id)) == "CANCELLED"
+
+
+async def test_a_store_that_is_away_costs_no_job(
+    jobs: Jobs, builds: Builds, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """The build goes on, is not taken for dead by others, and its end is recorded when the store is back."""
+    engine, other = publish(store), Jobs(store, Builds(), pace=PACE)  # type: ignore[arg-type]
+    other.start()
+    build_id = await submit(jobs, "a", "demo")
+    await builds.has("a")
+
+    def away(*_: object) -> None:
+        raise Unavailable("the store is away")
+
+    with monkeypatch.context() as patch:
+        for verb in ("create", "replace", "read", "list", "size"):
+            patch.setattr(type(store), verb, away)
+        builds.progress["a"]("weights", 1, 2, "")
+        await asyncio.sleep(2 * PACE.lease)
+    builds.finish("a", Result(engine, reused=False))
+    assert state(await end(jobs, build_id)) == "SUCCEEDED"
+    assert (await jobs.find(build_id)).attempt == 1
+    assert "weights 1/2" in await seen(jobs, build_id)
+    await other.close()
+
+
+async def test_a_write_whose_answer_was_lost_is_not_repeated(jobs: Jobs, builds: Builds, store: Store):
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    log, lost = jobs._known[build_id].log, list[str]()
+    append = log.append
+
+    def lossy(*arguments: object) -> bool:
+        if not lost:
+            lost.append("answer")
+            assert joblog.JobLog.append(other_view(), *arguments)  # type: ignore[arg-type]
+            raise Unavailable("no answer")
+        return append(*arguments)  # type: ignore[arg-type]
+
+    def other_view() -> joblog.JobLog:
+        view = joblog.JobLog(store, build_id)
+        view.refresh()
+        return view
+
+    log.append = lossy  # type: ignore[method-assign, assignment]
+    builds.progress["a"]("weights", 1, 2, "")
+    await until(lambda: lost)
+    builds.finish("a")
+    await end(jobs, build_id)
+    assert await seen(jobs, build_id) == ["QUEUED", "RUNNING", "weights 1/2", "RUNNING", "SUCCEEDED"]
+    read = [event async for event in Jobs(store, builds).events(build_id)]  # type: ignore[arg-type]
+    assert [event.sequence for event in read] == list(range(len(read)))
+
+
+# The end
+
+
+async def test_close_gives_back_what_is_open_and_takes_no_more(
+    jobs: Jobs, builds: Builds, other: Jobs, other_builds: Builds
+):
+    ids = [await submit(jobs, name) for name in "abc"]
+    await builds.has("a", "b")
+    watching = asyncio.create_task(seen(jobs, ids[0]))
+    await asyncio.sleep(0.05)
+    await jobs.close()
     assert sorted(builds.ended) == ["a", "b"]
+    error = await failure(watching)
+    assert (type(error), error.reason) == (Unavailable, "BUILDER_STOPPING")
     with pytest.raises(Unavailable, match="stopping"):
-        submit(jobs, "d")
+        await submit(jobs, "d")
+    assert await states(other) == ["QUEUED"] * 3
+    other.start()
+    await other_builds.has("a", "b")
+    for name in "ab":
+        other_builds.finish(name)
+    await other_builds.has("c")
+    other_builds.finish("c")
+    assert [state(await end(other, build_id)) for build_id in ids] == ["SUCCEEDED"] * 3
     await jobs.close()
 
 
-async def test_ended_jobs_are_forgotten_after_some_time(jobs: Jobs, builds: Builds, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jobs_module, "MAX_ENDED_JOBS", 2)
-    running = submit(jobs, "running")
-    ended = []
-    for name in "abcd":
-        ended.append(submit(jobs, name))
-        await settle()
-        builds.runs[name].set_exception(Unavailable("gone"))
-        await settle()
-    assert [build.build_id for build in jobs.builds()] == [ended[3], ended[2], running]
-    with pytest.raises(NotFound):
-        jobs.find(ended[0])
-
-
-async def test_the_queue_is_bounded(jobs: Jobs, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jobs_module, "MAX_OPEN_JOBS", 3)
-    first = [submit(jobs, name) for name in "abc"]
-    with pytest.raises(ResourceExhausted, match="3 builds"):
-        submit(jobs, "d")
-    assert submit(jobs, "a") == first[0]
-    await jobs.cancel(first[0])
-    submit(jobs, "d")
+async def test_logs_of_ended_jobs_are_not_held_for_ever(jobs: Jobs, builds: Builds, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jobs_module, "_KEPT_LOGS", 2)
+    for name in "abcde":
+        build_id = await submit(jobs, name)
+        await builds.has(name)
+        builds.finish(name)
+        await end(jobs, build_id)
+    await until(lambda: len(jobs._known) <= 3)
+    assert len(await jobs.builds()) == 5
 
 
 # With processes
@@ -292,24 +559,27 @@ async def test_the_queue_is_bounded(jobs: Jobs, monkeypatch: pytest.MonkeyPatch)
 
 async def test_a_job_with_a_process(store: Store, tmp_path: Path):
     engine = publish(store)
-    build = f"for done in range(5):\n    progress('weights', done, 4)\nresult({engine!r}, reused=True)"
-    jobs = Jobs(store, BuildProcess(child(build), work_dir=tmp_path))
-    job = jobs.find(submit(jobs, "a", "demo"))
-    build = await asyncio.wait_for(job.end(), 20)
-    assert (state(build), build.engine_id) == ("SUCCEEDED", engine)
-    assert [short(event) for event in await seen(job)] == [
-        "QUEUED",
-        "RUNNING",
-        "weights 0/4",
-        "weights 4/4",
-        "RUNNING",
-        "SUCCEEDED",
-    ]
+    build = (
+        "for done in range(5):\n    progress('weights', done, 4)\n"
+        f"print('note', file=sys.stderr, flush=True)\nresult({engine!r}, reused=True)"
+    )
+    jobs = Jobs(store, BuildProcess(child(build), work_dir=tmp_path), pace=PACE)
+    jobs.start()
+    build_id = await submit(jobs, "a", "demo")
+    ended = await end(jobs, build_id)
+    assert (state(ended), ended.engine_id) == ("SUCCEEDED", engine)
+    events = [short(event) async for event in jobs.events(build_id)]
+    assert "log note" in events
+    events.remove("log note")
+    assert events == ["QUEUED", "RUNNING", "weights 0/4", "weights 4/4", "RUNNING", "SUCCEEDED"]
+    await jobs.close()
 
 
 async def test_a_process_that_is_killed_fails_its_job_alone(store: Store, tmp_path: Path):
     build = "if request['checkpoint'] == 'bad': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.2); result()"
-    jobs = Jobs(store, BuildProcess(child(build), work_dir=tmp_path), 2)
-    bad, good = jobs.find(submit(jobs, "bad")), jobs.find(submit(jobs, "good"))
-    assert "killed by SIGKILL, probably out of memory" in (await bad.end()).failure.message
-    assert state(await good.end()) == "SUCCEEDED"
+    jobs = Jobs(store, BuildProcess(child(build), work_dir=tmp_path), 2, pace=PACE)
+    jobs.start()
+    bad, good = await submit(jobs, "bad"), await submit(jobs, "good")
+    assert "killed by SIGKILL, probably out of memory" in (await end(jobs, bad)).failure.message
+    assert state(await end(jobs, good)) == "SUCCEEDED"
+    await jobs.close()

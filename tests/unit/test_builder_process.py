@@ -137,6 +137,26 @@ async def test_a_work_dir_that_is_not_there(tmp_path: Path):
     assert error.reason == "BUILD_NOT_STARTED"
 
 
+async def test_what_killed_builders_have_left_is_cleared_and_nothing_else(work_dir: Path):
+    for name in ("enginehouse-build-old", "enginehouse-build-fresh", "mine"):
+        (work_dir / name).mkdir()
+        (work_dir / name / "weights").write_bytes(b"x")
+    for name in ("enginehouse-build-old", "mine"):
+        os.utime(work_dir / name, (1, 1))
+    process = BuildProcess(child("hang()"), work_dir=work_dir)
+    first = asyncio.Event()
+    task = asyncio.create_task(process.run(REQUEST, lambda *_: first.set()))
+    await asyncio.wait_for(first.wait(), 20)
+    (busy,) = (
+        path for path in left(work_dir) if path.name not in ("enginehouse-build-old", "enginehouse-build-fresh", "mine")
+    )
+    os.utime(busy, (1, 1))
+    BuildProcess(work_dir=work_dir).clear()
+    assert sorted(path.name for path in left(work_dir)) == sorted([busy.name, "enginehouse-build-fresh", "mine"])
+    task.cancel()
+    await asyncio.wait([task])
+
+
 # A child that talks
 
 

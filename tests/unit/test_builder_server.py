@@ -72,6 +72,7 @@ def engine(store: Store) -> str:
 @pytest.fixture
 async def stub(store: Store, engine: str, root: Path, tmp_path: Path) -> AsyncIterator[BuilderStub]:
     jobs = Jobs(store, BuildProcess(child(BUILD % engine), work_dir=tmp_path / "outside"), 2)
+    jobs.start()
     server = grpc.aio.server(interceptors=[rpc.ErrorInterceptor()])
     add_BuilderServicer_to_server(BuilderServicer(jobs, store, root), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -335,11 +336,36 @@ async def test_no_build_outlives_the_service(tmp_path: Path, root: Path, number:
             pass
         process.send_signal(number)
         if number == signal.SIGTERM:
-            final = (await watching.read()).state
-            assert (state(final), final.failure.code, final.failure.reason) == ("FAILED", 14, "BUILDER_STOPPED")
-            assert await watching.read() is grpc.aio.EOF
+            assert state((await watching.read()).state) == "QUEUED"
+            error = await failure(watching.read())
+            assert (error.code, error.reason) == (14, "BUILDER_STOPPING")
         assert await asyncio.wait_for(process.wait(), 20) == (0 if number == signal.SIGTERM else -number)
     assert await ends(event.progress.done)
+    assert number == signal.SIGKILL or left(tmp_path / "outside") == []
+
+
+async def test_the_next_builder_goes_on_with_the_jobs_of_one_that_was_stopped(
+    tmp_path: Path, root: Path, engine: str, store: Store
+):
+    build = real_child("progress('weights', 1, 2, '')\ntime.sleep(60)")
+    async with service(tmp_path, root, build) as (process, stub):
+        build_id = (await stub.SubmitBuild(request("demo", "demo"))).build_id
+        watching = stub.WatchBuild(WatchBuildRequest(build_id=build_id))
+        while not (event := await watching.read()).HasField("progress"):
+            pass
+        process.terminate()
+        await process.wait()
+    async with service(tmp_path, root, child(BUILD % engine)) as (_, stub):
+        async with asyncio.timeout(20):
+            seen = [
+                event
+                async for event in stub.WatchBuild(
+                    WatchBuildRequest(build_id=build_id, from_sequence=event.sequence + 1)
+                )
+            ]
+    assert seen[0].sequence == event.sequence + 1
+    assert (state(seen[0].state), state(seen[-1].state), seen[-1].state.attempt) == ("QUEUED", "SUCCEEDED", 2)
+    assert registry.resolve(store, "demo").engine_id == engine
 
 
 def left(directory: Path) -> list[Path]:
