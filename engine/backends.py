@@ -8,11 +8,25 @@ from engine.errors import InvalidArgument
 from engine.store import Store
 
 
-def open_store(url: str) -> Store:
-    """The store at a path or a file:// URL. Raises InvalidArgument for another scheme."""
+def open_store(url: str, patience: float = 10.0) -> Store:
+    """The store at a path, a file:// URL or s3://bucket/prefix (see `engine.s3.S3Store`).
+
+    Args:
+        url: as above.
+        patience: seconds that each operation goes on trying while the store cannot be reached; a directory does not wait.
+
+    Raises:
+        InvalidArgument: the URL cannot be right.
+    """
     parts = urlsplit(url)
     if parts.scheme == "" and url:
         return DirectoryStore(Path(url).expanduser())
     if parts.scheme == "file" and parts.path and parts.netloc in ("", "localhost"):
         return DirectoryStore(Path(unquote(parts.path)))
-    raise InvalidArgument(f"{url!r} is no store: give a directory or file:///directory", reason="STORE_URL_INVALID")
+    if parts.scheme == "s3":
+        from engine.s3 import S3Store  # here, so that who has no such store does not wait for its client
+
+        return S3Store(url, patience)
+    raise InvalidArgument(
+        f"{url!r} is no store: give a directory, file:///directory or s3://bucket/prefix", reason="STORE_URL_INVALID"
+    )
