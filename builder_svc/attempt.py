@@ -14,7 +14,8 @@ from builder_svc.process import BuildProcess, BuildRequest
 from engine import registry
 from engine.errors import EnginehouseError
 from engine.store import Store
-from protos.rpc import to_failure
+from protos.rpc import from_failure, to_failure
+from protos.v1.builder_pb2 import Build, BuildState
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ class Builder:
 class Attempt:
     """Runs one job, whose log it writes alone until `run` returns. Must not be cancelled: `cancel` and `release` end it.
 
+    Attributes:
+        unrecorded: why the job's end cannot be written, while it cannot; with what the job failed with, if it did.
+
     Args:
         lock: held by whoever uses the log.
         news: called when the log has grown.
@@ -70,11 +74,13 @@ class Attempt:
         self._log = job_log
         self._lock = lock
         self._news = news
+        self.unrecorded: EnginehouseError | None = None
         self._work: asyncio.Task[None] | None = None
         self._done = asyncio.Event()  # the work is
         self._stop: Literal["", "cancel", "release", "lost"] = ""
         self._too_late = False  # for a cancel: the engine is there
         self._closing = False
+        self._trouble: EnginehouseError | None = None  # with the last write
 
     def cancel(self) -> None:
         """The job is to end, unless its engine is there already."""
@@ -87,10 +93,14 @@ class Attempt:
 
     async def run(self) -> None:
         """Returns when the job has ended, was given back, or turns out to be somebody else's."""
-        job = Job(self._log.events)
-        job.start()
-        if not await self._append("claim", job):
-            return
+        async with self._lock:
+            if self._log.owner or self._log.ended:  # somebody was faster
+                return
+            job = Job(self._log.events)
+            job.start()
+            if not await self._write("claim", job):
+                return
+        self._news()
         if self._log.cancel_requested:
             self._interrupt("cancel")
         if not self._stop:
@@ -151,7 +161,11 @@ class Attempt:
         while not await self._save("write" if job.ended else "release", job):
             if self._closing or self._stop == "lost":
                 return
+            if job.ended and self._trouble:
+                self.unrecorded = _unrecorded(job.build, self._trouble)
+                self._news()
             await asyncio.sleep(self._builder.pace.poll)
+        self.unrecorded = None
         if job.ended:
             try:
                 await asyncio.to_thread(joblog.retire, self._builder.store, self._log)
@@ -175,15 +189,29 @@ class Attempt:
                     self._interrupt("cancel")
         except EnginehouseError as error:
             log.warning("build %s cannot be recorded now: %s", self._log.build_id, error.message)
+            self._trouble = error
             return False
         return True
 
     async def _append(self, action: Action, job: Job) -> bool:
         async with self._lock:
-            events = job.pending()
-            written = await asyncio.to_thread(self._log.append, action, self._builder.name, events)
-            if written:
-                job.kept(len(events))
+            written = await self._write(action, job)
         if written:
             self._news()
         return written
+
+    async def _write(self, action: Action, job: Job) -> bool:
+        events = job.pending()
+        written = await asyncio.to_thread(self._log.append, action, self._builder.name, events)
+        if written:
+            job.kept(len(events))
+        return written
+
+
+def _unrecorded(build: Build, trouble: EnginehouseError) -> EnginehouseError:
+    state = BuildState.Name(build.state).removeprefix("BUILD_STATE_")
+    failure = to_failure(trouble)
+    if build.HasField("failure"):
+        failure.CopyFrom(build.failure)
+    failure.message = f"{failure.message}. (Build {build.build_id} is {state}; not recorded yet: {trouble.message})"
+    return from_failure(failure)

@@ -111,7 +111,12 @@ class JobLog:
     def append(
         self, action: Action, writer: str, events: Sequence[BuildEvent] = (), request: BuildRequest | None = None
     ) -> bool:
-        """Writes the next segment; False, with nothing written, if somebody else has written it: `refresh` tells what."""
+        """Writes the next segment, made of what has been read.
+
+        False, with nothing written, if the job has ended or somebody else has written that segment: `refresh` tells what.
+        """
+        if self.ended:
+            return False
         fields = [json_format.MessageToDict(event, preserving_proto_field_name=True) for event in events]
         segment = Segment(action, writer, fields, request)
         if not self._store.create(self._key(self.number), msgspec.json.encode(segment)):

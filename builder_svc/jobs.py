@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -46,7 +47,8 @@ class _Known:
 
     async def wait(self, seconds: float) -> None:
         """Returns when the log has grown, or after some time."""
-        await asyncio.wait((asyncio.ensure_future(self._news.wait()),), timeout=seconds)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
 
     async def refresh(self) -> None:
         """Reads what others have written."""
@@ -126,6 +128,7 @@ class Jobs:
         Raises:
             NotFound: there is no such job.
             Unavailable: the service is stopping; the job may go on elsewhere.
+            EnginehouseError: the job has ended, and the store does not take it.
         """
         known = await self._know(build_id)
         while True:
@@ -135,39 +138,53 @@ class Jobs:
                 first += 1
             if ended:
                 return
-            if self._closing.is_set() and not known.attempt:
-                raise Unavailable(
-                    f"this builder stops; build {build_id} goes on at the next one: watch it again from event {first}",
-                    reason="BUILDER_STOPPING",
-                )
-            await known.wait(self._pace.watch)
-            if not known.attempt:
-                await known.refresh()
+            await self._wait(known)
 
     async def cancel(self, build_id: str) -> Build:
-        """Ends a job and returns it as it ended; one that ended before, or that has its engine already, is left alone."""
+        """Ends a job and returns it as it ended; one that ended before, or that has its engine already, is left alone.
+
+        Raises as `events` does.
+        """
         known = await self._know(build_id)
-        while not known.log.ended:
+        if not known.log.ended:
             await asyncio.to_thread(joblog.leave, self._store, known.log, known.log.build.model)
+        while not known.log.ended:
             if known.attempt:
                 known.attempt.cancel()
-                break
-            async with known.lock:
-                if known.log.owner:
-                    told = await asyncio.to_thread(known.log.append, "cancel", self._builder.name)
-                else:
-                    job = Job(known.log.events)
-                    job.cancel()
-                    told = await asyncio.to_thread(known.log.append, "claim", self._builder.name, job.pending())
-            if told:
+            elif await self._ask_to_cancel(known):
                 known.told()
-                break
-            await known.refresh()
-        if known.log.ended:
+            if not known.log.ended:
+                await self._wait(known)
+        if not known.attempt:
             await asyncio.to_thread(joblog.retire, self._store, known.log)
-        async for _ in self.events(build_id, len(known.log.events)):
-            pass
         return known.log.build
+
+    async def _ask_to_cancel(self, known: _Known) -> bool:
+        """Of a job that this builder does not have: cancels it, or asks its builder to. Whether the log has grown."""
+        async with known.lock:
+            job_log = known.log
+            if job_log.owner:
+                if job_log.cancel_requested:
+                    return False
+                return await asyncio.to_thread(job_log.append, "cancel", self._builder.name)
+            if job_log.ended:
+                return False
+            job = Job(job_log.events)
+            job.cancel()
+            return await asyncio.to_thread(job_log.append, "claim", self._builder.name, job.pending())
+
+    async def _wait(self, known: _Known) -> None:
+        """Returns when a job's log may have grown. Raises why nobody can tell."""
+        if known.attempt and known.attempt.unrecorded:
+            raise known.attempt.unrecorded
+        if self._closing.is_set() and not known.attempt:
+            raise Unavailable(
+                f"this builder stops; build {known.log.build_id} goes on at the next one: watch it again",
+                reason="BUILDER_STOPPING",
+            )
+        await known.wait(self._pace.watch)
+        if not known.attempt:
+            await known.refresh()
 
     async def close(self) -> None:
         """Gives back what is running, and returns when every build process has ended."""
@@ -208,9 +225,8 @@ class Jobs:
                 told = True
             except Exception:
                 log.exception("the queue of builds")
-            waiting = asyncio.ensure_future(self._look_now.wait())
-            await asyncio.wait((waiting,), timeout=self._pace.poll)
-            waiting.cancel()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._look_now.wait(), self._pace.poll)
 
     async def _look(self) -> None:
         """Goes through the queue once: takes what is free, gives free what nobody works on."""
@@ -245,15 +261,15 @@ class Jobs:
         """Gives free a job whose builder has died, or gives it up."""
         job_log = known.log
         log.warning("build %s: its builder %s does not write any more", job_log.build_id, job_log.owner)
-        job = Job(job_log.events)
-        if job_log.cancel_requested:
-            job.cancel()
-        elif job_log.deaths + 1 >= MAX_DEATHS:
-            message = f"{MAX_DEATHS} builders have died while they built it; look at the last lines of its log"
-            job.fail(to_failure(Unavailable(message, reason="BUILDER_DIED")))
-        else:
-            job.release()
         async with known.lock:
+            job = Job(job_log.events)
+            if job_log.cancel_requested:
+                job.cancel()
+            elif job_log.deaths + 1 >= MAX_DEATHS:
+                message = f"{MAX_DEATHS} builders have died while they built it; look at the last lines of its log"
+                job.fail(to_failure(Unavailable(message, reason="BUILDER_DIED")))
+            else:
+                job.release()
             if await asyncio.to_thread(job_log.append, "expire", self._builder.name, job.pending()):
                 known.told()
         self._look_now.set()

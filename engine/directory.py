@@ -14,6 +14,7 @@ from engine.errors import DataLoss, EnginehouseError, NotFound, PermissionDenied
 from engine.store import Entry, Progress, Store, check_key, check_prefix, is_key
 
 _COPY_SIZE = 4 * 1024 * 1024
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DirectoryStore(Store):
@@ -76,7 +77,12 @@ class DirectoryStore(Store):
                 partial = self._partial / key.replace("/", ",")  # a comma is in no key: no two keys share a partial
                 with path.open("rb") as source, self._locked(partial) as target:
                     if self.size(key) != total:
-                        self._copy(source, target, total, report)
+                        try:
+                            self._copy(source, target, total, report)
+                        except OSError as error:
+                            if error.errno in _FULL:
+                                partial.unlink()  # it would keep the disk full for everybody
+                            raise
                         final.parent.mkdir(parents=True, exist_ok=True)
                         partial.replace(final)
                         _sync(final.parent)
@@ -172,7 +178,7 @@ class DirectoryStore(Store):
                 f"store {self.root}: {error.strerror}: {error.filename}", reason="STORE_DENIED"
             ) from None
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _FULL:
                 full = f"store {self.root} is full while writing {what}: free some space and repeat"
                 raise ResourceExhausted(full, reason="STORE_FULL") from None
             raise Unavailable(f"store {self.root}: {error}", reason="STORE_UNAVAILABLE") from None

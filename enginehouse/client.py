@@ -131,9 +131,14 @@ class BuilderClient(_Client):
         """Queues a build, whose engine gets the name `model` unless it is empty."""
         return await self._reply(self._stub.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec, model=model)))
 
-    def watch(self, build_id: str) -> AsyncGenerator[builder_pb2.BuildEvent, None]:
-        """The job's events from the first on; the last one has its final state."""
-        return self._replies(self._stub.WatchBuild(builder_pb2.WatchBuildRequest(build_id=build_id)))
+    def watch(self, build_id: str, first: int = 0) -> AsyncGenerator[builder_pb2.BuildEvent, None]:
+        """The job's events from the number `first` on; the last one has its final state."""
+        request = builder_pb2.WatchBuildRequest(build_id=build_id, from_sequence=first)
+        return self._replies(self._stub.WatchBuild(request))
+
+    async def builds(self) -> list[builder_pb2.Build]:
+        """Jobs that are open and the last that have ended, newest first."""
+        return list((await self._reply(self._stub.ListBuilds(builder_pb2.ListBuildsRequest()))).builds)
 
     async def cancel(self, build_id: str) -> builder_pb2.Build:
         """Ends a job; one that has ended stays as it is."""

@@ -9,6 +9,8 @@ from gateway.server import Gateway
 from protos.rpc import main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
+_PATIENCE = 5.0  # seconds that a request waits for a store that is away, if what it needs is not known yet
+
 
 def _address(text: str) -> str:
     host, _, port = text.rpartition(":")
@@ -19,7 +21,9 @@ def _address(text: str) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m gateway", description="Prompt -> executor -> text, over gRPC.")
-    parser.add_argument("--store", required=True, metavar="URL", help="where the engines are: a directory or file://")
+    parser.add_argument(
+        "--store", required=True, metavar="URL", help="where the engines are: a directory, file:// or s3://"
+    )
     parser.add_argument(
         "--executor",
         required=True,
@@ -35,7 +39,7 @@ def _arguments() -> argparse.Namespace:
 
 async def _run(arguments: argparse.Namespace) -> None:
     router = Router(arguments.executor)
-    gateway = Gateway(open_store(arguments.store), router)
+    gateway = Gateway(open_store(arguments.store, _PATIENCE), router)
     router.start()
     await serve(
         "gateway",

@@ -9,12 +9,15 @@ from engine.errors import Unavailable
 
 T = TypeVar("T")
 
+_RENEWAL_WAIT = 0.2  # seconds for which a request waits for news of something that it knows
+
 
 class Cache(Generic[T]):
     """Loads by key in a thread, once for all that ask at the same time; keeps the `size` results that were used last,
     `ttl` seconds each.
 
-    Failures are not kept. Where a newer result is due and the store cannot be reached, the old one serves on.
+    Failures are not kept. Where a newer result is due and does not come at once, because the store is slow or cannot be
+    reached, the old one serves on.
     """
 
     def __init__(self, load: Callable[[str], T], size: int, ttl: float = float("inf")) -> None:
@@ -22,7 +25,7 @@ class Cache(Generic[T]):
         self._size = size
         self._ttl = ttl
         self._results: dict[str, tuple[T, float]] = {}  # with the time that it is good until
-        self._loading: dict[str, asyncio.Task[T]] = {}
+        self._loading: dict[str, tuple[asyncio.Task[T], float]] = {}  # with the time at which it began
 
     async def get(self, key: str) -> T:
         """The result for a key. Raises what `load` raises."""
@@ -31,9 +34,15 @@ class Cache(Generic[T]):
             self._results[key] = self._results.pop(key)  # used last
             return kept[0]
         if key not in self._loading:
-            self._loading[key] = task = asyncio.create_task(self._renew(key))
+            task = asyncio.create_task(self._renew(key))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # someone may have left
-        return await asyncio.shield(self._loading[key])  # one that leaves does not end it for the others
+            self._loading[key] = task, time.monotonic()
+        loading, began = self._loading[key]
+        if kept:
+            await asyncio.wait((loading,), timeout=max(0.0, began + _RENEWAL_WAIT - time.monotonic()))
+            if not loading.done():
+                return kept[0]
+        return await asyncio.shield(loading)  # one that leaves does not end it for the others
 
     async def _renew(self, key: str) -> T:
         try:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shlex
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ from protos.v1.builder_pb2 import (
     DEVICE_KIND_CPU,
     DEVICE_KIND_CUDA,
     Build,
+    BuildEvent,
     BuildSpec,
     Target,
 )
+
+_RECONNECT = 60.0  # seconds; a killed builder's job is another one's after 20
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,12 @@ async def follow(builder: BuilderClient, spec: BuildSpec, name: str, bars: Bars,
     """
     job = await builder.submit(spec, name)
     try:
-        async with aclosing(builder.watch(job.build_id)) as events:
+        async with aclosing(watch(builder, job.build_id, console)) as events:
             async for event in events:
-                if event.WhichOneof("event") == "progress":
+                if event.HasField("progress"):
                     step = event.progress
                     bars.update(step.phase, step.done, step.total, step.unit)
-                else:
+                elif event.HasField("state"):
                     job = event.state
     except asyncio.CancelledError:
         await _cancel(builder, job.build_id, console)
@@ -142,6 +146,25 @@ async def follow(builder: BuilderClient, spec: BuildSpec, name: str, bars: Bars,
     if job.state != BUILD_STATE_SUCCEEDED:
         raise Unavailable(f"the builder at {builder.address} stopped reporting before build {job.build_id} had ended")
     return job
+
+
+async def watch(builder: BuilderClient, build_id: str, console: Console) -> AsyncGenerator[BuildEvent, None]:
+    """The job's events to its end. A builder that is lost is tried again for some time: the job goes on at the next one."""
+    first, lost_at = 0, None
+    while True:
+        try:
+            async with aclosing(builder.watch(build_id, first)) as events:
+                async for event in events:
+                    first, lost_at = event.sequence + 1, None
+                    yield event
+            return
+        except Unavailable as error:
+            if lost_at is None:
+                lost_at = time.monotonic()
+                console.print(f"{error.message}; trying again for {_RECONNECT:.0f} s")
+            if time.monotonic() - lost_at > _RECONNECT:
+                raise
+            await asyncio.sleep(1)
 
 
 async def _cancel(builder: BuilderClient, build_id: str, console: Console) -> None:

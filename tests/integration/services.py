@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,20 +26,33 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(package: str, log: Path, *arguments: str) -> Iterator[Service]:
+def service(
+    package: str,
+    log: Path,
+    *arguments: str,
+    port: str = "0",
+    program: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Service]:
     """`python -m package --port 0 arguments`, until the block ends; its log is shown if it does not come up.
 
     It sees only what its own extra installs.
+
+    Args:
+        port: or HOST:PORT of one that ran before.
+        program: Python's arguments instead of `-m package`.
+        environment: added to this process' own.
     """
-    environment = {
+    everything = {
         **os.environ,
+        **(environment or {}),
         "PYTHONPATH": str(Path(__file__).parent / "only_extra"),
         "PYTHONSAFEPATH": "1",
         "ENGINEHOUSE_ONLY": package.removesuffix("_svc"),
     }
-    command = [sys.executable, "-m", package, "--port", "0", *arguments]
+    command = [sys.executable, *(program or ("-m", package)), "--port", port.rpartition(":")[2], *arguments]
     with log.open("a") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=everything)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

@@ -14,7 +14,7 @@ from builder_svc.jobs import Jobs
 from builder_svc.options import BuildOptions, Progress
 from builder_svc.process import BuildProcess, BuildRequest, Result
 from engine import registry
-from engine.errors import EnginehouseError, NotFound, PermissionDenied, Unavailable
+from engine.errors import EnginehouseError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from engine.store import Store
 from protos.v1.builder_pb2 import Build, BuildSpec
 
@@ -469,9 +469,9 @@ async def test_a_store_that_is_away_costs_no_job(
 ):
     """The build goes on, is not taken for dead by others, and its end is recorded when the store is back."""
     engine, other = publish(store), Jobs(store, Builds(), pace=PACE)  # type: ignore[arg-type]
-    other.start()
     build_id = await submit(jobs, "a", "demo")
     await builds.has("a")
+    other.start()
 
     def away(*_: object) -> None:
         raise Unavailable("the store is away")
@@ -486,6 +486,26 @@ async def test_a_store_that_is_away_costs_no_job(
     assert (await jobs.find(build_id)).attempt == 1
     assert "weights 1/2" in await seen(jobs, build_id)
     await other.close()
+
+
+@pytest.mark.parametrize("outcome", [Result(ENGINE, reused=False), NotFound("no weights", reason="WEIGHTS_NOT_FOUND")])
+async def test_who_watches_a_job_whose_end_cannot_be_recorded_is_told(
+    jobs: Jobs, builds: Builds, store: Store, monkeypatch: pytest.MonkeyPatch, outcome: Result | Exception
+):
+    def full(*_: object) -> None:
+        raise ResourceExhausted("the store is full", reason="STORE_FULL")
+
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    watching = asyncio.create_task(seen(jobs, build_id))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "create", full)
+        builds.finish("a", outcome)
+        error = await failure(watching)
+        assert error.reason == ("STORE_FULL" if isinstance(outcome, Result) else "WEIGHTS_NOT_FOUND")
+        assert build_id in error.message and "the store is full" in error.message
+    await until(lambda: not jobs._known[build_id].attempt)
+    assert state(await end(jobs, build_id)) == ("SUCCEEDED" if isinstance(outcome, Result) else "FAILED")
 
 
 async def test_a_write_whose_answer_was_lost_is_not_repeated(jobs: Jobs, builds: Builds, store: Store):
