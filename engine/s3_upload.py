@@ -19,7 +19,7 @@ from engine.store import Progress
 MIB = 1024 * 1024
 PART_SIZE = 16 * MIB
 _MOST_PARTS = 10_000  # S3's limit
-_PARALLEL_PARTS = 4
+PARALLEL_PARTS = 4
 _ROUNDS = 5  # of one upload that others end
 _SENDS = 3  # of one part that arrives damaged
 _GONE = {"NoSuchUpload", "InvalidPart"}  # someone else completed or discarded the upload, or sent a part anew
@@ -115,7 +115,7 @@ class Uploads:
             name = ElementTree.fromstring(answer.data).findtext("{*}UploadId") or ""
             return Upload(key, name, 0), {}
         _, upload, there = best
-        with ThreadPoolExecutor(_PARALLEL_PARTS, "part-digest") as pool:
+        with ThreadPoolExecutor(PARALLEL_PARTS, "part-digest") as pool:
             digests = dict(zip(there, pool.map(lambda number: _md5(parts[number]).hex(), there), strict=True))
         return upload, {number: part.etag for number, part in there.items() if part.etag == digests[number]}
 
@@ -131,7 +131,7 @@ class Uploads:
             query = {"partNumber": str(number), "uploadId": upload.id}
             return number, self._send(upload.key, parts[number], query, stop)
 
-        with ThreadPoolExecutor(_PARALLEL_PARTS, "part-upload") as pool:
+        with ThreadPoolExecutor(PARALLEL_PARTS, "part-upload") as pool:
             sends = [pool.submit(send, number) for number in parts if number not in kept]
             try:
                 for ended in as_completed(sends):
