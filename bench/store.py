@@ -99,7 +99,7 @@ def plain_get(client: Minio, bucket: str, key: str, size: int) -> None:
 
 
 def measure(server: SeaweedFS, path: Path, ref: FileRef, rounds: int) -> dict[str, object]:
-    """MB/s of each, median of the rounds; ratios of the medians."""
+    """MB/s of each, median of the rounds (loads have twice as many and one); ratios of the medians."""
     client, size = server.client(), ref.size
     rates: dict[str, list[float]] = {name: [] for name in ("upload_plain", "upload", "load_plain", "load")}
     peaks: list[int] = []
@@ -125,7 +125,7 @@ def measure(server: SeaweedFS, path: Path, ref: FileRef, rounds: int) -> dict[st
             record(name, action)
     buffer = memoryview(bytearray(os.urandom(1) * size))  # written to, so that its pages are there
     store = open_store(server.url("round-0"))
-    for turn in range(rounds):
+    for turn in range(2 * rounds + 1):  # shorter than uploads, and so more easily disturbed
         pair = [
             ("load_plain", lambda: plain_get(client, server.bucket, "plain-0", size)),
             ("load", lambda: blobs.read_into(store, [(ref, buffer)])),

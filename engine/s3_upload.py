@@ -13,7 +13,8 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from engine.errors import DataLoss, Unavailable
-from engine.s3_client import Refusal, S3Client
+from engine.s3_client import S3Client
+from engine.s3_errors import Refusal
 from engine.store import Progress
 
 MIB = 1024 * 1024
@@ -112,7 +113,7 @@ class Uploads:
                     best = value, upload, there
         if best is None:
             answer = self._client.request("POST", key, query={"uploads": ""})
-            name = ElementTree.fromstring(answer.data).findtext("{*}UploadId") or ""
+            name = self._client.document(answer).findtext("{*}UploadId") or ""
             return Upload(key, name, 0), {}
         _, upload, there = best
         with ThreadPoolExecutor(PARALLEL_PARTS, "part-digest") as pool:
@@ -153,7 +154,8 @@ class Uploads:
             encrypted = answer.headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
             if etag == digest.hex() or encrypted or not _MD5.fullmatch(etag):
                 return etag
-        text = f"{key} arrives damaged in {self._client.name}: sent {_SENDS} times with MD5 {digest.hex()}, stored as {etag}"
+        where = f"{key} arrives damaged in {self._client.address.name}"
+        text = f"{where}: sent {_SENDS} times with MD5 {digest.hex()}, stored as {etag}"
         raise DataLoss(text, reason="UPLOAD_DAMAGED")
 
     def _complete(self, upload: Upload, etags: Mapping[int, str]) -> None:
