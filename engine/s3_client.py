@@ -55,7 +55,7 @@ class Attempts:
         self.failures += 1
         left = self._since + self._patience - now
         if left <= 0:
-            tried = "once" if self.failures == 1 else f"{self.failures} times in {now - self._since:.0f} s"
+            tried = "once" if self.failures == 1 else f"{self.failures} times in {now - self._since:.1f} s"
             text = f"{self._what} failed, tried {tried}: {words(why)}. Check that the store runs and can be reached"
             raise Unavailable(text, reason="STORE_UNAVAILABLE") from None
         pause = min(_LONGEST_PAUSE, 0.05 * 2**self.failures) * random.uniform(0.5, 1)  # noqa: S311

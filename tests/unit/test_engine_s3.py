@@ -231,7 +231,7 @@ def test_a_busy_store_is_asked_again(busy: tuple[int, str]):
 def test_a_store_that_stays_busy_is_given_up():
     with scripted_store((503, "SlowDown")) as (endpoint, requests):
         began = time.monotonic()
-        with pytest.raises(Unavailable, match=r"tried \d+ times in 1 s: SlowDown: in words") as caught:
+        with pytest.raises(Unavailable, match=r"tried \d+ times in 1.\d s: SlowDown: in words") as caught:
             open_store(f"s3://bucket?endpoint={endpoint}", patience=1).read("key")
         assert 1 <= time.monotonic() - began < 3
         assert caught.value.reason == "STORE_UNAVAILABLE"
@@ -256,16 +256,16 @@ def test_an_endpoint_that_is_something_else():
 
 
 def test_nobody_listens(prefix: str, large_file: Path):
-    store = S3Store("s3://bucket?endpoint=http://127.0.0.1:9", patience=1)
+    store = S3Store("s3://bucket?endpoint=http://127.0.0.1:9", patience=0.5)
     for attempt in (
         lambda: store.read("key"),
         lambda: store.read_into("key", 0, memoryview(bytearray(1))),
         lambda: store.upload("key", large_file),
     ):
         began = time.monotonic()
-        with pytest.raises(Unavailable, match=r"at http://127.0.0.1:9.*tried \d+ times in 1 s.*refused") as caught:
+        with pytest.raises(Unavailable, match=r"at http://127.0.0.1:9.*tried \d+ times in .* s.*refused") as caught:
             attempt()
-        assert 1 <= time.monotonic() - began < 3
+        assert 0.5 <= time.monotonic() - began < 2
         assert caught.value.reason == "STORE_UNAVAILABLE"
 
 
@@ -511,17 +511,17 @@ def test_listings_of_several_pages(s3: S3Store, monkeypatch: pytest.MonkeyPatch)
 
 def test_files_are_read_back_verified_in_parallel(seaweed: SeaweedFS, s3: S3Store, prefix: str, tmp_path: Path):
     path = tmp_path / "weights"
-    data = bytearray(random.Random(3).randbytes(3 * CHUNK_SIZE + 7))
+    data = bytearray(random.Random(3).randbytes(2 * CHUNK_SIZE + 7))
     path.write_bytes(data)
     ref = blobs.describe("weights", bytes(data))
     blobs.put_file(s3, ref, path)
     assert blobs.read(s3, ref) == data
-    data[2 * CHUNK_SIZE + 1] ^= 1
+    data[CHUNK_SIZE + 1] ^= 1
     s3.replace(blobs.blob_key(ref.digest), bytes(data))
-    with pytest.raises(DataLoss, match=r"weights.*chunk 2") as caught:
+    with pytest.raises(DataLoss, match=r"weights.*chunk 1") as caught:
         blobs.read(s3, ref)
     assert caught.value.reason == "CHUNK_DIGEST_MISMATCH"
-    data[2 * CHUNK_SIZE + 1] ^= 1
+    data[CHUNK_SIZE + 1] ^= 1
     s3.replace(blobs.blob_key(ref.digest), bytes(data[:-1]))
     with pytest.raises(DataLoss) as caught:
         blobs.read(s3, ref)
