@@ -9,7 +9,7 @@ from engine.errors import DataLoss
 from engine.manifest import CHUNK_SIZE, FileRef
 from engine.store import Progress, Store
 
-_PARALLEL_READS = 8  # chunks in flight; each is read and hashed on its thread, both without the interpreter lock
+PARALLEL_READS = 8  # chunks in flight; each is read and hashed on its thread, both without the interpreter lock
 
 
 def blob_key(digest: str) -> str:
@@ -98,7 +98,7 @@ def read_into(
             )
         return len(part)
 
-    with ThreadPoolExecutor(_PARALLEL_READS, "blob-read") as pool:
+    with ThreadPoolExecutor(PARALLEL_READS, "blob-read") as pool:
         reads = [pool.submit(fetch, ref, buffer, index) for ref, buffer in files for index in range(len(ref.chunks))]
         try:
             for done in reads:

@@ -5,14 +5,16 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ProtocolError
 
 from engine.errors import DataLoss, InvalidArgument, NotFound, Unavailable
-from engine.s3_client import Address, Refusal, S3Client
+from engine.s3_client import S3Client
+from engine.s3_errors import Address, Refusal
 from engine.s3_upload import PART_SIZE, Uploads
 from engine.store import Entry, Progress, Store, check_key, check_prefix, is_key
 
@@ -42,11 +44,10 @@ class S3Store(Store):
         Raises:
             InvalidArgument: the URL, or AWS_CA_BUNDLE, cannot be right.
         """
-        address, prefix = _parse(url)
-        self._prefix = prefix and prefix + "/"
-        name = f"s3://{address.bucket}{'/' * bool(prefix)}{prefix}"
-        self.url = f"{name}?{urlencode({'endpoint': address.endpoint, 'region': address.region}, safe=':/')}"
-        self._client = S3Client(address, name, patience)
+        address = _parse(url)
+        self._prefix = address.prefix and address.prefix + "/"
+        self.url = f"{address.name}?{urlencode({'endpoint': address.endpoint, 'region': address.region}, safe=':/')}"
+        self._client = S3Client(address, patience)
         self._uploads = Uploads(self._client, part_size)
 
     def read(self, key: str) -> bytes:
@@ -66,18 +67,25 @@ class S3Store(Store):
             if response.status != 206 and offset + done > 0:
                 response.close()
                 raise Unavailable(f"store {self.url} does not answer ranged reads", reason="STORE_UNAVAILABLE")
+            length, came = int(response.headers.get("Content-Length", 0)), 0
+            # urllib3's readinto makes a copy of what it reads, http.client's below it does not
+            source = getattr(response, "_fp", response)
             try:
-                while done < len(buffer) and (count := response.readinto(buffer[done : done + _READ_SIZE])):
-                    done += count
+                while done < len(buffer) and (count := source.readinto(buffer[done : done + _READ_SIZE])):
+                    done, came = done + count, came + count
                     attempts.worked()
-            except HTTPError as error:
+                if came < length and done < len(buffer):
+                    raise ProtocolError(f"the connection ended after {came} of {length} bytes")
+            except (HTTPError, HTTPException, OSError) as error:
                 response.close()
                 attempts.failed(error)
                 continue
-            if done < len(buffer):
+            if came == length:
+                response.release_conn()
+            else:
                 response.close()
+            if done < len(buffer):
                 raise self._truncated(key, offset + done, end)
-            response.release_conn()
 
     def size(self, key: str) -> int | None:
         try:
@@ -141,15 +149,15 @@ class S3Store(Store):
             raise
 
     def _missing(self, key: str) -> NotFound:
-        return NotFound(f"store {self._client.name} has no {key}", reason="OBJECT_NOT_FOUND")
+        return NotFound(f"store {self._client.address.name} has no {key}", reason="OBJECT_NOT_FOUND")
 
     def _truncated(self, key: str, at: int, expected: int) -> DataLoss:
-        text = f"{key} in {self._client.name} has no byte {at}, expected {expected} bytes"
+        text = f"{key} in {self._client.address.name} has no byte {at}, expected {expected} bytes"
         return DataLoss(text, reason="OBJECT_TRUNCATED")
 
 
-def _parse(url: str) -> tuple[Address, str]:
-    """Address and prefix. Raises InvalidArgument, without repeating what may be a secret."""
+def _parse(url: str) -> Address:
+    """Where it is. Raises InvalidArgument, without repeating what may be a secret."""
     parts = urlsplit(url)
     shape = (
         "give s3://bucket/prefix?endpoint=http://host:port&region=name (prefix, endpoint and region may be left out)"
@@ -172,7 +180,7 @@ def _parse(url: str) -> tuple[Address, str]:
     region = given.get("region") or _environment("AWS_REGION", "AWS_DEFAULT_REGION") or "us-east-1"
     amazon = f"https://s3.{region}.amazonaws.com{'.cn' * region.startswith('cn-')}"
     endpoint = given.get("endpoint") or _environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or amazon
-    return Address(parts.netloc, endpoint.rstrip("/"), region), prefix
+    return Address(parts.netloc, endpoint.rstrip("/"), region, prefix)
 
 
 def _environment(*names: str) -> str:

@@ -1,4 +1,4 @@
-"""Signed requests to one S3 bucket, tried again while the store cannot be reached; what refusals mean.
+"""Signed requests to one S3 bucket, tried again while the store cannot be reached.
 
 minio's signer, URL rules and credential providers over urllib3. Its `Minio` class is not used: it has no conditional put, hashes
 each body before it sends it, and gives up by a count of attempts and not by time.
@@ -6,80 +6,28 @@ each body before it sends it, and gives up by a count of attempts and not by tim
 
 import base64
 import configparser
-import contextlib
 import hashlib
 import random
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import urllib3
 from minio.credentials.credentials import Credentials
+from minio.credentials.providers import Provider
 from minio.helpers import BaseURL
 from minio.signer import sign_v4_s3
 from minio.time import to_amz_date, utcnow
 from urllib3.exceptions import HTTPError
 from urllib3.exceptions import SSLError as TLSError
 
-from engine.errors import (
-    EnginehouseError,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    PermissionDenied,
-    ResourceExhausted,
-    Unavailable,
-)
+from engine.errors import InvalidArgument, PermissionDenied, Unavailable
+from engine.s3_errors import Address, Refusal, explain, read_refusal, untrusted, words
 from engine.s3_transport import CREDENTIALS, credential_chain, store_pool
 
 _SEND_SIZE = 256 * 1024  # a send may take READ_TIMEOUT: small, or a slow line could not carry it
 _LONGEST_PAUSE = 2.0  # seconds between two attempts
-
-_TRANSIENT = {
-    "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InternalError", "OperationAborted", "RequestTimeout",
-    "ServiceUnavailable", "SlowDown", "Throttling", "TooManyRequests", "XMinioServerNotInitialized",
-}  # fmt: skip
-_FULL = {"QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
-_ELSEWHERE = {
-    "AuthorizationHeaderMalformed",
-    "PermanentRedirect",
-    "TemporaryRedirect",
-    "IllegalLocationConstraintException",
-}
-_DENIED = {"AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
-_CODES = {
-    403: "AccessDenied",
-    404: "NoSuchKey",
-    412: "PreconditionFailed",
-    416: "InvalidRange",
-    507: "InsufficientStorage",
-}
-
-
-class Address(NamedTuple):
-    """Where a bucket is: its name, the endpoint as http:// or https:// with host and port, and the region."""
-
-    bucket: str
-    endpoint: str
-    region: str
-
-
-class Refusal(Exception):
-    """An answer that is no success.
-
-    Attributes:
-        status: HTTP's.
-        code: S3's, made from the status where the answer has none.
-        message: the store's words.
-        repeated: whether an earlier attempt of the same request may have reached the store.
-    """
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}" if message else code)
-        self.status, self.code, self.message = status, code, message
-        self.repeated = False
 
 
 class Stopped(Exception):
@@ -107,8 +55,8 @@ class Attempts:
         self.failures += 1
         left = self._since + self._patience - now
         if left <= 0:
-            tried = "once" if self.failures == 1 else f"{self.failures} times in {now - self._since:.0f} s"
-            text = f"{self._what} failed, tried {tried}: {_words(why)}. Check that the store runs and can be reached"
+            tried = "once" if self.failures == 1 else f"{self.failures} times in {now - self._since:.1f} s"
+            text = f"{self._what} failed, tried {tried}: {words(why)}. Check that the store runs and can be reached"
             raise Unavailable(text, reason="STORE_UNAVAILABLE") from None
         pause = min(_LONGEST_PAUSE, 0.05 * 2**self.failures) * random.uniform(0.5, 1)  # noqa: S311
         time.sleep(min(pause, left))
@@ -119,13 +67,11 @@ class S3Client:
 
     Attributes:
         address: where it is.
-        name: as it is called in messages.
     """
 
-    def __init__(self, address: Address, name: str, patience: float) -> None:
+    def __init__(self, address: Address, patience: float) -> None:
         """Opens no connection. Raises InvalidArgument for an endpoint or a CA bundle that cannot be."""
         self.address = address
-        self.name = name
         self._patience = patience
         try:
             self._urls = BaseURL(address.endpoint, address.region)
@@ -133,13 +79,13 @@ class S3Client:
             text = f"endpoint {address.endpoint!r}, region {address.region!r}: {error}; give https://host or http://host:port"
             raise InvalidArgument(text, reason="STORE_URL_INVALID") from None
         self._http = store_pool(self._urls.is_https)
-        self._provider = credential_chain()
+        self._provider: Provider | None = None  # made when it is needed: it reads certificates
         self._provider_lock = threading.Lock()
         self._bucket_seen = False
 
     def attempts(self, what: str) -> Attempts:
         """For what the caller itself tries again."""
-        return Attempts(f"store {self.name} at {self.address.endpoint}: {what}", self._patience)
+        return Attempts(f"store {self.address.name} at {self.address.endpoint}: {what}", self._patience)
 
     def request(
         self,
@@ -165,7 +111,7 @@ class S3Client:
             md5: the body's, which the store then verifies; without it, the body's SHA-256 is signed.
             stream: leave the answer's body to be read by the caller, who releases the connection.
             expected: codes of refusals that the caller deals with; None for all.
-            stop: when it is set, a body is not sent further, and Stopped is raised.
+            stop: when it is set, nothing is sent any more, and Stopped is raised.
 
         Raises:
             Refusal: with an expected code.
@@ -173,13 +119,16 @@ class S3Client:
             EnginehouseError: any other refusal; Unavailable when patience is over.
         """
         attempts = self.attempts(f"{method} {key or self.address.bucket}")
+        renewed = False
         while True:
+            if stop and stop.is_set():
+                raise Stopped
             try:
                 response = self._send(method, key, query or {}, headers or {}, body, md5, stream, stop)
                 refusal = self._refusal(method, key, response)
             except HTTPError as error:
                 if isinstance(error, TLSError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
-                    raise self._untrusted(error) from None
+                    raise untrusted(self.address, error) from None
                 attempts.failed(error)
                 continue
             if refusal is None:
@@ -187,10 +136,13 @@ class S3Client:
             refusal.repeated = attempts.failures > 0
             if expected is None or refusal.code in expected:
                 raise refusal
-            if refusal.code in _TRANSIENT or (refusal.status >= 500 and refusal.code not in _FULL | {"NotImplemented"}):
+            if refusal.code == "ExpiredToken" and not renewed:
+                self._provider = None  # a credentials file may have new ones
+                renewed = True
+            elif refusal.is_transient:
                 attempts.failed(refusal)
             else:
-                raise self.error(key, refusal)
+                raise explain(self.address, key, refusal)
 
     def _send(
         self,
@@ -249,10 +201,22 @@ class S3Client:
     def _credentials(self) -> Credentials:
         try:
             with self._provider_lock:
+                if self._provider is None:
+                    self._provider = credential_chain()
                 return self._provider.retrieve()
         except (ValueError, LookupError, OSError, HTTPError, configparser.Error) as error:
-            text = f"no credentials for store {self.name}: set {CREDENTIALS}. The last place said: {_words(error)}"
-            raise PermissionDenied(text, reason="STORECREDENTIALS_MISSING") from None
+            text = (
+                f"no credentials for store {self.address.name}: set {CREDENTIALS}. The last place said: {words(error)}"
+            )
+            raise PermissionDenied(text, reason="STORE_CREDENTIALS_MISSING") from None
+
+    def document(self, response: urllib3.BaseHTTPResponse) -> ElementTree.Element:
+        """An answer's XML. Raises FailedPrecondition for another kind of answer."""
+        try:
+            return ElementTree.fromstring(response.data)
+        except ElementTree.ParseError:
+            start = response.data[:100].decode(errors="replace")
+            raise explain(self.address, "", Refusal(response.status, "no XML", start)) from None
 
     def pages(
         self, query: Mapping[str, str], markers: Mapping[str, str], key: str = "", expected: Collection[str] = ()
@@ -260,7 +224,7 @@ class S3Client:
         """A listing, page after page; `markers` gives the parameter that each field becomes in the next request."""
         while True:
             response = self.request("GET", key, query=query, expected=expected)
-            page = ElementTree.fromstring(response.data)
+            page = self.document(response)
             yield page, response
             further = {**query, **{name: page.findtext(f"{{*}}{field}") or "" for field, name in markers.items()}}
             if page.findtext("{*}IsTruncated") != "true" or further == query:
@@ -277,51 +241,14 @@ class S3Client:
         elif method == "HEAD" and not (response.status == 404 and self._bucket_seen):
             try:  # an answer to HEAD has no words: no such key, or no such bucket?
                 self.request("GET", key, headers={"Range": "bytes=0-0"}, expected=None)
-            except Refusal as refusal:
-                return refusal
+            except Refusal as words_of_it:
+                return words_of_it
             return Refusal(response.status, "InternalError", "the store says no to HEAD and yes to GET")
-        data = response.data
+        refusal = read_refusal(response)
         response.release_conn()
-        fields: dict[str, str] = {}
-        with contextlib.suppress(ElementTree.ParseError):
-            fields = {item.tag.rpartition("}")[2]: item.text or "" for item in ElementTree.fromstring(data)}
-        code = fields.get("Code") or _CODES.get(response.status, f"HTTP {response.status}")
-        message = fields.get("Message") or ("" if fields else data[:200].decode(errors="replace").strip())
-        if code == "NoSuchKey":
-            self._bucket_seen = True
-        if where := fields.get("Region") or response.headers.get("x-amz-bucket-region") or fields.get("Endpoint"):
-            message += f" (the bucket is at {where})"
-        return Refusal(response.status, code, message)
-
-    def error(self, key: str, refusal: Refusal) -> EnginehouseError:
-        """What a refusal is to a person."""
-        bucket, store = self.address.bucket, f"store {self.name}"
         if refusal.code == "NoSuchKey":
-            return NotFound(f"{store} has no {key}", reason="OBJECT_NOT_FOUND")
-        if refusal.code == "NoSuchBucket":
-            text = f"there is no bucket {bucket!r} at {self.address.endpoint}: create it, or correct the store's URL"
-            return NotFound(text, reason="BUCKET_NOT_FOUND")
-        if refusal.code in _FULL:
-            text = f"{store} is full while writing {key}: free some space, or raise the quota of bucket {bucket!r} ({refusal})"
-            return ResourceExhausted(text, reason="STORE_FULL")
-        if refusal.code == "RequestTimeTooSkewed":
-            text = f"{store} refuses requests because this machine's clock differs too much from its own: set the clock"
-            return PermissionDenied(text, reason="CLOCK_SKEWED")
-        if refusal.code in _ELSEWHERE:
-            text = f"bucket {bucket!r} is not in region {self.address.region!r}: set region= in the store's URL ({refusal})"
-            return InvalidArgument(text, reason="STORE_REGION_WRONG")
-        if refusal.status in (401, 403) or refusal.code in _DENIED:
-            text = f"{store} refuses access to bucket {bucket!r}: {refusal}. Set credentials that may use it: {CREDENTIALS}"
-            return PermissionDenied(text, reason="STORE_DENIED")
-        text = f"{store} at {self.address.endpoint} refuses {key or bucket} ({refusal.status}, {refusal}). Is it S3?"
-        return FailedPrecondition(text, reason="STORE_REFUSED")
-
-    def _untrusted(self, error: Exception) -> EnginehouseError:
-        text = (
-            f"store {self.name}: the certificate of {self.address.endpoint} is not trusted ({_words(error)}). "
-            "If it is your own authority's, set AWS_CA_BUNDLE to the file with the authority's certificate"
-        )
-        return FailedPrecondition(text, reason="STORE_UNTRUSTED")
+            self._bucket_seen = True
+        return refusal
 
 
 def _slices(body: bytes | memoryview, stop: threading.Event | None) -> Iterator[memoryview]:
@@ -330,9 +257,3 @@ def _slices(body: bytes | memoryview, stop: threading.Event | None) -> Iterator[
         if stop and stop.is_set():
             raise Stopped
         yield view[start : start + _SEND_SIZE]
-
-
-def _words(error: Exception) -> str:
-    """An error without the addresses of Python objects."""
-    text = str(error)
-    return text.split(">: ", 1)[-1] if text.startswith("<") else text or type(error).__name__

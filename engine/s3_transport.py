@@ -14,6 +14,11 @@ CONNECT_TIMEOUT = 3.0  # seconds
 READ_TIMEOUT = 15.0  # seconds without a byte, in either direction
 _CONNECTIONS = 64  # kept open; readers, times the files they read at once
 
+_ROLE_SOURCES = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
 CREDENTIALS = (
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile AWS_PROFILE in AWS_SHARED_CREDENTIALS_FILE "
     "(~/.aws/credentials), or a role (web identity, container or EC2 metadata)"
@@ -24,7 +29,9 @@ def credential_chain() -> Provider:
     """Environment, credentials file, then a role: quick to say that there is none where no metadata service answers."""
     timeout = urllib3.Timeout(connect=1, read=5)  # seconds; the metadata service is one hop away
     providers: list[Provider] = [EnvAWSProvider(), AWSConfigProvider()]
-    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true":
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true" or any(
+        name in os.environ for name in _ROLE_SOURCES
+    ):
         providers.append(IamAwsProvider(http_client=_pool(timeout, tls=True)))
     return ChainedProvider(providers)
 

@@ -13,13 +13,14 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from engine.errors import DataLoss, Unavailable
-from engine.s3_client import Refusal, S3Client
+from engine.s3_client import S3Client
+from engine.s3_errors import Refusal
 from engine.store import Progress
 
 MIB = 1024 * 1024
 PART_SIZE = 16 * MIB
 _MOST_PARTS = 10_000  # S3's limit
-_PARALLEL_PARTS = 4
+PARALLEL_PARTS = 4
 _ROUNDS = 5  # of one upload that others end
 _SENDS = 3  # of one part that arrives damaged
 _GONE = {"NoSuchUpload", "InvalidPart"}  # someone else completed or discarded the upload, or sent a part anew
@@ -112,10 +113,10 @@ class Uploads:
                     best = value, upload, there
         if best is None:
             answer = self._client.request("POST", key, query={"uploads": ""})
-            name = ElementTree.fromstring(answer.data).findtext("{*}UploadId") or ""
+            name = self._client.document(answer).findtext("{*}UploadId") or ""
             return Upload(key, name, 0), {}
         _, upload, there = best
-        with ThreadPoolExecutor(_PARALLEL_PARTS, "part-digest") as pool:
+        with ThreadPoolExecutor(PARALLEL_PARTS, "part-digest") as pool:
             digests = dict(zip(there, pool.map(lambda number: _md5(parts[number]).hex(), there), strict=True))
         return upload, {number: part.etag for number, part in there.items() if part.etag == digests[number]}
 
@@ -131,7 +132,7 @@ class Uploads:
             query = {"partNumber": str(number), "uploadId": upload.id}
             return number, self._send(upload.key, parts[number], query, stop)
 
-        with ThreadPoolExecutor(_PARALLEL_PARTS, "part-upload") as pool:
+        with ThreadPoolExecutor(PARALLEL_PARTS, "part-upload") as pool:
             sends = [pool.submit(send, number) for number in parts if number not in kept]
             try:
                 for ended in as_completed(sends):
@@ -153,7 +154,8 @@ class Uploads:
             encrypted = answer.headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
             if etag == digest.hex() or encrypted or not _MD5.fullmatch(etag):
                 return etag
-        text = f"{key} arrives damaged in {self._client.name}: sent {_SENDS} times with MD5 {digest.hex()}, stored as {etag}"
+        where = f"{key} arrives damaged in {self._client.address.name}"
+        text = f"{where}: sent {_SENDS} times with MD5 {digest.hex()}, stored as {etag}"
         raise DataLoss(text, reason="UPLOAD_DAMAGED")
 
     def _complete(self, upload: Upload, etags: Mapping[int, str]) -> None:
