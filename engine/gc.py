@@ -157,7 +157,10 @@ def _digests(store: Store, engine_id: str) -> frozenset[str]:
     try:
         manifest = registry.find_manifest(store, engine_id)
     except EnginehouseError as error:
-        message = f"engine {engine_id} cannot be read, so that nothing was deleted: {error.message}"
+        message = (
+            f"engine {engine_id} cannot be read, so that nothing was deleted: {error.message}. "
+            f"To give it up: enginehouse engines rm {engine_id}"
+        )
         raise type(error)(message, reason=error.reason) from error
     return frozenset(file.digest for file in manifest.files()) if manifest else frozenset()
 

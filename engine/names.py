@@ -6,6 +6,14 @@ from engine.registry import NameRecord
 from engine.store import Store
 
 
+def history(store: Store, name: str) -> list[NameRecord]:
+    """What a name stands for and has stood for, newest first, also if it stands for nothing now. Raises NotFound."""
+    records = list(registry.newest_first(store, name))
+    if not records:
+        raise registry.unknown_name(store, name)
+    return records
+
+
 def remove_name(store: Store, name: str) -> NameRecord:
     """Lets a name stand for nothing; its history and the engine stay. Raises NotFound."""
     for _ in range(registry.TRIES):

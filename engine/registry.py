@@ -64,10 +64,9 @@ def find_stored(store: Store, engine_id: str) -> tuple[Manifest, bytes] | None:
         DataLoss: what is stored is no manifest, or another engine's.
         FailedPrecondition: a manifest of a format that this release does not read.
     """
-    if not _ID.fullmatch(engine_id):
-        raise InvalidArgument(f"engine id {engine_id!r} is not 64 hexadecimal digits", reason="ENGINE_ID_INVALID")
+    key = manifest_key(engine_id)
     try:
-        data = store.read(manifest_key(engine_id))
+        data = store.read(key)
         found = Manifest.from_json(data)
     except NotFound:
         return None
@@ -85,7 +84,9 @@ def find_stored(store: Store, engine_id: str) -> tuple[Manifest, bytes] | None:
 
 
 def manifest_key(engine_id: str) -> str:
-    """The address of a manifest in the store."""
+    """The address of a manifest in the store. Raises InvalidArgument for what is no engine id."""
+    if not _ID.fullmatch(engine_id):
+        raise InvalidArgument(f"engine id {engine_id!r} is not 64 hexadecimal digits", reason="ENGINE_ID_INVALID")
     return f"engines/{engine_id}.json"
 
 
@@ -141,7 +142,7 @@ def find_engine(store: Store, engine: str) -> str:
         InvalidArgument: several engines' ids begin so, which the message lists.
     """
     if _ID.fullmatch(engine):
-        return manifest(store, engine).engine_id
+        return engine if store.size(manifest_key(engine)) is not None else manifest(store, engine).engine_id
     if not _PREFIX.fullmatch(engine):
         return resolve(store, engine).engine_id
     record = latest(store, engine)
