@@ -29,7 +29,13 @@ class Trust:
         return Trust(tuple(key for path in paths for key in signing.load_public(Path(path))), native)
 
     def admit(self, store: Store, engine_id: str) -> Manifest:
-        """The engine's manifest, from the very bytes that were verified; nothing else of the engine is read.
+        """The engine's manifest, if it may be used here. Raises what `examine` does."""
+        return self.examine(store, engine_id)[0]
+
+    def examine(self, store: Store, engine_id: str) -> tuple[Manifest, tuple[str, ...]]:
+        """The engine's manifest, from the very bytes that were verified, and ids of the trusted keys that have signed them.
+
+        Nothing else of the engine is read.
 
         Raises:
             NotFound, DataLoss: no such engine, or its manifest is damaged.
@@ -37,8 +43,9 @@ class Trust:
                 key's signature is there and is none over this manifest) or NATIVE_UNTRUSTED.
         """
         manifest, data = registry.stored(store, engine_id)
+        signers = signing.signed_by(store, engine_id, data, self.trusted)
         if self.trusted:
-            if not signing.signed_by(store, engine_id, data, self.trusted):
+            if not signers:
                 raise self._unsigned(store, engine_id)
         elif not self.native and (code := [file.name for rank in manifest.ranks for file in rank.native]):
             raise FailedPrecondition(
@@ -47,7 +54,7 @@ class Trust:
                 reason="NATIVE_UNTRUSTED",
                 metadata={"engine_id": engine_id},
             )
-        return manifest
+        return manifest, signers
 
     def _unsigned(self, store: Store, engine_id: str) -> FailedPrecondition:
         claims = signing.claims(store, engine_id)
