@@ -153,8 +153,9 @@ def wait_until_over(store: Store, meanwhile: Callable[[], None] = lambda: None) 
     """
     observer = _Observer(store)
     keys = [entry.key for entry in store.list(_PREFIX)]
-    while keys := [key for key in keys if observer.look(key)[0] in (_Sign.SILENT, _Sign.BEATING)]:
+    if keys:
         log.info("waiting until the garbage collection of %s is over", store.url)
+    while keys := [key for key in keys if observer.look(key)[0] in (_Sign.SILENT, _Sign.BEATING)]:
         time.sleep(_POLL)
         meanwhile()
 

@@ -1,6 +1,8 @@
 """Garbage collection: what it deletes, what it never does, and builds that run beside it."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -473,6 +475,21 @@ def test_a_killed_sweep_stops_nobody_for_long(store: Store, running: str) -> Non
     with pinned(store, []):
         waited = time.monotonic() - began
     assert sweeps._DEAD <= waited < 20
+    assert collect(store).deleted.count == 3
+    assert keys(store) == []
+
+
+@pytest.mark.usefixtures("old", "quick")
+def test_a_sweep_whose_process_is_killed(store: Store, root: Path) -> None:
+    code = (
+        "import sys, time\nfrom engine.backends import open_store\nfrom engine.sweeps import sweeping\n"
+        "with sweeping(open_store(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, root], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"in\n"
+        process.kill()
+    assert len(keys(store, "gc/sweeps/")) == 1
     assert collect(store).deleted.count == 3
     assert keys(store) == []
 
