@@ -30,7 +30,10 @@ def main() -> int:
     )
     parser.add_argument("--store", required=True, help="directory or file:// URL that holds the engines")
     parser.add_argument(
-        "--engine", action="append", default=[], help="model name or engine id to load before serving; may be repeated"
+        "--engine",
+        action="append",
+        default=[],
+        help="model name, engine id or its first digits, to load before serving; may be repeated",
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
