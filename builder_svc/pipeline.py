@@ -27,6 +27,7 @@ from engine.errors import InvalidArgument, NotFound, Unimplemented
 from engine.fingerprint import Fingerprint
 from engine.manifest import FORMAT_VERSION, Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
 from engine.opset import OPSET_VERSION
+from engine.pins import pinned
 from engine.program import SCHEMA_VERSION, Program
 from engine.store import Store
 
@@ -92,29 +93,38 @@ def build(
             Path(directory),
             lambda done, total: progress("weights", done, total, "bytes"),
         )
-        before, total = 0, sum(ref.size for ref, _ in files)
-        for ref, path in files:
-            put_file(store, ref, path, lambda done, _, before=before: progress("upload", before + done, total, "bytes"))
-            before += ref.size
-    progress("publish", 0, 1, "")
-    rank = Rank(put_bytes(store, "program.json", program.to_json()), tuple(ref for ref, _ in files))
-    tokenizer = (
-        put_bytes(store, "tokenizer.json", model.tokenizer.tokenizer_json),
-        put_bytes(store, "tokenizer_config.json", model.tokenizer.config_json),
-    )
-    manifest = Manifest(
-        engine_id=engine_id(identity),
-        identity=identity,
-        source=str(checkpoint),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=model_facts(model, program),
-        limits=model.limits,
-        mapping=Parallelism(),
-        fingerprint=Fingerprint("torch", options.device, program.opset_version, options.compute_capability),
-        ranks=(rank,),
-        tokenizer=tokenizer,
-    )
-    published = registry.publish(store, manifest)
+        program_json = program.to_json()
+        rank = Rank(describe("program.json", program_json), tuple(ref for ref, _ in files))
+        manifest = Manifest(
+            engine_id=engine_id(identity),
+            identity=identity,
+            source=str(checkpoint),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=model_facts(model, program),
+            limits=model.limits,
+            mapping=Parallelism(),
+            fingerprint=Fingerprint("torch", options.device, program.opset_version, options.compute_capability),
+            ranks=(rank,),
+            tokenizer=(
+                describe("tokenizer.json", model.tokenizer.tokenizer_json),
+                describe("tokenizer_config.json", model.tokenizer.config_json),
+            ),
+        )
+        with pinned(store, [file.digest for file in manifest.files()]) as pin:
+            before, total = 0, sum(ref.size for ref, _ in files)
+
+            def uploaded(done: int, _: int) -> None:
+                pin.refresh()
+                progress("upload", before + done, total, "bytes")
+
+            for ref, path in files:
+                put_file(store, ref, path, uploaded)
+                before += ref.size
+            progress("publish", 0, 1, "")
+            put_bytes(store, "program.json", program_json)
+            put_bytes(store, "tokenizer.json", model.tokenizer.tokenizer_json)
+            put_bytes(store, "tokenizer_config.json", model.tokenizer.config_json)
+            published = registry.publish(store, manifest)
     progress("publish", 1, 1, "")
     return Built(published, reused=False)
 

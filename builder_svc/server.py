@@ -10,10 +10,10 @@ import grpc
 from builder_svc.jobs import Jobs
 from builder_svc.options import BuildOptions
 from builder_svc.process import BuildRequest
+from builder_svc.registry_rpcs import RegistryServicer
 from engine import registry
 from engine.errors import InvalidArgument, NotFound, PermissionDenied
 from engine.store import Store
-from protos.v1 import builder_pb2_grpc
 from protos.v1.builder_pb2 import (
     DEVICE_KIND_CPU,
     DEVICE_KIND_CUDA,
@@ -26,10 +26,6 @@ from protos.v1.builder_pb2 import (
     GetBuildRequest,
     ListBuildsRequest,
     ListBuildsResponse,
-    ListModelNamesRequest,
-    ListModelNamesResponse,
-    ModelName,
-    SetModelNameRequest,
     SubmitBuildRequest,
     WatchBuildRequest,
 )
@@ -40,7 +36,7 @@ _LIMITS = ("max_batch_size", "max_seq_len", "max_num_tokens")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class BuilderServicer(builder_pb2_grpc.BuilderServicer):
+class BuilderServicer(RegistryServicer):
     """The service `Builder` of protos/v1/builder.proto.
 
     Args:
@@ -48,8 +44,8 @@ class BuilderServicer(builder_pb2_grpc.BuilderServicer):
     """
 
     def __init__(self, jobs: Jobs, store: Store, checkpoint_root: Path) -> None:
+        super().__init__(store)
         self._jobs = jobs
-        self._store = store
         self._root = checkpoint_root.resolve(strict=True)
 
     async def SubmitBuild(self, request: SubmitBuildRequest, _context: Context) -> Build:
@@ -71,16 +67,6 @@ class BuilderServicer(builder_pb2_grpc.BuilderServicer):
 
     async def CancelBuild(self, request: CancelBuildRequest, _context: Context) -> Build:
         return await self._jobs.cancel(request.build_id)
-
-    async def ListModelNames(self, _request: ListModelNamesRequest, _context: Context) -> ListModelNamesResponse:
-        def read() -> list[ModelName]:
-            return [_model_name(registry.resolve(self._store, name)) for name in registry.names(self._store)]
-
-        return ListModelNamesResponse(models=await asyncio.to_thread(read))
-
-    async def SetModelName(self, request: SetModelNameRequest, _context: Context) -> ModelName:
-        registry.check_name(request.name)
-        return _model_name(await asyncio.to_thread(registry.set_name, self._store, request.name, request.engine_id))
 
 
 def read_options(spec: BuildSpec) -> BuildOptions:
@@ -127,7 +113,3 @@ def find_checkpoint(root: Path, checkpoint: str) -> Path:
             f"no directory {checkpoint!r} under the builder's checkpoint root {root}", reason="CHECKPOINT_NOT_FOUND"
         )
     return path
-
-
-def _model_name(record: registry.NameRecord) -> ModelName:
-    return ModelName(name=record.name, sequence=record.sequence, engine_id=record.engine_id)

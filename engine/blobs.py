@@ -1,6 +1,7 @@
 """Content-addressed files: describe, put, and read back verified, in parallel."""
 
 import hashlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,8 +89,7 @@ def read_into(
 
     def fetch(ref: FileRef, buffer: memoryview, index: int) -> int:
         part = buffer[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE]
-        store.read_into(blob_key(ref.digest), index * CHUNK_SIZE, part)
-        if hashlib.sha256(part).hexdigest() != ref.chunks[index]:
+        if not _fill(store, ref, index, part):
             raise DataLoss(
                 f"{ref.name} ({ref.digest[:12]}) in {store.url} is damaged: chunk {index} (from byte "
                 f"{index * CHUNK_SIZE}) does not match its digest. Delete the blob and build the engine again",
@@ -108,3 +108,48 @@ def read_into(
         finally:
             for pending in reads:
                 pending.cancel()
+
+
+def check_chunks(
+    store: Store, files: list[FileRef], progress: Callable[[int], None] | None = None
+) -> list[tuple[FileRef, int, bool]]:
+    """Reads whole files and keeps nothing of them: each chunk of each file, by number, and whether it is as it should be.
+
+    Chunks are read in parallel, with some 256 MiB of memory for any size of the files.
+
+    Args:
+        progress: called with the bytes of each chunk that was read.
+
+    Raises:
+        NotFound: a blob is missing.
+    """
+    own = threading.local()
+
+    def check(ref: FileRef, index: int) -> tuple[FileRef, int, bool]:
+        if not hasattr(own, "buffer"):
+            own.buffer = bytearray(CHUNK_SIZE)
+        part = memoryview(own.buffer)[: min(CHUNK_SIZE, ref.size - index * CHUNK_SIZE)]
+        try:
+            return ref, index, _fill(store, ref, index, part)
+        except DataLoss:  # it ends before
+            return ref, index, False
+
+    found = []
+    with ThreadPoolExecutor(_PARALLEL_READS, "blob-check") as pool:
+        reads = [pool.submit(check, ref, index) for ref in files for index in range(len(ref.chunks))]
+        try:
+            for done in reads:
+                found.append(done.result())
+                if progress:
+                    ref, index, _ = found[-1]
+                    progress(min(CHUNK_SIZE, ref.size - index * CHUNK_SIZE))
+        finally:
+            for pending in reads:
+                pending.cancel()
+    return found
+
+
+def _fill(store: Store, ref: FileRef, index: int, part: memoryview) -> bool:
+    """Reads a chunk of a file; whether it matches its digest."""
+    store.read_into(blob_key(ref.digest), index * CHUNK_SIZE, part)
+    return hashlib.sha256(part).hexdigest() == ref.chunks[index]

@@ -67,11 +67,18 @@ class Parallelism(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pp_size: int = 1
 
 
-class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one rank runs."""
+class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one rank runs.
+
+    Attributes:
+        native: compiled kernels and plans, which are code and not data: `engine/trust.py` says who may load them.
+    """
 
     program: FileRef
     weights: tuple[FileRef, ...]
+    native: tuple[
+        FileRef, ...
+    ] = ()  # omitted where empty: manifests without keep their bytes, over which signatures are
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,7 +105,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def files(self) -> list[FileRef]:
         """Every file of the engine."""
-        return [file for rank in self.ranks for file in (rank.program, *rank.weights)] + list(self.tokenizer)
+        ranks = [file for rank in self.ranks for file in (rank.program, *rank.weights, *rank.native)]
+        return ranks + list(self.tokenizer)
 
     def weight_bytes(self) -> int:
         """Bytes of weights over all ranks."""

@@ -1,11 +1,17 @@
-"""The `enginehouse` command: what can be typed. What it does is in `enginehouse/commands/`, imported when it is typed."""
+"""The `enginehouse` command: what can be typed. What it does is in `enginehouse/commands/`, imported when it is typed.
+
+The groups about a store (engines, models, keys) are in `enginehouse/registry_cli.py`.
+"""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from engine.errors import EnginehouseError
+from enginehouse.options import check_address, check_addresses, with_data, with_gateway, with_json
+from enginehouse.registry_cli import engines, keys, models
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -55,34 +61,7 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-def _address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is not None:
-        host, _colon, port = value.rpartition(":")
-        if not (host and port.isdigit() and 0 < int(port) < 65536):
-            raise click.BadParameter(f"{value!r} is not HOST:PORT, such as 127.0.0.1:8400")
-    return value
-
-
-def _addresses(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    for value in values:
-        _address(context, parameter, value)
-    return values
-
-
-_data = click.option(
-    "--data",
-    metavar="DIR",
-    help="The data folder: engines, logs, the running cluster.  [default: $ENGINEHOUSE_HOME, ~/.enginehouse]",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _model = click.option("--model", metavar="NAME", help="The model's name.  [default: the only one that is served]")
-_gateway = click.option(
-    "--gateway",
-    metavar="HOST:PORT",
-    envvar="ENGINEHOUSE_GATEWAY",
-    callback=_address,
-    help="The gateway.  [default: $ENGINEHOUSE_GATEWAY, the running cluster's, 127.0.0.1:8400]",
-)
 
 
 def _sampling(max_tokens: str) -> Callable[[_Function], _Function]:
@@ -133,7 +112,7 @@ def main() -> None:
     "--builder",
     metavar="HOST:PORT",
     envvar="ENGINEHOUSE_BUILDER",
-    callback=_address,
+    callback=check_address,
     help="Have it built there, into the builder's store.  [default: $ENGINEHOUSE_BUILDER, else in this process]",
 )
 @click.option(
@@ -152,13 +131,20 @@ def main() -> None:
     "--max-seq-len", type=click.IntRange(min=1), help="Prompt and completion together.  [default: the model's]"
 )
 @click.option("--max-num-tokens", type=click.IntRange(min=1), help="Tokens in one step.  [default: 2048]")
-@_data
-@_json
+@click.option(
+    "--sign-with",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Sign the engine with this private key (enginehouse keys generate FILE), also one that was there already.",
+)
+@with_data
+@with_json
 def build(
     checkpoint: str,
     name: str | None,
     store: str | None,
     builder: str | None,
+    sign_with: Path | None,
     data: str | None,
     as_json: bool,
     **choices: Any,
@@ -170,10 +156,12 @@ def build(
     from enginehouse.commands import build as command
     from enginehouse.home import Home
 
-    if store and builder:
+    if builder and (store or sign_with):
         ctx = click.get_current_context()
         if ctx.get_parameter_source("builder") is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError("--store and --builder exclude each other: a builder has its own store")
+            own = "--store and --builder exclude each other: a builder has its own store"
+            key = "--sign-with and --builder exclude each other: a builder has its own --signing-key"
+            raise click.UsageError(own if store else key)
         builder = None
     command.run(
         checkpoint,
@@ -182,6 +170,7 @@ def build(
         home=Home.find(data),
         store=store,
         builder=builder,
+        sign_with=sign_with,
         as_json=as_json,
     )
 
@@ -198,7 +187,7 @@ def build(
     help="The gateway's port; 0 takes a free one.",
 )
 @click.option("--store", metavar="URL", help="Where engines are kept.  [default: store/ in the data folder]")
-@_data
+@with_data
 def up(
     models: tuple[str, ...],
     executors: int,
@@ -224,12 +213,12 @@ def up(
 @main.command()
 @click.argument("prompt")
 @_model
-@_gateway
+@with_gateway
 @_sampling(max_tokens="128, or what fits")
 @click.option("--token-ids", is_flag=True, help="PROMPT is token ids ('12 345'), and token ids are printed.")
 @click.option("--stats", is_flag=True, help="Say on stderr how fast it was and why it ended.")
-@_json
-@_data
+@with_json
+@with_data
 def generate(
     prompt: str,
     model: str | None,
@@ -257,10 +246,10 @@ def generate(
 
 @main.command()
 @_model
-@_gateway
+@with_gateway
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @_sampling(max_tokens="what fits")
-@_data
+@with_data
 def chat(model: str | None, gateway: str | None, system: str | None, data: str | None, **sampling: Any) -> None:
     """Talk with a model. Ctrl-C ends an answer; /exit, Ctrl-D, or Ctrl-C at the prompt ends the chat."""
     from enginehouse.commands import chat as command
@@ -277,10 +266,10 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     "--executor",
     metavar="HOST:PORT",
     multiple=True,
-    callback=_addresses,
+    callback=check_addresses,
     help="May be repeated; default: the local cluster's.",
 )
-@_data
+@with_data
 def load(engine: str, executors: tuple[str, ...], data: str | None) -> None:
     """Load a model's newest engine into running executors; the gateway then sends its requests there."""
     from enginehouse.commands import load as command
@@ -289,17 +278,6 @@ def load(engine: str, executors: tuple[str, ...], data: str | None) -> None:
     command.run(engine, executors, Home.find(data))
 
 
-@main.command()
-@_gateway
-@click.option("--store", metavar="URL", help="List what this store holds instead of what is served.")
-@_data
-@_json
-def models(gateway: str | None, store: str | None, data: str | None, as_json: bool) -> None:
-    """List the models that are served, or those in a store."""
-    from enginehouse.commands import models as command
-    from enginehouse.home import Home, gateway_address
-
-    if store:
-        command.run_stored(store, as_json=as_json)
-    else:
-        command.run_served(gateway_address(gateway, Home.find(data)), as_json=as_json)
+main.add_command(models)
+main.add_command(engines)
+main.add_command(keys)

@@ -3,13 +3,17 @@
 import argparse
 import sys
 
+from engine.trust import Trust
 from executor_svc.server import ExecutorServicer
 from protos import rpc
 
 
 async def run(arguments: argparse.Namespace) -> None:
     """Loads the engines that were asked for, then serves."""
-    servicer = ExecutorServicer(arguments.store, arguments.device, arguments.kv_memory)
+    Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
+    trust = [option for path in arguments.trusted_keys for option in ("--trusted-keys", path)]
+    trust += ["--trust-native"] if arguments.trust_native else []
+    servicer = ExecutorServicer(arguments.store, arguments.device, arguments.kv_memory, trust)
     try:
         for engine in arguments.engine:
             await servicer.open(engine)
@@ -26,11 +30,24 @@ def main() -> int:
     )
     parser.add_argument("--store", required=True, help="directory or file:// URL that holds the engines")
     parser.add_argument(
-        "--engine", action="append", default=[], help="model name or engine id to load before serving; may be repeated"
+        "--engine",
+        action="append",
+        default=[],
+        help="model name, engine id or its first digits, to load before serving; may be repeated",
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--kv-memory", type=int, help="bytes of KV cache an engine; default: what it can use, up to half of free memory"
+    )
+    parser.add_argument(
+        "--trusted-keys",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="run only engines that one of these public keys has signed: a PEM file or a directory of *.pem; may be repeated",
+    )
+    parser.add_argument(
+        "--trust-native", action="store_true", help="run the native code of engines that nobody trusted has signed"
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")

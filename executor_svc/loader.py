@@ -1,4 +1,4 @@
-"""An engine from the store into memory: fingerprint first, then chunks in parallel, each verified where it will stay."""
+"""An engine from the store into memory: trust, fingerprint, then chunks in parallel, each verified where it will stay."""
 
 import json
 from collections.abc import Callable
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine import blobs, fingerprint, registry
+from engine import blobs, fingerprint
 from engine.errors import DataLoss, FailedPrecondition
 from engine.fingerprint import Node
 from engine.manifest import Manifest
 from engine.program import Program
 from engine.store import Store
+from engine.trust import Trust
 
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64,
@@ -30,20 +31,25 @@ class LoadedEngine:
 
 
 def load_engine(
-    store: Store, engine_id: str, node: Node, progress: Callable[[int, int], None] = lambda *_: None
+    store: Store,
+    engine_id: str,
+    node: Node,
+    progress: Callable[[int, int], None] = lambda *_: None,
+    trust: Trust = Trust(),  # noqa: B008  (frozen)
 ) -> LoadedEngine:
     """Loads an engine of one rank.
 
     Args:
         node: what is here; an engine that needs something else is refused before a byte of it is read.
         progress: called with (bytes done, bytes in all) of weights.
+        trust: whose engines may be used; by default everybody's that hold no native code.
 
     Raises:
         NotFound: no such engine, or a blob of it is missing.
-        FailedPrecondition: it needs what this node has not.
+        FailedPrecondition: it needs what this node has not, or may not be used here (`Trust.admit` says why).
         DataLoss: stored bytes do not match their digest; nothing of them is used.
     """
-    manifest = registry.manifest(store, engine_id)
+    manifest = trust.admit(store, engine_id)
     fingerprint.check(engine_id, manifest.source, manifest.fingerprint, node)
     if len(manifest.ranks) != 1:
         raise FailedPrecondition(

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -25,13 +25,18 @@ log = logging.getLogger(__name__)
 
 
 class ExecutorServicer:
-    """The Executor service over any number of engines, a worker process each."""
+    """The Executor service over any number of engines, a worker process each.
 
-    def __init__(self, store_url: str, device: str, kv_memory: int | None) -> None:
+    Args:
+        trust: options of the workers that say which engines they may use.
+    """
+
+    def __init__(self, store_url: str, device: str, kv_memory: int | None, trust: Sequence[str] = ()) -> None:
         self._store: Store = open_store(store_url)
         self._device = device
         self._arguments = ["--store", store_url, "--device", device]
         self._arguments += ["--kv-memory", str(kv_memory)] if kv_memory else []
+        self._arguments += trust
         self._workers: dict[str, WorkerProcess] = {}
         self._clients: dict[int, Client] = {}
         self._wanted: set[str] = set()  # engines that have been loaded and not unloaded

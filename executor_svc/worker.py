@@ -17,6 +17,7 @@ from engine.backends import open_store
 from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.fingerprint import Node
 from engine.manifest import Manifest
+from engine.trust import Trust
 from executor_svc.core import Batch, Finish, Reason, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.intake import to_sequence
@@ -201,6 +202,8 @@ def main() -> int:
     parser.add_argument("--engine-id", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--kv-memory", type=int)
+    parser.add_argument("--trusted-keys", action="append", default=[])
+    parser.add_argument("--trust-native", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when the end is; it closes the socket
@@ -223,7 +226,8 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     def progress(done: int, total: int) -> None:
         front.send(FromWorker(progress=LoadEngineProgress(bytes_done=done, bytes_total=total)).SerializeToString())
 
-    loaded = load_engine(open_store(arguments.store), arguments.engine_id, this_node(arguments.device), progress)
+    trust = Trust.of_files(arguments.trusted_keys, arguments.trust_native)
+    loaded = load_engine(open_store(arguments.store), arguments.engine_id, this_node(arguments.device), progress, trust)
     weights = {name: tensor.to(arguments.device) for name, tensor in loaded.weights.items()}
     runner = TorchRunner(
         loaded.program, weights, loaded.manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory

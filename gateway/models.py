@@ -92,8 +92,7 @@ class Models:
 
     def _read_name(self, name: str) -> tuple[str, ...]:
         """The engines that a name stands for and has stood for lately, newest first."""
-        records = registry.history(self._store, name, last=_KEPT_HISTORY) or [registry.resolve(self._store, name)]
-        return tuple(record.engine_id for record in reversed(records))
+        return tuple(registry.recent_engines(self._store, name, _KEPT_HISTORY))
 
     def _read_engine(self, engine_id: str) -> _Engine:
         manifest = registry.manifest(self._store, engine_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engine import registry
+from engine import registry, signing
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, Unavailable
 from enginehouse.client import BuilderClient, is_loopback
@@ -78,15 +78,20 @@ def run(
     home: Home,
     store: str | None,
     builder: str | None,
+    sign_with: Path | None = None,
     as_json: bool,
 ) -> None:
-    """Builds, or has it built when `builder` is given, and says what came of it."""
+    """Builds, or has it built when `builder` is given, and says what came of it.
+
+    Args:
+        sign_with: a private key, with which an engine that is built here is signed.
+    """
     console = stderr()
     name = registry.check_name(name) if name else default_name(checkpoint)
     if builder:
         result = asyncio.run(_build_there(checkpoint, choices, name, builder, console))
     else:
-        result = _build_here(Path(checkpoint).expanduser(), choices, name, home, store, console)
+        result = _build_here(Path(checkpoint).expanduser(), choices, name, home, store, sign_with, console)
     if as_json:
         print(
             json.dumps(
@@ -191,8 +196,15 @@ def _path_there(checkpoint: str, address: str) -> str:
 
 
 def _build_here(
-    checkpoint: Path, choices: Choices, name: str, home: Home, store_url: str | None, console: Console
+    checkpoint: Path,
+    choices: Choices,
+    name: str,
+    home: Home,
+    store_url: str | None,
+    sign_with: Path | None,
+    console: Console,
 ) -> Result:
+    private = signing.load_private(sign_with) if sign_with else None  # a bad key file is told before the work
     began = time.monotonic()  # with the seconds that the import of torch takes: the person waits for them, too
     try:
         from builder_svc.options import BuildOptions
@@ -213,6 +225,8 @@ def _build_here(
     except KeyboardInterrupt:
         console.print("interrupted")
         raise
+    if private:  # before the name: who finds the engine by it finds it signed
+        signing.sign(store, built.manifest.engine_id, private)
     registry.set_name(store, name, built.manifest.engine_id)
     size = sum(file.size for file in built.manifest.files())
     return Result(name, built.manifest.engine_id, built.reused, time.monotonic() - began, size)

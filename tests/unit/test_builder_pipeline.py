@@ -13,11 +13,13 @@ from builder_svc import weights
 from builder_svc.checkpoint.digests import file_digests
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build, build_identity, make_program, read_model
+from engine import gc, inventory
 from engine.blobs import blob_key, read
 from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from engine.fingerprint import Node
 from engine.manifest import engine_id
 from engine.opset import OPERATORS
+from engine.registry import missing_files
 from engine.store import Store
 from executor_svc.loader import load_engine
 
@@ -325,3 +327,33 @@ def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     assert file_digests([file], cache=cache) == {"f": "remembered"}
     file.write_bytes(b"other")
     assert file_digests([file], cache=cache)["f"] not in ("remembered", first["f"])
+
+
+@pytest.mark.parametrize("moment", [("upload", 1), ("publish", 0)])
+def test_a_build_that_finds_old_blobs_loses_none_to_a_garbage_collection(
+    checkpoint: Path, store: Store, moment: tuple[str, int]
+) -> None:
+    first = build(checkpoint, store).manifest
+    inventory.remove_engine(store, first.engine_id)
+    collected = []
+
+    def progress(phase: str, done: int, *_: object) -> None:
+        if phase == moment[0] and bool(done) == bool(moment[1]):
+            collected.append(gc.collect(store, grace=0).deleted.count)
+
+    second = build(checkpoint, store, progress=progress)
+    assert collected
+    assert not any(collected)
+    assert (second.reused, second.manifest.files()) == (False, first.files())
+    assert missing_files(store, second.manifest) == []
+    assert keys(store, "pins/") == keys(store, "gc/") == []
+
+
+def test_a_build_that_fails_leaves_no_pin(checkpoint: Path, store: Store) -> None:
+    def fail(phase: str, *_: object) -> None:
+        if phase == "publish":
+            raise InvalidArgument("enough")
+
+    with pytest.raises(InvalidArgument, match="enough"):
+        build(checkpoint, store, progress=fail)
+    assert keys(store, "pins/") == keys(store, "engines/") == []

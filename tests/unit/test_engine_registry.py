@@ -1,14 +1,18 @@
 """Engines by id and by name, on every backend of the `store` fixture."""
 
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import msgspec
 import pytest
 
-from engine import registry
+from engine import names, registry
 from engine.blobs import describe, put_bytes
-from engine.errors import DataLoss, InvalidArgument, NotFound
+from engine.directory import DirectoryStore
+from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from engine.fingerprint import Fingerprint
 from engine.manifest import Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
 from engine.store import Store
@@ -109,8 +113,10 @@ def test_a_manifest_under_another_engines_id_is_data_loss(store: Store):
 def test_a_name_stands_for_the_engine_it_was_given_last(store: Store):
     first, second = publish(store, 1), publish(store, 2)
     assert registry.latest(store, "demo") is None
-    assert registry.set_name(store, "demo", first) == registry.NameRecord("demo", 1, first)
-    assert registry.set_name(store, "demo", second) == registry.NameRecord("demo", 2, second)
+    for sequence, engine in ((1, first), (2, second)):
+        record = registry.set_name(store, "demo", engine)
+        assert (record.name, record.sequence, record.engine_id) == ("demo", sequence, engine)
+        assert abs(datetime.fromisoformat(record.created) - datetime.now(UTC)) < timedelta(minutes=1)
     assert registry.resolve(store, "demo").engine_id == second
     assert registry.set_name(store, "demo", first).sequence == 3
     assert [(record.sequence, record.engine_id) for record in registry.history(store, "demo")] == [
@@ -130,7 +136,8 @@ def test_the_tenth_change_comes_after_the_ninth(store: Store):
     engines = [publish(store, 1), publish(store, 2)]
     for turn in range(12):
         registry.set_name(store, "demo", engines[turn % 2])
-    assert registry.resolve(store, "demo") == registry.NameRecord("demo", 12, engines[1])
+    last = registry.resolve(store, "demo")
+    assert (last.sequence, last.engine_id) == (12, engines[1])
     assert [record.sequence for record in registry.history(store, "demo")] == list(range(1, 13))
 
 
@@ -189,3 +196,220 @@ def test_two_writers_of_one_name_lose_nothing(store: Store):
     history = registry.history(store, "demo")
     assert [record.sequence for record in history] == list(range(1, 31))
     assert sorted(records, key=lambda record: record.sequence) == history
+
+
+def test_a_record_without_a_time_is_read(store: Store):
+    engine = publish(store)
+    store.create("models/demo/0000000001.json", f'{{"name":"demo","sequence":1,"engine_id":"{engine}"}}'.encode())
+    assert registry.resolve(store, "demo") == registry.NameRecord("demo", 1, engine, "")
+
+
+def test_what_is_no_record_is_no_name(store: Store):
+    registry.set_name(store, "demo", publish(store))
+    store.create("models/demo/README.md", b"x")
+    store.create("models/other/notes/0000000001.json", b"x")
+    assert registry.names(store) == ["demo"]
+    assert registry.resolve(store, "demo").sequence == 1
+
+
+def test_a_damaged_record_hides_no_other_name(store: Store):
+    registry.set_name(store, "demo", publish(store))
+    store.create("models/bad/0000000001.json", b"{")
+    assert registry.names(store) == ["bad", "demo"]
+    for read in (lambda: registry.resolve(store, "bad"), lambda: registry.named(store)):
+        with pytest.raises(DataLoss, match="models/bad/0000000001.json"):
+            read()
+
+
+class CountingStore(DirectoryStore):
+    """Counts listings and reads."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.calls: Counter[str] = Counter()
+
+    def list(self, prefix: str):
+        self.calls["list"] += 1
+        return super().list(prefix)
+
+    def read(self, key: str) -> bytes:
+        self.calls["read"] += 1
+        return super().read(key)
+
+
+def test_names_are_one_listing_and_a_record_each(tmp_path: Path):
+    store = CountingStore(tmp_path)
+    engines = [publish(store, 1), publish(store, 2)]
+    for turn in range(4):
+        for name in ("a", "b", "c"):
+            registry.set_name(store, name, engines[turn % 2])
+    store.calls.clear()
+    assert registry.names(store) == ["a", "b", "c"]
+    assert store.calls == {"list": 1, "read": 3}
+
+
+# An engine by what a person types
+
+
+def ids_that_begin_alike(store: Store, digits: int) -> tuple[str, str]:
+    """Manifests whose ids share their first digits, made by changing what `engine_ids` sees: keys alone decide."""
+    first = publish(store, 1)
+    second = first[:digits] + ("0" if first[digits] != "0" else "1") + first[digits + 1 :]
+    store.create(f"engines/{second}.json", b"{}")
+    return first, second
+
+
+def test_an_engine_is_found_by_id_prefix_or_name(store: Store):
+    engine, other = publish(store, 1), publish(store, 2)
+    registry.set_name(store, "demo", engine)
+    for text in (engine, engine[:6], engine[:63], "demo"):
+        assert registry.find_engine(store, text) == engine
+    assert registry.find_engine(store, other[:6]) == other
+
+
+def test_a_short_or_unknown_prefix_is_not_found(store: Store):
+    engine = publish(store)
+    registry.set_name(store, "demo", engine)
+    for text in (engine[:5], "0" * 6, engine[:6].upper() + "Z"):
+        with pytest.raises(NotFound, match=f"no model '{text}'.*there are: demo"):
+            registry.find_engine(store, text)
+    with pytest.raises(NotFound, match="no engine 000000000000"):
+        registry.find_engine(store, "0" * 64)
+
+
+def test_an_ambiguous_prefix_names_the_candidates(store: Store):
+    first, second = ids_that_begin_alike(store, 8)
+    with pytest.raises(InvalidArgument) as caught:
+        registry.find_engine(store, first[:8])
+    assert caught.value.reason == "ENGINE_AMBIGUOUS"
+    assert first in caught.value.message
+    assert second in caught.value.message
+    assert registry.find_engine(store, first[:9]) == first
+
+
+def test_a_name_wins_over_a_prefix_but_not_over_an_id(store: Store):
+    engine, other = publish(store, 1), publish(store, 2)
+    for name in (engine[:6], engine):
+        registry.set_name(store, name, other)
+    assert registry.find_engine(store, engine[:6]) == other
+    assert registry.find_engine(store, engine[:7]) == engine
+    assert registry.find_engine(store, engine) == engine
+    names.remove_name(store, engine[:6])
+    assert registry.find_engine(store, engine[:6]) == engine
+
+
+# Names that are taken away, changed, taken back
+
+
+def told(store: Store, name: str) -> list[str]:
+    return [record.engine_id for record in registry.history(store, name)]
+
+
+def test_a_removed_name_stands_for_nothing_and_can_be_given_again(store: Store):
+    first, second = publish(store, 1), publish(store, 2)
+    registry.set_name(store, "demo", first)
+    registry.set_name(store, "other", first)
+    removed = names.remove_name(store, "demo")
+    assert (removed.sequence, removed.engine_id) == (2, "")
+    assert registry.names(store) == ["other"]
+    assert [record.name for record in registry.named(store)] == ["other"]
+    for attempt in (lambda: registry.resolve(store, "demo"), lambda: registry.find_engine(store, "demo")):
+        with pytest.raises(NotFound, match="there are: other"):
+            attempt()
+    with pytest.raises(NotFound):
+        names.remove_name(store, "demo")
+    assert registry.set_name(store, "demo", second).sequence == 3
+    assert told(store, "demo") == [first, "", second]
+    assert registry.recent_engines(store, "demo", 3) == [second, first]
+    assert registry.recent_engines(store, "demo", 1) == [second]
+
+
+def test_rename(store: Store):
+    first, second = publish(store, 1), publish(store, 2)
+    registry.set_name(store, "old", first)
+    registry.set_name(store, "taken", second)
+    with pytest.raises(FailedPrecondition, match="'taken' stands for engine") as caught:
+        names.rename(store, "old", "taken")
+    assert caught.value.reason == "MODEL_NAME_TAKEN"
+    with pytest.raises(FailedPrecondition):
+        names.rename(store, "old", "old")
+    with pytest.raises(NotFound):
+        names.rename(store, "no", "new")
+    with pytest.raises(InvalidArgument):
+        names.rename(store, "old", "a/b")
+    assert registry.names(store) == ["old", "taken"]
+    assert names.rename(store, "old", "new").engine_id == first
+    assert registry.names(store) == ["new", "taken"]
+    assert told(store, "old") == [first, ""]
+    assert names.rename(store, "new", "old").sequence == 3
+    assert registry.names(store) == ["old", "taken"]
+
+
+def test_a_rename_never_takes_away_what_was_given_meanwhile(tmp_path: Path):
+    class Meddling(DirectoryStore):
+        """Another writer gives the old name to another engine, as soon as the new name is there."""
+
+        def create(self, key: str, data: bytes) -> bool:
+            created = super().create(key, data)
+            if key.startswith("models/new/"):
+                registry.set_name(DirectoryStore(self.root), "old", second)
+            return created
+
+    store = Meddling(tmp_path)
+    first, second = publish(store, 1), publish(store, 2)
+    registry.set_name(store, "old", first)
+    with pytest.raises(Unavailable, match="was changed while it was renamed"):
+        names.rename(store, "old", "new")
+    assert (registry.resolve(store, "old").engine_id, registry.resolve(store, "new").engine_id) == (second, first)
+
+
+def test_rollback(store: Store):
+    engines = [publish(store, variant) for variant in range(3)]
+    for engine in engines:
+        registry.set_name(store, "demo", engine)
+    back = names.rollback(store, "demo")
+    assert (back.sequence, back.engine_id) == (4, engines[1])
+    assert names.rollback(store, "demo", 1).engine_id == engines[0]
+    assert names.rollback(store, "demo", 1).sequence == 5  # it stands for that already
+    assert told(store, "demo") == [*engines, engines[1], engines[0]]
+
+
+def test_rollback_passes_over_engines_that_are_gone_and_brings_a_removed_name_back(store: Store):
+    engines = [publish(store, variant) for variant in range(3)]
+    for engine in engines:
+        registry.set_name(store, "demo", engine)
+    store.delete(f"engines/{engines[1]}.json")
+    with pytest.raises(NotFound, match="no engine"):
+        names.rollback(store, "demo", 2)
+    assert names.rollback(store, "demo").engine_id == engines[0]
+    names.remove_name(store, "demo")
+    assert names.rollback(store, "demo").engine_id == engines[0]
+
+
+def test_rollback_to_nothing(store: Store):
+    with pytest.raises(NotFound, match="no model 'demo'"):
+        names.rollback(store, "demo")
+    registry.set_name(store, "demo", publish(store))
+    with pytest.raises(FailedPrecondition, match="no other engine"):
+        names.rollback(store, "demo")
+    with pytest.raises(NotFound, match="no record 7"):
+        names.rollback(store, "demo", 7)
+    names.remove_name(store, "demo")
+    with pytest.raises(FailedPrecondition, match="stood for nothing in record 2"):
+        names.rollback(store, "demo", 2)
+
+
+def test_a_name_is_not_left_with_an_engine_that_was_removed_meanwhile(tmp_path: Path):
+    class Removing(DirectoryStore):
+        """The engine goes just before the name's record is written."""
+
+        def create(self, key: str, data: bytes) -> bool:
+            if key == "models/demo/0000000001.json":
+                self.delete(f"engines/{engine}.json")
+            return super().create(key, data)
+
+    store = Removing(tmp_path)
+    engine = publish(store)
+    with pytest.raises(NotFound, match="no engine"):
+        registry.set_name(store, "demo", engine)
+    assert registry.names(store) == []

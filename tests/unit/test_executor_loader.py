@@ -1,18 +1,23 @@
 """Loading: the fingerprint before anything, and damaged bytes never used."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
-from engine import blobs
+from engine import blobs, signing
 from engine.blobs import blob_key
 from engine.directory import DirectoryStore
 from engine.errors import DataLoss, FailedPrecondition, NotFound
 from engine.fingerprint import Node
+from engine.trust import Trust
 from executor_svc.loader import load_engine
 from executor_svc.runner import TorchRunner
+from executor_svc.server import ExecutorServicer
 
 NODE = Node("cpu", {"torch": "2.13"})
 
@@ -36,6 +41,55 @@ def test_an_engine_for_another_device_is_refused_before_a_byte_is_read(checkpoin
     assert "needs device 'cuda', this executor runs on 'cpu'" in caught.value.message
     assert f"enginehouse build {checkpoint} --device cpu" in caught.value.message
     assert store.blob_reads == 0
+
+
+def test_an_engine_that_nobody_trusted_has_signed_is_refused_before_a_byte_is_read(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    store, private = CountingStore(tmp_path / "store"), signing.generate(tmp_path / "key")
+    engine, trust = build(checkpoint, store).manifest.engine_id, Trust((private.public,))
+    with pytest.raises(FailedPrecondition) as caught:
+        load_engine(store, engine, NODE, trust=trust)
+    assert caught.value.reason == "ENGINE_UNSIGNED"
+    assert store.blob_reads == 0
+    signing.sign(store, engine, private)
+    assert load_engine(store, engine, NODE, trust=trust).manifest.engine_id == engine
+
+
+def test_native_code_is_refused_by_default_before_a_byte_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    store = CountingStore(tmp_path / "store")
+    built = build(checkpoint, store).manifest
+    native = msgspec.structs.replace(built.ranks[0], native=(blobs.put_bytes(store, "kernel.so", b"code"),))
+    store.replace(f"engines/{built.engine_id}.json", msgspec.structs.replace(built, ranks=(native,)).to_json())
+    with pytest.raises(FailedPrecondition, match="kernel.so") as caught:
+        load_engine(store, built.engine_id, NODE)
+    assert caught.value.reason == "NATIVE_UNTRUSTED"
+    assert store.blob_reads == 0
+    assert load_engine(store, built.engine_id, NODE, trust=Trust(native=True)).weights
+
+
+async def test_an_executor_passes_its_trust_on_to_its_workers(checkpoint: Path, tmp_path: Path) -> None:
+    store, private = DirectoryStore(tmp_path / "store"), signing.generate(tmp_path / "key")
+    (tmp_path / "trusted.pem").write_text(private.public.pem())
+    engine = build(checkpoint, store).manifest.engine_id
+    executor = ExecutorServicer(store.url, "cpu", None, ["--trusted-keys", str(tmp_path / "trusted.pem")])
+    try:
+        with pytest.raises(FailedPrecondition) as caught:
+            await executor.open(engine)
+        assert caught.value.reason == "ENGINE_UNSIGNED"
+        signing.sign(store, engine, private)
+        await executor.open(engine)
+    finally:
+        await executor.close()
+
+
+def test_a_bad_key_file_is_told_at_the_start(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "executor_svc", "--store", tmp_path, "--trusted-keys", tmp_path / "no.pem"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"executor: key file {tmp_path / 'no.pem'} is not readable (No such file or directory)\n",
+    )
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])

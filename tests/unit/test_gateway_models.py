@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gateway_harness import MAX_SEQ_LEN, byte_level, cluster, publish
 
-from engine import registry
+from engine import names, registry
 from engine.blobs import blob_key
 from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, NotFound, Unavailable
@@ -65,6 +65,24 @@ async def test_a_name_stays_with_its_engine_until_an_executor_has_the_new_one(
     loaded.add(second)
     assert (await models.get("demo")).engine_id == second
     loaded.clear()
+    assert (await models.get("demo")).engine_id == second
+
+
+async def test_a_removed_name_is_not_found_and_given_again_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.models._NAME_TTL", 0.0)
+    store, loaded = DirectoryStore(tmp_path), set()
+    models = Models(store, lambda engine_id: int(engine_id in loaded))
+    first, second = publish(store, "demo"), publish(store, "other", template=None)
+    loaded.add(first)
+    names.remove_name(store, "demo")
+    with pytest.raises(NotFound, match="there are: other"):
+        await models.get("demo")
+    assert [model.name for model in await models.list()] == ["other"]
+    registry.set_name(store, "demo", second)
+    assert (await models.get("demo")).engine_id == first  # what stood between is skipped
+    loaded.add(second)
     assert (await models.get("demo")).engine_id == second
 
 
