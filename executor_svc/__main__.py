@@ -9,7 +9,7 @@ from protos import rpc
 
 async def run(arguments: argparse.Namespace) -> None:
     """Loads the engines that were asked for, then serves."""
-    servicer = ExecutorServicer(arguments.store, arguments.device, arguments.kv_memory)
+    servicer = ExecutorServicer(arguments.store, arguments.device, arguments.kv_memory, arguments.max_waiting)
     try:
         for engine in arguments.engine:
             await servicer.open(engine)
@@ -17,6 +17,12 @@ async def run(arguments: argparse.Namespace) -> None:
         await servicer.close()
         raise
     await rpc.serve("executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of requests: give 0 or more")
+    return int(text)
 
 
 def main() -> int:
@@ -31,6 +37,13 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--kv-memory", type=int, help="bytes of KV cache an engine; default: what it can use, up to half of free memory"
+    )
+    parser.add_argument(
+        "--max-waiting",
+        type=_count,
+        metavar="N",
+        help="requests of an engine that may wait beside those that run, more are refused; "
+        "default: 16 times its max_batch_size, at least 1024",
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 from typing import Any
@@ -27,11 +28,12 @@ log = logging.getLogger(__name__)
 class ExecutorServicer:
     """The Executor service over any number of engines, a worker process each."""
 
-    def __init__(self, store_url: str, device: str, kv_memory: int | None) -> None:
+    def __init__(self, store_url: str, device: str, kv_memory: int | None, max_waiting: int | None = None) -> None:
         self._store: Store = open_store(store_url)
         self._device = device
         self._arguments = ["--store", store_url, "--device", device]
         self._arguments += ["--kv-memory", str(kv_memory)] if kv_memory else []
+        self._arguments += ["--max-waiting", str(max_waiting)] if max_waiting is not None else []
         self._workers: dict[str, WorkerProcess] = {}
         self._clients: dict[int, Client] = {}
         self._wanted: set[str] = set()  # engines that have been loaded and not unloaded
@@ -111,7 +113,7 @@ class ExecutorServicer:
         worker = self._worker(request.engine_id)
         usage = Usage()
         with self._client() as client:
-            worker.send(ToWorker(client=client.number, submit=request))
+            worker.send(ToWorker(client=client.number, submit=request, arrived=time.monotonic()))
             async for data in client.outputs():
                 step = pb.StepOutput.FromString(data)
                 if step.HasField("engine_lost") and step.engine_lost.engine_id == request.engine_id:
@@ -150,7 +152,7 @@ class ExecutorServicer:
                     client.put(pb.StepOutput(failed=[failed]).SerializeToString())
                     continue
                 used.add(worker)
-                worker.send(ToWorker(client=client.number, submit=command.submit))
+                worker.send(ToWorker(client=client.number, submit=command.submit, arrived=time.monotonic()))
             elif kind == "cancel":
                 for worker in used:
                     worker.send(ToWorker(client=client.number, cancel=command.cancel))

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine import errors
@@ -112,6 +113,20 @@ async def test_an_error_goes_through_the_wire_whole(
     assert type(error) is kind
     assert (error.code, error.reason, error.message) == (kind.code, "SOME_REASON", "what and how, ä\n%")
     assert error.metadata == {"build_id": "7", "ü": "ö"}
+
+
+@pytest.mark.parametrize("seconds", [None, 0.0, 1.5, 60.0])
+async def test_when_to_retry_goes_through_the_wire_as_retry_info(
+    channel: grpc.aio.Channel, builder: Builder, seconds: float | None
+):
+    builder.error = errors.ResourceExhausted("full", reason="QUEUE_FULL", retry_after=seconds)
+    with pytest.raises(grpc.RpcError) as caught:
+        await builder_pb2_grpc.BuilderStub(channel).GetBuild(builder_pb2.GetBuildRequest())
+    details = status_pb2.Status.FromString(dict(caught.value.trailing_metadata())["grpc-status-details-bin"]).details
+    kinds = [detail.TypeName().removeprefix("google.rpc.") for detail in details]
+    assert kinds == ["ErrorInfo"] + ["RetryInfo"] * (seconds is not None)
+    for error in (rpc.from_rpc_error(caught.value), rpc.from_failure(rpc.to_failure(builder.error))):
+        assert (error.reason, error.retry_after) == ("QUEUE_FULL", seconds)
 
 
 async def test_the_status_is_a_plain_grpc_status_too(channel: grpc.aio.Channel, builder: Builder):
