@@ -22,7 +22,10 @@ class Fields:
     def require(self, name: str, kind: type[T]) -> T:
         """The field. Raises InvalidArgument if it is missing, null or of another type; an int will do for a float."""
         if self.values.get(name) is None:
-            raise InvalidArgument(f"{self.where} has no {name!r}", reason="CONFIG_FIELD_MISSING")
+            raise InvalidArgument(
+                f"{self.where} has no {name!r}: add it, or take the file that belongs to these weights",
+                reason="CONFIG_FIELD_MISSING",
+            )
         value = self.values[name]
         if kind is float and type(value) is int:
             value = float(value)
