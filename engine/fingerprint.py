@@ -53,7 +53,8 @@ def mismatches(needs: Fingerprint, node: Node) -> list[str]:
             "own or an older release"
         )
     if needs.compute_capability not in (None, node.compute_capability):
-        found.append(f"it needs compute capability {needs.compute_capability}, this GPU has {node.compute_capability}")
+        here = f"this GPU has {node.compute_capability}" if node.compute_capability else "this node has no NVIDIA GPU"
+        found.append(f"it needs compute capability {needs.compute_capability}, {here}")
     if needs.driver_floor and _version(node.driver) < _version(needs.driver_floor):
         found.append(f"it needs NVIDIA driver {needs.driver_floor} or newer, this node has {node.driver}")
     return found

@@ -132,12 +132,21 @@ class ExecutorServicer:
 
     async def Run(self, requests: AsyncIterator[pb.Command], _context: Any) -> AsyncIterator[bytes]:
         with self._client() as client:
-            commands = asyncio.create_task(self._forward(requests, client))
+            commands = asyncio.create_task(self._take(requests, client))
             try:
                 async for output in client.outputs():
                     yield output
             finally:
                 commands.cancel()
+
+    async def _take(self, commands: AsyncIterator[pb.Command], client: Client) -> None:
+        """What goes wrong with a stream's commands ends the stream: nobody would wait for this task."""
+        try:
+            await self._forward(commands, client)
+        except Exception as error:
+            if not isinstance(error, EnginehouseError):
+                log.exception("the commands of client %d", client.number)
+            client.fail(from_failure(to_failure(error)))
 
     async def _forward(self, commands: AsyncIterator[pb.Command], client: Client) -> None:
         """Hands a stream's commands to the workers until the client has no more."""

@@ -10,11 +10,12 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from engine.errors import EnginehouseError, Internal, Unavailable
+from engine.errors import EnginehouseError, Internal, InvalidArgument, Unavailable
 from protos.v1.common_pb2 import Failure
 
 DOMAIN = "enginehouse"
@@ -110,10 +111,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 log.exception("%s failed", method)
             await abort(context, error)
 
+        read = _reader(handler)
+
         def unary(inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
             async def call(request: Any, context: Any) -> Any:
                 try:
-                    return await inner(request, context)
+                    return await inner(read(request), context)
                 except Exception as error:
                     return await fail(context, error)
 
@@ -122,7 +125,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def stream(inner: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
             async def call(request: Any, context: Any) -> AsyncIterator[Any]:
                 try:
-                    async with aclosing(inner(request, context)) as responses:  # a lost call ends the servicer's, too
+                    async with aclosing(
+                        inner(read(request), context)
+                    ) as responses:  # a lost call ends the servicer's, too
                         async for response in responses:
                             yield response
                 except Exception as error:
@@ -135,7 +140,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
         wrap = stream if handler.response_streaming else unary
         make = getattr(grpc, f"{shape}_rpc_method_handler")
-        return make(wrap(getattr(handler, shape)), handler.request_deserializer, handler.response_serializer)
+        return make(wrap(getattr(handler, shape)), None, handler.response_serializer)
+
+
+def _reader(handler: Any) -> Callable[[Any], Any]:
+    """Makes messages of what a call's handler is given, bytes or a stream of them. Raises InvalidArgument for what is none.
+
+    grpc would do it before the handler, and end the call with UNKNOWN.
+    """
+
+    def read(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as error:
+            raise InvalidArgument(
+                f"the request cannot be read ({error}): check the client's .proto files, and that its texts are UTF-8",
+                reason="REQUEST_MALFORMED",
+            ) from None
+
+    async def each(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in stream:
+            yield read(data)
+
+    return each if handler.request_streaming else read
 
 
 async def serve(

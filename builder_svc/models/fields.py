@@ -1,5 +1,6 @@
 """Reading fields of somebody else's JSON, with errors that name the file and the field."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -32,6 +33,10 @@ class Fields:
         if type(value) is not kind:
             raise InvalidArgument(
                 f"{self.where}: {name!r} is {value!r}, expected {kind.__name__}", reason="CONFIG_FIELD_INVALID"
+            )
+        if isinstance(value, float) and not math.isfinite(value):  # Python's JSON has NaN and Infinity
+            raise InvalidArgument(
+                f"{self.where}: {name!r} is {value}, expected a finite number", reason="CONFIG_FIELD_INVALID"
             )
         return value  # type: ignore[no-any-return]
 

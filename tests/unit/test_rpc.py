@@ -173,6 +173,20 @@ async def test_a_stream_of_streams_fails_too(channel: grpc.aio.Channel):
     assert (await failed(drained(stream))).reason == "NO_MORE"
 
 
+async def test_what_is_no_message_is_an_invalid_argument(channel: grpc.aio.Channel):
+    name = "/enginehouse.v1.Builder/"
+    error = await failed(channel.unary_unary(f"{name}GetBuild")(b"\x0a\x02\xff\xfe"))  # a text that is no UTF-8
+    assert (type(error), error.reason) == (errors.InvalidArgument, "REQUEST_MALFORMED")
+    assert "UTF-8" in error.message and "check the client's .proto files" in error.message
+    error = await failed(drained(channel.unary_stream(f"{name}WatchBuild")(b"\xff")))
+    assert (type(error), error.reason) == (errors.InvalidArgument, "REQUEST_MALFORMED")
+    stream = channel.stream_stream("/enginehouse.v1.Executor/Run")()
+    for data in (b"", b"\xff"):
+        await stream.write(data)
+    assert await stream.read() == b"", "what came before is answered"
+    assert (await failed(drained(stream))).reason == "REQUEST_MALFORMED"
+
+
 async def test_calls_that_do_not_fail_are_left_alone(channel: grpc.aio.Channel):
     stub = builder_pb2_grpc.BuilderStub(channel)
     assert (await stub.GetBuild(builder_pb2.GetBuildRequest(build_id="7"))).build_id == "7"
