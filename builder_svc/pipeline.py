@@ -141,7 +141,10 @@ def read_model(checkpoint: Path, options: BuildOptions) -> Model:
     longest = config.max_position_embeddings
     max_seq_len = options.max_seq_len or longest
     if max_seq_len > longest:
-        raise InvalidArgument(f"max_seq_len is {max_seq_len}, more than the model's {longest} positions")
+        raise InvalidArgument(
+            f"max_seq_len is {max_seq_len}, more than the model's {longest} positions: give at most {longest}",
+            reason="MAX_SEQ_LEN_INVALID",
+        )
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if options.device == "cpu" else opened.dtype()

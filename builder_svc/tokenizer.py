@@ -37,11 +37,14 @@ def normalize(path: Path, vocab_size: int) -> NormalizedTokenizer:
     try:
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception
-        raise InvalidArgument(f"{file} is no tokenizer: {error}", reason="TOKENIZER_INVALID") from None
+        raise InvalidArgument(
+            f"{file} is no tokenizer ({error}): download it again", reason="TOKENIZER_INVALID"
+        ) from None
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise InvalidArgument(
-            f"{file} has token id {largest}, but the model's vocab_size is {vocab_size}: they do not belong together",
+            f"{file} has token id {largest}, but the model's vocab_size is {vocab_size}: they do not belong together, "
+            "take the tokenizer.json of these weights",
             reason="TOKENIZER_MISMATCH",
         )
     config_file = path / "tokenizer_config.json"

@@ -37,7 +37,9 @@ def check_weights(checkpoint: HuggingFaceCheckpoint, names: Mapping[str, tuple[s
         for name, shape in shapes.items():
             if shape is None:
                 raise InvalidArgument(
-                    f"{checkpoint.path} has no tensor {name!r}, which its config.json implies", reason="TENSOR_MISSING"
+                    f"{checkpoint.path} has no tensor {name!r}, which its config.json implies: download the weights that belong "
+                    "to it",
+                    reason="TENSOR_MISSING",
                 )
             if shape[1:] != expected[1:]:
                 raise _mismatch(name, shape, (*((-1,) if len(theirs) > 1 else expected[:1]), *expected[1:]))
@@ -53,7 +55,8 @@ def check_weights(checkpoint: HuggingFaceCheckpoint, names: Mapping[str, tuple[s
             and not (name == "lm_head.weight" and "lm_head.weight" not in names)
         ):
             raise InvalidArgument(
-                f"{checkpoint.path} holds tensor {name!r}, for which its config.json has no place",
+                f"{checkpoint.path} holds tensor {name!r}, for which its config.json has no place: take the config.json of these "
+                "weights",
                 reason="TENSOR_UNEXPECTED",
             )
 
@@ -61,7 +64,8 @@ def check_weights(checkpoint: HuggingFaceCheckpoint, names: Mapping[str, tuple[s
 def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> InvalidArgument:
     wanted = ", ".join("any" if size < 0 else str(size) for size in expected)
     return InvalidArgument(
-        f"tensor {name!r} has shape {list(shape)}, config.json implies [{wanted}]", reason="TENSOR_SHAPE_MISMATCH"
+        f"tensor {name!r} has shape {list(shape)}, config.json implies [{wanted}]: take the config.json of these weights",
+        reason="TENSOR_SHAPE_MISMATCH",
     )
 
 

@@ -135,7 +135,7 @@ def check_chunks(
             return ref, index, False
 
     found = []
-    with ThreadPoolExecutor(_PARALLEL_READS, "blob-check") as pool:
+    with ThreadPoolExecutor(PARALLEL_READS, "blob-check") as pool:
         reads = [pool.submit(check, ref, index) for ref in files for index in range(len(ref.chunks))]
         try:
             for done in reads:

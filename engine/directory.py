@@ -42,7 +42,8 @@ class DirectoryStore(Store):
                 count = file.readinto(buffer[done:])
                 if not count:
                     end = f"ends at byte {offset + done}, expected {offset + len(buffer)}"
-                    raise DataLoss(f"{key} in {self.root} {end}", reason="OBJECT_TRUNCATED")
+                    fix = "delete it and build the engine again"
+                    raise DataLoss(f"{key} in {self.root} {end}: {fix}", reason="OBJECT_TRUNCATED")
                 done += count
 
     def size(self, key: str) -> int | None:

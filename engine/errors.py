@@ -14,6 +14,7 @@ class EnginehouseError(Exception):
         reason: what went wrong in UPPER_SNAKE_CASE, stable for programs (google.rpc.ErrorInfo.reason).
         message: names the value and the fix, for a person.
         metadata: further facts for programs (google.rpc.ErrorInfo.metadata).
+        retry_after: seconds after which the same call may succeed (google.rpc.RetryInfo); None where nobody can say.
     """
 
     code = 2  # UNKNOWN
@@ -26,11 +27,13 @@ class EnginehouseError(Exception):
         reason: str | None = None,
         metadata: Mapping[str, str] | None = None,
         code: int | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or self.default_reason
         self.metadata = dict(metadata or {})
+        self.retry_after = retry_after
         if code is not None:
             self.code = code
 

@@ -1,5 +1,7 @@
 """What an engine needs of a node, and whether a node has it: decided before a byte of the engine is downloaded."""
 
+import shlex
+
 import msgspec
 
 from engine.errors import FailedPrecondition
@@ -46,21 +48,30 @@ def mismatches(needs: Fingerprint, node: Node) -> list[str]:
     if needs.device != node.device:
         found.append(f"it needs device {needs.device!r}, this executor runs on {node.device!r}")
     if needs.opset_version > node.opset_version:
-        found.append(f"it needs operator set {needs.opset_version}, this executor has {node.opset_version}")
+        found.append(
+            f"it needs operator set {needs.opset_version}, this executor has {node.opset_version} and takes engines of its "
+            "own or an older release"
+        )
     if needs.compute_capability not in (None, node.compute_capability):
-        found.append(f"it needs compute capability {needs.compute_capability}, this GPU has {node.compute_capability}")
+        here = f"this GPU has {node.compute_capability}" if node.compute_capability else "this node has no NVIDIA GPU"
+        found.append(f"it needs compute capability {needs.compute_capability}, {here}")
     if needs.driver_floor and _version(node.driver) < _version(needs.driver_floor):
         found.append(f"it needs NVIDIA driver {needs.driver_floor} or newer, this node has {node.driver}")
     return found
 
 
-def check(engine_id: str, source: str, needs: Fingerprint, node: Node) -> None:
-    """Raises FailedPrecondition that says what the engine needs, what the node has and which build would fit."""
+def check(engine_id: str, source: str, needs: Fingerprint, node: Node, store: str = "") -> None:
+    """Raises FailedPrecondition that says what the engine needs, what the node has and which build would fit.
+
+    Args:
+        source: the checkpoint that the engine was built of.
+        store: the URL of the store that the node loads from.
+    """
     found = mismatches(needs, node)
     if found:
+        command = ["enginehouse", "build", source, "--device", node.device, *(["--store", store] if store else [])]
         raise FailedPrecondition(
-            f"engine {engine_id[:12]} cannot run here: {'; '.join(found)}. "
-            f"Build one that fits: enginehouse build {source} --device {node.device}",
+            f"engine {engine_id[:12]} cannot run here: {'; '.join(found)}. Build one that fits: {shlex.join(command)}",
             reason="ENGINE_FINGERPRINT_MISMATCH",
             metadata={"engine_id": engine_id},
         )

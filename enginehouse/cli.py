@@ -15,6 +15,8 @@ from enginehouse.registry_cli import engines, keys, models
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+_MOST = 2**32 - 1  # that the wire's numbers hold
+
 
 class _Failure(click.ClickException):
     def show(self, file: Any = None) -> None:
@@ -68,11 +70,11 @@ def _sampling(max_tokens: str) -> Callable[[_Function], _Function]:
     options = [
         click.option(
             "--max-tokens",
-            type=click.IntRange(min=1),
+            type=click.IntRange(1, _MOST),
             help=f"Tokens to generate at most.  [default: {max_tokens}]",
         ),
         click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: 1]"),
-        click.option("--top-k", type=click.IntRange(min=0), help="Choose among the k most probable tokens."),
+        click.option("--top-k", type=click.IntRange(0, _MOST), help="Choose among the k most probable tokens."),
         click.option(
             "--top-p",
             type=click.FloatRange(min=0, max=1, min_open=True),
@@ -126,11 +128,11 @@ def main() -> None:
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the engine will run."
 )
 @click.option("--compute-capability", metavar="X", help="Of the GPU, such as 9.0.  [default: any]")
-@click.option("--max-batch-size", type=click.IntRange(min=1), help="Requests in one step.  [default: 64]")
+@click.option("--max-batch-size", type=click.IntRange(1, _MOST), help="Requests in one step.  [default: 64]")
 @click.option(
-    "--max-seq-len", type=click.IntRange(min=1), help="Prompt and completion together.  [default: the model's]"
+    "--max-seq-len", type=click.IntRange(1, _MOST), help="Prompt and completion together.  [default: the model's]"
 )
-@click.option("--max-num-tokens", type=click.IntRange(min=1), help="Tokens in one step.  [default: 2048]")
+@click.option("--max-num-tokens", type=click.IntRange(1, _MOST), help="Tokens in one step.  [default: 2048]")
 @click.option(
     "--sign-with",
     metavar="FILE",

@@ -99,7 +99,7 @@ class GatewayClient(_Client):
             stop: strings that end the text.
 
         Raises:
-            InvalidArgument: text that is not valid Unicode, and whatever the gateway refuses.
+            InvalidArgument: text that is not valid Unicode, a token id that is none, and whatever the gateway refuses.
         """
         try:
             request = gateway_pb2.GenerateRequest(model=model, sampling=sampling, stopping=stopping, stop=stop)
@@ -110,7 +110,9 @@ class GatewayClient(_Client):
             else:
                 request.token_ids.CopyFrom(TokenIds(ids=prompt))  # type: ignore[arg-type]
         except UnicodeEncodeError as error:
-            raise InvalidArgument(f"text that is not valid Unicode: {error.object[:40]!r}") from None
+            raise not_unicode(error) from None
+        except ValueError as error:
+            raise InvalidArgument(f"{error}: token ids, limits and seeds are numbers of their range, from 0") from None
         return self._replies(self._stub.Generate(request))
 
     async def models(self) -> list[gateway_pb2.Model]:
@@ -157,12 +159,21 @@ class ExecutorClient(_Client):
     def load(self, engine: str) -> AsyncGenerator[executor_pb2.LoadEngineProgress, None]:
         """Loads an engine, by id or by model name; the last message holds its status, ready to serve."""
         is_id = re.fullmatch("[0-9a-f]{64}", engine)
-        request = executor_pb2.LoadEngineRequest(**{"engine_id" if is_id else "model": engine})
+        try:
+            request = executor_pb2.LoadEngineRequest(**{"engine_id" if is_id else "model": engine})
+        except UnicodeEncodeError as error:
+            raise not_unicode(error) from None
         return self._replies(self._stub.LoadEngine(request))
 
     async def status(self) -> executor_pb2.ExecutorStatus:
         """What is loaded, and how busy it is."""
         return await self._reply(self._stub.GetStatus(executor_pb2.GetStatusRequest()))
+
+
+def not_unicode(error: UnicodeEncodeError) -> InvalidArgument:
+    """What to say of text that cannot be sent, such as a command line's bytes that are no UTF-8."""
+    near = error.object[max(error.start - 20, 0) : error.start + 20]
+    return InvalidArgument(f"text that is not valid Unicode, at {near!r}: give it as UTF-8", reason="TEXT_INVALID")
 
 
 def is_loopback(address: str) -> bool:

@@ -11,9 +11,11 @@ from protos import rpc
 async def run(arguments: argparse.Namespace) -> None:
     """Loads the engines that were asked for, then serves."""
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
-    trust = [option for path in arguments.trusted_keys for option in ("--trusted-keys", path)]
-    trust += ["--trust-native"] if arguments.trust_native else []
-    servicer = ExecutorServicer(arguments.store, arguments.device, arguments.kv_memory, trust)
+    options = [option for path in arguments.trusted_keys for option in ("--trusted-keys", path)]
+    options += ["--trust-native"] if arguments.trust_native else []
+    options += ["--kv-memory", str(arguments.kv_memory)] if arguments.kv_memory else []
+    options += ["--max-waiting", str(arguments.max_waiting)] if arguments.max_waiting is not None else []
+    servicer = ExecutorServicer(arguments.store, arguments.device, options)
     try:
         for engine in arguments.engine:
             await servicer.open(engine)
@@ -21,6 +23,12 @@ async def run(arguments: argparse.Namespace) -> None:
         await servicer.close()
         raise
     await rpc.serve("executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of requests: give 0 or more")
+    return int(text)
 
 
 def main() -> int:
@@ -48,6 +56,13 @@ def main() -> int:
     )
     parser.add_argument(
         "--trust-native", action="store_true", help="run the native code of engines that nobody trusted has signed"
+    )
+    parser.add_argument(
+        "--max-waiting",
+        type=_count,
+        metavar="N",
+        help="requests of an engine that may wait beside those that run, more are refused; "
+        "default: 16 times its max_batch_size, at least 1024",
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")

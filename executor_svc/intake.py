@@ -12,8 +12,11 @@ from protos.v1.common_pb2 import SamplingParams
 from protos.v1.executor_pb2 import Submit
 
 
-def to_sequence(client: int, submit: Submit, manifest: Manifest) -> Sequence:
+def to_sequence(client: int, submit: Submit, manifest: Manifest, arrived: float | None = None) -> Sequence:
     """The request as the scheduler wants it.
+
+    Args:
+        arrived: time.monotonic() seconds at which its timeout begins; None is now.
 
     Raises:
         InvalidArgument: names the value and what is allowed.
@@ -23,29 +26,36 @@ def to_sequence(client: int, submit: Submit, manifest: Manifest) -> Sequence:
     prompt, resumed = list(submit.token_ids), list(submit.resume_token_ids)
     if not prompt:
         raise InvalidArgument("the prompt is empty; give at least one token id", reason="PROMPT_EMPTY")
-    for token in (*prompt, *resumed, *submit.stopping.stop_token_ids):
-        if token >= vocab_size:
-            raise InvalidArgument(
-                f"token id {token} is outside the vocabulary of {vocab_size}", reason="TOKEN_ID_INVALID"
-            )
     check_stopping(submit.stopping)
     room = max_seq_len - len(prompt)
     max_tokens = submit.stopping.max_tokens if submit.stopping.HasField("max_tokens") else max(room, 1)
-    if max_tokens > room:
+    if max_tokens > room:  # before the ids: what is far too long is not looked through
+        fix = f"lower max_tokens to at most {room}" if room > 0 else f"shorten it to at most {max_seq_len - 1}"
         raise InvalidArgument(
-            f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the engine's max_seq_len of {max_seq_len}",
+            f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the engine's max_seq_len of {max_seq_len}: "
+            f"{fix}",
             reason="CONTEXT_TOO_LONG",
         )
     if len(resumed) >= max_tokens:
         raise InvalidArgument(
-            f"{len(resumed)} resume_token_ids leave nothing of max_tokens {max_tokens}", reason="MAX_TOKENS_INVALID"
+            f"{len(resumed)} resume_token_ids leave nothing of max_tokens {max_tokens}: they count as completion, raise it",
+            reason="MAX_TOKENS_INVALID",
         )
+    for token in (*prompt, *resumed, *submit.stopping.stop_token_ids):
+        if token >= vocab_size:
+            raise InvalidArgument(
+                f"token id {token} is outside the vocabulary of {vocab_size}: use ids from 0 to {vocab_size - 1}",
+                reason="TOKEN_ID_INVALID",
+            )
     deadline = None
     if submit.HasField("timeout"):
         timeout = submit.timeout.seconds + submit.timeout.nanos / 1e9
-        if timeout <= 0:
-            raise DeadlineExceeded("the request's deadline had passed when it arrived")
-        deadline = time.monotonic() + timeout
+        now = time.monotonic()
+        deadline = (now if arrived is None else arrived) + timeout
+        if timeout <= 0 or deadline <= now:
+            raise DeadlineExceeded(
+                f"the deadline passed before the request was started: give it more time than {timeout:g} s"
+            )
     return Sequence(
         client=client,
         handle=submit.handle,

@@ -50,7 +50,7 @@ def load_engine(
         DataLoss: stored bytes do not match their digest; nothing of them is used.
     """
     manifest = trust.admit(store, engine_id)
-    fingerprint.check(engine_id, manifest.source, manifest.fingerprint, node)
+    fingerprint.check(engine_id, manifest.source, manifest.fingerprint, node, store.url)
     if len(manifest.ranks) != 1:
         raise FailedPrecondition(
             f"engine {engine_id[:12]} is for {len(manifest.ranks)} ranks; this executor runs engines of one",

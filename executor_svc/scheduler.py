@@ -7,12 +7,16 @@ computed again later. Tokens do not depend on any of this: random numbers are co
 """
 
 import heapq
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.errors import Internal, ResourceExhausted
 from executor_svc.core import Batch, Emitted, Finish, Reason, Scheduled, Sequence
+from executor_svc.deadlines import Deadlines
 from executor_svc.kv_cache import KVCache, block_hash
+from executor_svc.pace import Pace
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class SchedulerConfig:
         future_tokens: whether a runner can take as input a token that a batch in flight is still sampling.
         mixed_batches: whether one batch may hold prompts and decodes.
         prefix_cache: whether blocks may be shared between sequences.
-        max_waiting: sequences that wait; one more is refused.
+        max_waiting: sequences beside the max_batch_size that can run; one more is refused.
     """
 
     num_blocks: int
@@ -36,18 +40,25 @@ class SchedulerConfig:
     future_tokens: bool = False
     mixed_batches: bool = True
     prefix_cache: bool = True
-    max_waiting: int = 4096
+    max_waiting: int = 1024
 
 
 class Scheduler:
-    """Sequences come by `add` and leave when their end has been emitted, or by `cancel`.
+    """Sequences come by `add` and leave when their end has been emitted, by `cancel`, or when their deadline passes.
 
     A sequence waits (in a heap by rank) or runs (holding cache blocks). Its blocks are given back when it has ended or was
     preempted AND no batch in flight holds it.
+
+    Args:
+        clock: of the deadlines, in seconds.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
+        self._clock = clock
+        self._deadlines = Deadlines()
+        self._expired: list[Sequence] = []  # ended by their deadline, and nobody was told
+        self._pace = Pace()
         self.cache = KVCache(config.num_blocks, config.block_size)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -78,14 +89,11 @@ class Scheduler:
         """Queues a new sequence.
 
         Raises:
-            ResourceExhausted: too many wait, or the cache could not hold it even alone.
+            ResourceExhausted: too many wait (it says when to try again), or the cache could not hold it even alone.
         """
-        if self._num_waiting >= self.config.max_waiting:
-            raise ResourceExhausted(
-                f"{self._num_waiting} requests are waiting, which is the limit; try again later",
-                reason="QUEUE_FULL",
-                metadata={"retry_after_s": "1"},
-            )
+        # Those that have just come and can run at once wait too, until the next batch: so the batch's places count.
+        if len(self.running) + self._num_waiting >= self.config.max_batch_size + self.config.max_waiting:
+            raise self._queue_full()
         longest = self._longest(sequence)
         if self.cache.blocks_for(longest) > self.config.num_blocks:
             raise ResourceExhausted(
@@ -93,9 +101,12 @@ class Scheduler:
                 f"{self.config.num_blocks * self.config.block_size}: lower max_tokens or start it with more --kv-memory",
                 reason="KV_CACHE_TOO_SMALL",
             )
+        if self.idle:
+            self._pace.restart(self._clock())
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self._wait(sequence)
+        self._deadlines.add(sequence)
 
     def cancel(self, sequence: Sequence, reason: Reason = Reason.CANCELLED) -> bool:
         """Ends a sequence from outside; False if it had ended already. No token of it is emitted afterwards."""
@@ -105,7 +116,10 @@ class Scheduler:
         return True
 
     def schedule(self) -> Batch | None:
-        """The next batch, or None if there is nothing that can run now."""
+        """The next batch, or None if there is nothing that can run now. Nothing whose deadline has passed is in it."""
+        for sequence in self._deadlines.passed(self._clock()):
+            self._end(sequence, Finish(Reason.DEADLINE))
+            self._expired.append(sequence)
         if len(self._in_flight) >= self.config.max_in_flight:
             return None
         items: list[Scheduled] = []
@@ -127,6 +141,11 @@ class Scheduler:
         batch = Batch(self._steps, tuple(items))
         self._in_flight.append(batch)
         return batch
+
+    def take_expired(self) -> list[Sequence]:
+        """The sequences that `schedule` has ended because their deadline had passed; each of them once."""
+        expired, self._expired = self._expired, []
+        return expired
 
     def commit(self, batch: Batch, tokens: list[int]) -> list[Emitted]:
         """Takes the tokens of the oldest batch in flight, one for each item that samples, in order.
@@ -173,6 +192,17 @@ class Scheduler:
             raise Internal("more sequences run than max_batch_size")
 
     # What follows is the scheduler's own.
+
+    def _queue_full(self) -> ResourceExhausted:
+        waiting, limit = self._num_waiting, self.config.max_waiting
+        wait = self._pace.wait(waiting, self._clock())
+        return ResourceExhausted(
+            f"{waiting} requests are waiting and {len(self.running)} run; the limit is {limit} beside the "
+            f"{self.config.max_batch_size} that can run (--max-waiting): try again in {wait:.0f} s",
+            reason="QUEUE_FULL",
+            metadata={"waiting": str(waiting), "max_waiting": str(limit)},
+            retry_after=wait,
+        )
 
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """Running sequences that can be in the next batch: those that lack one token, and those that lack more."""
@@ -308,6 +338,7 @@ class Scheduler:
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
         if sequence in self.running:
+            self._pace.ended(self._clock())
             self.running.remove(sequence)
             if sequence.in_flight:
                 self._leaving.append(sequence)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -28,15 +29,13 @@ class ExecutorServicer:
     """The Executor service over any number of engines, a worker process each.
 
     Args:
-        trust: options of the workers that say which engines they may use.
+        options: of the workers' command line, such as --kv-memory.
     """
 
-    def __init__(self, store_url: str, device: str, kv_memory: int | None, trust: Sequence[str] = ()) -> None:
+    def __init__(self, store_url: str, device: str, options: Sequence[str] = ()) -> None:
         self._store: Store = open_store(store_url)
         self._device = device
-        self._arguments = ["--store", store_url, "--device", device]
-        self._arguments += ["--kv-memory", str(kv_memory)] if kv_memory else []
-        self._arguments += trust
+        self._arguments = ["--store", store_url, "--device", device, *options]
         self._workers: dict[str, WorkerProcess] = {}
         self._clients: dict[int, Client] = {}
         self._wanted: set[str] = set()  # engines that have been loaded and not unloaded
@@ -116,7 +115,7 @@ class ExecutorServicer:
         worker = self._worker(request.engine_id)
         usage = Usage()
         with self._client() as client:
-            worker.send(ToWorker(client=client.number, submit=request))
+            worker.send(ToWorker(client=client.number, submit=request, arrived=time.monotonic()))
             async for data in client.outputs():
                 step = pb.StepOutput.FromString(data)
                 if step.HasField("engine_lost") and step.engine_lost.engine_id == request.engine_id:
@@ -135,12 +134,21 @@ class ExecutorServicer:
 
     async def Run(self, requests: AsyncIterator[pb.Command], _context: Any) -> AsyncIterator[bytes]:
         with self._client() as client:
-            commands = asyncio.create_task(self._forward(requests, client))
+            commands = asyncio.create_task(self._take(requests, client))
             try:
                 async for output in client.outputs():
                     yield output
             finally:
                 commands.cancel()
+
+    async def _take(self, commands: AsyncIterator[pb.Command], client: Client) -> None:
+        """What goes wrong with a stream's commands ends the stream: nobody would wait for this task."""
+        try:
+            await self._forward(commands, client)
+        except Exception as error:
+            if not isinstance(error, EnginehouseError):
+                log.exception("the commands of client %d", client.number)
+            client.fail(from_failure(to_failure(error)))
 
     async def _forward(self, commands: AsyncIterator[pb.Command], client: Client) -> None:
         """Hands a stream's commands to the workers until the client has no more."""
@@ -155,7 +163,7 @@ class ExecutorServicer:
                     client.put(pb.StepOutput(failed=[failed]).SerializeToString())
                     continue
                 used.add(worker)
-                worker.send(ToWorker(client=client.number, submit=command.submit))
+                worker.send(ToWorker(client=client.number, submit=command.submit, arrived=time.monotonic()))
             elif kind == "cancel":
                 for worker in used:
                     worker.send(ToWorker(client=client.number, cancel=command.cancel))

@@ -30,7 +30,7 @@ from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEn
 from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
 
 _IDLE_CHECK = 1.0  # seconds of idleness after which the scheduler's integrity is checked
-_DEADLINE_CHECK = 0.01  # seconds between looks at the deadlines
+_LEAST_WAITING, _WAITING_BATCHES = 1024, 16  # requests that may wait, where nobody says how many: the larger
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,11 @@ def this_node(device: str) -> Node:
     return Node("cpu", {"torch": torch.__version__})
 
 
-def scheduler_config(runner: Runner, manifest: Manifest) -> SchedulerConfig:
-    """The engine's limits and the runner's capabilities, as the scheduler takes them."""
+def scheduler_config(runner: Runner, manifest: Manifest, max_waiting: int | None = None) -> SchedulerConfig:
+    """The engine's limits and the runner's capabilities, as the scheduler takes them.
+
+    By default a dataset may be sent at once; far beyond that, a client hears sooner that it should come back later.
+    """
     limits, can = manifest.limits, runner.capabilities
     return SchedulerConfig(
         num_blocks=can.num_blocks,
@@ -60,20 +63,22 @@ def scheduler_config(runner: Runner, manifest: Manifest) -> SchedulerConfig:
         future_tokens=can.future_tokens,
         mixed_batches=can.mixed_batches,
         prefix_cache=can.prefix_cache,
+        max_waiting=(
+            max(_LEAST_WAITING, _WAITING_BATCHES * limits.max_batch_size) if max_waiting is None else max_waiting
+        ),
     )
 
 
 class Worker:
     """The loop between the front and a runner."""
 
-    def __init__(self, front: FrameSocket, manifest: Manifest, runner: Runner) -> None:
+    def __init__(self, front: FrameSocket, manifest: Manifest, runner: Runner, max_waiting: int | None = None) -> None:
         self._front, self._manifest, self._runner = front, manifest, runner
-        self._scheduler = Scheduler(scheduler_config(runner, manifest))
+        self._scheduler = Scheduler(scheduler_config(runner, manifest, max_waiting))
         self._outbox = Outbox()
         self._live: dict[int, dict[int, Sequence]] = {}  # client -> handle -> sequence
         self._done: set[int] = set()  # clients that will send no more
         self._batches: deque[Batch] = deque()  # in flight, oldest first
-        self._next_check = 0.0  # of deadlines
         self._checked = False  # the scheduler's integrity, since something last happened
         self._step = 0
         self._load = EngineLoad()
@@ -93,10 +98,10 @@ class Worker:
         """Works until the front is gone, which raises ConnectionError."""
         while True:
             self._receive()
-            self._expire()
             while batch := self._scheduler.schedule():
                 self._runner.start(batch)
                 self._batches.append(batch)
+            self._expire()
             if self._batches:
                 batch = self._batches.popleft()
                 self._step = batch.step
@@ -117,11 +122,11 @@ class Worker:
             message = ToWorker.FromString(data)
             kind = message.WhichOneof("message")
             if kind == "submit":
-                self._submit(message.client, message.submit)
+                self._submit(message.client, message.submit, message.arrived)
             elif kind == "cancel":
                 for handle in message.cancel.handles:
                     if sequence := self._live.get(message.client, {}).get(handle):
-                        self._end(sequence, Reason.CANCELLED)
+                        self._cancel(sequence)
             elif kind == "client_gone":
                 for sequence in self._live.pop(message.client, {}).values():
                     self._scheduler.cancel(sequence)
@@ -129,7 +134,7 @@ class Worker:
             elif kind == "client_done":
                 self._done.add(message.client)
 
-    def _submit(self, client: int, submit: Submit) -> None:
+    def _submit(self, client: int, submit: Submit, arrived: float) -> None:
         live = self._live.setdefault(client, {})
         if submit.handle in live:  # no answer under this handle could be told from the other request's
             message = f"handle {submit.handle} is in use by another live request of this stream"
@@ -137,7 +142,7 @@ class Worker:
             self._front.send(FromWorker(client=client, client_failure=failure).SerializeToString())
             return
         try:
-            sequence = to_sequence(client, submit, self._manifest)
+            sequence = to_sequence(client, submit, self._manifest, arrived)
             self._scheduler.add(sequence)
         except Exception as error:
             if not isinstance(error, EnginehouseError):
@@ -147,24 +152,19 @@ class Worker:
         live[submit.handle] = sequence
 
     def _expire(self) -> None:
-        now = time.monotonic()
-        if now < self._next_check:
-            return
-        self._next_check = now + _DEADLINE_CHECK
-        live = [sequence for sequences in self._live.values() for sequence in sequences.values()]
-        for sequence in live:
-            if sequence.deadline is not None and sequence.deadline <= now:
-                self._end(sequence, Reason.DEADLINE)
-
-    def _end(self, sequence: Sequence, reason: Reason) -> None:
-        if not self._scheduler.cancel(sequence, reason):
-            return
-        if reason is Reason.DEADLINE:
-            error = DeadlineExceeded(f"the deadline passed after {sequence.num_completion} tokens")
+        """Tells of those that the scheduler has dropped because their deadline had passed."""
+        for sequence in self._scheduler.take_expired():
+            started = sequence.num_cached is not None
+            when = f"after {sequence.num_completion} tokens" if started else "before the request was started"
+            fix = "lower max_tokens" if started else f"come back when fewer than {self._scheduler.num_waiting + 1} wait"
+            error = DeadlineExceeded(f"the deadline passed {when}: give it more time, or {fix}")
             self._outbox.fail(sequence.client, sequence.handle, error)
-        else:
-            self._outbox.finish(sequence.client, sequence.handle, Finish(reason))
-        self._forget(sequence)
+            self._forget(sequence)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        if self._scheduler.cancel(sequence):
+            self._outbox.finish(sequence.client, sequence.handle, Finish(Reason.CANCELLED))
+            self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self._live.get(sequence.client, {}).pop(sequence.handle, None)
@@ -204,6 +204,7 @@ def main() -> int:
     parser.add_argument("--kv-memory", type=int)
     parser.add_argument("--trusted-keys", action="append", default=[])
     parser.add_argument("--trust-native", action="store_true")
+    parser.add_argument("--max-waiting", type=int)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when the end is; it closes the socket
@@ -232,7 +233,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     runner = TorchRunner(
         loaded.program, weights, loaded.manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory
     )
-    worker = Worker(front, loaded.manifest, runner)
+    worker = Worker(front, loaded.manifest, runner, arguments.max_waiting)
     size = loaded.manifest.weight_bytes()
     log.info("engine %s: %.1f MB loaded in %.2f s", arguments.engine_id[:12], size / 1e6, time.monotonic() - began)
     ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())

@@ -6,12 +6,12 @@ from typing import Any
 
 import grpc
 
-from engine.errors import InvalidArgument
+from engine.errors import DeadlineExceeded
 from engine.store import Store
 from gateway.inbox import Inbox
 from gateway.models import Model, Models
 from gateway.router import Router
-from gateway.submission import check, check_token_ids, submission
+from gateway.submission import check, check_prompt, check_token_ids, submission
 from gateway.tokenizer import Tokenizer
 from gateway.transcript import Transcript
 from gateway.turns import Turns
@@ -39,9 +39,9 @@ class Gateway(GatewayServicer):
         model = await self._models.get(request.model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         submit = submission(request, model, await _prompt(request, tokenizer))
-        _carry_context(submit, context)
         transcript = Transcript(tokenizer.detokenizer(submit.token_ids, _skip_special(request)), request.stop)
         usage = Usage(prompt_tokens=len(submit.token_ids))
+        _carry_context(submit, context)  # last: what has taken time so far counts
         with self._router.choose(model.name, model.engine_id).request(submit) as inbox:
             while True:
                 await inbox.wait()
@@ -53,8 +53,7 @@ class Gateway(GatewayServicer):
         yield response  # outside: a stop string's cancel does not wait for a slow client
 
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
-        if request.WhichOneof("input") is None:
-            raise InvalidArgument("nothing to tokenize: set `text` or `chat`", reason="PROMPT_MISSING")
+        check_prompt(request)
         model = await self._models.get(request.model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         return wire.TokenizeResponse(token_ids=await _prompt(request, tokenizer))
@@ -112,9 +111,14 @@ def _skip_special(request: wire.GenerateRequest | wire.DetokenizeRequest) -> boo
 
 
 def _carry_context(submit: Submit, context: Context) -> None:
-    """The call's deadline and trace context, for the executor."""
+    """The call's deadline and trace context, for the executor. Raises DeadlineExceeded if there is no time left."""
     remaining = context.time_remaining()
     if remaining is not None:
+        if remaining <= 0:
+            raise DeadlineExceeded(
+                "the deadline passed before the request was sent to an executor: give it more time",
+                reason="DEADLINE_EXCEEDED",
+            )
         submit.timeout.FromNanoseconds(int(remaining * 1e9))
     for key, value in context.invocation_metadata() or ():
         if key in _TRACE_KEYS:

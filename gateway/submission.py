@@ -8,18 +8,43 @@ from gateway.models import Model
 from protos.checks import check_sampling, check_stopping
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
 from protos.v1.executor_pb2 import Submit
-from protos.v1.gateway_pb2 import GenerateRequest
+from protos.v1.gateway_pb2 import GenerateRequest, TokenizeRequest
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000  # characters
 
+_PROMPTS = ("text", "token_ids", "chat")
+_SHOWN = 40  # characters of a prompt in an error
+
 
 def check(request: GenerateRequest) -> None:
     """Raises InvalidArgument for what can be seen without the model."""
-    _check_prompt(request)
+    kind = check_prompt(request)
+    if not (request.text or request.token_ids.ids or request.chat.messages):
+        raise InvalidArgument(
+            f"the prompt is empty: give some {kind}, or as token_ids the token to begin with", reason="PROMPT_EMPTY"
+        )
     check_sampling(request.sampling)
     check_stopping(request.stopping)
     _check_stops(request.stop)
+
+
+def check_prompt(request: GenerateRequest | TokenizeRequest) -> str:
+    """Which one of its prompts a request has: "text", "token_ids" or "chat". Raises InvalidArgument for none or several."""
+    kinds = [kind for kind in _PROMPTS if kind in request.DESCRIPTOR.fields_by_name]
+    given = [field.name for field, _ in request.ListFields() if field.name in kinds]
+    if not given:
+        raise InvalidArgument(f"no prompt: set one of {_listed(kinds)}", reason="PROMPT_MISSING")
+    if len(given) > 1:
+        raise InvalidArgument(
+            f"the prompt is given {len(given)} times, as {_listed(given)}: set only one of {_listed(kinds)}",
+            reason="PROMPT_AMBIGUOUS",
+        )
+    if not all(message.role for message in request.chat.messages):
+        raise InvalidArgument(
+            "a chat message has no role: give each one, such as system, user or assistant", reason="CHAT_INVALID"
+        )
+    return given[0]
 
 
 def submission(request: GenerateRequest, model: Model, prompt: Sequence[int]) -> Submit:
@@ -27,14 +52,19 @@ def submission(request: GenerateRequest, model: Model, prompt: Sequence[int]) ->
 
     Raises InvalidArgument for what does not fit the model.
     """
+    if not prompt:
+        raise InvalidArgument(
+            f"the prompt gives no tokens with the tokenizer of model {model.name!r}: {_shown(request)}. "
+            "Give other text, or as token_ids the token to begin with",
+            reason="PROMPT_EMPTY",
+        )
+    max_tokens = _max_tokens(request.stopping, model, len(prompt))  # first: what is far too long is not looked through
     check_token_ids(prompt, model)
     check_token_ids(request.stopping.stop_token_ids, model, "stop_token_ids")
-    if not prompt:
-        raise InvalidArgument("the prompt has no tokens: give more text", reason="PROMPT_EMPTY")
     sampling, stopping = SamplingParams(), StoppingCriteria()
     sampling.CopyFrom(request.sampling)
     stopping.CopyFrom(request.stopping)
-    stopping.max_tokens = _max_tokens(request.stopping, model, len(prompt))
+    stopping.max_tokens = max_tokens
     if not sampling.HasField("seed"):
         sampling.seed = secrets.randbits(64)
     return Submit(
@@ -76,18 +106,14 @@ def _max_tokens(stopping: StoppingCriteria, model: Model, prompt: int) -> int:
     return stopping.max_tokens
 
 
-def _check_prompt(request: GenerateRequest) -> None:
-    kind = request.WhichOneof("prompt")
-    if kind is None:
-        raise InvalidArgument("no prompt: set one of `text`, `token_ids` and `chat`", reason="PROMPT_MISSING")
-    if not (request.text or request.token_ids.ids or request.chat.messages):
-        raise InvalidArgument(
-            f"the prompt is empty: give some {kind}, or as token_ids the token to begin with", reason="PROMPT_EMPTY"
-        )
-    if not all(message.role for message in request.chat.messages):
-        raise InvalidArgument(
-            "a chat message has no role: give each one, such as system, user or assistant", reason="CHAT_INVALID"
-        )
+def _listed(kinds: Sequence[str]) -> str:
+    return ", ".join(kinds[:-1]) + " and " + kinds[-1]
+
+
+def _shown(request: GenerateRequest) -> str:
+    """The beginning of a text or of a conversation, for an error."""
+    text = request.text or " ".join(message.content for message in request.chat.messages)
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def _check_stops(stops: Sequence[str]) -> None:

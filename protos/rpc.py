@@ -10,12 +10,12 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from engine.errors import EnginehouseError, Internal, Unavailable
+from engine.errors import EnginehouseError, Internal, InvalidArgument, Unavailable
 from protos.v1.common_pb2 import Failure
 
 DOMAIN = "enginehouse"
@@ -41,25 +41,37 @@ def to_failure(error: BaseException) -> Failure:
     """The wire form of an error; one that is not ours is INTERNAL, with its type."""
     known = error if isinstance(error, EnginehouseError) else Internal(f"{type(error).__name__}: {error}")
     message = known.message.encode(errors="backslashreplace").decode()  # a file name may be no valid Unicode
-    return Failure(code=known.code, reason=known.reason, message=message, metadata=known.metadata)
+    failure = Failure(code=known.code, reason=known.reason, message=message, metadata=known.metadata)
+    if known.retry_after is not None:
+        failure.retry_delay.FromNanoseconds(int(known.retry_after * 1e9))
+    return failure
 
 
 def from_failure(failure: Failure) -> EnginehouseError:
     """The error that `to_failure` was given."""
     kind = _BY_CODE.get(failure.code, EnginehouseError)
-    return kind(failure.message, reason=failure.reason, metadata=dict(failure.metadata), code=failure.code)
+    delay = failure.retry_delay
+    return kind(
+        failure.message,
+        reason=failure.reason,
+        metadata=dict(failure.metadata),
+        code=failure.code,
+        retry_after=delay.seconds + delay.nanos / 1e9 if failure.HasField("retry_delay") else None,
+    )
 
 
 def from_rpc_error(error: grpc.RpcError) -> EnginehouseError:
-    """The error behind a failed call, with its reason if the server gave google.rpc.ErrorInfo."""
+    """The error behind a failed call, with what the server gave of google.rpc.ErrorInfo and RetryInfo."""
     code = int(error.code().value[0])
     failure = Failure(code=code, reason=error.code().name, message=error.details() or error.code().name)
     status = _rich_status(error)
     for detail in status.details if status else []:
-        info = error_details_pb2.ErrorInfo()
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info):
             failure.reason = info.reason
             failure.metadata.update(info.metadata)
+        elif detail.Unpack(retry):
+            failure.retry_delay.CopyFrom(retry.retry_delay)
     return from_failure(failure)
 
 
@@ -70,15 +82,16 @@ def _rich_status(error: grpc.RpcError) -> status_pb2.Status | None:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
-    """Ends the call with the error's status and google.rpc.ErrorInfo."""
+    """Ends the call with the error's status, google.rpc.ErrorInfo and, where it says when to retry, RetryInfo."""
     failure = to_failure(error)
     text = failure.message.encode()
     if len(text) > _MAX_STATUS_TEXT:
         failure.message = text[:_MAX_STATUS_TEXT].decode(errors="ignore") + " ..."
-    detail = any_pb2.Any()
     metadata = {key: value[:_MAX_METADATA_VALUE] for key, value in failure.metadata.items()}
-    detail.Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata=metadata))
-    status = status_pb2.Status(code=failure.code, message=failure.message, details=[detail])
+    status = status_pb2.Status(code=failure.code, message=failure.message)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata=metadata))
+    if failure.HasField("retry_delay"):
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=failure.retry_delay))
     await context.abort_with_status(rpc_status.to_status(status))
 
 
@@ -98,10 +111,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 log.exception("%s failed", method)
             await abort(context, error)
 
+        read = _reader(handler)
+
         def unary(inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
             async def call(request: Any, context: Any) -> Any:
                 try:
-                    return await inner(request, context)
+                    return await inner(read(request), context)
                 except Exception as error:
                     return await fail(context, error)
 
@@ -110,7 +125,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         def stream(inner: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
             async def call(request: Any, context: Any) -> AsyncIterator[Any]:
                 try:
-                    async with aclosing(inner(request, context)) as responses:  # a lost call ends the servicer's, too
+                    async with aclosing(
+                        inner(read(request), context)
+                    ) as responses:  # a lost call ends the servicer's, too
                         async for response in responses:
                             yield response
                 except Exception as error:
@@ -123,7 +140,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
         wrap = stream if handler.response_streaming else unary
         make = getattr(grpc, f"{shape}_rpc_method_handler")
-        return make(wrap(getattr(handler, shape)), handler.request_deserializer, handler.response_serializer)
+        return make(wrap(getattr(handler, shape)), None, handler.response_serializer)
+
+
+def _reader(handler: Any) -> Callable[[Any], Any]:
+    """Makes messages of what a call's handler is given, bytes or a stream of them. Raises InvalidArgument for what is none.
+
+    grpc would do it before the handler, and end the call with UNKNOWN.
+    """
+
+    def read(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as error:
+            raise InvalidArgument(
+                f"the request cannot be read ({error}): check the client's .proto files, and that its texts are UTF-8",
+                reason="REQUEST_MALFORMED",
+            ) from None
+
+    async def each(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in stream:
+            yield read(data)
+
+    return each if handler.request_streaming else read
 
 
 async def serve(

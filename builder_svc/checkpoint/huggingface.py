@@ -90,17 +90,24 @@ class HuggingFaceCheckpoint:
         if any(Path(name).name != name for name in names):
             raise InvalidArgument(f"{index} names files outside of its directory: {names}", reason="WEIGHT_MAP_INVALID")
         if not names:
-            raise NotFound(f"{self.path} holds no *.safetensors file", reason="WEIGHTS_NOT_FOUND")
+            raise NotFound(
+                f"{self.path} holds no *.safetensors file: put the model's weights beside its config.json, in that format",
+                reason="WEIGHTS_NOT_FOUND",
+            )
         return names
 
     def _open(self, name: str) -> Any:
         file = self.path / name
         if not file.is_file():
-            raise NotFound(f"{self.path} lacks {name}, which its index names", reason="WEIGHTS_NOT_FOUND")
+            raise NotFound(
+                f"{self.path} lacks {name}, which its index names: download that file, too", reason="WEIGHTS_NOT_FOUND"
+            )
         try:
             return safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise DataLoss(f"{file} is damaged or incomplete: {error}", reason="WEIGHTS_DAMAGED") from None
+            raise DataLoss(
+                f"{file} is damaged or incomplete ({error}): download it again", reason="WEIGHTS_DAMAGED"
+            ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,11 +115,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise NotFound(f"{path.parent} holds no {path.name}", reason="FILE_NOT_FOUND") from None
+        raise NotFound(
+            f"{path.parent} holds no {path.name}: give a checkpoint in Hugging Face layout", reason="FILE_NOT_FOUND"
+        ) from None
     except OSError as error:
         raise FailedPrecondition(f"{path} cannot be read: {error.strerror}", reason="FILE_UNREADABLE") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"{path} is not valid JSON: {error}", reason="JSON_INVALID") from None
+        raise InvalidArgument(f"{path} is not valid JSON ({error}): download it again", reason="JSON_INVALID") from None
     if not isinstance(value, dict):
-        raise InvalidArgument(f"{path} is not a JSON object", reason="JSON_INVALID")
+        raise InvalidArgument(f"{path} is not a JSON object: download it again", reason="JSON_INVALID")
     return value

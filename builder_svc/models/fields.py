@@ -1,5 +1,6 @@
 """Reading fields of somebody else's JSON, with errors that name the file and the field."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -22,13 +23,20 @@ class Fields:
     def require(self, name: str, kind: type[T]) -> T:
         """The field. Raises InvalidArgument if it is missing, null or of another type; an int will do for a float."""
         if self.values.get(name) is None:
-            raise InvalidArgument(f"{self.where} has no {name!r}", reason="CONFIG_FIELD_MISSING")
+            raise InvalidArgument(
+                f"{self.where} has no {name!r}: add it, or take the file that belongs to these weights",
+                reason="CONFIG_FIELD_MISSING",
+            )
         value = self.values[name]
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
             raise InvalidArgument(
                 f"{self.where}: {name!r} is {value!r}, expected {kind.__name__}", reason="CONFIG_FIELD_INVALID"
+            )
+        if isinstance(value, float) and not math.isfinite(value):  # Python's JSON has NaN and Infinity
+            raise InvalidArgument(
+                f"{self.where}: {name!r} is {value}, expected a finite number", reason="CONFIG_FIELD_INVALID"
             )
         return value  # type: ignore[no-any-return]
 

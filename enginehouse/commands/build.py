@@ -14,7 +14,7 @@ from rich.console import Console
 from engine import registry, signing
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, Unavailable
-from enginehouse.client import BuilderClient, is_loopback
+from enginehouse.client import BuilderClient, is_loopback, not_unicode
 from enginehouse.home import Home
 from enginehouse.progress import Bars, format_bytes, stderr
 from protos.rpc import from_failure
@@ -45,18 +45,21 @@ class Choices:
     max_num_tokens: int | None = None
 
     def spec(self, checkpoint: str) -> BuildSpec:
-        """The same on the wire."""
-        return BuildSpec(
-            checkpoint=checkpoint,
-            dtype=self.dtype,
-            target=Target(
-                device=DEVICE_KIND_CUDA if self.device == "cuda" else DEVICE_KIND_CPU,
-                compute_capability=self.compute_capability or "",
-            ),
-            max_batch_size=self.max_batch_size,
-            max_seq_len=self.max_seq_len,
-            max_num_tokens=self.max_num_tokens,
-        )
+        """The same on the wire. Raises InvalidArgument for a path that is not valid Unicode."""
+        try:
+            return BuildSpec(
+                checkpoint=checkpoint,
+                dtype=self.dtype,
+                target=Target(
+                    device=DEVICE_KIND_CUDA if self.device == "cuda" else DEVICE_KIND_CPU,
+                    compute_capability=self.compute_capability or "",
+                ),
+                max_batch_size=self.max_batch_size,
+                max_seq_len=self.max_seq_len,
+                max_num_tokens=self.max_num_tokens,
+            )
+        except UnicodeEncodeError as error:
+            raise not_unicode(error) from None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import asyncio
 import sys
 
-from engine.errors import EnginehouseError, FailedPrecondition, NotFound
-from enginehouse.client import GatewayClient
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
+from enginehouse.client import GatewayClient, not_unicode
 from enginehouse.commands.generate import Answer, Sampling, only_model, stream
 from enginehouse.progress import stderr
 from protos.v1.gateway_pb2 import ChatMessage, Model
@@ -15,13 +15,13 @@ _LEAVE = ("/exit", "/quit")
 def run(sampling: Sampling, *, model: str | None, gateway: str, system: str | None) -> None:
     """Asks and answers until /exit, Ctrl-D, or Ctrl-C at the prompt; Ctrl-C ends an answer that is being written."""
     console = stderr()
-    history = [ChatMessage(role="system", content=system)] if system else []
+    history = [_message("system", system)] if system else []
     # One loop for all answers: its Runner turns Ctrl-C into the cancellation of the answer, and lets `input` have its own.
     with asyncio.Runner() as runner:
         name = runner.run(_choose(gateway, model)).name
         console.print(f"Chat with {name}. Ctrl-C ends an answer, /exit or Ctrl-D the chat.")
         while (said := _ask()) is not None:
-            history.append(ChatMessage(role="user", content=said))
+            history.append(_message("user", said))
             answer = Answer()
             try:
                 runner.run(_answer(gateway, name, history, sampling, answer))
@@ -61,6 +61,14 @@ async def _answer(address: str, model: str, history: list[ChatMessage], sampling
         await stream(gateway, model, history, sampling, answer)
 
 
+def _message(role: str, content: str) -> ChatMessage:
+    """Raises InvalidArgument for text that is not valid Unicode."""
+    try:
+        return ChatMessage(role=role, content=content)
+    except UnicodeEncodeError as error:
+        raise not_unicode(error) from None
+
+
 def _ask() -> str | None:
     """The next thing to say, or None at the end."""
     terminal = sys.stdin.isatty()
@@ -69,6 +77,8 @@ def _ask() -> str | None:
     while True:
         try:
             said = input("> " if terminal else "").strip()
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"what was typed is not UTF-8 text: {error}", reason="TEXT_INVALID") from None
         except (EOFError, KeyboardInterrupt):
             if terminal:
                 print()

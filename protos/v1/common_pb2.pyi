@@ -4,12 +4,13 @@ isort:skip_file
 What the services share on the wire.
 
 Rules: deltas only; an enum's 0 is UNSPECIFIED; every scalar whose default is not zero is `optional`, and its default
-stands in [brackets]; an error is a gRPC status with google.rpc.ErrorInfo (domain "enginehouse"), or a Failure where
-one stream carries many requests.
+stands in [brackets]; an error is a gRPC status with google.rpc.ErrorInfo (domain "enginehouse") and, where a retry may
+help, google.rpc.RetryInfo, or a Failure where one stream carries many requests.
 """
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -213,6 +214,7 @@ class Failure(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    RETRY_DELAY_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """google.rpc.Code"""
     reason: _builtins.str
@@ -220,6 +222,10 @@ class Failure(_message.Message):
     message: _builtins.str
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def retry_delay(self) -> _duration_pb2.Duration:
+        """as in google.rpc.RetryInfo: when to try again; absent where nobody can say"""
+
     def __init__(
         self,
         *,
@@ -227,10 +233,11 @@ class Failure(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        retry_delay: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_delay", b"retry_delay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "metadata", b"metadata", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "metadata", b"metadata", "reason", b"reason", "retry_delay", b"retry_delay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,8 +4,8 @@ isort:skip_file
 What the services share on the wire.
 
 Rules: deltas only; an enum's 0 is UNSPECIFIED; every scalar whose default is not zero is `optional`, and its default
-stands in [brackets]; an error is a gRPC status with google.rpc.ErrorInfo (domain "enginehouse"), or a Failure where
-one stream carries many requests.
+stands in [brackets]; an error is a gRPC status with google.rpc.ErrorInfo (domain "enginehouse") and, where a retry may
+help, google.rpc.RetryInfo, or a Failure where one stream carries many requests.
 """
 
 from collections import abc as _abc

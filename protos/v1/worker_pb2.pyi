@@ -29,8 +29,11 @@ class ToWorker(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     CLIENT_GONE_FIELD_NUMBER: _builtins.int
     CLIENT_DONE_FIELD_NUMBER: _builtins.int
+    ARRIVED_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     """the front's number for a Run or Generate stream"""
+    arrived: _builtins.float
+    """of a submit: CLOCK_MONOTONIC in seconds when the front took it, where its timeout begins"""
     @_builtins.property
     def submit(self) -> _executor_pb2.Submit: ...
     @_builtins.property
@@ -47,10 +50,11 @@ class ToWorker(_message.Message):
         cancel: _executor_pb2.Cancel | None = ...,
         client_gone: Global___ClientGone | None = ...,
         client_done: Global___ClientDone | None = ...,
+        arrived: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone", "client_done"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015

@@ -209,6 +209,11 @@ BAD = {
         InvalidArgument,
         "'vocab_size' is 'x', expected int",
     ),
+    "field is no finite number": (
+        lambda path: change_config(path, rms_norm_eps=float("nan")),
+        InvalidArgument,
+        "'rms_norm_eps' is nan, expected a finite number",
+    ),
     "field zero": (
         lambda path: change_config(path, num_attention_heads=0),
         InvalidArgument,

@@ -24,6 +24,7 @@ from rich.console import Console
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
 from enginehouse.cli import main
+from enginehouse.client import GatewayClient
 from enginehouse.commands.generate import Answer
 from enginehouse.progress import Bars, format_amount, format_bytes
 from protos.v1.builder_pb2 import (
@@ -263,7 +264,10 @@ def test_no_gateway() -> None:
         (["generate", "x", "--gateway", "localhost"], "is not HOST:PORT"),
         (["generate", "x", "--temperature", "-1"], "-1.0 is not in the range x>=0"),
         (["generate", "x", "--top-p", "0"], "0<x<=1"),
-        (["generate", "x", "--max-tokens", "0"], "x>=1"),
+        (["generate", "x", "--max-tokens", "0"], "1<=x<=4294967295"),
+        (["generate", "x", "--max-tokens", str(2**32)], "4294967296 is not in the range"),
+        (["generate", "x", "--top-k", str(2**32)], "4294967296 is not in the range"),
+        (["build", "x", "--max-seq-len", str(2**32)], "4294967296 is not in the range"),
         (["build", "x", "--store", "y", "--builder", "h:1"], "exclude each other"),
         (["build", "x", "--dtype", "int3"], "'int3' is not one of"),
         (["up", "--executors", "0"], "x>=1"),
@@ -279,7 +283,28 @@ def test_usage_errors_have_status_2(arguments: list[str], said: str) -> None:
 def test_text_that_is_no_unicode(gateway: MockGateway) -> None:
     assert "not valid Unicode" in enginehouse("generate", "caf\udce9").stderr
     assert "stdin is not UTF-8 text" in enginehouse("generate", "-", input=b"caf\xe9").stderr
+    for arguments in (
+        ("generate", "x" * 100 + "caf\udce9"),
+        ("generate", "x", "--stop", "caf\udce9"),
+        ("generate", "x", "--model", "caf\udce9"),
+        ("chat", "--system", "caf\udce9"),
+        ("build", "caf\udce9", "--name", "x", "--builder", "127.0.0.1:1"),
+        ("load", "caf\udce9", "--executor", "127.0.0.1:1"),
+    ):
+        result = enginehouse(*arguments)
+        assert result.exit_code == 1, arguments
+        said = result.stderr.splitlines()[-1]
+        assert said.startswith("error: text that is not valid Unicode") and "caf\\udce9': give it as UTF-8" in said
+    result = enginehouse("chat", input=b"caf\xe9\n")
+    assert result.exit_code == 1 and "error: what was typed is not UTF-8 text" in result.stderr
     assert not gateway.requests
+
+
+async def test_a_client_in_python_refuses_numbers_that_are_no_token_ids() -> None:
+    async with GatewayClient("127.0.0.1:1") as client:
+        for token in (-1, 2**32):
+            with pytest.raises(InvalidArgument, match=f"{token}: token ids, limits and seeds are numbers"):
+                client.generate("demo", [token])
 
 
 def test_ctrl_c_cancels_the_request(gateway: MockGateway, tmp_path: Path) -> None:

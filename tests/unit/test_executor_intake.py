@@ -1,5 +1,6 @@
 """Every value of a Submit message is checked before anything is queued."""
 
+import time
 from typing import Any
 
 import pytest
@@ -53,12 +54,15 @@ def test_values_arrive() -> None:
     ("fields", "message"),
     [
         ({"token_ids": []}, "the prompt is empty"),
-        ({"token_ids": [5, 100]}, "token id 100 is outside the vocabulary of 100"),
+        ({"token_ids": [5, 100]}, "token id 100 is outside the vocabulary of 100: use ids from 0 to 99"),
         ({"resume_token_ids": [101]}, "token id 101"),
         ({"stopping": {"stop_token_ids": [102]}}, "token id 102"),
         ({"stopping": {"max_tokens": 0}}, "max_tokens is 0"),
-        ({"stopping": {"max_tokens": 19}}, "2 prompt tokens and max_tokens 19 exceed the engine's max_seq_len of 20"),
-        ({"token_ids": [1] * 20}, "20 prompt tokens and max_tokens 1 exceed"),
+        (
+            {"stopping": {"max_tokens": 19}},
+            "2 prompt tokens and max_tokens 19 exceed the engine's max_seq_len of 20: lower max_tokens to at most 18",
+        ),
+        ({"token_ids": [1] * 20}, "20 prompt tokens and max_tokens 1 exceed .* shorten it to at most 19"),
         (
             {"resume_token_ids": [1, 1], "stopping": {"max_tokens": 2}},
             "2 resume_token_ids leave nothing of max_tokens 2",
@@ -85,5 +89,14 @@ def test_the_longest_deadline_there_is() -> None:
 def test_a_deadline_that_has_passed_is_never_started() -> None:
     given = submit()
     given.timeout.FromMilliseconds(0)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match="give it more time than 0 s"):
         to_sequence(7, given, MANIFEST)
+
+
+def test_a_timeout_begins_when_the_request_arrived_not_when_the_worker_looks() -> None:
+    given = submit()
+    given.timeout.FromMilliseconds(500)
+    now = time.monotonic()
+    assert to_sequence(7, given, MANIFEST, now - 0.2).deadline == pytest.approx(now + 0.3)
+    with pytest.raises(DeadlineExceeded, match="before the request was started: give it more time than 0.5 s"):
+        to_sequence(7, given, MANIFEST, now - 0.5)

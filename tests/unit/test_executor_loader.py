@@ -72,7 +72,7 @@ async def test_an_executor_passes_its_trust_on_to_its_workers(checkpoint: Path, 
     store, private = DirectoryStore(tmp_path / "store"), signing.generate(tmp_path / "key")
     (tmp_path / "trusted.pem").write_text(private.public.pem())
     engine = build(checkpoint, store).manifest.engine_id
-    executor = ExecutorServicer(store.url, "cpu", None, ["--trusted-keys", str(tmp_path / "trusted.pem")])
+    executor = ExecutorServicer(store.url, "cpu", ["--trusted-keys", str(tmp_path / "trusted.pem")])
     try:
         with pytest.raises(FailedPrecondition) as caught:
             await executor.open(engine)

@@ -1,14 +1,19 @@
 """Every refusal: its status, its reason, and that no executor hears of the request."""
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from gateway_harness import MAX_SEQ_LEN, VOCAB_SIZE, Cluster, cluster, failure, publish
+from gateway_harness import MAX_SEQ_LEN, VOCAB_SIZE, Cluster, byte_level, cluster, failure, publish
 
+from engine.errors import DeadlineExceeded, ResourceExhausted
+from gateway.server import Gateway
+from protos.rpc import to_failure
 from protos.v1 import gateway_pb2 as wire
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
+from protos.v1.executor_pb2 import Failed, StepOutput
 
 INVALID, NOT_FOUND, FAILED_PRECONDITION, UNAVAILABLE = 3, 5, 9, 14
 nan, inf = float("nan"), float("inf")
@@ -56,6 +61,9 @@ def chat(*messages: tuple[str, str]) -> dict[str, Any]:
         (sampling(top_p=0), "TOP_P_INVALID", "top_p is 0"),
         (sampling(top_p=1.5), "TOP_P_INVALID", "1.5"),
         (sampling(top_p=nan), "TOP_P_INVALID", "nan"),
+        (ids(10) | stopping(max_tokens=2**32 - 1), "CONTEXT_TOO_LONG", "max_tokens (4294967295)"),
+        (ids(MAX_SEQ_LEN + 1, VOCAB_SIZE), "CONTEXT_TOO_LONG", f"has {MAX_SEQ_LEN + 1} tokens"),
+        (sampling(top_p=-inf), "TOP_P_INVALID", "top_p is -inf"),
         (stopping(max_tokens=0), "MAX_TOKENS_INVALID", "max_tokens is 0"),
         (ids(10) | stopping(max_tokens=MAX_SEQ_LEN - 9), "CONTEXT_TOO_LONG", f"at most {MAX_SEQ_LEN - 10}"),
         (ids(MAX_SEQ_LEN), "CONTEXT_TOO_LONG", f"at most {MAX_SEQ_LEN - 1}"),
@@ -76,8 +84,73 @@ async def test_what_cannot_be_right(shared: Cluster, fields: dict[str, Any], rea
 async def test_no_prompt(shared: Cluster) -> None:
     error = await failure(shared.stub.Generate(wire.GenerateRequest(model="demo")))
     assert (error.code, error.reason) == (INVALID, "PROMPT_MISSING")
+    assert "set one of text, token_ids and chat" in error.message
     error = await failure(shared.stub.Tokenize(wire.TokenizeRequest(model="demo")))
     assert (error.code, error.reason) == (INVALID, "PROMPT_MISSING")
+    assert "set one of text and chat" in error.message
+
+
+PROMPTS: dict[str, dict[str, Any]] = {"text": {"text": "hello"}, "token_ids": ids(1), "chat": chat(("user", "hello"))}
+EMPTY: dict[str, dict[str, Any]] = {"text": {"text": ""}, "token_ids": ids(0), "chat": chat()}
+
+
+@pytest.mark.parametrize("first", PROMPTS)
+@pytest.mark.parametrize("second", PROMPTS)
+@pytest.mark.parametrize("other", [PROMPTS, EMPTY], ids=["given", "empty"])
+async def test_only_one_prompt(shared: Cluster, first: str, second: str, other: dict[str, dict[str, Any]]) -> None:
+    """However they stand on the wire, and an empty one counts: it was given."""
+    if first == second:
+        return
+    parts = [wire.GenerateRequest(**fields) for fields in (PROMPTS[first], other[second], {"model": "demo"})]
+    request = wire.GenerateRequest.FromString(b"".join(part.SerializeToString() for part in parts))
+    error = await failure(shared.stub.Generate(request))
+    assert (error.code, error.reason) == (INVALID, "PROMPT_AMBIGUOUS")
+    assert all(kind in error.message.partition(":")[0] for kind in (first, second))
+    assert "set only one of text, token_ids and chat" in error.message
+    assert shared.executor.submits.empty()
+
+
+async def test_only_one_text_to_tokenize(shared: Cluster) -> None:
+    request = wire.TokenizeRequest(model="demo", text="hello", **chat(("user", "hello")))
+    error = await failure(shared.stub.Tokenize(request))
+    assert (error.code, error.reason) == (INVALID, "PROMPT_AMBIGUOUS")
+    assert "as text and chat: set only one of text and chat" in error.message
+    assert list((await shared.stub.Tokenize(wire.TokenizeRequest(model="demo", text=""))).token_ids) == [0]
+
+
+async def test_a_text_without_tokens(shared: Cluster) -> None:
+    """This tokenizer has no token for such a text; only its beginning is said."""
+    file = json.loads(byte_level().to_str())
+    file["normalizer"] = {"type": "Replace", "pattern": {"String": "-"}, "content": ""}
+    publish(shared.store, "dashes", tokenizer=json.dumps(file))
+    error = await failure(shared.generate(model="dashes", text="-" * 1000, add_special_tokens=False))
+    assert (error.code, error.reason) == (INVALID, "PROMPT_EMPTY")
+    assert "model 'dashes': '" + "-" * 40 + "...'. Give other text" in error.message
+
+
+async def test_a_deadline_that_has_passed_is_never_sent(shared: Cluster) -> None:
+    """gRPC ends such a call itself, but perhaps not before the handler goes on."""
+
+    class Late:
+        def time_remaining(self) -> float:
+            return 0.0
+
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+    gateway = Gateway(shared.store, shared.router)
+    with pytest.raises(DeadlineExceeded, match="before the request was sent to an executor: give it more time"):
+        await anext(gateway.Generate(wire.GenerateRequest(model="demo", text="hello"), Late()))  # type: ignore[arg-type]
+    assert shared.executor.submits.empty()
+
+
+async def test_a_refusal_of_the_executor_says_when_to_retry(shared: Cluster) -> None:
+    call = shared.generate()
+    handle = (await shared.executor.submitted()).handle
+    refusal = ResourceExhausted("9 requests are waiting", reason="QUEUE_FULL", retry_after=2.5)
+    shared.executor.send(StepOutput(failed=[Failed(handle=handle, failure=to_failure(refusal))]))
+    error = await failure(call)
+    assert (error.code, error.reason, error.retry_after) == (8, "QUEUE_FULL", 2.5)
 
 
 async def test_the_longest_that_fits(shared: Cluster) -> None:

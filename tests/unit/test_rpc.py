@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine import errors
@@ -114,6 +115,20 @@ async def test_an_error_goes_through_the_wire_whole(
     assert error.metadata == {"build_id": "7", "ü": "ö"}
 
 
+@pytest.mark.parametrize("seconds", [None, 0.0, 1.5, 60.0])
+async def test_when_to_retry_goes_through_the_wire_as_retry_info(
+    channel: grpc.aio.Channel, builder: Builder, seconds: float | None
+):
+    builder.error = errors.ResourceExhausted("full", reason="QUEUE_FULL", retry_after=seconds)
+    with pytest.raises(grpc.RpcError) as caught:
+        await builder_pb2_grpc.BuilderStub(channel).GetBuild(builder_pb2.GetBuildRequest())
+    details = status_pb2.Status.FromString(dict(caught.value.trailing_metadata())["grpc-status-details-bin"]).details
+    kinds = [detail.TypeName().removeprefix("google.rpc.") for detail in details]
+    assert kinds == ["ErrorInfo"] + ["RetryInfo"] * (seconds is not None)
+    for error in (rpc.from_rpc_error(caught.value), rpc.from_failure(rpc.to_failure(builder.error))):
+        assert (error.reason, error.retry_after) == ("QUEUE_FULL", seconds)
+
+
 async def test_the_status_is_a_plain_grpc_status_too(channel: grpc.aio.Channel, builder: Builder):
     builder.error = NotFound("no such build")
     with pytest.raises(grpc.RpcError) as caught:
@@ -156,6 +171,20 @@ async def test_a_stream_of_streams_fails_too(channel: grpc.aio.Channel):
     await stream.read()
     await stream.done_writing()
     assert (await failed(drained(stream))).reason == "NO_MORE"
+
+
+async def test_what_is_no_message_is_an_invalid_argument(channel: grpc.aio.Channel):
+    name = "/enginehouse.v1.Builder/"
+    error = await failed(channel.unary_unary(f"{name}GetBuild")(b"\x0a\x02\xff\xfe"))  # a text that is no UTF-8
+    assert (type(error), error.reason) == (errors.InvalidArgument, "REQUEST_MALFORMED")
+    assert "UTF-8" in error.message and "check the client's .proto files" in error.message
+    error = await failed(drained(channel.unary_stream(f"{name}WatchBuild")(b"\xff")))
+    assert (type(error), error.reason) == (errors.InvalidArgument, "REQUEST_MALFORMED")
+    stream = channel.stream_stream("/enginehouse.v1.Executor/Run")()
+    for data in (b"", b"\xff"):
+        await stream.write(data)
+    assert await stream.read() == b"", "what came before is answered"
+    assert (await failed(drained(stream))).reason == "REQUEST_MALFORMED"
 
 
 async def test_calls_that_do_not_fail_are_left_alone(channel: grpc.aio.Channel):

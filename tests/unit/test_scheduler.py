@@ -5,7 +5,9 @@ that the scheduler says hold them. So a wrong block, a lost token or a doubled o
 """
 
 import hashlib
+import math
 from collections import deque
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from engine.errors import Internal, ResourceExhausted
 from executor_svc.core import Batch, Reason, Sampling, Sequence
 from executor_svc.kv_cache import KVCache
+from executor_svc.pace import Pace
 from executor_svc.scheduler import Scheduler, SchedulerConfig
 
 VOCAB = 50
@@ -303,10 +306,133 @@ def test_what_can_never_fit_and_what_is_too_much_is_refused() -> None:
     scheduler = Scheduler(config_of(num_blocks=4, max_seq_len=100))
     with pytest.raises(ResourceExhausted, match="32 tokens of KV cache, this executor has 16"):
         scheduler.add(sequence_of([1, 2], 30))
-    busy = Scheduler(SchedulerConfig(64, 4, 8, 16, 64, max_waiting=1))
-    busy.add(sequence_of([1]))
-    with pytest.raises(ResourceExhausted, match="1 requests are waiting"):
-        busy.add(sequence_of([2]))
+
+
+@pytest.mark.parametrize("max_waiting", [0, 3])
+def test_as_many_wait_as_are_allowed_beside_those_that_can_run(max_waiting: int) -> None:
+    """Those that come at once, before the next batch, find the places of the batch free."""
+    config = config_of(max_batch_size=2, max_waiting=max_waiting)
+    scheduler = Scheduler(config)
+    for number in range(2 + max_waiting):
+        scheduler.add(sequence_of([number + 1]))
+    for running in (0, 2):
+        with pytest.raises(ResourceExhausted) as caught:
+            scheduler.add(sequence_of([9]))
+        assert caught.value.reason == "QUEUE_FULL"
+        waiting = 2 + max_waiting - running
+        assert f"{waiting} requests are waiting and {running} run; the limit is {max_waiting}" in caught.value.message
+        assert scheduler.schedule() is not None or running
+
+
+def test_a_refusal_says_when_those_that_wait_will_have_run() -> None:
+    """At the pace at which requests have ended since the engine was idle; a second while none has."""
+    now = 1000.0
+    config = config_of(max_batch_size=2, max_waiting=4)
+    scheduler, runner = Scheduler(config, clock=lambda: now), BlockRunner(config)
+
+    def refused() -> float | None:
+        while True:
+            try:
+                scheduler.add(sequence_of([1, 2], 1))
+            except ResourceExhausted as error:
+                assert f"try again in {error.retry_after:.0f} s" in error.message
+                return error.retry_after
+
+    def step(seconds: float) -> None:
+        nonlocal now
+        batch = scheduler.schedule()
+        assert batch is not None
+        runner.start(batch)
+        now += seconds
+        scheduler.commit(batch, runner.finish(batch))
+
+    assert refused() == 1
+    step(5)  # two of six have ended
+    assert refused() == 5 / 2 * 6
+    step(1)
+    assert refused() == (5 + 1) / 4 * 6
+    while not scheduler.idle:
+        step(0.001)
+    now += 3600  # idle: this says nothing about the pace
+    assert refused() == 1
+    step(100)
+    assert refused() == 60
+
+
+def test_the_pace_is_that_of_the_newest_ends() -> None:
+    pace = Pace()
+    pace.restart(0.0)
+    assert pace.wait(100, 50.0) == 1
+    for second in range(1, 101):
+        pace.ended(float(second))  # one a second
+    for tenth in range(1, 101):
+        pace.ended(100 + tenth / 10)  # ten a second
+    assert pace.wait(100, 110.0) == pytest.approx(10)
+    assert pace.wait(1, 110.0) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    config=tight_configs(),
+    script=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), prompts, st.integers(1, 12), st.none() | st.integers(-2, 20)),
+            st.tuples(st.just("step"), st.integers(0, 4)),
+        ),
+        min_size=5,
+        max_size=60,
+    ),
+)
+def test_nothing_whose_deadline_has_passed_is_ever_computed(config: SchedulerConfig, script: list) -> None:
+    """Time goes on by whole units between any two calls; some are added when their deadline has passed already."""
+    now = 100.0
+    scheduler, runner = Scheduler(config, clock=lambda: now), BlockRunner(config)
+    in_flight: deque[Batch] = deque()
+    sequences: list[Sequence] = []
+    expired: list[Sequence] = []
+
+    def step(units: int) -> None:
+        nonlocal now
+        while batch := scheduler.schedule():
+            for item in batch.items:
+                assert item.sequence.deadline is None or item.sequence.deadline > now, "computed after its deadline"
+            runner.start(batch)
+            in_flight.append(batch)
+            now += units
+        expired.extend(scheduler.take_expired())
+        if in_flight:
+            batch = in_flight.popleft()
+            scheduler.commit(batch, runner.finish(batch))
+        scheduler.check_integrity()
+
+    for action in script:
+        if action[0] == "add":
+            _, prompt, max_tokens, left = action
+            sequence = sequence_of(prompt, max_tokens, deadline=None if left is None else now + left)
+            with suppress(ResourceExhausted):
+                scheduler.add(sequence)
+                sequences.append(sequence)
+        else:
+            step(action[1])
+    for _ in range(3000):
+        if scheduler.idle:
+            break
+        step(0)
+    assert scheduler.idle and scheduler.cache.num_free == config.num_blocks
+    assert len(expired) == len(set(expired)), "told twice"
+    assert set(expired) == {item for item in sequences if item.finish and item.finish.reason is Reason.DEADLINE}
+    assert all(item.deadline is not None and item.deadline <= now for item in expired)
+
+
+def test_ended_sequences_do_not_pile_up_until_their_deadlines() -> None:
+    scheduler, runner = Scheduler(config_of()), BlockRunner(config_of())
+    kept = sequence_of([1], 1, deadline=math.inf, arrival=-1)
+    scheduler._deadlines.add(kept)
+    for _ in range(300):
+        scheduler.add(sequence_of([1, 2], 1, deadline=math.inf))
+        run_all(scheduler, runner)
+    entries = [entry[2] for entry in scheduler._deadlines._heap]
+    assert len(entries) <= 67 and kept in entries
 
 
 def test_commits_out_of_order_are_refused() -> None:
