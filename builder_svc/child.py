@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from builder_svc.checkpoint import sources
 from builder_svc.options import Progress
 from builder_svc.process import GRACE, BuildRequest, Failed, Progressed, Result
 from engine.backends import open_store
@@ -25,14 +26,12 @@ log = logging.getLogger(__name__)
 
 def build(request: BuildRequest, progress: Progress) -> Result:
     """The build itself."""
+    store, work_dir = open_store(request.store), Path(request.work_dir) if request.work_dir else None
+    checkpoint = sources.fetch(request.checkpoint, store, work_dir, progress)
     from builder_svc import pipeline  # imports torch, which takes seconds
 
     built = pipeline.build(
-        Path(request.checkpoint),
-        open_store(request.store),
-        request.options,
-        work_dir=Path(request.work_dir) if request.work_dir else None,
-        progress=progress,
+        checkpoint, store, request.options, source=request.checkpoint, work_dir=work_dir, progress=progress
     )
     return Result(built.manifest.engine_id, built.reused)
 

@@ -7,11 +7,15 @@ from typing import Any
 
 import grpc
 
+from builder_svc.checkpoint import sources
 from builder_svc.jobs import Jobs
 from builder_svc.options import BuildOptions
 from builder_svc.process import BuildRequest
+from builder_svc.spool import default_spool
+from builder_svc.upload_rpcs import UploadServicer
+from builder_svc.uploads import Uploads
 from engine import registry
-from engine.errors import InvalidArgument, NotFound, PermissionDenied
+from engine.errors import InvalidArgument
 from engine.store import Store
 from protos.v1 import builder_pb2_grpc
 from protos.v1.builder_pb2 import (
@@ -40,14 +44,16 @@ _LIMITS = ("max_batch_size", "max_seq_len", "max_num_tokens")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class BuilderServicer(builder_pb2_grpc.BuilderServicer):
+class BuilderServicer(UploadServicer, builder_pb2_grpc.BuilderServicer):
     """The service `Builder` of protos/v1/builder.proto.
 
     Args:
-        checkpoint_root: a directory; only checkpoints in it are built.
+        checkpoint_root: a directory; of this machine's, only checkpoints in it are built.
+        spool: for uploads that are under way; by default in the system's temporary directory.
     """
 
-    def __init__(self, jobs: Jobs, store: Store, checkpoint_root: Path) -> None:
+    def __init__(self, jobs: Jobs, store: Store, checkpoint_root: Path, spool: Path | None = None) -> None:
+        super().__init__(Uploads(store, spool or default_spool()))
         self._jobs = jobs
         self._store = store
         self._root = checkpoint_root.resolve(strict=True)
@@ -56,8 +62,8 @@ class BuilderServicer(builder_pb2_grpc.BuilderServicer):
         if request.model:
             registry.check_name(request.model)
         options = read_options(request.spec)
-        checkpoint = await asyncio.to_thread(find_checkpoint, self._root, request.spec.checkpoint)
-        work = BuildRequest(str(checkpoint), self._store.url, options)
+        checkpoint = await asyncio.to_thread(sources.accept, request.spec.checkpoint, self._root, self._store)
+        work = BuildRequest(checkpoint, self._store.url, options)
         return self._jobs.submit(work, request.spec, request.model)
 
     async def WatchBuild(self, request: WatchBuildRequest, _context: Context) -> AsyncIterator[BuildEvent]:
@@ -96,38 +102,6 @@ def read_options(spec: BuildSpec) -> BuildOptions:
         compute_capability=spec.target.compute_capability or None,
         **{field.name: value for field, value in spec.ListFields() if field.name in _LIMITS},
     )
-
-
-def find_checkpoint(root: Path, checkpoint: str) -> Path:
-    """The directory that a client means, without symbolic links.
-
-    Args:
-        root: resolved; relative paths are relative to it.
-
-    Raises:
-        InvalidArgument: no path at all.
-        PermissionDenied: not in the root, whether it exists or not.
-        NotFound: no directory there.
-    """
-    if not checkpoint or "\0" in checkpoint:
-        raise InvalidArgument(f"checkpoint {checkpoint!r}: give a directory under the builder's checkpoint root")
-    try:
-        path = (root / checkpoint).resolve()
-        inside = path.is_relative_to(root)
-        found = inside and path.is_dir()
-    except (OSError, RuntimeError):  # a name too long, a circle of links
-        inside, found = True, False
-    if not inside:
-        raise PermissionDenied(
-            f"checkpoint {checkpoint!r} is outside of {root}, the builder's --checkpoint-root: move it there, or start "
-            "the builder with another root",
-            reason="CHECKPOINT_OUTSIDE_ROOT",
-        )
-    if not found:
-        raise NotFound(
-            f"no directory {checkpoint!r} under the builder's checkpoint root {root}", reason="CHECKPOINT_NOT_FOUND"
-        )
-    return path
 
 
 def _model_name(record: registry.NameRecord) -> ModelName:

@@ -401,10 +401,10 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
     assert (spec.dtype, spec.target.device, spec.target.compute_capability) == ("bfloat16", DEVICE_KIND_CUDA, "9.0")
     assert not any(spec.HasField(name) for name in ("max_batch_size", "max_seq_len", "max_num_tokens"))
 
-    told = json.loads(enginehouse("build", "elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json").stdout)
+    told = json.loads(enginehouse("build", "./elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json").stdout)
     assert (told["name"], told["engine_id"], told["reused"]) == ("n", "ef" * 32, False)
     spec = builder.requests[1].spec
-    assert (spec.checkpoint, spec.target.device, spec.max_seq_len) == ("elsewhere/x", DEVICE_KIND_CPU, 9)
+    assert (spec.checkpoint, spec.target.device, spec.max_seq_len) == ("./elsewhere/x", DEVICE_KIND_CPU, 9)
 
 
 def test_a_build_that_fails(builder: MockBuilder) -> None:
