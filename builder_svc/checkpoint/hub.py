@@ -93,7 +93,7 @@ def explain(error: Exception, repo: str, name: str) -> EnginehouseError:
             "or put the cache elsewhere with HF_HOME",
             reason="HUB_CACHE_FULL",
         )
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return FailedPrecondition(
             f"the hub's cache {constants.HF_HUB_CACHE} cannot be written ({error}): put it elsewhere with HF_HOME",
             reason="HUB_CACHE_UNUSABLE",
