@@ -22,6 +22,7 @@ Prompt = str | Sequence[int] | Sequence[gateway_pb2.ChatMessage]
 """Text, token ids or a conversation."""
 
 _Reply = TypeVar("_Reply")
+_WRITE_FAILED = "Internal error from Core"
 
 
 class _Client:
@@ -162,12 +163,25 @@ class BuilderClient(_Client):
                 await call.write(builder_pb2.UploadFileRequest(data=data))
             await call.done_writing()
             await call
-        except asyncio.InvalidStateError:  # it has ended before all was written: with an error, or because all is there
-            await self._reply(call)
-        except grpc.aio.AioRpcError as error:
-            raise self._known(error, lost=True) from None
+        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):  # it may have ended because all is there
+            await self._outcome(call)
         finally:
             call.cancel()
+
+    async def _outcome(self, call: "grpc.aio.StreamUnaryCall[Any, Any]") -> None:
+        """How a call has ended that the builder ended while we wrote.
+
+        grpc.aio says INTERNAL of the write that fails by that, until the builder's own status comes a moment later.
+        """
+        for _ in range(100):
+            try:
+                await call
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.details() != _WRITE_FAILED:
+                    raise self._known(error, lost=True) from None
+            await asyncio.sleep(0.01)
+        raise Unavailable(f"lost the builder at {self.address}", reason="CONNECTION_LOST")
 
 
 class ExecutorClient(_Client):

@@ -26,6 +26,7 @@ from engine.errors import (
     ResourceExhausted,
 )
 from engine.store import Store
+from enginehouse.client import BuilderClient
 from protos import rpc
 from protos.v1.builder_pb2 import (
     CheckpointFile,
@@ -55,14 +56,19 @@ def uploads(store: Store, spool: Path) -> Uploads:
 
 
 @pytest.fixture
-async def stub(uploads: Uploads) -> AsyncIterator[BuilderStub]:
+async def address(uploads: Uploads) -> AsyncIterator[str]:
     server = grpc.aio.server(interceptors=[rpc.ErrorInterceptor()], options=rpc.CHANNEL_OPTIONS)
     add_BuilderServicer_to_server(Servicer(uploads), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=rpc.CHANNEL_OPTIONS) as channel:
-        yield BuilderStub(channel)
+    yield f"127.0.0.1:{port}"
     await server.stop(0)
+
+
+@pytest.fixture
+async def stub(address: str) -> AsyncIterator[BuilderStub]:
+    async with grpc.aio.insecure_channel(address, options=rpc.CHANNEL_OPTIONS) as channel:
+        yield BuilderStub(channel)
 
 
 def sha256(data: bytes) -> str:
@@ -110,12 +116,15 @@ def fill(spool: Path, data: bytes) -> None:
     (spool / f"{sha256(data)}.partial").write_bytes(data)
 
 
+def in_spool(spool: Path) -> int:
+    path = spool / f"{sha256(WEIGHTS)}.partial"
+    return path.stat().st_size if path.exists() else 0
+
+
 async def arrived(spool: Path, size: int) -> None:
     """Returns when so much of the weights is in the spool."""
     for _ in range(1000):
-        if (spool / f"{sha256(WEIGHTS)}.partial").exists() and sum(
-            path.stat().st_size for path in spool.iterdir()
-        ) >= size:
+        if in_spool(spool) >= size:
             return
         await asyncio.sleep(0.01)
     raise AssertionError(f"{size} bytes did not arrive")
@@ -305,6 +314,23 @@ async def test_a_full_disk(stub: BuilderStub, spool: Path, monkeypatch: pytest.M
     assert type(error) is ResourceExhausted
     assert str(spool) in error.message and "--work-dir" in error.message
     await send(stub, messages(WEIGHTS))
+
+
+async def test_the_builders_words_reach_a_client_that_is_writing(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far it is: grpc fails its next write before the status is there."""
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors").write_bytes(WEIGHTS * 4)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(spool_module.os, "pwrite", full)
+    async with BuilderClient(address) as builder:
+        for _ in range(10):
+            with pytest.raises(ResourceExhausted, match="--work-dir"):
+                await builder.upload(tmp_path)
 
 
 def test_a_directory_that_somebody_else_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
