@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -24,10 +25,12 @@ Progress = Callable[[str, int, int, str], None]
 
 MESSAGE_SIZE = 1024 * 1024  # bytes of a file in one message
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0)  # seconds before each further attempt; they begin anew after progress
+PATIENCE = 600.0  # seconds that another client's upload of the same file may take without progress that we see
 
 _READ_SIZE = 4 * 1024 * 1024
 _IN_PROGRESS = "UPLOAD_IN_PROGRESS"
 _TRANSIENT = (_IN_PROGRESS, "UPLOAD_OFFSET", "UPLOAD_INCOMPLETE")
+_TRANSIENT_CODES = (1, Unavailable.code, DataLoss.code)  # 1, CANCELLED, comes of a builder that stops
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ async def upload(builder: "BuilderClient", directory: Path, progress: Progress) 
     by_digest = {file.digest: file for file in files}
     total = sum(file.size for file in by_digest.values())
     most = -1  # bytes that the builder has had at an offer
-    delays = iter(DELAYS)
+    delays, patience = iter(DELAYS), 0.0
 
     def report(before: int, sent: int) -> None:
         progress("send", before + sent, total, "bytes")
@@ -71,7 +74,7 @@ async def upload(builder: "BuilderClient", directory: Path, progress: Progress) 
             if not missing:
                 return offer.checkpoint
             if progressed := done > most:
-                most, delays = done, iter(DELAYS)
+                most, delays, patience = done, iter(DELAYS), time.monotonic() + PATIENCE
             for file, offset in missing:
                 try:
                     await _send(builder, file, offset, partial(report, done))
@@ -80,12 +83,14 @@ async def upload(builder: "BuilderClient", directory: Path, progress: Progress) 
                     if error.reason != _IN_PROGRESS:
                         raise
                     problem = error  # somebody else sends it: the others first
-        except (Unavailable, DataLoss, FailedPrecondition) as error:
-            if most < 0 or (isinstance(error, FailedPrecondition) and error.reason not in _TRANSIENT):
+        except EnginehouseError as error:
+            if most < 0 or (error.code not in _TRANSIENT_CODES and error.reason not in _TRANSIENT):
                 raise
             problem = error
         if problem or not progressed:
             delay = next(delays, None)
+            if delay is None and problem and problem.reason == _IN_PROGRESS and time.monotonic() < patience:
+                delay = DELAYS[-1]
             if delay is None:
                 raise problem or Unavailable(
                     f"the builder at {builder.address} loses files of {directory} that it has taken",

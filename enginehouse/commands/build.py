@@ -223,6 +223,12 @@ def _build_here(
     checkpoint: str, choices: Choices, name: str, home: Home, store_url: str | None, console: Console
 ) -> Result:
     began = time.monotonic()  # with the seconds that the import of torch takes: the person waits for them, too
+    source = checkpoint if checkpoint.startswith((HUB, UPLOAD)) else str(Path(checkpoint).expanduser())
+    if not source.startswith((HUB, UPLOAD)) and not Path(source).is_dir():
+        raise NotFound(
+            f"{source} is no directory; give a checkpoint in Hugging Face layout, or ORG/NAME of the hub",
+            reason="CHECKPOINT_NOT_FOUND",
+        )
     try:
         from builder_svc.checkpoint.sources import fetch
         from builder_svc.options import BuildOptions
@@ -235,7 +241,6 @@ def _build_here(
         ) from None
     chosen = {key: value for key, value in vars(choices).items() if value is not None}
     options = BuildOptions(**chosen)
-    source = checkpoint if checkpoint.startswith((HUB, UPLOAD)) else str(Path(checkpoint).expanduser())
     home.make()
     store = open_store(store_url or home.store)
     try:
