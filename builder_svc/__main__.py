@@ -7,9 +7,11 @@ from pathlib import Path
 import grpc
 import msgspec
 
+from builder_svc.checkpoint import sources
 from builder_svc.jobs import Jobs
 from builder_svc.process import BuildProcess, BuildRequest
-from builder_svc.server import BuilderServicer, find_checkpoint
+from builder_svc.server import BuilderServicer
+from engine import signing
 from engine.backends import open_store
 from engine.errors import InvalidArgument
 from protos import rpc
@@ -19,7 +21,9 @@ from protos.v1 import builder_pb2_grpc
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m builder_svc", description="Builds engines from checkpoints.")
-    parser.add_argument("--store", required=True, metavar="URL", help="where engines go: a directory or file:// URL")
+    parser.add_argument(
+        "--store", required=True, metavar="URL", help="where engines and jobs are kept: a directory, file:// or s3://"
+    )
     parser.add_argument(
         "--checkpoint-root", required=True, type=Path, metavar="DIR", help="checkpoints outside of it are refused"
     )
@@ -27,7 +31,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", default=8401, type=int, help="0 takes a free one [8401]")
     parser.add_argument("--jobs", default=1, type=int, metavar="N", help="builds at a time [1]")
     parser.add_argument(
-        "--work-dir", type=Path, metavar="DIR", help="for weights before they are uploaded [the system's]"
+        "--work-dir", type=Path, metavar="DIR", help="for weights and checkpoints on their way [the system's]"
+    )
+    parser.add_argument(
+        "--signing-key",
+        type=Path,
+        metavar="FILE",
+        help="sign every engine with this private key, also one that was there",
     )
     parsed = parser.parse_args(arguments)
     if parsed.jobs < 1:
@@ -39,7 +49,7 @@ async def run(arguments: argparse.Namespace) -> None:
     """Serves until SIGTERM or SIGINT.
 
     Raises:
-        InvalidArgument: a directory that should be there is not.
+        InvalidArgument: a directory that should be there is not, or the key is none.
         EnginehouseError: the store cannot be opened, or the port is taken.
     """
     for option, directory in (("--checkpoint-root", arguments.checkpoint_root), ("--work-dir", arguments.work_dir)):
@@ -47,17 +57,22 @@ async def run(arguments: argparse.Namespace) -> None:
             raise InvalidArgument(f"{option} {directory} is no directory")
     store = open_store(arguments.store)
     root = arguments.checkpoint_root.resolve()
+    private = signing.load_private(arguments.signing_key) if arguments.signing_key else None
 
     def prepare(request: BuildRequest) -> BuildRequest:
         """A job that another builder has taken in must be one that this one would have."""
-        return msgspec.structs.replace(
-            request, store=store.url, checkpoint=str(find_checkpoint(root, request.checkpoint))
-        )
+        checkpoint = sources.accept(request.checkpoint, root, store)
+        return msgspec.structs.replace(request, store=store.url, checkpoint=checkpoint)
+
+    def finish(engine_id: str) -> None:
+        """Here and not in the build's process, which reads what clients bring: it must not see the key."""
+        if private:
+            signing.sign(store, engine_id, private)
 
     process = BuildProcess(work_dir=arguments.work_dir)
     process.clear()
-    jobs = Jobs(store, process, arguments.jobs, prepare=prepare)
-    servicer = BuilderServicer(jobs, store, root)
+    jobs = Jobs(store, process, arguments.jobs, prepare=prepare, finish=finish)
+    servicer = BuilderServicer(jobs, store, root, spool=arguments.work_dir and arguments.work_dir / "uploads")
     jobs.start()
 
     def register(server: grpc.aio.Server) -> None:

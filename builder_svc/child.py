@@ -12,11 +12,14 @@ from pathlib import Path
 
 import msgspec
 
+from builder_svc.checkpoint import sources
 from builder_svc.options import Progress
 from builder_svc.process import GRACE, BuildRequest, Failed, Progressed, Result
 from engine.backends import open_store
 from engine.errors import EnginehouseError, ResourceExhausted
 from protos.rpc import to_failure
+
+PATIENCE = 60.0  # seconds for which a build waits for a store that is away, each time
 
 Build = Callable[[BuildRequest, Progress], Result]
 
@@ -25,14 +28,13 @@ log = logging.getLogger(__name__)
 
 def build(request: BuildRequest, progress: Progress) -> Result:
     """The build itself."""
+    store = open_store(request.store, PATIENCE)
+    work_dir = Path(request.work_dir) if request.work_dir else None
+    checkpoint = sources.fetch(request.checkpoint, store, work_dir, progress)
     from builder_svc import pipeline  # imports torch, which takes seconds
 
     built = pipeline.build(
-        Path(request.checkpoint),
-        open_store(request.store),
-        request.options,
-        work_dir=Path(request.work_dir) if request.work_dir else None,
-        progress=progress,
+        checkpoint, store, request.options, source=request.checkpoint, work_dir=work_dir, progress=progress
     )
     return Result(built.manifest.engine_id, built.reused)
 

@@ -9,7 +9,8 @@ from engine.errors import InvalidArgument
 Progress = Callable[[str, int, int, str], None]
 """Called with (phase, done, total, unit) as a build goes on.
 
-The phases are "checkpoint", "program", "weights", "upload" and "publish"; the unit is "bytes" or "".
+The phases are "download" (of a checkpoint that is not here yet), "checkpoint", "program", "weights", "upload" and "publish";
+the unit is "bytes" or "".
 """
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

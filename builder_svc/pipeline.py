@@ -60,12 +60,14 @@ def build(
     store: Store,
     options: BuildOptions = BuildOptions(),  # noqa: B008  (frozen)
     *,
+    source: str | None = None,
     work_dir: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Built:
     """Builds an engine of a checkpoint directory into a store, or finds it there.
 
     Args:
+        source: where the checkpoint was found, for the manifest; by default the directory.
         work_dir: for the weights before they are uploaded, as large as the engine; by default the system's.
         progress: called as the phases go on.
 
@@ -98,7 +100,7 @@ def build(
         manifest = Manifest(
             engine_id=engine_id(identity),
             identity=identity,
-            source=str(checkpoint),
+            source=source or str(checkpoint),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             model=model_facts(model, program),
             limits=model.limits,

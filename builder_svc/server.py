@@ -7,12 +7,16 @@ from typing import Any
 
 import grpc
 
+from builder_svc.checkpoint import sources
 from builder_svc.jobs import Jobs
 from builder_svc.options import BuildOptions
 from builder_svc.process import BuildRequest
 from builder_svc.registry_rpcs import RegistryServicer
+from builder_svc.spool import default_spool
+from builder_svc.upload_rpcs import UploadServicer
+from builder_svc.uploads import Uploads
 from engine import registry
-from engine.errors import InvalidArgument, NotFound, PermissionDenied
+from engine.errors import InvalidArgument
 from engine.store import Store
 from protos.v1.builder_pb2 import (
     DEVICE_KIND_CPU,
@@ -36,15 +40,17 @@ _LIMITS = ("max_batch_size", "max_seq_len", "max_num_tokens")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class BuilderServicer(RegistryServicer):
+class BuilderServicer(RegistryServicer, UploadServicer):
     """The service `Builder` of protos/v1/builder.proto.
 
     Args:
-        checkpoint_root: a directory; only checkpoints in it are built.
+        checkpoint_root: a directory; of this machine's, only checkpoints in it are built.
+        spool: for uploads that are under way; by default in the system's temporary directory.
     """
 
-    def __init__(self, jobs: Jobs, store: Store, checkpoint_root: Path) -> None:
-        super().__init__(store)
+    def __init__(self, jobs: Jobs, store: Store, checkpoint_root: Path, spool: Path | None = None) -> None:
+        RegistryServicer.__init__(self, store)
+        UploadServicer.__init__(self, Uploads(store, spool or default_spool()))
         self._jobs = jobs
         self._root = checkpoint_root.resolve(strict=True)
 
@@ -52,8 +58,8 @@ class BuilderServicer(RegistryServicer):
         if request.model:
             registry.check_name(request.model)
         options = read_options(request.spec)
-        checkpoint = await asyncio.to_thread(find_checkpoint, self._root, request.spec.checkpoint)
-        return await self._jobs.submit(BuildRequest(str(checkpoint), options=options), request.spec, request.model)
+        checkpoint = await asyncio.to_thread(sources.accept, request.spec.checkpoint, self._root, self._store)
+        return await self._jobs.submit(BuildRequest(checkpoint, options=options), request.spec, request.model)
 
     async def WatchBuild(self, request: WatchBuildRequest, _context: Context) -> AsyncIterator[BuildEvent]:
         async for event in self._jobs.events(request.build_id, request.from_sequence):
@@ -81,35 +87,3 @@ def read_options(spec: BuildSpec) -> BuildOptions:
         compute_capability=spec.target.compute_capability or None,
         **{field.name: value for field, value in spec.ListFields() if field.name in _LIMITS},
     )
-
-
-def find_checkpoint(root: Path, checkpoint: str) -> Path:
-    """The directory that a client means, without symbolic links.
-
-    Args:
-        root: resolved; relative paths are relative to it.
-
-    Raises:
-        InvalidArgument: no path at all.
-        PermissionDenied: not in the root, whether it exists or not.
-        NotFound: no directory there.
-    """
-    if not checkpoint or "\0" in checkpoint:
-        raise InvalidArgument(f"checkpoint {checkpoint!r}: give a directory under the builder's checkpoint root")
-    try:
-        path = (root / checkpoint).resolve()
-        inside = path.is_relative_to(root)
-        found = inside and path.is_dir()
-    except (OSError, RuntimeError):  # a name too long, a circle of links
-        inside, found = True, False
-    if not inside:
-        raise PermissionDenied(
-            f"checkpoint {checkpoint!r} is outside of {root}, the builder's --checkpoint-root: move it there, or start "
-            "the builder with another root",
-            reason="CHECKPOINT_OUTSIDE_ROOT",
-        )
-    if not found:
-        raise NotFound(
-            f"no directory {checkpoint!r} under the builder's checkpoint root {root}", reason="CHECKPOINT_NOT_FOUND"
-        )
-    return path

@@ -1,15 +1,21 @@
-"""Checkpoints that clients have uploaded, in a store.
+"""Which files of a checkpoint count, and the checkpoints that clients have uploaded, in a store.
 
-checkpoints/<id>.json     which files it has, create-only; the files are blobs. Garbage collection drops it after a week
+checkpoints/<id>.json     which files it has; the files are blobs. Garbage collection drops it after a week
 """
 
 import re
+from fnmatch import fnmatchcase
 
 import msgspec
 
 from engine.errors import DataLoss, InvalidArgument, NotFound
 from engine.manifest import FileRef, engine_id
 from engine.store import Store
+
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+"""Patterns of what a build may read, in the checkpoint's directory itself. No pickles among them."""
+NOT_FILES = ("*/*", ".*", "consolidated*.safetensors")
+"""What the patterns above would take too: folders, and the same weights once more in another layout (Mistral's)."""
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -23,6 +29,24 @@ class UploadedCheckpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     def id(self) -> str:
         """SHA-256 over names and digests: the same files give the same id."""
         return engine_id({file.name: file.digest for file in self.files})
+
+
+def is_read(name: str) -> bool:
+    """Whether a build may read the checkpoint's file of this name."""
+    return any(fnmatchcase(name, pattern) for pattern in FILES) and not any(
+        fnmatchcase(name, pattern) for pattern in NOT_FILES
+    )
+
+
+def check_file_name(name: str) -> str:
+    """The name itself. Raises InvalidArgument unless it is one of a plain, visible file, without folders."""
+    if not name or name[0] == "." or len(name.encode(errors="replace")) > 255 or re.search(r"[/\\\x00-\x1f]", name):
+        raise InvalidArgument(
+            f"file name {name[:80]!r}: give the name of a file in the checkpoint's directory, without folders, that does "
+            "not begin with a dot",
+            reason="FILE_NAME_INVALID",
+        )
+    return name
 
 
 def put(store: Store, checkpoint: UploadedCheckpoint) -> str:
@@ -47,9 +71,14 @@ def get(store: Store, checkpoint_id: str) -> UploadedCheckpoint:
         ) from None
 
 
-def _key(checkpoint_id: str) -> str:
+def check_id(checkpoint_id: str) -> str:
+    """The id itself. Raises InvalidArgument for what is none."""
     if not _ID.fullmatch(checkpoint_id):
         raise InvalidArgument(
-            f"checkpoint id {checkpoint_id!r} is not 64 hexadecimal digits", reason="CHECKPOINT_ID_INVALID"
+            f"checkpoint id {checkpoint_id[:80]!r} is not 64 hexadecimal digits", reason="CHECKPOINT_ID_INVALID"
         )
-    return f"checkpoints/{checkpoint_id}.json"
+    return checkpoint_id
+
+
+def _key(checkpoint_id: str) -> str:
+    return f"checkpoints/{check_id(checkpoint_id)}.json"

@@ -108,7 +108,8 @@ def main() -> None:
 
 @main.command()
 @click.argument("checkpoint")
-@click.option("--name", metavar="NAME", help="What to call the model.  [default: the directory's name]")
+@click.option("--name", metavar="NAME", help="What to call the model.  [default: the directory's or repository's name]")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of the hub's repository.  [default: main]")
 @click.option("--store", metavar="URL", help="Where the engine goes.  [default: store/ in the data folder]")
 @click.option(
     "--builder",
@@ -116,6 +117,11 @@ def main() -> None:
     envvar="ENGINEHOUSE_BUILDER",
     callback=check_address,
     help="Have it built there, into the builder's store.  [default: $ENGINEHOUSE_BUILDER, else in this process]",
+)
+@click.option(
+    "--upload",
+    is_flag=True,
+    help="Send the directory to a builder that is on this machine, too; to others it always is.",
 )
 @click.option(
     "--dtype",
@@ -149,9 +155,14 @@ def build(
     sign_with: Path | None,
     data: str | None,
     as_json: bool,
+    revision: str | None,
+    upload: bool,
     **choices: Any,
 ) -> None:
-    """Build an engine from CHECKPOINT, a directory in Hugging Face layout.
+    """Build an engine from CHECKPOINT, a directory in Hugging Face layout or a repository of the hub (ORG/NAME[@REVISION]).
+
+    A directory is sent to a builder on another machine; after an interruption the same command goes on where it was. What is
+    no directory here and begins with . or / is a path on the builder's machine. $HF_TOKEN opens private and gated repositories.
 
     The same checkpoint and options give the same engine: a second build finds it in the store.
     """
@@ -174,6 +185,8 @@ def build(
         builder=builder,
         sign_with=sign_with,
         as_json=as_json,
+        revision=revision,
+        upload=upload,
     )
 
 

@@ -2,13 +2,15 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 import grpc
 
 from engine.errors import EnginehouseError, InvalidArgument, Unavailable
+from enginehouse.upload import Progress, upload
 from protos.rpc import CHANNEL_OPTIONS, from_rpc_error
 from protos.v1 import builder_pb2, executor_pb2, gateway_pb2
 from protos.v1.builder_pb2_grpc import BuilderStub
@@ -20,6 +22,7 @@ Prompt = str | Sequence[int] | Sequence[gateway_pb2.ChatMessage]
 """Text, token ids or a conversation."""
 
 _Reply = TypeVar("_Reply")
+_WRITE_FAILED = "Internal error from Core"
 
 
 class _Client:
@@ -146,6 +149,46 @@ class BuilderClient(_Client):
         """Ends a job; one that has ended stays as it is."""
         request = builder_pb2.CancelBuildRequest(build_id=build_id)
         return await asyncio.wait_for(self._reply(self._stub.CancelBuild(request)), timeout=10)
+
+    async def upload(self, directory: Path, progress: Progress = lambda *_: None) -> str:
+        """Brings a checkpoint directory to the builder; gives what stands for it in `BuildSpec.checkpoint`.
+
+        What is there already is not sent again: after an interruption, repeat the call. Raises what `enginehouse.upload` says.
+        """
+        return await upload(self, directory, progress)
+
+    async def offer(self, files: Sequence[builder_pb2.CheckpointFile]) -> builder_pb2.OfferCheckpointResponse:
+        """Says what a checkpoint consists of; the answer, what of it is missing."""
+        return await self._reply(self._stub.OfferCheckpoint(builder_pb2.OfferCheckpointRequest(files=files)))
+
+    async def send_file(self, header: builder_pb2.UploadFileHeader, parts: AsyncIterator[bytes]) -> None:
+        """Sends a file's bytes from the header's offset on, as fast as they are taken. An error of `parts` breaks it off."""
+        call = self._stub.UploadFile()
+        try:
+            await call.write(builder_pb2.UploadFileRequest(header=header))
+            async for data in parts:
+                await call.write(builder_pb2.UploadFileRequest(data=data))
+            await call.done_writing()
+            await call
+        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):  # it may have ended because all is there
+            await self._outcome(call)
+        finally:
+            call.cancel()
+
+    async def _outcome(self, call: "grpc.aio.StreamUnaryCall[Any, Any]") -> None:
+        """How a call has ended that the builder ended while we wrote.
+
+        grpc.aio says INTERNAL of the write that fails by that, until the builder's own status comes a moment later.
+        """
+        for _ in range(100):
+            try:
+                await call
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.details() != _WRITE_FAILED:
+                    raise self._known(error, lost=True) from None
+            await asyncio.sleep(0.01)
+        raise Unavailable(f"lost the builder at {self.address}", reason="CONNECTION_LOST")
 
 
 class ExecutorClient(_Client):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shlex
+import tempfile
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,9 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from builder_svc.checkpoint.sources import HUB, UPLOAD, is_repository
 from engine import registry, signing
 from engine.backends import open_store
-from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, Unavailable
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from enginehouse.client import BuilderClient, is_loopback, not_unicode
 from enginehouse.home import Home
 from enginehouse.progress import Bars, format_bytes, stderr
@@ -83,18 +85,29 @@ def run(
     builder: str | None,
     sign_with: Path | None = None,
     as_json: bool,
+    revision: str | None = None,
+    upload: bool = False,
 ) -> None:
     """Builds, or has it built when `builder` is given, and says what came of it.
 
     Args:
+        checkpoint: a directory, or a repository of the hub as ORG/NAME[@REVISION] or hf://ORG/NAME[@REVISION].
+        revision: of the hub's repository.
+        upload: send a local directory to the builder even if that could see it.
         sign_with: a private key, with which an engine that is built here is signed.
     """
     console = stderr()
-    name = registry.check_name(name) if name else default_name(checkpoint)
+    source = find_source(checkpoint, revision)
+    if source != checkpoint and not checkpoint.startswith(HUB):
+        console.print(f"{checkpoint}: no such directory here, so the repository of the Hugging Face hub is meant")
+    name = registry.check_name(name) if name else default_name(source)
     if builder:
-        result = asyncio.run(_build_there(checkpoint, choices, name, builder, console))
+        there, directory = _place(source, builder, upload)
+        result = asyncio.run(_build_there(there, directory, choices, name, builder, console))
+    elif upload:
+        raise InvalidArgument("--upload sends the checkpoint to a builder: say to which with --builder HOST:PORT")
     else:
-        result = _build_here(Path(checkpoint).expanduser(), choices, name, home, store, sign_with, console)
+        result = _build_here(source, choices, name, home, store, sign_with, console)
     if as_json:
         print(
             json.dumps(
@@ -116,9 +129,31 @@ def run(
         print(f"next:      enginehouse up {result.name}{same_place(home, store)}")
 
 
+def find_source(checkpoint: str, revision: str | None = None) -> str:
+    """What a person means: a path stays one, and what is no directory and looks like a repository becomes hf://....
+
+    Raises:
+        InvalidArgument: a revision for what is not of the hub, or a second one.
+    """
+    is_path = checkpoint[:1] in (".", "/", "~") or Path(checkpoint).is_dir()
+    source = checkpoint
+    if not is_path and is_repository(checkpoint):
+        source = HUB + checkpoint
+    if revision is None:
+        return source
+    if not source.startswith(HUB):
+        raise InvalidArgument(f"--revision is of a repository of the hub, ORG/NAME: {checkpoint!r} is none")
+    if "@" in source:
+        raise InvalidArgument(f"--revision {revision} and {checkpoint}: give the revision once")
+    return f"{source}@{revision}"
+
+
 def default_name(checkpoint: str) -> str:
-    """The name of the checkpoint's directory. Raises InvalidArgument when it cannot be a model's name."""
-    name = Path(checkpoint).expanduser().resolve().name
+    """The name of the checkpoint's directory or repository. Raises InvalidArgument when it cannot be a model's name."""
+    if checkpoint.startswith(HUB):
+        name = checkpoint.removeprefix(HUB).partition("@")[0].rpartition("/")[2]
+    else:
+        name = Path(checkpoint).expanduser().resolve().name
     try:
         return registry.check_name(name)
     except InvalidArgument:
@@ -184,22 +219,36 @@ async def _cancel(builder: BuilderClient, build_id: str, console: Console) -> No
         console.print(f"cancelled build {build_id}")
 
 
-async def _build_there(checkpoint: str, choices: Choices, name: str, address: str, console: Console) -> Result:
+async def _build_there(
+    checkpoint: str, directory: Path | None, choices: Choices, name: str, address: str, console: Console
+) -> Result:
+    """`directory`: the one to upload; None where the builder has the checkpoint or gets it by itself."""
     began = time.monotonic()
     async with BuilderClient(address) as builder:
         with Bars(console, name) as bars:
-            job = await follow(builder, choices.spec(_path_there(checkpoint, address)), name, bars, console)
+            if directory:
+                checkpoint = await builder.upload(directory, bars.update)
+            job = await follow(builder, choices.spec(checkpoint), name, bars, console)
     return Result(name, job.engine_id, job.reused, time.monotonic() - began)
 
 
-def _path_there(checkpoint: str, address: str) -> str:
-    """A builder on this machine sees the same files; to another one the path is under its own checkpoint root."""
-    local = Path(checkpoint).expanduser()
-    return str(local.resolve()) if is_loopback(address) and local.is_dir() else checkpoint
+def _place(source: str, address: str, upload: bool) -> tuple[str, Path | None]:
+    """The checkpoint as the builder is to be asked for it, or the directory to upload before.
+
+    A builder on this machine sees the same files. What is no directory here is a path on the builder's machine.
+    """
+    local = Path(source).expanduser()
+    if source.startswith((HUB, UPLOAD)) or not local.is_dir():
+        if upload:
+            raise NotFound(f"--upload sends a directory of this machine, and {source} is none")
+        return source, None
+    if upload or not is_loopback(address):
+        return source, local
+    return str(local.resolve()), None
 
 
 def _build_here(
-    checkpoint: Path,
+    checkpoint: str,
     choices: Choices,
     name: str,
     home: Home,
@@ -209,7 +258,14 @@ def _build_here(
 ) -> Result:
     private = signing.load_private(sign_with) if sign_with else None  # a bad key file is told before the work
     began = time.monotonic()  # with the seconds that the import of torch takes: the person waits for them, too
+    source = checkpoint if checkpoint.startswith((HUB, UPLOAD)) else str(Path(checkpoint).expanduser())
+    if not source.startswith((HUB, UPLOAD)) and not Path(source).is_dir():
+        raise NotFound(
+            f"{source} is no directory; give a checkpoint in Hugging Face layout, or ORG/NAME of the hub",
+            reason="CHECKPOINT_NOT_FOUND",
+        )
     try:
+        from builder_svc.checkpoint.sources import fetch
         from builder_svc.options import BuildOptions
         from builder_svc.pipeline import build
     except ModuleNotFoundError as error:
@@ -223,8 +279,13 @@ def _build_here(
     home.make()
     store = open_store(store_url or home.store)
     try:
-        with Bars(console, name) as bars:
-            built = build(checkpoint, store, options, work_dir=home.work, progress=bars.update)
+        with (
+            Bars(console, name) as bars,
+            tempfile.TemporaryDirectory(prefix="enginehouse-", dir=home.work) as directory,
+        ):
+            work = Path(directory)
+            path = fetch(source, store, work, bars.update)
+            built = build(path, store, options, source=source, work_dir=work, progress=bars.update)
     except KeyboardInterrupt:
         console.print("interrupted")
         raise

@@ -15,10 +15,11 @@ import pytest
 from builder_harness import child, ends, publish, real_child, state
 
 from builder_svc.__main__ import parse
+from builder_svc.checkpoint.sources import find_checkpoint
 from builder_svc.jobs import Jobs
 from builder_svc.options import BuildOptions
 from builder_svc.process import BuildProcess
-from builder_svc.server import BuilderServicer, find_checkpoint, read_options
+from builder_svc.server import BuilderServicer, read_options
 from engine import registry
 from engine.errors import EnginehouseError, InvalidArgument, NotFound, PermissionDenied
 from engine.store import Store

@@ -36,6 +36,7 @@ from protos.v1.builder_pb2 import (
     Build,
     BuildEvent,
     BuildProgress,
+    OfferCheckpointResponse,
 )
 from protos.v1.builder_pb2_grpc import BuilderServicer, add_BuilderServicer_to_server
 from protos.v1.common_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, Failure, FinishInfo, Usage
@@ -90,6 +91,10 @@ class MockBuilder(BuilderServicer):
                     time.sleep(0.01)
             else:
                 yield event
+
+    def OfferCheckpoint(self, request: Any, context: Any) -> OfferCheckpointResponse:
+        self.requests.append(request)
+        return OfferCheckpointResponse(checkpoint="upload://kept")
 
     def CancelBuild(self, request: Any, context: Any) -> Build:
         self.cancelled.append(request.build_id)
@@ -426,10 +431,10 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
     assert (spec.dtype, spec.target.device, spec.target.compute_capability) == ("bfloat16", DEVICE_KIND_CUDA, "9.0")
     assert not any(spec.HasField(name) for name in ("max_batch_size", "max_seq_len", "max_num_tokens"))
 
-    told = json.loads(enginehouse("build", "elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json").stdout)
+    told = json.loads(enginehouse("build", "./elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json").stdout)
     assert (told["name"], told["engine_id"], told["reused"]) == ("n", "ef" * 32, False)
     spec = builder.requests[1].spec
-    assert (spec.checkpoint, spec.target.device, spec.max_seq_len) == ("elsewhere/x", DEVICE_KIND_CPU, 9)
+    assert (spec.checkpoint, spec.target.device, spec.max_seq_len) == ("./elsewhere/x", DEVICE_KIND_CPU, 9)
 
 
 def test_a_build_that_fails(builder: MockBuilder) -> None:
@@ -450,6 +455,87 @@ def test_ctrl_c_cancels_a_build(builder: MockBuilder) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=10)
     assert (process.returncode, said, builder.cancelled) == (130, b"cancelled build b1\n", ["b1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "checkpoint", "name"),
+    [
+        (["org/Tiny-1.5"], "hf://org/Tiny-1.5", "Tiny-1.5"),
+        (["org/tiny@v1", "--name", "n"], "hf://org/tiny@v1", "n"),
+        (["org/tiny", "--revision", "v1"], "hf://org/tiny@v1", "tiny"),
+        (["hf://gpt2"], "hf://gpt2", "gpt2"),
+        (["tiny"], "tiny", "tiny"),
+        (["./org/tiny"], "./org/tiny", "tiny"),
+        (["/models/org/tiny"], "/models/org/tiny", "tiny"),
+    ],
+)
+def test_what_a_checkpoint_may_be(
+    builder: MockBuilder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    checkpoint: str,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    builder.events = [BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, engine_id="ef" * 32))]
+    assert enginehouse("build", *arguments).exit_code == 0
+    (request,) = builder.requests
+    assert (request.spec.checkpoint, request.model) == (checkpoint, name)
+
+
+def test_a_directory_goes_before_a_repository(
+    builder: MockBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org/tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    builder.events = [BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, engine_id="ef" * 32))]
+    assert enginehouse("build", "org/tiny").exit_code == 0
+    assert builder.requests[0].spec.checkpoint == str(tmp_path / "org/tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["./org/tiny", "--revision", "v1"], "--revision is of a repository"),
+        (["org/tiny@v1", "--revision", "v2"], "give the revision once"),
+        (["./no", "--upload"], "--upload sends a directory of this machine, and ./no is none"),
+        (["org/tiny", "--upload"], "hf://org/tiny is none"),
+    ],
+)
+def test_what_a_checkpoint_may_not_be(builder: MockBuilder, arguments: list[str], said: str) -> None:
+    result = enginehouse("build", *arguments)
+    assert (result.exit_code, builder.requests) == (1, [])
+    assert said in result.stderr
+
+
+def test_an_upload_needs_a_builder(tmp_path: Path) -> None:
+    assert "with --builder HOST:PORT" in enginehouse("build", str(tmp_path), "--name", "n", "--upload").stderr
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    assert "no is no directory" in enginehouse("build", str(tmp_path / "no")).stderr
+    assert "../no/no is no directory" in enginehouse("build", "../no/no").stderr
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_builder_elsewhere_gets_the_directory(
+    builder: MockBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (directory / name).write_bytes(b"x" * 10)
+    if elsewhere:
+        monkeypatch.setattr("enginehouse.commands.build.is_loopback", lambda _: False)
+    builder.events = [BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, engine_id="ef" * 32))]
+    result = enginehouse("build", str(directory))
+    assert result.exit_code == 0, result.stderr
+    offered, request = (builder.requests if elsewhere else [None, *builder.requests])  # fmt: skip
+    assert request.spec.checkpoint == ("upload://kept" if elsewhere else str(directory))
+    if elsewhere:
+        assert [(file.name, file.size) for file in offered.files] == [("config.json", 10), ("model.safetensors", 10)]
+        assert "tiny: hash 20 / 20 B" in result.stderr and "tiny: send 10 / 10 B" in result.stderr
 
 
 def test_build_names(tmp_path: Path) -> None:

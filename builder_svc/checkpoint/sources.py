@@ -1,0 +1,166 @@
+"""Where a checkpoint comes from: a directory, the Hugging Face hub, or an upload. The service parses, the build opens."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from builder_svc.checkpoint import uploaded
+from builder_svc.options import Progress
+from engine import checkpoints, pins
+from engine.errors import InvalidArgument, NotFound, PermissionDenied
+from engine.store import Store
+
+HUB, UPLOAD = "hf://", "upload://"
+
+_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_HUB = re.compile(rf"(?P<repo>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/+-]{{0,254}}))?")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+class Source(Protocol):
+    """Where a checkpoint is. Its text, `str()`, says so; parsed again it gives the same source."""
+
+    def check(self, store: Store) -> None:
+        """Raises NotFound if the store is to have it and does not. Asks nobody else."""
+
+    def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:
+        """A directory in Hugging Face layout, downloaded first where it must be.
+
+        Args:
+            store: which has what was uploaded.
+            work_dir: may be filled and is the caller's to remove; by default the system's temporary directory is used.
+            progress: called with phase "download".
+        """
+
+
+@dataclass(frozen=True)
+class DirectorySource:
+    """A directory of this machine."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def check(self, store: Store) -> None:
+        """Whoever reads it says what is wrong with it."""
+
+    def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:  # noqa: ARG002
+        return self.path
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository of the Hugging Face hub at a branch, tag or commit."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{HUB}{self.repo}" + (f"@{self.revision}" if self.revision else "")
+
+    def check(self, store: Store) -> None:
+        """The hub is asked when the build begins."""
+
+    def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:  # noqa: ARG002
+        from builder_svc.checkpoint import hub  # the service does without what it imports
+
+        return hub.download(self.repo, self.revision, progress)
+
+
+@dataclass(frozen=True)
+class UploadedSource:
+    """A checkpoint that a client has uploaded into the store."""
+
+    checkpoint_id: str
+
+    def __str__(self) -> str:
+        return f"{UPLOAD}{self.checkpoint_id}"
+
+    def check(self, store: Store) -> None:
+        checkpoints.get(store, self.checkpoint_id)
+
+    def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:
+        found = checkpoints.get(store, self.checkpoint_id)
+        pins.hold(store, [file.digest for file in found.files])
+        return uploaded.download(store, found, work_dir, progress)
+
+
+def parse(text: str, root: Path | None) -> Source:
+    """What a text stands for: a directory, hf://ORG/NAME[@REVISION] or upload://ID.
+
+    Args:
+        root: resolved; directories are looked for in it and must not be outside. None takes any directory.
+
+    Raises:
+        InvalidArgument: none of these forms, or one that is malformed.
+        PermissionDenied, NotFound: a directory that is not in the root, or not there.
+    """
+    if text.startswith(HUB):
+        found = _HUB.fullmatch(text.removeprefix(HUB))
+        repo, revision = found.group("repo", "revision") if found else ("", None)
+        # ".." would lead out of the cache's folder; the others are the hub's own rules
+        if not repo or len(repo) > 96 or ".." in text or "--" in repo or repo.endswith(".git"):
+            raise InvalidArgument(
+                f"checkpoint {text[:200]!r} is no repository of the hub: write hf://ORG/NAME or hf://ORG/NAME@REVISION",
+                reason="CHECKPOINT_INVALID",
+            )
+        return HubSource(repo, revision)
+    if text.startswith(UPLOAD):
+        return UploadedSource(checkpoints.check_id(text.removeprefix(UPLOAD)))
+    if _SCHEME.match(text):
+        raise InvalidArgument(
+            f"checkpoint {text[:200]!r}: give a directory, hf://ORG/NAME[@REVISION], or upload://ID as an upload gave it",
+            reason="CHECKPOINT_INVALID",
+        )
+    return DirectorySource(find_checkpoint(root, text) if root else Path(text))
+
+
+def is_repository(text: str) -> bool:
+    """Whether it looks like ORG/NAME or ORG/NAME@REVISION, which may be a path as well."""
+    return _HUB.fullmatch(text) is not None and "/" in text.partition("@")[0]
+
+
+def accept(text: str, root: Path, store: Store) -> str:
+    """The text of the source that a client means, as a build is asked for it. Raises what `parse` and `check` raise."""
+    source = parse(text, root)
+    source.check(store)
+    return str(source)
+
+
+def fetch(text: str, store: Store, work_dir: Path | None, progress: Progress) -> Path:
+    """The directory of what `accept` has accepted, downloaded if need be. Raises the source's own errors."""
+    return parse(text, None).open(store, work_dir, progress)
+
+
+def find_checkpoint(root: Path, checkpoint: str) -> Path:
+    """The directory that a client means, without symbolic links.
+
+    Args:
+        root: resolved; relative paths are relative to it.
+
+    Raises:
+        InvalidArgument: no path at all.
+        PermissionDenied: not in the root, whether it exists or not.
+        NotFound: no directory there.
+    """
+    if not checkpoint or "\0" in checkpoint:
+        raise InvalidArgument(f"checkpoint {checkpoint!r}: give a directory under the builder's checkpoint root")
+    try:
+        path = (root / checkpoint).resolve()
+        inside = path.is_relative_to(root)
+        found = inside and path.is_dir()
+    except (OSError, RuntimeError):  # a name too long, a circle of links
+        inside, found = True, False
+    if not inside:
+        raise PermissionDenied(
+            f"checkpoint {checkpoint!r} is outside of {root}, the builder's --checkpoint-root: move it there, or start "
+            "the builder with another root",
+            reason="CHECKPOINT_OUTSIDE_ROOT",
+        )
+    if not found:
+        raise NotFound(
+            f"no directory {checkpoint!r} under the builder's checkpoint root {root}", reason="CHECKPOINT_NOT_FOUND"
+        )
+    return path

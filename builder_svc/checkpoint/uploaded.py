@@ -1,0 +1,107 @@
+"""Brings an uploaded checkpoint from the store into a directory."""
+
+import errno
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from builder_svc.options import Progress
+from engine.blobs import blob_key
+from engine.checkpoints import UploadedCheckpoint, check_file_name
+from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, ResourceExhausted
+from engine.manifest import CHUNK_SIZE, FileRef
+from engine.store import Store
+
+_THREADS = 8
+_PART_SIZE = 4 * 1024 * 1024  # bytes read at a time on each thread: all of them hold 32 MiB
+
+
+def download(store: Store, checkpoint: UploadedCheckpoint, work_dir: Path | None, progress: Progress) -> Path:
+    """Writes all files into a new directory, chunks in parallel and each verified; memory stays at 32 MiB.
+
+    Raises:
+        NotFound: a file is not in the store any more.
+        DataLoss: a file or the record of the checkpoint is damaged.
+        ResourceExhausted: the disk is full.
+    """
+    for ref in checkpoint.files:
+        _check(ref)
+    total, done, lock = sum(ref.size for ref in checkpoint.files), 0, threading.Lock()
+
+    def arrived(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress("download", done, total, "bytes")
+
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=work_dir))
+        files = [(ref, (directory / ref.name).open("wb", buffering=0)) for ref in checkpoint.files]
+        try:
+            with ThreadPoolExecutor(_THREADS, "download") as pool:
+                chunks = [
+                    pool.submit(_chunk, store, ref, file.fileno(), index, arrived)
+                    for ref, file in files
+                    for index in range(len(ref.chunks))
+                ]
+                try:
+                    for chunk in chunks:
+                        chunk.result()
+                finally:
+                    for chunk in chunks:
+                        chunk.cancel()
+        finally:
+            for _, file in files:
+                file.close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(
+                f"the work directory is full while {total} bytes of an uploaded checkpoint are downloaded: free some space "
+                "or choose another --work-dir",
+                reason="WORK_DIR_FULL",
+            ) from None
+        raise FailedPrecondition(
+            f"an uploaded checkpoint cannot be downloaded: {error}; choose another --work-dir",
+            reason="WORK_DIR_UNUSABLE",
+        ) from None
+    return directory
+
+
+def _chunk(store: Store, ref: FileRef, file: int, index: int, arrived: Callable[[int], None]) -> None:
+    start = index * CHUNK_SIZE
+    end = min(start + CHUNK_SIZE, ref.size)
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_PART_SIZE, end - start)))
+    for offset in range(start, end, _PART_SIZE):
+        part = buffer[: min(_PART_SIZE, end - offset)]
+        store.read_into(blob_key(ref.digest), offset, part)
+        digest.update(part)
+        done = 0
+        while done < len(part):
+            done += os.pwrite(file, part[done:], offset + done)
+        arrived(len(part))
+    if digest.hexdigest() != ref.chunks[index]:
+        raise DataLoss(
+            f"{ref.name} ({ref.digest[:12]}) in {store.url} is damaged: chunk {index} (from byte {start}) does not match its "
+            "digest. Delete the blob and upload the checkpoint again",
+            reason="CHUNK_DIGEST_MISMATCH",
+            metadata={"digest": ref.digest, "chunk": str(index)},
+        )
+
+
+def _check(ref: FileRef) -> None:
+    """The record decides which files are written: it must not lead out of the directory or leave bytes unverified."""
+    try:
+        check_file_name(ref.name)
+        sound = len(ref.chunks) == max(1, -(-ref.size // CHUNK_SIZE))
+    except InvalidArgument:
+        sound = False
+    if not sound:
+        raise DataLoss(
+            f"the uploaded checkpoint's file {ref.name[:80]!r} is described wrongly in the store: upload it again",
+            reason="CHECKPOINT_INVALID",
+        )
