@@ -17,7 +17,6 @@ from engine.fingerprint import Node
 from engine.trust import Trust
 from executor_svc.loader import load_engine
 from executor_svc.runner import TorchRunner
-from executor_svc.server import ExecutorServicer
 
 NODE = Node("cpu", {"torch": "2.13"})
 
@@ -68,19 +67,21 @@ def test_native_code_is_refused_by_default_before_a_byte_is_read(checkpoint: Pat
     assert load_engine(store, built.engine_id, NODE, trust=Trust(native=True)).weights
 
 
-async def test_an_executor_passes_its_trust_on_to_its_workers(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_executor_passes_its_trust_on_to_its_workers(checkpoint: Path, tmp_path: Path) -> None:
     store, private = DirectoryStore(tmp_path / "store"), signing.generate(tmp_path / "key")
     (tmp_path / "trusted.pem").write_text(private.public.pem())
     engine = build(checkpoint, store).manifest.engine_id
-    executor = ExecutorServicer(store.url, "cpu", ["--trusted-keys", str(tmp_path / "trusted.pem")])
-    try:
-        with pytest.raises(FailedPrecondition) as caught:
-            await executor.open(engine)
-        assert caught.value.reason == "ENGINE_UNSIGNED"
-        signing.sign(store, engine, private)
-        await executor.open(engine)
-    finally:
-        await executor.close()
+    command = [sys.executable, "-m", "executor_svc", "--store", store.url, "--engine", engine, "--port", "0"]
+    command += ["--trusted-keys", str(tmp_path / "trusted.pem")]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert refused.returncode == 1
+    assert f"executor: engine {engine[:12]} is not signed by a trusted key" in refused.stderr
+    signing.sign(store, engine, private)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout
+        assert "127.0.0.1:" in serving.stdout.readline()
+        serving.terminate()
+    assert serving.returncode == 0
 
 
 def test_a_bad_key_file_is_told_at_the_start(tmp_path: Path) -> None:
