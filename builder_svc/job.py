@@ -23,6 +23,7 @@ from protos.v1.common_pb2 import Failure
 
 MAX_PROGRESS = 1000  # events of one job
 PROGRESS_INTERVAL = 0.1  # seconds between two events of a phase, at least
+PROGRESS_STALL = 1.0  # seconds after which a phase that stands still shows where
 PROGRESS_STEPS = 150  # events of a phase, at most, spread over its total
 MAX_LOG_CHARS = 256 * 1024  # of one job
 
@@ -86,10 +87,12 @@ class Job:
     @property
     def has_news(self) -> bool:
         """Whether there is anything pending."""
-        return bool(self._new or self._lines)
+        return bool(self._new or self._lines) or self._held_is_old()
 
     def pending(self) -> list[BuildEvent]:
         """The events that nobody has said to be kept."""
+        if self._held_is_old():
+            self._append_held()
         self._append_log()
         return list(self._new)
 
@@ -170,6 +173,10 @@ class Job:
     def _is_due(self, shown: BuildProgress, new: BuildProgress) -> bool:
         steps = abs(new.done - shown.done) * PROGRESS_STEPS >= new.total
         return steps and self._clock() - self._shown_at >= PROGRESS_INTERVAL
+
+    def _held_is_old(self) -> bool:
+        """Whether the newest progress should be told although it is a small step: no other has come for a while."""
+        return self._held is not None and self._clock() - self._shown_at >= PROGRESS_STALL
 
     def _append_held(self) -> None:
         if self._held:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from builder_harness import short, state
 
-from builder_svc.job import MAX_LOG_CHARS, MAX_PROGRESS, PROGRESS_INTERVAL, PROGRESS_STEPS, Job
+from builder_svc.job import MAX_LOG_CHARS, MAX_PROGRESS, PROGRESS_INTERVAL, PROGRESS_STALL, PROGRESS_STEPS, Job
 from engine.errors import Internal
 from protos.v1.builder_pb2 import BuildEvent, BuildSpec
 from protos.v1.common_pb2 import Failure
@@ -191,6 +191,17 @@ def test_slow_progress_is_seen_whole(job: Job, clock: Clock):
         clock.now += 1.5 * PROGRESS_INTERVAL
     job.succeed()
     assert len(seen(job)) == 3 + 21
+
+
+def test_a_phase_that_stands_still_shows_where(job: Job, clock: Clock):
+    job.start()
+    for done in (0, 1):
+        job.progress("weights", done, 1000, "bytes")
+    assert [short(event) for event in job.pending()] == ["RUNNING", "weights 0/1000"]
+    job.kept(2)
+    assert not job.has_news
+    clock.now += PROGRESS_STALL
+    assert job.has_news and [short(event) for event in job.pending()] == ["weights 1/1000"]
 
 
 def test_a_long_phase_has_a_bounded_number_of_events(job: Job, clock: Clock):

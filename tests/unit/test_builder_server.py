@@ -21,6 +21,7 @@ from builder_svc.options import BuildOptions
 from builder_svc.process import BuildProcess
 from builder_svc.server import BuilderServicer, read_options
 from engine import registry
+from engine.backends import open_store
 from engine.errors import EnginehouseError, InvalidArgument, NotFound, PermissionDenied
 from engine.store import Store
 from protos import rpc
@@ -345,9 +346,9 @@ async def test_no_build_outlives_the_service(tmp_path: Path, root: Path, number:
     assert number == signal.SIGKILL or left(tmp_path / "outside") == []
 
 
-async def test_the_next_builder_goes_on_with_the_jobs_of_one_that_was_stopped(
-    tmp_path: Path, root: Path, engine: str, store: Store
-):
+async def test_the_next_builder_goes_on_with_the_jobs_of_one_that_was_stopped(tmp_path: Path, root: Path):
+    store = open_store(str(tmp_path / "store"))
+    engine = publish(store)
     build = real_child("progress('weights', 1, 2, '')\ntime.sleep(60)")
     async with service(tmp_path, root, build) as (process, stub):
         build_id = (await stub.SubmitBuild(request("demo", "demo"))).build_id
