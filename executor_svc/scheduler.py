@@ -183,7 +183,9 @@ class Scheduler:
         for sequence in held:
             if len(sequence.blocks) * self.config.block_size < sequence.num_computed:
                 raise Internal("a sequence has computed more tokens than its blocks hold")
-            if sequence.num_computed > sequence.num_tokens:
+            if (
+                sequence.num_computed > sequence.num_tokens and sequence.finish is None
+            ):  # an ended one gets no more tokens
                 raise Internal("a sequence has computed tokens that it does not have")
         waiting = [sequence for _, sequence in self._waiting if sequence.finish is None]
         if len(waiting) != self._num_waiting or any(sequence.blocks or sequence.num_computed for sequence in waiting):

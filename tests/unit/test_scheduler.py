@@ -424,6 +424,26 @@ def test_nothing_whose_deadline_has_passed_is_ever_computed(config: SchedulerCon
     assert all(item.deadline is not None and item.deadline <= now for item in expired)
 
 
+def test_a_deadline_that_passes_with_every_batch_in_flight() -> None:
+    """The tokens that are being sampled for it are never known; the bookkeeping holds until the last batch is back."""
+    now = 0.0
+    config = config_of(max_in_flight=3, future_tokens=True)
+    scheduler, runner = Scheduler(config, clock=lambda: now), BlockRunner(config)
+    sequence = sequence_of([7], 9, deadline=1.0)
+    scheduler.add(sequence)
+    batches = []
+    while batch := scheduler.schedule():
+        runner.start(batch)
+        batches.append(batch)
+    assert len(batches) == 3
+    now = 1.0
+    assert scheduler.schedule() is None and scheduler.take_expired() == [sequence]
+    for batch in batches:
+        assert scheduler.commit(batch, runner.finish(batch)) == []
+        scheduler.check_integrity()
+    assert scheduler.idle and scheduler.cache.num_free == config.num_blocks and scheduler.take_expired() == []
+
+
 def test_ended_sequences_do_not_pile_up_until_their_deadlines() -> None:
     scheduler, runner = Scheduler(config_of()), BlockRunner(config_of())
     kept = sequence_of([1], 1, deadline=math.inf, arrival=-1)
