@@ -151,8 +151,7 @@ class Attempt:
         began = saved = loop.time()
         while not self._done.is_set() and self._stop != "lost":
             pause = min(pace.beat, max(pace.save, (loop.time() - began) / 50))
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._done.wait(), pause)
+            await happened(self._done, pause)
             if (job.has_news or loop.time() - saved >= 0.9 * pace.beat) and await self._save("write", job):
                 saved = loop.time()
 
@@ -206,6 +205,16 @@ class Attempt:
         if written:
             job.kept(len(events))
         return written
+
+
+async def happened(event: asyncio.Event, seconds: float) -> None:
+    """Returns when the event has happened, or after some time.
+
+    Not with `wait_for`, which before Python 3.12 may lose a cancellation that comes together with the event.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def _unrecorded(build: Build, trouble: EnginehouseError) -> EnginehouseError:

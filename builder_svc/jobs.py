@@ -9,12 +9,11 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 
 import msgspec
 
 from builder_svc import joblog
-from builder_svc.attempt import Attempt, Builder, Pace
+from builder_svc.attempt import Attempt, Builder, Pace, happened
 from builder_svc.job import Job
 from builder_svc.joblog import JobLog
 from builder_svc.process import BuildProcess, BuildRequest
@@ -47,8 +46,7 @@ class _Known:
 
     async def wait(self, seconds: float) -> None:
         """Returns when the log has grown, or after some time."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), seconds)
+        await happened(self._news, seconds)
 
     async def refresh(self) -> None:
         """Reads what others have written."""
@@ -225,8 +223,7 @@ class Jobs:
                 told = True
             except Exception:
                 log.exception("the queue of builds")
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._look_now.wait(), self._pace.poll)
+            await happened(self._look_now, self._pace.poll)
 
     async def _look(self) -> None:
         """Goes through the queue once: takes what is free, gives free what nobody works on."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from engine.errors import EnginehouseError
+from enginehouse.builds_cli import builds
 from enginehouse.options import check_address, check_addresses, with_data, with_gateway, with_json
 from enginehouse.registry_cli import engines, keys, models
 
@@ -293,6 +294,7 @@ def load(engine: str, executors: tuple[str, ...], data: str | None) -> None:
     command.run(engine, executors, Home.find(data))
 
 
+main.add_command(builds)
 main.add_command(models)
 main.add_command(engines)
 main.add_command(keys)
