@@ -68,7 +68,7 @@ class SpoolFile:
     def write(self, data: bytes) -> None:
         """Appends. Raises InvalidArgument when that is more than the whole, and ResourceExhausted."""
         with self._busy, errors_of_disk(self.path.parent):
-            self.check_open()
+            file = self.check_open()
             if self._hasher.size + len(data) > self.size:
                 raise InvalidArgument(
                     f"more bytes than the {self.size} of {self.digest[:12]} have come: was the file changed?",
@@ -76,7 +76,7 @@ class SpoolFile:
                 )
             done = 0
             while done < len(data):
-                done += os.pwrite(self._file or 0, memoryview(data)[done:], self._hasher.size + done)
+                done += os.pwrite(file, memoryview(data)[done:], self._hasher.size + done)
             self._hasher.update(data)
 
     @contextmanager
@@ -86,10 +86,11 @@ class SpoolFile:
             self.check_open()
             yield self._hasher
 
-    def check_open(self) -> None:
-        """Raises Unavailable when somebody waits for the end, so that a long step does not go on for nobody."""
+    def check_open(self) -> int:
+        """The descriptor. Raises Unavailable when somebody waits for the end: a long step is not to go on for nobody."""
         if self._closing or self._file is None:
             raise Unavailable("the upload has broken off: go on with it in another call", reason="UPLOAD_BROKEN_OFF")
+        return self._file
 
     def break_off(self) -> None:
         """From now on every method but `close` raises Unavailable. Does not block."""

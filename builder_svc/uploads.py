@@ -115,7 +115,11 @@ class Uploads:
                     "file again from its beginning",
                     reason="UPLOAD_DIGEST_MISMATCH",
                 )
-            put_file(self._store, ref, file.path, lambda *_: file.check_open())
+
+            def progress(_done: int, _total: int) -> None:
+                file.check_open()
+
+            put_file(self._store, ref, file.path, progress)
             self._store.replace(_record_key(file.digest), msgspec.json.encode(ref))
             file.path.unlink(missing_ok=True)
 

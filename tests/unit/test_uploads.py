@@ -219,7 +219,9 @@ async def test_an_upload_goes_on(stub: BuilderStub, store: Store) -> None:
 async def test_what_overlaps_is_replaced(stub: BuilderStub, store: Store) -> None:
     wrong = [header(WEIGHTS), UploadFileRequest(data=WEIGHTS[:1000] + b"x" * 5000)]
     assert (await failure(stub, wrong)).reason == "UPLOAD_INCOMPLETE"
-    await send(stub, messages(WEIGHTS, offset=1000))
+    assert (await failure(stub, messages(WEIGHTS, offset=1000, end=1500))).metadata == {"offset": "1500"}
+    assert missing(await offer(stub))[sha256(WEIGHTS)] == 1500  # what stood behind is gone
+    await send(stub, messages(WEIGHTS, offset=1500))
     assert store.read(blob_key(sha256(WEIGHTS))) == WEIGHTS
 
 
