@@ -15,11 +15,9 @@ import msgspec
 from builder_svc.checkpoint import sources
 from builder_svc.options import Progress
 from builder_svc.process import GRACE, BuildRequest, Failed, Progressed, Result
-from engine.backends import open_store
+from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import EnginehouseError, ResourceExhausted
 from protos.rpc import to_failure
-
-PATIENCE = 60.0  # seconds for which a build waits for a store that is away, each time
 
 Build = Callable[[BuildRequest, Progress], Result]
 
@@ -28,14 +26,25 @@ log = logging.getLogger(__name__)
 
 def build(request: BuildRequest, progress: Progress) -> Result:
     """The build itself."""
-    store = open_store(request.store, PATIENCE)
+    store = open_store(request.store, TRANSFER_PATIENCE)
     work_dir = Path(request.work_dir) if request.work_dir else None
-    checkpoint = sources.fetch(request.checkpoint, store, work_dir, progress)
+    began, phases = time.monotonic(), list[str]()
+
+    def logged(phase: str, done: int, total: int, unit: str) -> None:
+        if phase not in phases:
+            phases.append(phase)
+            log.info("phase %s, %.1f s after the start", phase, time.monotonic() - began)
+        progress(phase, done, total, unit)
+
+    log.info("building %s into %s", request.checkpoint, request.store)
+    checkpoint = sources.fetch(request.checkpoint, store, work_dir, logged)
     from builder_svc import pipeline  # imports torch, which takes seconds
 
     built = pipeline.build(
-        checkpoint, store, request.options, source=request.checkpoint, work_dir=work_dir, progress=progress
+        checkpoint, store, request.options, source=request.checkpoint, work_dir=work_dir, progress=logged
     )
+    size = sum(file.size for file in built.manifest.files())
+    log.info("engine %s, %.1f MB%s", built.manifest.engine_id, size / 1e6, ", found" if built.reused else "")
     return Result(built.manifest.engine_id, built.reused)
 
 

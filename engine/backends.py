@@ -7,8 +7,11 @@ from engine.directory import DirectoryStore
 from engine.errors import InvalidArgument
 from engine.store import Store
 
+PATIENCE = 10.0  # seconds: somebody waits for the answer
+TRANSFER_PATIENCE = 60.0  # of builds and loads, which would lose minutes of work
 
-def open_store(url: str, patience: float = 10.0) -> Store:
+
+def open_store(url: str, patience: float = PATIENCE) -> Store:
     """The store at a path, a file:// URL or s3://bucket/prefix (see `engine.s3.S3Store`).
 
     Args:

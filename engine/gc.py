@@ -134,7 +134,10 @@ def _mark(store: Store, grace: float) -> _Plan:
         builds=_builds(store, now),
         signatures=_signatures(store, now - grace, set(engines)),
         pins=dead_pins,
-        others=[entry.key for entry in store.list("gc/clock/") if now - entry.modified > DAY],
+        others=[
+            *(entry.key for entry in store.list("gc/clock/") if now - entry.modified > DAY),
+            *(entry.key for entry in store.list("uploads/") if _is_old_upload(entry, now, needed)),
+        ],
     )
 
 
@@ -196,16 +199,25 @@ def _checkpoints(store: Store, now: float, pinned: set[str]) -> tuple[set[str], 
 
 
 def _builds(store: Store, now: float) -> list[list[str]]:
-    """The records of each job whose newest one is old, and old entries of those who joined one."""
+    """The records of each job that has ended and whose newest one is old."""
+    open_jobs = {entry.key.replace("queue/", "builds/") for entry in store.list("queue/")}
     jobs: dict[str, list[Entry]] = {}
-    for prefix in ("builds/", "joins/"):
+    for prefix in ("builds/", "joins/", "ended/"):
         for entry in store.list(prefix):
-            jobs.setdefault("/".join(entry.key.split("/")[:2]), []).append(entry)
+            job = "/".join(entry.key.split("/")[:2])
+            if job not in open_jobs:
+                jobs.setdefault(job, []).append(entry)
     return [
         [entry.key for entry in entries]
         for entries in jobs.values()
         if now - max(entry.modified for entry in entries) > BUILD_LIFE
     ]
+
+
+def _is_old_upload(entry: Entry, now: float, needed: set[str]) -> bool:
+    """Whether an uploaded file's record is of no checkpoint that is kept; without it the file counts as not uploaded."""
+    digest = entry.key.removeprefix("uploads/").removesuffix(".json")
+    return digest not in needed and now - entry.modified > CHECKPOINT_LIFE
 
 
 def _signatures(store: Store, before: float, engines: set[str]) -> list[str]:

@@ -13,7 +13,7 @@ from collections import deque
 
 import torch
 
-from engine.backends import open_store
+from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.fingerprint import Node
 from engine.manifest import Manifest
@@ -228,7 +228,8 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         front.send(FromWorker(progress=LoadEngineProgress(bytes_done=done, bytes_total=total)).SerializeToString())
 
     trust = Trust.of_files(arguments.trusted_keys, arguments.trust_native)
-    loaded = load_engine(open_store(arguments.store), arguments.engine_id, this_node(arguments.device), progress, trust)
+    store = open_store(arguments.store, TRANSFER_PATIENCE)
+    loaded = load_engine(store, arguments.engine_id, this_node(arguments.device), progress, trust)
     weights = {name: tensor.to(arguments.device) for name, tensor in loaded.weights.items()}
     runner = TorchRunner(
         loaded.program, weights, loaded.manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from builder_svc.checkpoint.sources import HUB, UPLOAD, is_repository
 from engine import registry, signing
-from engine.backends import open_store
+from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from enginehouse.client import BuilderClient, is_loopback, not_unicode
 from enginehouse.home import Home
@@ -277,7 +277,7 @@ def _build_here(
     chosen = {key: value for key, value in vars(choices).items() if value is not None}
     options = BuildOptions(**chosen)
     home.make()
-    store = open_store(store_url or home.store)
+    store = open_store(store_url or home.store, TRANSFER_PATIENCE)
     try:
         with (
             Bars(console, name) as bars,

@@ -22,12 +22,13 @@ from grpc_status import rpc_status
 from rich.console import Console
 
 from engine.backends import open_store
-from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from enginehouse.cli import main
 from enginehouse.client import GatewayClient
 from enginehouse.commands.generate import Answer
 from enginehouse.progress import Bars, format_amount, format_bytes
 from protos.v1.builder_pb2 import (
+    BUILD_STATE_CANCELLED,
     BUILD_STATE_FAILED,
     BUILD_STATE_RUNNING,
     BUILD_STATE_SUCCEEDED,
@@ -36,6 +37,8 @@ from protos.v1.builder_pb2 import (
     Build,
     BuildEvent,
     BuildProgress,
+    BuildSpec,
+    ListBuildsResponse,
     OfferCheckpointResponse,
 )
 from protos.v1.builder_pb2_grpc import BuilderServicer, add_BuilderServicer_to_server
@@ -85,12 +88,21 @@ class MockBuilder(BuilderServicer):
         return Build(build_id="b1", model=request.model)
 
     def WatchBuild(self, request: Any, context: Any) -> Iterator[BuildEvent]:
-        for event in self.events:
+        for event in self.events[request.from_sequence :]:
+            if event == "lost":
+                self.events[self.events.index("lost")] = BuildEvent(log="lost no more")
+                abort(context, Unavailable("the builder stops", reason="BUILDER_STOPPING"))
             if event == "wait":
                 while context.is_active():
                     time.sleep(0.01)
             else:
                 yield event
+
+    def ListBuilds(self, request: Any, context: Any) -> ListBuildsResponse:
+        spec = BuildSpec(checkpoint="models/demo")
+        running = Build(build_id="b2", state=BUILD_STATE_RUNNING, attempt=2, model="demo", spec=spec)
+        ended = Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, attempt=1, engine_id="ef" * 32, spec=spec)
+        return ListBuildsResponse(builds=[running, ended])
 
     def OfferCheckpoint(self, request: Any, context: Any) -> OfferCheckpointResponse:
         self.requests.append(request)
@@ -98,7 +110,7 @@ class MockBuilder(BuilderServicer):
 
     def CancelBuild(self, request: Any, context: Any) -> Build:
         self.cancelled.append(request.build_id)
-        return Build(build_id=request.build_id)
+        return Build(build_id=request.build_id, state=BUILD_STATE_CANCELLED)
 
 
 def abort(context: Any, error: EnginehouseError) -> None:
@@ -445,6 +457,54 @@ def test_a_build_that_fails(builder: MockBuilder) -> None:
     assert result.stderr == "error: no family for 'MambaForCausalLM'\n"
     builder.events = []
     assert "stopped reporting before build b1 had ended" in enginehouse("build", "x").stderr
+
+
+def test_a_build_whose_builder_is_lost_goes_on_at_the_next(builder: MockBuilder) -> None:
+    builder.events = [
+        BuildEvent(sequence=0, state=Build(build_id="b1", state=BUILD_STATE_RUNNING)),
+        "lost",
+        BuildEvent(sequence=2, state=Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, engine_id="ef" * 32)),
+    ]
+    result = enginehouse("build", "x")
+    assert (result.exit_code, result.stderr) == (0, "the builder stops; trying again for 60 s\n")
+    assert "engine efefefefefef" in result.stdout and len(builder.requests) == 1
+
+
+def test_builds_are_listed_and_cancelled(builder: MockBuilder) -> None:
+    assert enginehouse("builds", "ls").stdout.splitlines() == [
+        "build  state      attempt  model  engine        checkpoint",
+        "b2     running    2        demo                 models/demo",
+        "b1     succeeded  1               efefefefefef  models/demo",
+    ]
+    assert [build["state"] for build in json.loads(enginehouse("builds", "ls", "--json").stdout)] == [
+        "running",
+        "succeeded",
+    ]
+    assert enginehouse("builds", "cancel", "b2").stdout == "b2: cancelled\n"
+    assert builder.cancelled == ["b2"]
+
+
+def test_logs_of_a_build(builder: MockBuilder) -> None:
+    failure = Failure(code=8, reason="STORE_FULL", message="the store is full")
+    builder.events = [
+        BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_RUNNING, attempt=2)),
+        BuildEvent(log="phase weights\nsecond line"),
+        progress("weights", 1_000_000, 4_000_000, "bytes"),
+        BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_FAILED, failure=failure, attempt=2)),
+    ]
+    result = enginehouse("builds", "logs", "b1")
+    assert (result.exit_code, result.stderr) == (1, "error: the store is full\n")
+    assert result.stdout.splitlines() == [
+        "1970-01-01 00:00:00 running, attempt 2",
+        "phase weights",
+        "second line",
+        "1970-01-01 00:00:00 weights 1.00 / 4.00 MB",
+        "1970-01-01 00:00:00 failed, attempt 2",
+    ]
+
+
+def test_builds_without_a_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no cluster runs on" in enginehouse("builds", "ls").stderr
 
 
 def test_ctrl_c_cancels_a_build(builder: MockBuilder) -> None:

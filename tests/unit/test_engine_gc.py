@@ -171,6 +171,26 @@ def test_records_of_jobs_go_when_the_newest_is_30_days_old(store: Store, root: P
     assert keys(store) == ["builds/b/events/1.json", "builds/b/job.json", "joins/y.json", "joins/z.json"]
 
 
+def test_a_job_that_still_waits_keeps_its_records_however_old(store: Store, root: Path):
+    for key in ("builds/a/0.json", "queue/a", "builds/b/0.json", "ended/b.json"):
+        store.create(key, b"1")
+    age(root, gc.BUILD_LIFE + 60, "builds", "queue", "ended")
+    collect(store)
+    assert keys(store) == ["builds/a/0.json", "queue/a"]
+
+
+def test_records_of_uploaded_files_go_with_the_checkpoints_that_need_them(store: Store, root: Path):
+    ref = put_bytes(store, "config.json", b"{}")
+    other = put_bytes(store, "x", b"x")
+    for digest in (ref.digest, other.digest):
+        store.create(f"uploads/{digest}.json", b"1")
+    age(root, gc.CHECKPOINT_LIFE + 60, "uploads", "blobs")
+    checkpoints.put(store, checkpoints.UploadedCheckpoint((ref,)))
+    collect(store)
+    assert keys(store, "uploads/") == [f"uploads/{ref.digest}.json"]
+    assert keys(store, "blobs/") == [blob_key(ref.digest)]
+
+
 def test_interrupted_uploads_are_dropped(store: Store, root: Path) -> None:
     (root / ".partial/blobs,x").write_bytes(b"half")
     assert collect(store).partial == 0
