@@ -292,7 +292,7 @@ class BuildProgress(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """"checkpoint", "program", "weights", "upload", "publish" """
+    """"download", "checkpoint", "program", "weights", "upload", "publish" """
     done: _builtins.int
     total: _builtins.int
     unit: _builtins.str

@@ -74,9 +74,9 @@ def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(directory, vocab_size=20_000, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
 
 
-def submit(stub: builder_pb2_grpc.BuilderStub, checkpoint: Path, model: str = "model") -> str:
-    spec = builder_pb2.BuildSpec(checkpoint=checkpoint.name)
-    return stub.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec, model=model), timeout=30).build_id
+def submit(stub: builder_pb2_grpc.BuilderStub, checkpoint: Path, max_seq_len: int | None = None) -> str:
+    spec = builder_pb2.BuildSpec(checkpoint=checkpoint.name, max_seq_len=max_seq_len)
+    return stub.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec, model="model"), timeout=30).build_id
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:
@@ -156,7 +156,7 @@ def test_a_builder_killed_in_any_phase_loses_nothing(
 def test_a_store_that_is_away_for_half_a_minute_costs_neither_a_build_nor_a_load(
     bucket: SeaweedFS, tmp_path: Path
 ) -> None:
-    write_checkpoint(tmp_path / "large", layers=0)
+    write_checkpoint(tmp_path / "large", layers=1)
     store = open_store(bucket.url("outage"))
 
     def outage() -> None:
@@ -174,9 +174,9 @@ def test_a_store_that_is_away_for_half_a_minute_costs_neither_a_build_nor_a_load
             if step.phase == "upload" and step.done > step.total / 4 and not away:
                 away = threading.Thread(target=outage)
                 away.start()
+        assert builder_pb2.BuildState.Name(event.state.state) == "BUILD_STATE_SUCCEEDED", event.state
         assert away, "the upload was over before the store was stopped"
         away.join()
-        assert builder_pb2.BuildState.Name(event.state.state) == "BUILD_STATE_SUCCEEDED", event.state
         assert event.state.attempt == 1
         until(lambda: not list(store.list("queue/")), 10)
     check_whole(store, event.state.engine_id)
@@ -204,12 +204,13 @@ def test_a_build_and_a_load_hold_no_more_memory_than_they_must(bucket: SeaweedFS
         stub.ListBuilds(builder_pb2.ListBuildsRequest())
         idle = rss_anon(builder.process.pid)
         with PeakAnon(builder.process.pid) as memory:
-            build_id = submit(stub, tmp_path / "large")
+            build_id = submit(stub, tmp_path / "large", max_seq_len=256)
             *_, last = stub.WatchBuild(builder_pb2.WatchBuildRequest(build_id=build_id), timeout=200)
         assert builder_pb2.BuildState.Name(last.state.state) == "BUILD_STATE_SUCCEEDED", last.state
         assert memory.peak < idle + largest + 512 * MB, f"{memory.peak / MB:.0f} MB"
     weights = registry.manifest(store, last.state.engine_id).weight_bytes()
-    with service("executor_svc", tmp_path / "executor.log", "--store", store.url) as executor:
+    arguments = ("--store", store.url, "--kv-memory", str(8 * MB))
+    with service("executor_svc", tmp_path / "executor.log", *arguments) as executor:
         calls = executor_pb2_grpc.ExecutorStub(grpc.insecure_channel(executor.address))
         before = rss_anon(executor.process.pid)
         with PeakAnon(executor.process.pid) as memory:

@@ -54,11 +54,13 @@ def test_every_command_of_the_readme_can_be_typed(command: list[str]) -> None:
         usage = (ROOT / arguments[1] / "__main__.py").read_text()
         assert [option for option in arguments if option.startswith("--") and f'"{option}"' not in usage] == []
     else:
-        assert program == ".venv/bin/enginehouse" and isinstance(main, Group)
-        context = Context(main)
-        found = main.get_command(context, arguments[0])
-        assert found is not None
-        found.make_context(arguments[0], arguments[1:], parent=context)
+        assert program == ".venv/bin/enginehouse"
+        command, context = main, Context(main)
+        while isinstance(command, Group) and arguments and not arguments[0].startswith("-"):
+            name, *arguments = arguments
+            command = command.get_command(context, name)
+            assert command is not None, name
+        command.make_context(name, arguments, parent=context)
 
 
 def test_relative_links_lead_somewhere() -> None:
