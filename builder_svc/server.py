@@ -40,7 +40,7 @@ _LIMITS = ("max_batch_size", "max_seq_len", "max_num_tokens")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class BuilderServicer(RegistryServicer, UploadServicer):
+class BuilderServicer(UploadServicer, RegistryServicer):
     """The service `Builder` of protos/v1/builder.proto.
 
     Args:
@@ -49,8 +49,8 @@ class BuilderServicer(RegistryServicer, UploadServicer):
     """
 
     def __init__(self, jobs: Jobs, store: Store, checkpoint_root: Path, spool: Path | None = None) -> None:
-        RegistryServicer.__init__(self, store)
         UploadServicer.__init__(self, Uploads(store, spool or default_spool()))
+        RegistryServicer.__init__(self, store)
         self._jobs = jobs
         self._root = checkpoint_root.resolve(strict=True)
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,10 @@ def jobs(cluster: Cluster, checkpoint: Path) -> dict[str, Build]:
         case: list(cluster.builder.WatchBuild(WatchBuildRequest(build_id=job.build_id), timeout=120))[-1].state
         for case, job in submitted.items()
     }
+    deadline = time.monotonic() + 20
+    while list((cluster.root / "store" / "queue").iterdir()):  # the records of the last one are still being written
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert cluster.files() == before
     assert not list((cluster.root / "work").iterdir())
     return ended

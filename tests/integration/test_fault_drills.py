@@ -209,7 +209,7 @@ def test_a_build_and_a_load_hold_no_more_memory_than_they_must(bucket: SeaweedFS
         assert builder_pb2.BuildState.Name(last.state.state) == "BUILD_STATE_SUCCEEDED", last.state
         assert memory.peak < idle + largest + 512 * MB, f"{memory.peak / MB:.0f} MB"
     weights = registry.manifest(store, last.state.engine_id).weight_bytes()
-    arguments = ("--store", store.url, "--kv-memory", str(8 * MB))
+    arguments = ("--store", store.url, "--kv-memory", str(16 * MB))
     with service("executor_svc", tmp_path / "executor.log", *arguments) as executor:
         calls = executor_pb2_grpc.ExecutorStub(grpc.insecure_channel(executor.address))
         before = rss_anon(executor.process.pid)
