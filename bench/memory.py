@@ -9,6 +9,7 @@ import os
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import grpc
 from protos.v1 import builder_pb2, builder_pb2_grpc, executor_pb2, executor_pb2_grpc
 from tests.integration.services import service
 from tests.memory import PeakAnon, rss_anon, write_checkpoint
+from tests.seaweed import SeaweedFS
 
 ROOT = Path(__file__).parents[1]
 MB = 1e6
+MOST = {"build_over_idle_and_tensor_mb": 512, "load_over_weights_mb": 256}
 
 
 def measure(directory: Path, store: str, layers: int) -> dict[str, object]:
@@ -62,7 +65,7 @@ def measure(directory: Path, store: str, layers: int) -> dict[str, object]:
 def main() -> None:
     """Prints the result and keeps it in a file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--store")
+    parser.add_argument("--store", help='by default a directory; "seaweedfs" starts a server')
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -71,17 +74,25 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         store = arguments.store or str(Path(directory) / "store")
-        found = measure(Path(directory), store, arguments.layers)
+        with ExitStack() as stack:
+            if arguments.store == "seaweedfs":
+                server = stack.enter_context(SeaweedFS())
+                os.environ.update(server.environment)
+                store = server.url("memory")
+            found = measure(Path(directory), store, arguments.layers)
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip(),
         "device": f"{os.uname().machine}, {os.cpu_count()} cores",
-        "store": store.partition(":")[0] if "://" in store else "directory",
+        "store": arguments.store or "directory",
         **found,
     }
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    over = {name: result[name] for name, most in MOST.items() if int(str(result[name])) > most}
+    if over:
+        raise SystemExit(f"more anonymous memory than it may be: {over}")
 
 
 if __name__ == "__main__":

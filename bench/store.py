@@ -31,6 +31,8 @@ from tests.seaweed import SeaweedFS
 ROOT = Path(__file__).parents[1]
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
+LEAST = 0.7  # of the plain client's speed
+
 
 def parse_size(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+) *([MG]I?B)", text.upper())
@@ -172,6 +174,8 @@ def main() -> None:
     print(f"anonymous memory of the upload {results['upload_anonymous_memory_mb']} MB")
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    if min(float(str(results[name])) for name in ("upload_ratio", "load_ratio")) < LEAST:
+        raise SystemExit(f"less than {LEAST} of what the same server gives to the plain client")
 
 
 if __name__ == "__main__":

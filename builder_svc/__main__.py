@@ -9,10 +9,10 @@ import msgspec
 
 from builder_svc.checkpoint import sources
 from builder_svc.jobs import Jobs
-from builder_svc.process import BuildProcess, BuildRequest
+from builder_svc.process import BuildProcess, BuildRequest, Result
 from builder_svc.server import BuilderServicer
 from engine import signing
-from engine.backends import open_store
+from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import InvalidArgument
 from protos import rpc
 from protos.v1 import builder_pb2_grpc
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--signing-key",
         type=Path,
         metavar="FILE",
-        help="sign every engine with this private key, also one that was there",
+        help="sign with this private key every engine that a build here has made, or has made again and found right",
     )
     parsed = parser.parse_args(arguments)
     if parsed.jobs < 1:
@@ -55,23 +55,27 @@ async def run(arguments: argparse.Namespace) -> None:
     for option, directory in (("--checkpoint-root", arguments.checkpoint_root), ("--work-dir", arguments.work_dir)):
         if directory and not directory.is_dir():
             raise InvalidArgument(f"{option} {directory} is no directory")
-    store = open_store(arguments.store)
+    store, patient = open_store(arguments.store), open_store(arguments.store, TRANSFER_PATIENCE)
     root = arguments.checkpoint_root.resolve()
     private = signing.load_private(arguments.signing_key) if arguments.signing_key else None
 
     def prepare(request: BuildRequest) -> BuildRequest:
         """A job that another builder has taken in must be one that this one would have."""
-        checkpoint = sources.accept(request.checkpoint, root, store)
-        return msgspec.structs.replace(request, store=store.url, checkpoint=checkpoint)
+        checkpoint = sources.accept(request.checkpoint, root, patient)
+        signer = private.public.id if private else ""
+        return msgspec.structs.replace(request, store=store.url, checkpoint=checkpoint, signer=signer)
 
-    def finish(engine_id: str) -> None:
-        """Here and not in the build's process, which reads what clients bring: it must not see the key."""
-        if private:
-            signing.sign(store, engine_id, private)
+    def finish(result: Result) -> None:
+        """Signs what the build has made, and nothing that others have put in its place.
+
+        Here and not in the build's process, which reads what clients bring and gets no key.
+        """
+        if private and result.manifest:
+            signing.sign(patient, result.engine_id, private, result.manifest)
 
     process = BuildProcess(work_dir=arguments.work_dir)
     process.clear()
-    jobs = Jobs(store, process, arguments.jobs, prepare=prepare, finish=finish)
+    jobs = Jobs(store, process, arguments.jobs, patient=patient, prepare=prepare, finish=finish)
     servicer = BuilderServicer(jobs, store, root, spool=arguments.work_dir and arguments.work_dir / "uploads")
     jobs.start()
 

@@ -10,7 +10,7 @@ from typing import Literal
 from builder_svc import joblog
 from builder_svc.job import Job
 from builder_svc.joblog import Action, JobLog
-from builder_svc.process import BuildProcess, BuildRequest
+from builder_svc.process import BuildProcess, BuildRequest, Result
 from engine import registry
 from engine.errors import EnginehouseError
 from engine.store import Store
@@ -46,15 +46,16 @@ class Builder:
     Attributes:
         name: of this builder, unlike every other's.
         process: runs one build.
+        store: waits long when it is away.
         prepare: makes of a job's request what this builder's process is to do; raises what forbids it.
-        finish: called in a thread with the id of an engine that is in the store now, before it gets its name.
+        finish: called in a thread with what a build has made, before the engine gets its name.
     """
 
     name: str
     store: Store
     process: BuildProcess
     prepare: Callable[[BuildRequest], BuildRequest]
-    finish: Callable[[str], None]
+    finish: Callable[[Result], None]
     pace: Pace
 
 
@@ -62,7 +63,7 @@ class Attempt:
     """Runs one job, whose log it writes alone until `run` returns. Must not be cancelled: `cancel` and `release` end it.
 
     Attributes:
-        unrecorded: why the job's end cannot be written, while it cannot; with what the job failed with, if it did.
+        unrecorded: why what came of the job cannot be written, while it cannot; with what it failed with, if it did.
 
     Args:
         lock: held by whoever uses the log.
@@ -111,7 +112,7 @@ class Attempt:
             await saving
         if not job.ended and self._stop == "cancel":
             job.cancel()
-        elif not job.ended and self._stop == "release":
+        elif not job.ended and (self._stop == "release" or self._closing):
             job.release()
         if self._stop != "lost":
             await self._end(job)
@@ -122,7 +123,10 @@ class Attempt:
             result = await self._builder.process.run(request, job.progress, job.log)
             self._too_late = True
             job.built(result.engine_id, result.reused)
-            await asyncio.to_thread(self._builder.finish, result.engine_id)
+            # a builder that was taken for dead must not name what others have built since
+            if not await self._record("write", job):
+                return
+            await asyncio.to_thread(self._builder.finish, result)
             if model := job.build.model:
                 await asyncio.to_thread(registry.set_name, self._builder.store, model, result.engine_id)
             job.succeed()
@@ -130,6 +134,18 @@ class Attempt:
             if not isinstance(error, EnginehouseError):
                 log.exception("build %s", self._log.build_id)
             job.fail(to_failure(error))
+
+    async def _record(self, action: Action, job: Job) -> bool:
+        """Writes what is new, as often as it takes; false if the job is another's, or the builder stops meanwhile."""
+        while not await self._save(action, job):
+            if self._closing or self._stop == "lost":
+                return False
+            if self._trouble:
+                self.unrecorded = _unrecorded(job.build, self._trouble)
+                self._news()
+            await asyncio.sleep(self._builder.pace.poll)
+        self.unrecorded = None
+        return True
 
     def _interrupt(self, why: Literal["cancel", "release"]) -> None:
         """Once at most: a second cancellation would interrupt the orderly end of the process."""
@@ -156,16 +172,8 @@ class Attempt:
                 saved = loop.time()
 
     async def _end(self, job: Job) -> None:
-        """Writes how it ended, as often as it takes; a builder that stops meanwhile leaves it to the lease."""
-        while not await self._save("write" if job.ended else "release", job):
-            if self._closing or self._stop == "lost":
-                return
-            if job.ended and self._trouble:
-                self.unrecorded = _unrecorded(job.build, self._trouble)
-                self._news()
-            await asyncio.sleep(self._builder.pace.poll)
-        self.unrecorded = None
-        if job.ended:
+        """Writes how it ended; a builder that stops meanwhile leaves it to the lease."""
+        if await self._record("write" if job.ended else "release", job) and job.ended:
             try:
                 await asyncio.to_thread(joblog.retire, self._builder.store, self._log)
             except EnginehouseError as error:  # whoever looks at the queue next does it

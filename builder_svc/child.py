@@ -1,5 +1,6 @@
 """The process of one build: `python -m builder_svc.child`, which `builder_svc/process.py` starts and listens to."""
 
+import hashlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import msgspec
 from builder_svc.checkpoint import sources
 from builder_svc.options import Progress
 from builder_svc.process import GRACE, BuildRequest, Failed, Progressed, Result
+from engine import signing
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import EnginehouseError, ResourceExhausted
 from protos.rpc import to_failure
@@ -40,12 +42,22 @@ def build(request: BuildRequest, progress: Progress) -> Result:
     checkpoint = sources.fetch(request.checkpoint, store, work_dir, logged)
     from builder_svc import pipeline  # imports torch, which takes seconds
 
+    def unsigned(engine_id: str) -> bool:
+        return bool(request.signer) and request.signer not in signing.claims(store, engine_id)
+
     built = pipeline.build(
-        checkpoint, store, request.options, source=request.checkpoint, work_dir=work_dir, progress=logged
+        checkpoint,
+        store,
+        request.options,
+        source=request.checkpoint,
+        again=unsigned,
+        work_dir=work_dir,
+        progress=logged,
     )
     size = sum(file.size for file in built.manifest.files())
     log.info("engine %s, %.1f MB%s", built.manifest.engine_id, size / 1e6, ", found" if built.reused else "")
-    return Result(built.manifest.engine_id, built.reused)
+    stored = hashlib.sha256(built.manifest.to_json()).hexdigest() if built.ours else ""
+    return Result(built.manifest.engine_id, built.reused, stored)
 
 
 def main(build: Build = build) -> int:

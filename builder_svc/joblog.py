@@ -33,6 +33,7 @@ MAX_OPEN_JOBS = 1000
 MAX_LISTED = 100  # jobs that have ended, in a listing
 
 _ID = re.compile(r"[0-9a-f]{24}")
+_SEGMENT = re.compile(r"/[0-9]{8}\.json$")
 _PARALLEL_READS = 8
 
 Action = Literal["submit", "claim", "write", "release", "expire", "cancel"]
@@ -86,7 +87,7 @@ class JobLog:
     def request(self) -> BuildRequest:
         """What is to be built. Raises DataLoss if the log does not say it."""
         if self._request is None:
-            raise DataLoss(f"builds/{self.build_id} in {self._store.url} lacks the request: delete it, submit it again")
+            raise self._damaged(f"builds/{self.build_id} lacks the request")
         return self._request
 
     @property
@@ -97,9 +98,11 @@ class JobLog:
     def refresh(self) -> None:
         """Reads what is new. Raises DataLoss for a segment that cannot be read."""
         if self.number == 0:
-            count = sum(1 for _ in self._store.list(f"builds/{self.build_id}/"))
+            found = [entry.key for entry in self._store.list(f"builds/{self.build_id}/") if _SEGMENT.search(entry.key)]
+            if found and found != [self._key(number) for number in range(len(found))]:
+                raise self._damaged(f"builds/{self.build_id} lacks a segment")
             with ThreadPoolExecutor(_PARALLEL_READS, "job-read") as pool:
-                for data in pool.map(self._store.read, map(self._key, range(count))):
+                for data in pool.map(self._store.read, found):
                     self._decode(data)
         while True:
             try:
@@ -132,12 +135,14 @@ class JobLog:
             segment = msgspec.json.decode(data, type=Segment)
             events = [json_format.ParseDict(event, BuildEvent()) for event in segment.events]
         except (msgspec.MsgspecError, json_format.ParseError) as error:
-            raise DataLoss(
-                f"{self._key(self.number)} in {self._store.url} cannot be read ({error}): delete builds/{self.build_id} and "
-                f"queue/{self.build_id}, and submit the build again",
-                reason="BUILD_RECORD_INVALID",
-            ) from None
+            raise self._damaged(f"{self._key(self.number)} cannot be read ({error})") from None
         self._fold(segment, events)
+
+    def _damaged(self, what: str) -> DataLoss:
+        return DataLoss(
+            f"{what} in {self._store.url}: delete queue/{self.build_id} and builds/{self.build_id}/, and submit the build again",
+            reason="BUILD_RECORD_INVALID",
+        )
 
     def _fold(self, segment: Segment, events: Sequence[BuildEvent]) -> None:
         self.number += 1

@@ -16,7 +16,7 @@ from builder_svc import joblog
 from builder_svc.attempt import Attempt, Builder, Pace, happened
 from builder_svc.job import Job
 from builder_svc.joblog import JobLog
-from builder_svc.process import BuildProcess, BuildRequest
+from builder_svc.process import BuildProcess, BuildRequest, Result
 from engine.errors import DataLoss, EnginehouseError, Unavailable
 from engine.store import Store
 from protos.rpc import to_failure
@@ -48,13 +48,23 @@ class _Known:
         """Returns when the log has grown, or after some time."""
         await happened(self._news, seconds)
 
+    async def use(self, function: Callable[[], object]) -> None:
+        """Runs in a thread what reads or writes the log, alone, and to its end even if the caller is cancelled."""
+
+        async def run() -> None:
+            async with self.lock:
+                number = self.log.number
+                await asyncio.to_thread(function)
+            if self.log.number != number:
+                self.told()
+
+        running = asyncio.create_task(run())
+        running.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may have left
+        await asyncio.shield(running)
+
     async def refresh(self) -> None:
         """Reads what others have written."""
-        async with self.lock:
-            number = self.log.number
-            await asyncio.to_thread(self.log.refresh)
-        if self.log.number != number:
-            self.told()
+        await self.use(self.log.refresh)
 
 
 class Jobs:
@@ -64,8 +74,9 @@ class Jobs:
         store: holds the jobs, and the names that builds give to their engines.
         process: runs one build.
         limit: builds at a time.
+        patient: the same store, opened to wait longer when it is away: what a finished build needs must not fail soon.
         prepare: makes of a job's request what this builder's process is to do, in a thread; raises what forbids it.
-        finish: called in a thread with the id of an engine that is in the store now, before it gets its name.
+        finish: called in a thread with what a build has made, before the engine gets its name.
     """
 
     def __init__(
@@ -74,8 +85,9 @@ class Jobs:
         process: BuildProcess,
         limit: int = 1,
         *,
+        patient: Store | None = None,
         prepare: Callable[[BuildRequest], BuildRequest] | None = None,
-        finish: Callable[[str], None] = lambda _: None,
+        finish: Callable[[Result], None] = lambda _: None,
         pace: Pace = Pace(),  # noqa: B008  (frozen)
     ) -> None:
         self._store = store
@@ -83,9 +95,10 @@ class Jobs:
         self._pace = pace
         name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         here = prepare or (lambda request: msgspec.structs.replace(request, store=store.url))
-        self._builder = Builder(name, store, process, here, finish, pace)
+        self._builder = Builder(name, patient or store, process, here, finish, pace)
         self._known: dict[str, _Known] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._damaged: set[str] = set()  # jobs whose records cannot be read
         self._look_now = asyncio.Event()
         self._closing = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
@@ -149,27 +162,23 @@ class Jobs:
         while not known.log.ended:
             if known.attempt:
                 known.attempt.cancel()
-            elif await self._ask_to_cancel(known):
-                known.told()
+            else:
+                await known.use(lambda: self._ask_to_cancel(known.log))
             if not known.log.ended:
                 await self._wait(known)
         if not known.attempt:
             await asyncio.to_thread(joblog.retire, self._store, known.log)
         return known.log.build
 
-    async def _ask_to_cancel(self, known: _Known) -> bool:
-        """Of a job that this builder does not have: cancels it, or asks its builder to. Whether the log has grown."""
-        async with known.lock:
-            job_log = known.log
-            if job_log.owner:
-                if job_log.cancel_requested:
-                    return False
-                return await asyncio.to_thread(job_log.append, "cancel", self._builder.name)
-            if job_log.ended:
-                return False
+    def _ask_to_cancel(self, job_log: JobLog) -> None:
+        """Of a job that this builder does not have: cancels it, or asks its builder to, unless somebody is faster."""
+        if job_log.owner:
+            if not job_log.cancel_requested:
+                job_log.append("cancel", self._builder.name)
+        elif not job_log.ended:
             job = Job(job_log.events)
             job.cancel()
-            return await asyncio.to_thread(job_log.append, "claim", self._builder.name, job.pending())
+            job_log.append("claim", self._builder.name, job.pending())
 
     async def _wait(self, known: _Known) -> None:
         """Returns when a job's log may have grown. Raises why nobody can tell."""
@@ -236,7 +245,9 @@ class Jobs:
             try:
                 await self._attend(known)
             except DataLoss as error:  # this one job's record is at fault
-                log.warning("build %s: %s", build_id, error.message)
+                if build_id not in self._damaged:
+                    log.error("build %s: %s", build_id, error.message)
+                self._damaged.add(build_id)
         self._forget(set(queue))
 
     async def _attend(self, known: _Known) -> None:
@@ -246,30 +257,36 @@ class Jobs:
             await asyncio.to_thread(joblog.retire, self._store, job_log)
         elif job_log.owner:
             known.quiet_since = known.quiet_since or loop.time()
-            if loop.time() - known.quiet_since >= self._pace.lease:
-                await self._expire(known)
+            if job_log.owner == self._builder.name:
+                await known.use(lambda: self._release(job_log))
+                self._look_now.set()
+            elif loop.time() - known.quiet_since >= self._pace.lease:
+                await known.use(lambda: self._expire(job_log))
+                self._look_now.set()
         elif job_log.number and len(self._running) < self._limit:
             known.attempt = Attempt(self._builder, job_log, known.lock, known.told)
             task = asyncio.create_task(known.attempt.run(), name=f"build {job_log.build_id}")
             self._running[job_log.build_id] = task
             task.add_done_callback(lambda _: self._ended(known))
 
-    async def _expire(self, known: _Known) -> None:
+    def _expire(self, job_log: JobLog) -> None:
         """Gives free a job whose builder has died, or gives it up."""
-        job_log = known.log
         log.warning("build %s: its builder %s does not write any more", job_log.build_id, job_log.owner)
-        async with known.lock:
-            job = Job(job_log.events)
-            if job_log.cancel_requested:
-                job.cancel()
-            elif job_log.deaths + 1 >= MAX_DEATHS:
-                message = f"{MAX_DEATHS} builders have died while they built it; look at the last lines of its log"
-                job.fail(to_failure(Unavailable(message, reason="BUILDER_DIED")))
-            else:
-                job.release()
-            if await asyncio.to_thread(job_log.append, "expire", self._builder.name, job.pending()):
-                known.told()
-        self._look_now.set()
+        job = Job(job_log.events)
+        if job_log.cancel_requested:
+            job.cancel()
+        elif job_log.deaths + 1 >= MAX_DEATHS:
+            message = f"{MAX_DEATHS} builders have died while they built it; look at the last lines of its log"
+            job.fail(to_failure(Unavailable(message, reason="BUILDER_DIED")))
+        else:
+            job.release()
+        job_log.append("expire", self._builder.name, job.pending())
+
+    def _release(self, job_log: JobLog) -> None:
+        """Gives free a job that this builder has claimed with a write whose answer was lost."""
+        job = Job(job_log.events)
+        job.release()
+        job_log.append("release", self._builder.name, job.pending())
 
     def _ended(self, known: _Known) -> None:
         task = self._running.pop(known.log.build_id)

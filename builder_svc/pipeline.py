@@ -4,6 +4,7 @@ checkpoint -> config + named weights -> module -> program -> blobs + manifest ->
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,10 +50,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Built:
-    """The result of a build; `reused` if the engine was in the store already."""
+    """The result of a build.
+
+    Attributes:
+        reused: the engine was in the store already, and nothing was built.
+        ours: everything that its manifest names is what this build has made, whoever published it first.
+    """
 
     manifest: Manifest
     reused: bool
+    ours: bool
 
 
 def build(
@@ -61,6 +68,7 @@ def build(
     options: BuildOptions = BuildOptions(),  # noqa: B008  (frozen)
     *,
     source: str | None = None,
+    again: Callable[[str], bool] = lambda _: False,
     work_dir: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Built:
@@ -68,6 +76,7 @@ def build(
 
     Args:
         source: where the checkpoint was found, for the manifest; by default the directory.
+        again: asked with the id of an engine that is in the store, whether to build it all the same, to see that it is right.
         work_dir: for the weights before they are uploaded, as large as the engine; by default the system's.
         progress: called as the phases go on.
 
@@ -79,8 +88,8 @@ def build(
     model = read_model(checkpoint, options)
     identity = build_identity(model, options, progress)
     found = registry.find_manifest(store, engine_id(identity))
-    if found and not registry.missing_files(store, found):
-        return Built(found, reused=True)
+    if found and not registry.missing_files(store, found) and not again(found.engine_id):
+        return Built(found, reused=True, ours=False)
     progress("program", 0, 1, "")
     program, constants = make_program(model)
     names = model.family.weight_names(model.config)
@@ -128,7 +137,8 @@ def build(
             put_bytes(store, "tokenizer_config.json", model.tokenizer.config_json)
             published = registry.publish(store, manifest)
     progress("publish", 1, 1, "")
-    return Built(published, reused=False)
+    as_ours = msgspec.structs.replace(manifest, created=published.created, source=published.source)
+    return Built(published, reused=False, ours=published == as_ours)
 
 
 def read_model(checkpoint: Path, options: BuildOptions) -> Model:

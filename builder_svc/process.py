@@ -43,12 +43,17 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class BuildRequest(msgspec.Struct, frozen=True):
-    """What the child is asked for."""
+    """What the child is asked for.
+
+    Attributes:
+        signer: id of the key that the service signs with: an engine that is there without its signature is built again.
+    """
 
     checkpoint: str
     store: str = ""
     options: BuildOptions = BuildOptions()
     work_dir: str | None = None
+    signer: str = ""
 
 
 class Progressed(msgspec.Struct, frozen=True, tag="progress"):
@@ -61,10 +66,15 @@ class Progressed(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """The end of a build that made or found an engine."""
+    """The end of a build that made or found an engine.
+
+    Attributes:
+        manifest: SHA-256 of the stored manifest if this build has made everything that it names; else empty.
+    """
 
     engine_id: str
     reused: bool
+    manifest: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

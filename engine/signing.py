@@ -6,6 +6,7 @@ signatures/<engine_id>/<key_id>.json     an Ed25519 signature over the manifest'
 """
 
 import base64
+import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -157,13 +158,23 @@ def load_public(path: Path) -> tuple[PublicKey, ...]:
     return tuple(keys)
 
 
-def sign(store: Store, engine_id: str, private: PrivateKey) -> str:
+def sign(store: Store, engine_id: str, private: PrivateKey, digest: str | None = None) -> str:
     """Signs an engine's manifest, unless this key has signed it already; the key's id.
+
+    Args:
+        digest: SHA-256 of the manifest that is meant; None for whatever is stored.
 
     Raises:
         NotFound, DataLoss: no such engine, or its manifest is damaged.
+        FailedPrecondition: another manifest is stored.
     """
     _, data = registry.stored(store, engine_id)
+    if digest not in (None, hashlib.sha256(data).hexdigest()):
+        raise FailedPrecondition(
+            f"the manifest of engine {engine_id} in {store.url} is not the one that was built, and is not signed: find out "
+            f"who has changed it, remove it with `enginehouse engines rm {engine_id}`, and build again",
+            reason="MANIFEST_CHANGED",
+        )
     public = private.public
     if not signed_by(store, engine_id, data, (public,)):
         record = _Signature(public.id, _base64(public.raw), _base64(private.sign(_DOMAIN + data)))

@@ -145,10 +145,24 @@ class BuilderClient(_Client):
         """Jobs that are open and the last that have ended, newest first."""
         return list((await self._reply(self._stub.ListBuilds(builder_pb2.ListBuildsRequest()))).builds)
 
-    async def cancel(self, build_id: str) -> builder_pb2.Build:
-        """Ends a job; one that has ended stays as it is."""
+    async def cancel(self, build_id: str, timeout: float = 60) -> builder_pb2.Build:
+        """Ends a job; one that has ended stays as it is.
+
+        Args:
+            timeout: seconds; a job whose builder has died ends within half a minute.
+
+        Raises:
+            Unavailable: it has not ended in that time.
+        """
         request = builder_pb2.CancelBuildRequest(build_id=build_id)
-        return await asyncio.wait_for(self._reply(self._stub.CancelBuild(request)), timeout=10)
+        try:
+            return await asyncio.wait_for(self._reply(self._stub.CancelBuild(request)), timeout)
+        except TimeoutError:
+            raise Unavailable(
+                f"build {build_id} has not ended within {timeout:g} s; it was asked to, and ends when its builder, or the "
+                "store, is back: look with `enginehouse builds ls`",
+                reason="CANCEL_PENDING",
+            ) from None
 
     async def upload(self, directory: Path, progress: Progress = lambda *_: None) -> str:
         """Brings a checkpoint directory to the builder; gives what stands for it in `BuildSpec.checkpoint`.

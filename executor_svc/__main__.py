@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="executor_svc", description="Loads engines from a store and streams tokens over gRPC."
     )
-    parser.add_argument("--store", required=True, help="directory or file:// URL that holds the engines")
+    parser.add_argument("--store", required=True, help="where the engines are: a directory, file:// or s3://")
     parser.add_argument(
         "--engine",
         action="append",

@@ -212,8 +212,8 @@ async def watch(builder: BuilderClient, build_id: str, console: Console) -> Asyn
 
 async def _cancel(builder: BuilderClient, build_id: str, console: Console) -> None:
     try:
-        await builder.cancel(build_id)
-    except (EnginehouseError, TimeoutError) as error:
+        await builder.cancel(build_id, timeout=10)
+    except EnginehouseError as error:
         console.print(f"could not cancel build {build_id}: {error}")
     else:
         console.print(f"cancelled build {build_id}")

@@ -226,6 +226,12 @@ def test_a_damaged_record_is_told_by_its_key(store: Store):
     assert joblog.builds(store) == []
 
 
+def test_what_does_not_belong_to_a_record_is_passed_over(store: Store):
+    log = submit(store)
+    store.create(f"builds/{log.build_id}/note.txt", b"mine")
+    assert again(store, log).events == log.events
+
+
 def test_an_ended_job_stays_where_its_log_is_gone(store: Store):
     log = submit(store)
     finish(store, log)

@@ -1,6 +1,7 @@
 """The queue of builds, of one builder and of several. Builds are stand-ins in this process, but for the last ones."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from builder_svc.jobs import Jobs
 from builder_svc.options import BuildOptions, Progress
 from builder_svc.process import BuildProcess, BuildRequest, Result
 from engine import registry
+from engine.backends import open_store
 from engine.errors import EnginehouseError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from engine.store import Store
 from protos.v1.builder_pb2 import Build, BuildSpec
@@ -214,11 +216,11 @@ async def test_what_this_builder_may_not_build_it_fails(store: Store, builds: Bu
 
 
 async def test_what_is_done_with_an_engine_is_done_before_it_gets_its_name(store: Store, builds: Builds):
-    engine, finished = publish(store), list[tuple[str, list[str]]]()
+    engine, finished = publish(store), list[tuple[Result, list[str]]]()
     jobs = Jobs(
         store,
         builds,  # type: ignore[arg-type]
-        finish=lambda engine_id: finished.append((engine_id, registry.names(store))),
+        finish=lambda result: finished.append((result, registry.names(store))),
         pace=PACE,
     )
     jobs.start()
@@ -226,7 +228,7 @@ async def test_what_is_done_with_an_engine_is_done_before_it_gets_its_name(store
     await builds.has("a")
     builds.finish("a", Result(engine, reused=False))
     await end(jobs, build_id)
-    assert finished == [(engine, [])]
+    assert finished == [(Result(engine, reused=False), [])]
     await jobs.close()
 
 
@@ -428,6 +430,98 @@ async def test_a_builder_that_was_taken_for_dead_stops_its_build(
     assert state(await end(jobs, build_id)) == "SUCCEEDED"
     assert (await jobs.find(build_id)).attempt == 2
     assert other_builds.ended == ["a"]
+
+
+async def test_a_builder_that_was_taken_for_dead_names_nothing(
+    jobs: Jobs, builds: Builds, other: Jobs, other_builds: Builds, store: Store
+):
+    """It stood still between the end of its build and the name; the job has ended elsewhere, and the name went on."""
+    engine, later = publish(store), publish(store, 1)
+    build_id = await submit(jobs, "a", "demo")
+    await builds.has("a")
+    await asyncio.sleep(0.05)
+    known = jobs._known[build_id]
+    await known.lock.acquire()
+    builds.finish("a", Result(engine, reused=False))
+    other.start()
+    await other_builds.has("a")
+    other_builds.finish("a", Result(engine, reused=False))
+    assert state(await end(other, build_id)) == "SUCCEEDED"
+    registry.set_name(store, "demo", later)
+    known.lock.release()
+    await until(lambda: not known.attempt)
+    assert registry.resolve(store, "demo").engine_id == later
+
+
+async def test_a_claim_whose_answer_was_lost_costs_no_life(jobs: Jobs, builds: Builds, store: Store):
+    append, lost = joblog.JobLog.append, list[str]()
+
+    def lossy(self: joblog.JobLog, action: str, *arguments: object) -> bool:
+        if action == "claim" and not lost:
+            lost.append(action)
+            view = joblog.JobLog(store, self.build_id)
+            view.refresh()
+            assert append(view, action, *arguments)  # type: ignore[arg-type]
+            raise Unavailable("no answer")
+        return append(self, action, *arguments)  # type: ignore[arg-type]
+
+    joblog.JobLog.append = lossy  # type: ignore[method-assign, assignment]
+    try:
+        build_id = await submit(jobs, "a")
+        await builds.has("a")
+    finally:
+        joblog.JobLog.append = append  # type: ignore[method-assign]
+    builds.finish("a")
+    assert state(await end(jobs, build_id)) == "SUCCEEDED"
+    assert jobs._known[build_id].log.deaths == 0
+
+
+async def test_who_leaves_while_a_log_is_read_does_not_let_two_read_it(store: Store):
+    known, at_once, most = jobs_module._Known(store, "0" * 24), 0, 0
+
+    def slow() -> None:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.05)
+        at_once -= 1
+
+    known.log.refresh = slow  # type: ignore[method-assign]
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await known.refresh()
+    await known.refresh()
+    assert (most, at_once) == (1, 0)
+
+
+async def test_a_damaged_record_stops_nobody_else(jobs: Jobs, builds: Builds, store: Store):
+    broken = joblog.submit(store, "b", BuildRequest("broken"), BuildSpec(), "")
+    store.delete(f"builds/{broken.build_id}/00000000.json")
+    store.create(f"builds/{broken.build_id}/00000001.json", b"{}")
+    build_id = await submit(jobs, "a")
+    await builds.has("a")
+    builds.finish("a")
+    assert state(await end(jobs, build_id)) == "SUCCEEDED"
+    error = await failure(jobs.find(broken.build_id))
+    assert error.reason == "BUILD_RECORD_INVALID" and f"delete queue/{broken.build_id}" in error.message
+
+
+async def test_what_a_finished_build_needs_waits_longer(store: Store, builds: Builds):
+    """A store that is away for a while after hours of work must not fail it."""
+    engine, patient = publish(store), open_store(store.url, 60)
+    jobs = Jobs(store, builds, patient=patient, pace=PACE)  # type: ignore[arg-type]
+    used: list[Store] = []
+    set_name = registry.set_name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "set_name", lambda store, *given: (used.append(store), set_name(store, *given)))
+        jobs.start()
+        build_id = await submit(jobs, "a", "demo")
+        await builds.has("a")
+        builds.finish("a", Result(engine, reused=False))
+        await end(jobs, build_id)
+    assert used == [patient]
+    await jobs.close()
 
 
 async def test_a_job_that_kills_its_builders_is_given_up(store: Store, other: Jobs):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from builder_svc.checkpoint.digests import file_digests
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build, build_identity, make_program, read_model
 from engine import gc, inventory
-from engine.blobs import blob_key, read
+from engine.blobs import blob_key, put_bytes, read
 from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from engine.fingerprint import Node
 from engine.manifest import engine_id
@@ -362,3 +363,29 @@ def test_a_build_that_fails_leaves_no_pin(checkpoint: Path, store: Store) -> Non
     with pytest.raises(InvalidArgument, match="enough"):
         build(checkpoint, store, progress=fail)
     assert keys(store, "pins/") == keys(store, "engines/") == []
+
+
+# What may be signed
+
+
+def test_an_engine_that_is_built_again_is_known_to_be_right(checkpoint: Path, store: Store):
+    first = build(checkpoint, store)
+    assert first.ours and not first.reused
+    found = build(checkpoint, store)
+    assert found.reused and not found.ours
+    asked: list[str] = []
+    again = build(checkpoint, store, source="elsewhere", again=lambda engine_id: not asked.append(engine_id))
+    assert asked == [first.manifest.engine_id]
+    assert again.ours and not again.reused and again.manifest == first.manifest
+
+
+def test_an_engine_that_somebody_has_put_in_its_place_is_not_ours(checkpoint: Path, store: Store):
+    """Under the right id, since that is of the inputs, with other weights."""
+    manifest = build(checkpoint, store).manifest
+    rank = manifest.ranks[0]
+    planted = msgspec.structs.replace(
+        manifest, ranks=(msgspec.structs.replace(rank, weights=(put_bytes(store, "weights", b"evil"),)),)
+    )
+    store.replace(f"engines/{manifest.engine_id}.json", planted.to_json())
+    built = build(checkpoint, store, again=lambda _: True)
+    assert not built.ours and built.manifest == planted

@@ -24,7 +24,7 @@ from rich.console import Console
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from enginehouse.cli import main
-from enginehouse.client import GatewayClient
+from enginehouse.client import BuilderClient, GatewayClient
 from enginehouse.commands.generate import Answer
 from enginehouse.progress import Bars, format_amount, format_bytes
 from protos.v1.builder_pb2 import (
@@ -110,6 +110,8 @@ class MockBuilder(BuilderServicer):
 
     def CancelBuild(self, request: Any, context: Any) -> Build:
         self.cancelled.append(request.build_id)
+        while request.build_id == "orphan" and context.is_active():
+            time.sleep(0.01)
         return Build(build_id=request.build_id, state=BUILD_STATE_CANCELLED)
 
 
@@ -501,6 +503,13 @@ def test_logs_of_a_build(builder: MockBuilder) -> None:
         "1970-01-01 00:00:00 weights 1.00 / 4.00 MB",
         "1970-01-01 00:00:00 failed, attempt 2",
     ]
+
+
+async def test_a_cancel_that_takes_too_long_says_what_goes_on(server: Any, builder: MockBuilder) -> None:
+    async with BuilderClient(os.environ["ENGINEHOUSE_BUILDER"]) as client:
+        with pytest.raises(Unavailable, match="build orphan has not ended within 0.2 s"):
+            await client.cancel("orphan", timeout=0.2)
+    assert builder.cancelled == ["orphan"]
 
 
 def test_builds_without_a_builder(monkeypatch: pytest.MonkeyPatch) -> None:
