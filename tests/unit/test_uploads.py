@@ -5,14 +5,14 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 import grpc
 import pytest
 
 from builder_svc import spool as spool_module
-from builder_svc.spool import prepare
+from builder_svc.spool import SpoolFile, prepare
 from builder_svc.upload_rpcs import UploadServicer
 from builder_svc.uploads import OfferedFile, Uploads
 from engine import checkpoints
@@ -24,6 +24,7 @@ from engine.errors import (
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
+    Unavailable,
 )
 from engine.store import Store
 from enginehouse.client import BuilderClient
@@ -294,6 +295,19 @@ async def test_what_is_no_upload(stub: BuilderStub, requests: list[UploadFileReq
 
 
 # The spool
+
+
+@pytest.mark.parametrize("end", [SpoolFile.break_off, SpoolFile.close])
+def test_what_was_broken_off_is_not_opened(uploads: Uploads, end: Callable[[SpoolFile], None]) -> None:
+    """A lost call's end may come before the opening that was on its way to another thread: the file stays free."""
+    lost = uploads.receive(sha256(WEIGHTS), len(WEIGHTS), 0)
+    end(lost)
+    with pytest.raises(Unavailable) as caught:
+        lost.open()
+    assert caught.value.reason == "UPLOAD_BROKEN_OFF"
+    following = uploads.receive(sha256(WEIGHTS), len(WEIGHTS), 0)
+    following.open()
+    following.close()
 
 
 async def test_the_spool_forgets_after_a_day(stub: BuilderStub, spool: Path) -> None:
