@@ -4,6 +4,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from builder_svc import spool as spool_module
 from builder_svc.spool import SpoolFile, prepare
 from builder_svc.upload_rpcs import UploadServicer
 from builder_svc.uploads import OfferedFile, Uploads
-from engine import checkpoints
+from engine import checkpoints, sweeps
 from engine.blobs import blob_key, describe, put_bytes
 from engine.errors import (
     DataLoss,
@@ -201,6 +202,25 @@ def test_what_is_no_checkpoint(uploads: Uploads, files: list[OfferedFile], said:
 
 
 # What comes in pieces
+
+
+async def test_files_come_while_offers_wait_for_a_garbage_collection(
+    stub: BuilderStub, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many offers: there are more of them here than threads."""
+    over = threading.Event()
+    monkeypatch.setattr(sweeps, "wait_until_over", lambda _: over.wait(30))
+    offers = [asyncio.create_task(offer(stub)) for _ in range(20)]
+    try:
+        while len(list(store.list("pins/"))) < 8:  # noqa: ASYNC110  (other threads)
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            await send(stub, messages(WEIGHTS))
+        assert not any(task.done() for task in offers)
+    finally:
+        over.set()
+        await asyncio.gather(*offers, return_exceptions=True)
+    assert sha256(WEIGHTS) not in missing(offers[0].result())
 
 
 async def test_an_upload_goes_on(stub: BuilderStub, store: Store) -> None:
