@@ -26,7 +26,7 @@ from builder_svc.checkpoint.sources import (
     is_repository,
     parse,
 )
-from engine import checkpoints
+from engine import checkpoints, sweeps
 from engine.blobs import blob_key, put_bytes
 from engine.checkpoints import UploadedCheckpoint, is_read
 from engine.errors import DataLoss, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
@@ -153,6 +153,23 @@ def test_an_upload_that_is_damaged(store: Store, tmp_path: Path) -> None:
     store.delete(blob_key(file.digest))
     with pytest.raises(NotFound):
         fetch(text, store, tmp_path, lambda *_: None)
+
+
+def test_an_upload_that_is_collected_before_it_is_held(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = put(store, {"model.safetensors": b"good weights"})
+    (file,) = checkpoints.get(store, text.removeprefix("upload://")).files
+
+    def collect(_: Store) -> None:
+        store.delete(f"checkpoints/{text.removeprefix('upload://')}.json")
+        store.delete(blob_key(file.digest))
+
+    monkeypatch.setattr(sweeps, "wait_until_over", collect)  # it had read the pins before there was ours
+    with pytest.raises(NotFound, match="upload it again") as caught:
+        fetch(text, store, tmp_path, lambda *_: None)
+    assert caught.value.reason == "CHECKPOINT_NOT_FOUND"
+    assert list(tmp_path.glob("checkpoint-*")) == []
 
 
 @pytest.mark.parametrize("change", [{"name": "../escaped"}, {"name": ""}, {"chunks": ()}])
