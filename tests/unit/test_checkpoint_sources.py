@@ -155,6 +155,14 @@ def test_an_upload_that_is_damaged(store: Store, tmp_path: Path) -> None:
         fetch(text, store, tmp_path, lambda *_: None)
 
 
+def test_an_upload_whose_empty_file_is_gone(store: Store, tmp_path: Path) -> None:
+    text = put(store, {"config.json": b"{}", "empty.json": b""})
+    (empty,) = (file for file in checkpoints.get(store, text.removeprefix("upload://")).files if file.size == 0)
+    store.delete(blob_key(empty.digest))
+    with pytest.raises(NotFound):
+        fetch(text, store, tmp_path, lambda *_: None)
+
+
 def test_an_upload_that_is_collected_before_it_is_held(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
