@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from executor_svc.core import Sampling, Sequence
-from executor_svc.scheduler import Scheduler, SchedulerConfig
+from executor_svc.core import Sampling, SchedulerConfig, Sequence
+from executor_svc.scheduler import Scheduler
 from tests.running import Engine, make_engine
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,5 @@
 """The process of one build: `python -m builder_svc.child`, which `builder_svc/process.py` starts and listens to."""
 
-import hashlib
 import logging
 import os
 import signal
@@ -56,8 +55,7 @@ def build(request: BuildRequest, progress: Progress) -> Result:
     )
     size = sum(file.size for file in built.manifest.files())
     log.info("engine %s, %.1f MB%s", built.manifest.engine_id, size / 1e6, ", found" if built.reused else "")
-    stored = hashlib.sha256(built.manifest.to_json()).hexdigest() if built.ours else ""
-    return Result(built.manifest.engine_id, built.reused, stored)
+    return Result(built.manifest.engine_id, built.reused, built.digest if built.ours else "")
 
 
 def main(build: Build = build) -> int:

@@ -3,6 +3,7 @@
 checkpoint -> config + named weights -> module -> program -> blobs + manifest -> store
 """
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ class Built:
     manifest: Manifest
     reused: bool
     ours: bool
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest as it is stored."""
+        return hashlib.sha256(self.manifest.to_json()).hexdigest()
 
 
 def build(

@@ -44,8 +44,10 @@ class SpoolFile:
         Raises:
             FailedPrecondition: somebody else writes it, or less is there than the offset says (in the metadata: how much).
             ResourceExhausted: the disk is full.
+            Unavailable: it was broken off before, or is while this runs.
         """
         with self._busy, errors_of_disk(self.path.parent):
+            self._check_going_on()  # `close` may have been first: nobody would give back what is taken after it
             prepare(self.path.parent)
             self._file = self._lock()
             there = os.fstat(self._file).st_size
@@ -57,7 +59,7 @@ class SpoolFile:
                     metadata={"offset": str(there)},
                 )
             while self._hasher.size < self._offset:
-                self.check_open()
+                self._check_going_on()
                 part = os.pread(self._file, min(_READ_SIZE, self._offset - self._hasher.size), self._hasher.size)
                 if not part:
                     raise Unavailable(f"{self.path} has become shorter while it was read: upload again")
@@ -88,8 +90,9 @@ class SpoolFile:
 
     def check_open(self) -> int:
         """The descriptor. Raises Unavailable when somebody waits for the end: a long step is not to go on for nobody."""
-        if self._closing or self._file is None:
-            raise Unavailable("the upload has broken off: go on with it in another call", reason="UPLOAD_BROKEN_OFF")
+        self._check_going_on()
+        if self._file is None:
+            raise _broken_off()
         return self._file
 
     def break_off(self) -> None:
@@ -103,6 +106,10 @@ class SpoolFile:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
+
+    def _check_going_on(self) -> None:
+        if self._closing:
+            raise _broken_off()
 
     def _lock(self) -> int:
         while True:
@@ -121,6 +128,10 @@ class SpoolFile:
                     reason="UPLOAD_IN_PROGRESS",
                 ) from None
             os.close(file)
+
+
+def _broken_off() -> Unavailable:
+    return Unavailable("the upload has broken off: go on with it in another call", reason="UPLOAD_BROKEN_OFF")
 
 
 def default_spool() -> Path:

@@ -30,7 +30,7 @@ class UploadServicer:
 
     async def OfferCheckpoint(self, request: OfferCheckpointRequest, _context: Context) -> OfferCheckpointResponse:
         files = [OfferedFile(file.name, file.sha256, file.size) for file in request.files]
-        offer = await self._in_thread(self._uploads.offer, files)
+        offer = await asyncio.get_running_loop().run_in_executor(self._uploads.offers, self._uploads.offer, files)
         missing = [MissingFile(sha256=digest, offset=offset) for digest, offset in offer.missing.items()]
         return OfferCheckpointResponse(checkpoint=offer.checkpoint, missing=missing)
 

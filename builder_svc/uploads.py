@@ -43,7 +43,10 @@ class Offer:
 
 
 class Uploads:
-    """Methods block; they are called from threads, of which `pool` has some that nothing else waits for.
+    """Methods block; they are called from threads: `offer` from those of `offers`, all others from those of `pool`.
+
+    An offer waits for a garbage collection for as long as that takes. Files must come meanwhile, and so must the beats of
+    builds, which go through asyncio's own threads: so offers have theirs.
 
     Args:
         store: where whole files go.
@@ -54,9 +57,10 @@ class Uploads:
         self._store = store
         self._spool = spool
         self.pool = ThreadPoolExecutor(8, "upload")
+        self.offers = ThreadPoolExecutor(8, "offer")
 
     def offer(self, files: Sequence[OfferedFile]) -> Offer:
-        """Makes a checkpoint of files that are in the store, or says which are not.
+        """Makes a checkpoint of files that are in the store, or says which are not. Waits for garbage collections that run.
 
         Raises:
             InvalidArgument: the files are no checkpoint; names the first that is wrong.

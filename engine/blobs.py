@@ -89,13 +89,8 @@ def read_into(
 
     def fetch(ref: FileRef, buffer: memoryview, index: int) -> int:
         part = buffer[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE]
-        if not _fill(store, ref, index, part):
-            raise DataLoss(
-                f"{ref.name} ({ref.digest[:12]}) in {store.url} is damaged: chunk {index} (from byte "
-                f"{index * CHUNK_SIZE}) does not match its digest. Delete the blob and build the engine again",
-                reason="CHUNK_DIGEST_MISMATCH",
-                metadata={"digest": ref.digest, "chunk": str(index)},
-            )
+        if not read_chunk(store, ref, index, part):
+            raise damaged(store, ref, index, "build the engine again")
         return len(part)
 
     with ThreadPoolExecutor(PARALLEL_READS, "blob-read") as pool:
@@ -130,7 +125,7 @@ def check_chunks(
             own.buffer = bytearray(CHUNK_SIZE)
         part = memoryview(own.buffer)[: min(CHUNK_SIZE, ref.size - index * CHUNK_SIZE)]
         try:
-            return ref, index, _fill(store, ref, index, part)
+            return ref, index, read_chunk(store, ref, index, part)
         except DataLoss:  # it ends before
             return ref, index, False
 
@@ -149,7 +144,44 @@ def check_chunks(
     return found
 
 
-def _fill(store: Store, ref: FileRef, index: int, part: memoryview) -> bool:
-    """Reads a chunk of a file; whether it matches its digest."""
-    store.read_into(blob_key(ref.digest), index * CHUNK_SIZE, part)
-    return hashlib.sha256(part).hexdigest() == ref.chunks[index]
+def read_chunk(
+    store: Store,
+    ref: FileRef,
+    index: int,
+    buffer: memoryview,
+    take: Callable[[int, memoryview], object] = lambda *_: None,
+) -> bool:
+    """Reads a chunk of a file, and tells whether it matches its digest; before that nothing of it may be used.
+
+    Args:
+        buffer: of the chunk's size, or smaller and not empty: then it is filled several times.
+        take: called with each filling, and with where in the file that begins.
+
+    Raises:
+        NotFound: the blob is missing.
+        DataLoss: it ends before the chunk does.
+    """
+    offset, end = index * CHUNK_SIZE, min((index + 1) * CHUNK_SIZE, ref.size)
+    digest = hashlib.sha256()
+    while True:  # once for an empty file, too: its blob may be missing
+        part = buffer[: min(len(buffer), end - offset)]
+        store.read_into(blob_key(ref.digest), offset, part)
+        digest.update(part)
+        take(offset, part)
+        offset += len(part)
+        if offset >= end:
+            return digest.hexdigest() == ref.chunks[index]
+
+
+def damaged(store: Store, ref: FileRef, index: int, remedy: str) -> DataLoss:
+    """What to raise for a chunk that `read_chunk` did not find as it should be.
+
+    Args:
+        remedy: what makes the blob anew.
+    """
+    return DataLoss(
+        f"{ref.name} ({ref.digest[:12]}) in {store.url} is damaged: chunk {index} (from byte {index * CHUNK_SIZE}) does not "
+        f"match its digest. Delete the blob and {remedy}",
+        reason="CHUNK_DIGEST_MISMATCH",
+        metadata={"digest": ref.digest, "chunk": str(index)},
+    )

@@ -1,4 +1,4 @@
-"""The nouns of the executor: Sequence, Batch, and what is said about them. Pure Python."""
+"""The nouns of the executor: Sequence, Batch, what is said about them, and what limits them. Pure Python."""
 
 import enum
 from dataclasses import dataclass, field
@@ -30,6 +30,30 @@ class Finish:
 
     reason: Reason
     token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of the scheduler, and what the runner declares.
+
+    Attributes:
+        max_in_flight: batches between schedule and commit.
+        future_tokens: whether a runner can take as input a token that a batch in flight is still sampling.
+        mixed_batches: whether one batch may hold prompts and decodes.
+        prefix_cache: whether blocks may be shared between sequences.
+        max_waiting: sequences beside the max_batch_size that can run; one more is refused.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    max_in_flight: int = 1
+    future_tokens: bool = False
+    mixed_batches: bool = True
+    prefix_cache: bool = True
+    max_waiting: int = 1024
 
 
 @dataclass(eq=False)

@@ -6,47 +6,23 @@ prompts in chunks, under a budget of tokens a step. When the cache is full, the 
 computed again later. Tokens do not depend on any of this: random numbers are counted by position (see sampler.py).
 """
 
-import heapq
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from engine.errors import Internal, ResourceExhausted
-from executor_svc.core import Batch, Emitted, Finish, Reason, Scheduled, Sequence
+from executor_svc.core import Batch, Emitted, Finish, Reason, Scheduled, SchedulerConfig, Sequence
 from executor_svc.deadlines import Deadlines
-from executor_svc.kv_cache import KVCache, block_hash
+from executor_svc.kv_cache import KVCache
 from executor_svc.pace import Pace
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits, and what the runner declares.
-
-    Attributes:
-        max_in_flight: batches between schedule and commit.
-        future_tokens: whether a runner can take as input a token that a batch in flight is still sampling.
-        mixed_batches: whether one batch may hold prompts and decodes.
-        prefix_cache: whether blocks may be shared between sequences.
-        max_waiting: sequences beside the max_batch_size that can run; one more is refused.
-    """
-
-    num_blocks: int
-    block_size: int
-    max_batch_size: int
-    max_num_tokens: int
-    max_seq_len: int
-    max_in_flight: int = 1
-    future_tokens: bool = False
-    mixed_batches: bool = True
-    prefix_cache: bool = True
-    max_waiting: int = 1024
+from executor_svc.prefixes import Prefixes
+from executor_svc.waiting import Waiting
 
 
 class Scheduler:
     """Sequences come by `add` and leave when their end has been emitted, by `cancel`, or when their deadline passes.
 
-    A sequence waits (in a heap by rank) or runs (holding cache blocks). Its blocks are given back when it has ended or was
+    A sequence waits or runs (holding cache blocks). Its blocks are given back when it has ended or was
     preempted AND no batch in flight holds it.
 
     Args:
@@ -60,10 +36,10 @@ class Scheduler:
         self._expired: list[Sequence] = []  # ended by their deadline, and nobody was told
         self._pace = Pace()
         self.cache = KVCache(config.num_blocks, config.block_size)
+        self._prefixes = Prefixes(self.cache, enabled=config.prefix_cache)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; ended ones are dropped when they surface
-        self._num_waiting = 0
+        self._waiting = Waiting()
         self._leaving: list[Sequence] = []  # ended, but held by a batch in flight
         self._in_flight: deque[Batch] = deque()
         self._arrivals = 0
@@ -73,16 +49,16 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that are not admitted."""
-        return self._num_waiting
+        return len(self._waiting)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.running and not self._num_waiting and not self._in_flight
+        return not self.running and not self._waiting and not self._in_flight
 
     def queued_tokens(self) -> int:
         """Known tokens that are not computed yet."""
-        waiting = sum(len(sequence.token_ids) for _, sequence in self._waiting if sequence.finish is None)
+        waiting = sum(len(sequence.token_ids) for sequence in self._waiting.sequences)
         return waiting + sum(sequence.num_tokens - sequence.num_computed for sequence in self.running)
 
     def add(self, sequence: Sequence) -> None:
@@ -92,7 +68,7 @@ class Scheduler:
             ResourceExhausted: too many wait (it says when to try again), or the cache could not hold it even alone.
         """
         # Those that have just come and can run at once wait too, until the next batch: so the batch's places count.
-        if len(self.running) + self._num_waiting >= self.config.max_batch_size + self.config.max_waiting:
+        if len(self.running) + len(self._waiting) >= self.config.max_batch_size + self.config.max_waiting:
             raise self._queue_full()
         longest = self._longest(sequence)
         if self.cache.blocks_for(longest) > self.config.num_blocks:
@@ -105,7 +81,7 @@ class Scheduler:
             self._pace.restart(self._clock())
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        self._wait(sequence)
+        self._waiting.push(sequence)
         self._deadlines.add(sequence)
 
     def cancel(self, sequence: Sequence, reason: Reason = Reason.CANCELLED) -> bool:
@@ -166,7 +142,7 @@ class Scheduler:
                     self._leaving.remove(sequence)
                     self._release(sequence)
                 continue
-            self._remember(item)
+            self._prefixes.remember(item)
             if token is not None:
                 sequence.token_ids.append(token)
                 finish = self._finish(sequence, token)
@@ -187,8 +163,8 @@ class Scheduler:
                 sequence.num_computed > sequence.num_tokens and sequence.finish is None
             ):  # an ended one gets no more tokens
                 raise Internal("a sequence has computed tokens that it does not have")
-        waiting = [sequence for _, sequence in self._waiting if sequence.finish is None]
-        if len(waiting) != self._num_waiting or any(sequence.blocks or sequence.num_computed for sequence in waiting):
+        waiting = self._waiting.sequences
+        if len(waiting) != len(self._waiting) or any(sequence.blocks or sequence.num_computed for sequence in waiting):
             raise Internal("a waiting sequence is miscounted or holds blocks")
         if len(self.running) > self.config.max_batch_size:
             raise Internal("more sequences run than max_batch_size")
@@ -196,7 +172,7 @@ class Scheduler:
     # What follows is the scheduler's own.
 
     def _queue_full(self) -> ResourceExhausted:
-        waiting, limit = self._num_waiting, self.config.max_waiting
+        waiting, limit = len(self._waiting), self.config.max_waiting
         wait = self._pace.wait(waiting, self._clock())
         return ResourceExhausted(
             f"{waiting} requests are waiting and {len(self.running)} run; the limit is {limit} beside the "
@@ -265,20 +241,11 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_computed = 0
-        self._wait(sequence)
+        self._waiting.push(sequence)
 
     def _longest(self, sequence: Sequence) -> int:
         """Tokens that it can come to."""
         return min(sequence.prompt_len + sequence.max_tokens, self.config.max_seq_len)
-
-    def _wait(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (sequence.rank, sequence))
-        self._num_waiting += 1
-
-    def _head(self) -> Sequence | None:
-        while self._waiting and self._waiting[0][1].finish is not None:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][1] if self._waiting else None
 
     def _admit(self) -> Sequence | None:
         """The first of those that wait, with blocks for all its tokens, if there is room for it.
@@ -286,16 +253,15 @@ class Scheduler:
         A block is left free for every running sequence that may still need one: it would otherwise be taken from the one
         just admitted.
         """
-        sequence = self._head()
+        sequence = self._waiting.first()
         if sequence is None or len(self.running) >= self.config.max_batch_size:
             return None
-        shared = self._match(sequence)
+        shared = self._prefixes.match(sequence)
         fresh = self.cache.blocks_for(len(sequence.token_ids)) - len(shared)
         growing = sum(len(other.blocks) < self.cache.blocks_for(self._longest(other)) for other in self.running)
         if not self.cache.can_allocate(fresh + growing, shared):
             return None
-        heapq.heappop(self._waiting)
-        self._num_waiting -= 1
+        self._waiting.pop()
         self.cache.share(shared)
         sequence.blocks = shared + self.cache.allocate(fresh)
         sequence.num_computed = len(shared) * self.config.block_size
@@ -303,30 +269,6 @@ class Scheduler:
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
         self.running.append(sequence)
         return sequence
-
-    def _match(self, sequence: Sequence) -> list[int]:
-        """Cached blocks that a waiting sequence can begin with; at least its last token is left to compute."""
-        if not self.config.prefix_cache:
-            return []
-        full = (len(sequence.token_ids) - 1) // self.config.block_size
-        self._extend_hashes(sequence, full)
-        return self.cache.match(sequence.hashes[:full])
-
-    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
-        size = self.config.block_size
-        for index in range(len(sequence.hashes), count):
-            previous = sequence.hashes[-1] if sequence.hashes else sequence.salt
-            sequence.hashes.append(block_hash(previous, sequence.token_ids[index * size : (index + 1) * size]))
-
-    def _remember(self, item: Scheduled) -> None:
-        """Makes the blocks findable that the item has filled."""
-        if not self.config.prefix_cache:
-            return
-        sequence, size = item.sequence, self.config.block_size
-        full = (item.start + item.count) // size
-        self._extend_hashes(sequence, full)
-        for index in range(item.start // size, full):
-            self.cache.remember(sequence.blocks[index], sequence.hashes[index])
 
     def _finish(self, sequence: Sequence, token: int) -> Finish | None:
         if token in sequence.eos_ids:
@@ -347,10 +289,7 @@ class Scheduler:
             else:
                 self._release(sequence)
         else:
-            self._num_waiting -= 1
-            if len(self._waiting) > 2 * self._num_waiting + 64:
-                self._waiting = [entry for entry in self._waiting if entry[1].finish is None]
-                heapq.heapify(self._waiting)
+            self._waiting.ended()
 
     def _release(self, sequence: Sequence) -> None:
         self.cache.free(sequence.blocks)

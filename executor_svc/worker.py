@@ -18,13 +18,13 @@ from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition
 from engine.fingerprint import Node
 from engine.manifest import Manifest
 from engine.trust import Trust
-from executor_svc.core import Batch, Finish, Reason, Sequence
+from executor_svc.core import Batch, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.intake import to_sequence
 from executor_svc.loader import load_engine
 from executor_svc.outbox import Outbox
 from executor_svc.runner import Runner, TorchRunner
-from executor_svc.scheduler import Scheduler, SchedulerConfig
+from executor_svc.scheduler import Scheduler
 from protos.rpc import to_failure
 from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
 from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker

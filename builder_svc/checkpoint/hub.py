@@ -5,6 +5,7 @@ That library's settings hold: HF_HOME, HF_TOKEN or a saved login, HF_ENDPOINT, H
 
 import errno
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -27,6 +28,8 @@ from engine.errors import (
 
 DELAYS = (2.0, 8.0)  # seconds before each further attempt; the library repeats single requests by itself
 
+_QUERY = re.compile(r"\?[^\s\"'<>]+")  # also of a path without a host, as some libraries name it
+
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +45,9 @@ def download(repo: str, revision: str | None, progress: Progress) -> Path:
         ResourceExhausted: the disk of the cache is full.
         Unavailable: the hub cannot be reached or fails, also after some attempts.
     """
+    for logger in (logging.getLogger(), logging.getLogger("huggingface_hub")):
+        for handler in logger.handlers:
+            handler.addFilter(hide_queries)  # a no-op the second time
     name = f"{repo}@{revision}" if revision else repo
     bytes_done = _Bytes(progress)
     delays = iter(DELAYS)
@@ -66,6 +72,21 @@ def download(repo: str, revision: str | None, progress: Progress) -> Path:
             return Path(path)
 
 
+def without_queries(text: str) -> str:
+    """A text whose URLs have lost what follows their "?".
+
+    The hub redirects to addresses that are signed there: whoever has one reads the file, also of a private repository. What
+    a build says and prints stays in its job's record.
+    """
+    return _QUERY.sub("", text)
+
+
+def hide_queries(record: logging.LogRecord) -> bool:
+    """The same for what libraries print, as a filter of a handler: they name the address of each request."""
+    record.msg, record.args = without_queries(record.getMessage()), None
+    return True
+
+
 def explain(error: Exception, repo: str, name: str) -> EnginehouseError:
     """What went wrong, in words and with a status.
 
@@ -82,10 +103,12 @@ def explain(error: Exception, repo: str, name: str) -> EnginehouseError:
             reason="HUB_OFFLINE",
         )
     if isinstance(error, errors.HFValidationError):
-        return InvalidArgument(f"{name} is no repository of the hub: {error}", reason="CHECKPOINT_INVALID")
+        return InvalidArgument(
+            f"{name} is no repository of the hub: {without_queries(str(error))}", reason="CHECKPOINT_INVALID"
+        )
     if isinstance(error, errors.HfHubHTTPError):
         return _explain_status(error, repo, name)
-    text = f"{type(error).__name__}: {error}"
+    text = without_queries(f"{type(error).__name__}: {error}")
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
         return ResourceExhausted(
@@ -95,7 +118,8 @@ def explain(error: Exception, repo: str, name: str) -> EnginehouseError:
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return FailedPrecondition(
-            f"the hub's cache {constants.HF_HUB_CACHE} cannot be written ({error}): put it elsewhere with HF_HOME",
+            f"the hub's cache {constants.HF_HUB_CACHE} cannot be written ({without_queries(str(error))}): put it elsewhere "
+            "with HF_HOME",
             reason="HUB_CACHE_UNUSABLE",
         )
     return Unavailable(f"{name} cannot be downloaded from {constants.ENDPOINT}: {text[:500]}", reason="HUB_UNAVAILABLE")

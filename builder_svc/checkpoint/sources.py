@@ -82,9 +82,11 @@ class UploadedSource:
         checkpoints.get(store, self.checkpoint_id)
 
     def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:
-        found = checkpoints.get(store, self.checkpoint_id)
-        pins.hold(store, [file.digest for file in found.files])
-        return uploaded.download(store, found, work_dir, progress)
+        named = checkpoints.get(store, self.checkpoint_id)
+        pins.hold(store, [file.digest for file in named.files])
+        # A garbage collection may have dropped the record, and then the files, until the pin counted: what is still named
+        # now is still there.
+        return uploaded.download(store, checkpoints.get(store, self.checkpoint_id), work_dir, progress)
 
 
 def parse(text: str, root: Path | None) -> Source:

@@ -1,7 +1,6 @@
 """Brings an uploaded checkpoint from the store into a directory."""
 
 import errno
-import hashlib
 import os
 import tempfile
 import threading
@@ -10,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from builder_svc.options import Progress
-from engine.blobs import blob_key
+from engine import blobs
 from engine.checkpoints import UploadedCheckpoint, check_file_name
 from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.manifest import CHUNK_SIZE, FileRef
@@ -72,25 +71,15 @@ def download(store: Store, checkpoint: UploadedCheckpoint, work_dir: Path | None
 
 
 def _chunk(store: Store, ref: FileRef, file: int, index: int, arrived: Callable[[int], None]) -> None:
-    start = index * CHUNK_SIZE
-    end = min(start + CHUNK_SIZE, ref.size)
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_PART_SIZE, end - start)))
-    for offset in range(start, end, _PART_SIZE):
-        part = buffer[: min(_PART_SIZE, end - offset)]
-        store.read_into(blob_key(ref.digest), offset, part)
-        digest.update(part)
+    def write(offset: int, part: memoryview) -> None:
         done = 0
         while done < len(part):
             done += os.pwrite(file, part[done:], offset + done)
         arrived(len(part))
-    if digest.hexdigest() != ref.chunks[index]:
-        raise DataLoss(
-            f"{ref.name} ({ref.digest[:12]}) in {store.url} is damaged: chunk {index} (from byte {start}) does not match its "
-            "digest. Delete the blob and upload the checkpoint again",
-            reason="CHUNK_DIGEST_MISMATCH",
-            metadata={"digest": ref.digest, "chunk": str(index)},
-        )
+
+    buffer = memoryview(bytearray(min(_PART_SIZE, ref.size - index * CHUNK_SIZE)))
+    if not blobs.read_chunk(store, ref, index, buffer, write):
+        raise blobs.damaged(store, ref, index, "upload the checkpoint again")
 
 
 def _check(ref: FileRef) -> None:

@@ -5,8 +5,6 @@ import json
 import shlex
 import tempfile
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,24 +13,12 @@ from rich.console import Console
 from builder_svc.checkpoint.sources import HUB, UPLOAD, is_repository
 from engine import registry, signing
 from engine.backends import TRANSFER_PATIENCE, open_store
-from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from engine.errors import FailedPrecondition, InvalidArgument, NotFound
 from enginehouse.client import BuilderClient, is_loopback, not_unicode
+from enginehouse.commands.follow import follow
 from enginehouse.home import Home
 from enginehouse.progress import Bars, format_bytes, stderr
-from protos.rpc import from_failure
-from protos.v1.builder_pb2 import (
-    BUILD_STATE_CANCELLED,
-    BUILD_STATE_FAILED,
-    BUILD_STATE_SUCCEEDED,
-    DEVICE_KIND_CPU,
-    DEVICE_KIND_CUDA,
-    Build,
-    BuildEvent,
-    BuildSpec,
-    Target,
-)
-
-_RECONNECT = 60.0  # seconds; a killed builder's job is another one's after 20
+from protos.v1.builder_pb2 import DEVICE_KIND_CPU, DEVICE_KIND_CUDA, BuildSpec, Target
 
 
 @dataclass(frozen=True)
@@ -164,61 +150,6 @@ def default_name(checkpoint: str) -> str:
         ) from None
 
 
-async def follow(builder: BuilderClient, spec: BuildSpec, name: str, bars: Bars, console: Console) -> Build:
-    """Submits a build and shows its progress until it has succeeded. Cancelled, it cancels the build and says so.
-
-    Raises:
-        EnginehouseError: the build's own error, or that it was cancelled by somebody else.
-    """
-    job = await builder.submit(spec, name)
-    try:
-        async with aclosing(watch(builder, job.build_id, console)) as events:
-            async for event in events:
-                if event.HasField("progress"):
-                    step = event.progress
-                    bars.update(step.phase, step.done, step.total, step.unit)
-                elif event.HasField("state"):
-                    job = event.state
-    except asyncio.CancelledError:
-        await _cancel(builder, job.build_id, console)
-        raise
-    if job.state == BUILD_STATE_FAILED:
-        raise from_failure(job.failure)
-    if job.state == BUILD_STATE_CANCELLED:
-        raise FailedPrecondition(f"build {job.build_id} was cancelled", reason="BUILD_CANCELLED")
-    if job.state != BUILD_STATE_SUCCEEDED:
-        raise Unavailable(f"the builder at {builder.address} stopped reporting before build {job.build_id} had ended")
-    return job
-
-
-async def watch(builder: BuilderClient, build_id: str, console: Console) -> AsyncGenerator[BuildEvent, None]:
-    """The job's events to its end. A builder that is lost is tried again for some time: the job goes on at the next one."""
-    first, lost_at = 0, None
-    while True:
-        try:
-            async with aclosing(builder.watch(build_id, first)) as events:
-                async for event in events:
-                    first, lost_at = event.sequence + 1, None
-                    yield event
-            return
-        except Unavailable as error:
-            if lost_at is None:
-                lost_at = time.monotonic()
-                console.print(f"{error.message}; trying again for {_RECONNECT:.0f} s")
-            if time.monotonic() - lost_at > _RECONNECT:
-                raise
-            await asyncio.sleep(1)
-
-
-async def _cancel(builder: BuilderClient, build_id: str, console: Console) -> None:
-    try:
-        await builder.cancel(build_id, timeout=10)
-    except EnginehouseError as error:
-        console.print(f"could not cancel build {build_id}: {error}")
-    else:
-        console.print(f"cancelled build {build_id}")
-
-
 async def _build_there(
     checkpoint: str, directory: Path | None, choices: Choices, name: str, address: str, console: Console
 ) -> Result:
@@ -278,6 +209,10 @@ def _build_here(
     options = BuildOptions(**chosen)
     home.make()
     store = open_store(store_url or home.store, TRANSFER_PATIENCE)
+
+    def unsigned(engine_id: str) -> bool:
+        return private is not None and private.public.id not in signing.claims(store, engine_id)
+
     try:
         with (
             Bars(console, name) as bars,
@@ -285,12 +220,18 @@ def _build_here(
         ):
             work = Path(directory)
             path = fetch(source, store, work, bars.update)
-            built = build(path, store, options, source=source, work_dir=work, progress=bars.update)
+            built = build(path, store, options, source=source, again=unsigned, work_dir=work, progress=bars.update)
     except KeyboardInterrupt:
         console.print("interrupted")
         raise
-    if private:  # before the name: who finds the engine by it finds it signed
-        signing.sign(store, built.manifest.engine_id, private)
+    if private and built.ours:  # before the name: who finds the engine by it finds it signed
+        signing.sign(store, built.manifest.engine_id, private, built.digest)
+    elif private and unsigned(built.manifest.engine_id):
+        raise FailedPrecondition(
+            f"engine {built.manifest.engine_id[:12]} in {store.url} is not what this build makes, and is not signed: remove it "
+            f"with `enginehouse engines rm {built.manifest.engine_id}`, and build again",
+            reason="MANIFEST_CHANGED",
+        )
     registry.set_name(store, name, built.manifest.engine_id)
     size = sum(file.size for file in built.manifest.files())
     return Result(name, built.manifest.engine_id, built.reused, time.monotonic() - began, size)

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 from engine.errors import FailedPrecondition
 from enginehouse.client import BuilderClient
-from enginehouse.commands.build import watch
+from enginehouse.commands.follow import watch
 from enginehouse.home import Home
 from enginehouse.progress import format_amount, stderr
 from enginehouse.tables import print_json, print_table

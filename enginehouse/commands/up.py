@@ -15,7 +15,8 @@ from engine.backends import open_store
 from engine.errors import InvalidArgument, NotFound, Unavailable
 from enginehouse.client import BuilderClient, GatewayClient
 from enginehouse.cluster import LocalCluster
-from enginehouse.commands.build import Choices, default_name, follow, same_place
+from enginehouse.commands.build import Choices, default_name, same_place
+from enginehouse.commands.follow import follow
 from enginehouse.commands.load import load
 from enginehouse.foreground import Signals, find_program, run_command
 from enginehouse.home import DEFAULT_GATEWAY, Home

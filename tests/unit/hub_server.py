@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<what>revision|tree)/(?P<revision>[^/?]+)(\?.*)?")
-_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^?]+)")
+_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^?]+)(\?(?P<signature>.*))?")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Hub:
     repositories: dict[str, Repository]
     requests: list[str] = field(default_factory=list)
     fail: int = 0  # so many requests are answered with 503
+    signature: str = ""  # files are sent from addresses with this query, to which those without are redirected
     url: str = ""
 
     def downloaded(self) -> set[str]:
@@ -59,6 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not commit:
             return self._refuse(404, "RevisionNotFound")
         if "name" in found.groupdict():
+            if self.hub.signature and self.command == "GET" and not found["signature"]:
+                return self._send(302, b"", {"Location": f"{self.hub.url}{self.path}?{self.hub.signature}"})
             return self._file(repository.directory / found["name"], commit)
         if found["what"] == "revision":
             return self._answer(200, {"id": found["repo"], "sha": commit, "private": False, "tags": [], "siblings": []})

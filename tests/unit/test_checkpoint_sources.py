@@ -26,7 +26,7 @@ from builder_svc.checkpoint.sources import (
     is_repository,
     parse,
 )
-from engine import checkpoints
+from engine import checkpoints, sweeps
 from engine.blobs import blob_key, put_bytes
 from engine.checkpoints import UploadedCheckpoint, is_read
 from engine.errors import DataLoss, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
@@ -155,6 +155,31 @@ def test_an_upload_that_is_damaged(store: Store, tmp_path: Path) -> None:
         fetch(text, store, tmp_path, lambda *_: None)
 
 
+def test_an_upload_whose_empty_file_is_gone(store: Store, tmp_path: Path) -> None:
+    text = put(store, {"config.json": b"{}", "empty.json": b""})
+    (empty,) = (file for file in checkpoints.get(store, text.removeprefix("upload://")).files if file.size == 0)
+    store.delete(blob_key(empty.digest))
+    with pytest.raises(NotFound):
+        fetch(text, store, tmp_path, lambda *_: None)
+
+
+def test_an_upload_that_is_collected_before_it_is_held(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = put(store, {"model.safetensors": b"good weights"})
+    (file,) = checkpoints.get(store, text.removeprefix("upload://")).files
+
+    def collect(_: Store) -> None:
+        store.delete(f"checkpoints/{text.removeprefix('upload://')}.json")
+        store.delete(blob_key(file.digest))
+
+    monkeypatch.setattr(sweeps, "wait_until_over", collect)  # it had read the pins before there was ours
+    with pytest.raises(NotFound, match="upload it again") as caught:
+        fetch(text, store, tmp_path, lambda *_: None)
+    assert caught.value.reason == "CHECKPOINT_NOT_FOUND"
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
 @pytest.mark.parametrize("change", [{"name": "../escaped"}, {"name": ""}, {"chunks": ()}])
 def test_a_record_that_lies(store: Store, tmp_path: Path, change: dict[str, Any]) -> None:
     ref = msgspec.structs.replace(put_bytes(store, "config.json", b"{}"), **change)
@@ -169,10 +194,11 @@ def test_a_record_that_lies(store: Store, tmp_path: Path, change: dict[str, Any]
 
 
 FETCH = """
-import json, sys
+import json, logging, sys
 from builder_svc.checkpoint import hub, sources
 from engine.errors import EnginehouseError
 hub.DELAYS = (0.05, 0.05)
+logging.basicConfig(level=logging.INFO)  # as in a build's process
 steps = []
 try:
     path = sources.fetch(sys.argv[1], None, None, lambda *step: steps.append(step))
@@ -211,7 +237,7 @@ def download(text: str, url: str, home: Path, **more: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return {**json.loads(done.stdout.splitlines()[-1]), "log": done.stderr}
 
 
 def test_a_repository(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
@@ -286,6 +312,36 @@ def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
     error = download("hf://org/tiny", hub.url, tmp_path / "home")
     assert (error["code"], error["reason"]) == (9, "HUB_CACHE_UNUSABLE")
     assert "HF_HOME" in error["message"]
+
+
+def test_signed_addresses_are_not_printed(hub: Hub, tmp_path: Path) -> None:
+    """What a build prints and what it fails with are kept, for everybody who may see the job."""
+    hub.signature = "X-Amz-Signature=5ec4e7&Key-Pair-Id=K1"
+    found = download("hf://org/tiny", hub.url, tmp_path / "home")
+    assert any(hub.signature in request for request in hub.requests)
+    assert f"{hub.url}/org/tiny/resolve/" in found["log"]  # the requests are logged
+    assert "5ec4e7" not in found["log"]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (
+            "no answer from https://cdn.example/repo/file?X-Amz-Signature=5ec4e7&Expires=1: timed out. Why?",
+            "no answer from https://cdn.example/repo/file timed out. Why?",
+        ),
+        (
+            "HTTPSConnectionPool(host='cdn.example', port=443): Max retries exceeded with url: /f?sig=5ec4e7 (Caused by X)",
+            "HTTPSConnectionPool(host='cdn.example', port=443): Max retries exceeded with url: /f (Caused by X)",
+        ),
+        ("error for url 'https://cdn.example/f?sig=5ec4e7'", "error for url 'https://cdn.example/f'"),
+    ],
+)
+def test_signatures_are_not_kept_of_what_libraries_say(said: str, kept: str) -> None:
+    from builder_svc.checkpoint.hub import explain
+
+    message = explain(RuntimeError(said), "org/tiny", "org/tiny@v1").message
+    assert message.endswith(f"RuntimeError: {kept}")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import Internal, ResourceExhausted
-from executor_svc.core import Batch, Reason, Sampling, Sequence
+from executor_svc.core import Batch, Reason, Sampling, SchedulerConfig, Sequence
 from executor_svc.kv_cache import KVCache
 from executor_svc.pace import Pace
-from executor_svc.scheduler import Scheduler, SchedulerConfig
+from executor_svc.scheduler import Scheduler
 
 VOCAB = 50
 EOS = 0

@@ -4,18 +4,19 @@ import asyncio
 import errno
 import hashlib
 import os
+import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 import grpc
 import pytest
 
 from builder_svc import spool as spool_module
-from builder_svc.spool import prepare
+from builder_svc.spool import SpoolFile, prepare
 from builder_svc.upload_rpcs import UploadServicer
 from builder_svc.uploads import OfferedFile, Uploads
-from engine import checkpoints
+from engine import checkpoints, sweeps
 from engine.blobs import blob_key, describe, put_bytes
 from engine.errors import (
     DataLoss,
@@ -24,6 +25,7 @@ from engine.errors import (
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
+    Unavailable,
 )
 from engine.store import Store
 from enginehouse.client import BuilderClient
@@ -202,6 +204,25 @@ def test_what_is_no_checkpoint(uploads: Uploads, files: list[OfferedFile], said:
 # What comes in pieces
 
 
+async def test_files_come_while_offers_wait_for_a_garbage_collection(
+    stub: BuilderStub, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many offers: there are more of them here than threads."""
+    over = threading.Event()
+    monkeypatch.setattr(sweeps, "wait_until_over", lambda _: over.wait(30))
+    offers = [asyncio.create_task(offer(stub)) for _ in range(20)]
+    try:
+        while len(list(store.list("pins/"))) < 8:  # noqa: ASYNC110  (other threads)
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            await send(stub, messages(WEIGHTS))
+        assert not any(task.done() for task in offers)
+    finally:
+        over.set()
+        await asyncio.gather(*offers, return_exceptions=True)
+    assert sha256(WEIGHTS) not in missing(offers[0].result())
+
+
 async def test_an_upload_goes_on(stub: BuilderStub, store: Store) -> None:
     error = await failure(stub, messages(WEIGHTS, end=2_000_000))
     assert (type(error), error.reason, error.metadata) == (
@@ -294,6 +315,19 @@ async def test_what_is_no_upload(stub: BuilderStub, requests: list[UploadFileReq
 
 
 # The spool
+
+
+@pytest.mark.parametrize("end", [SpoolFile.break_off, SpoolFile.close])
+def test_what_was_broken_off_is_not_opened(uploads: Uploads, end: Callable[[SpoolFile], None]) -> None:
+    """A lost call's end may come before the opening that was on its way to another thread: the file stays free."""
+    lost = uploads.receive(sha256(WEIGHTS), len(WEIGHTS), 0)
+    end(lost)
+    with pytest.raises(Unavailable) as caught:
+        lost.open()
+    assert caught.value.reason == "UPLOAD_BROKEN_OFF"
+    following = uploads.receive(sha256(WEIGHTS), len(WEIGHTS), 0)
+    following.open()
+    following.close()
 
 
 async def test_the_spool_forgets_after_a_day(stub: BuilderStub, spool: Path) -> None:
