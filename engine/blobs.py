@@ -91,8 +91,9 @@ def read_into(
         part = buffer[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE]
         if not _fill(store, ref, index, part):
             raise DataLoss(
-                f"{ref.name} ({ref.digest[:12]}) in {store.url} is damaged: chunk {index} (from byte "
-                f"{index * CHUNK_SIZE}) does not match its digest. Delete the blob and build the engine again",
+                # without the delete the next build would find the blob there in its size, and leave it
+                f"{ref.name} in {store.url} is damaged: chunk {index} (from byte {index * CHUNK_SIZE}) does not match its "
+                f"digest. Delete {blob_key(ref.digest)} in {store.url} and build the engine again",
                 reason="CHUNK_DIGEST_MISMATCH",
                 metadata={"digest": ref.digest, "chunk": str(index)},
             )

@@ -154,7 +154,7 @@ class S3Store(Store):
 
     def _truncated(self, key: str, at: int, expected: int) -> DataLoss:
         text = f"{key} in {self._client.address.name} has no byte {at}, expected {expected} bytes"
-        return DataLoss(text, reason="OBJECT_TRUNCATED")
+        return DataLoss(f"{text}: delete it and build the engine again", reason="OBJECT_TRUNCATED")
 
 
 def _parse(url: str) -> Address:
