@@ -180,8 +180,9 @@ def damaged(store: Store, ref: FileRef, index: int, remedy: str) -> DataLoss:
         remedy: what makes the blob anew.
     """
     return DataLoss(
-        f"{ref.name} ({ref.digest[:12]}) in {store.url} is damaged: chunk {index} (from byte {index * CHUNK_SIZE}) does not "
-        f"match its digest. Delete the blob and {remedy}",
+        # without the delete the next build would find the blob there in its size, and leave it
+        f"{ref.name} in {store.url} is damaged: chunk {index} (from byte {index * CHUNK_SIZE}) does not match its digest. "
+        f"Delete {blob_key(ref.digest)} in {store.url} and {remedy}",
         reason="CHUNK_DIGEST_MISMATCH",
         metadata={"digest": ref.digest, "chunk": str(index)},
     )

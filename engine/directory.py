@@ -70,26 +70,38 @@ class DirectoryStore(Store):
             _sync(path.parent)
 
     def upload(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        final = self._path(key)
         total = path.stat().st_size
         report = progress or (lambda *_: None)
         with self._errors(key):
-            if self.size(key) != total:
-                partial = self._partial / key.replace("/", ",")  # a comma is in no key: no two keys share a partial
-                with path.open("rb") as source, self._locked(partial) as target:
-                    if self.size(key) != total:
-                        try:
-                            self._copy(source, target, total, report)
-                        except OSError as error:
-                            if error.errno in _FULL:
-                                partial.unlink()  # it would keep the disk full for everybody
-                            raise
-                        final.parent.mkdir(parents=True, exist_ok=True)
-                        partial.replace(final)
-                        _sync(final.parent)
-                    else:
-                        partial.unlink(missing_ok=True)
+            while self.size(key) != total and not self._try_upload(key, path, total, report):
+                pass  # its partial was taken away: it begins again
         report(total, total)
+
+    def _try_upload(self, key: str, path: Path, total: int, report: Progress) -> bool:
+        """An upload under the partial file's lock; False if that file is not at its place any more when it is whole.
+
+        Locks keep `discard_partial` away from it, but not people, nor file systems that have locks on one machine only.
+        """
+        final, partial = (
+            self._path(key),
+            self._partial / key.replace("/", ","),
+        )  # a comma is in no key: none share a partial
+        with path.open("rb") as source, self._locked(partial) as target:
+            if self.size(key) == total:
+                partial.unlink(missing_ok=True)
+                return True
+            try:
+                self._copy(source, target, total, report)
+            except OSError as error:
+                if error.errno in _FULL:
+                    partial.unlink(missing_ok=True)  # it would keep the disk full for everybody
+                raise
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if not _is_at(target, partial):
+                return False
+            partial.replace(final)
+            _sync(final.parent)
+            return True
 
     @staticmethod
     @contextmanager
@@ -101,7 +113,7 @@ class DirectoryStore(Store):
                 if _is_at(file, partial):
                     yield file
                     return
-                # while we waited it became an object: that one is never written to again
+                # while we waited it became an object, which is never written to again, or was discarded
 
     @staticmethod
     def _copy(source: BinaryIO, target: BinaryIO, total: int, report: Progress) -> None:
@@ -133,8 +145,10 @@ class DirectoryStore(Store):
         count = 0
         with self._errors("what uploads have left"):
             for path in self._partial.iterdir():
-                with suppress(FileNotFoundError):  # that upload has just ended
-                    if path.stat().st_mtime <= time.time() - age:
+                # FileNotFoundError: it has just ended; BlockingIOError: whoever writes it is alive
+                with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_at(file, path) and path.stat().st_mtime <= time.time() - age:
                         path.unlink()
                         count += 1
         return count
@@ -153,17 +167,26 @@ class DirectoryStore(Store):
 
     @contextmanager
     def _written(self, data: bytes) -> Iterator[Path]:
-        """A temporary file that holds `data`, gone afterwards."""
-        handle, name = tempfile.mkstemp(dir=self._partial)
-        try:
-            with os.fdopen(handle, "wb") as file:
+        """A temporary file that holds `data`, locked like a partial one, gone afterwards."""
+        with self._temporary() as (file, path):
+            try:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            yield Path(name)
-        finally:
-            Path(name).unlink(missing_ok=True)
+                path.chmod(0o644)
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _temporary(self) -> Iterator[tuple[BinaryIO, Path]]:
+        while True:
+            handle, name = tempfile.mkstemp(dir=self._partial)
+            with os.fdopen(handle, "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if _is_at(file, Path(name)):  # else it was discarded before it was locked
+                    yield file, Path(name)
+                    return
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:

@@ -4,8 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine import registry, signing
-from engine.errors import EnginehouseError, FailedPrecondition, NotFound
+from engine.blobs import blob_key
+from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, NotFound
 from engine.manifest import Manifest
+from engine.pins import pinned
 from engine.store import Store
 
 _PARALLEL_READS = 16
@@ -87,10 +89,12 @@ def summary(manifest: Manifest, models: list[str], signers: list[str]) -> Summar
 def remove_engine(store: Store, engine_id: str) -> None:
     """Makes an engine, also one that cannot be read, not exist; its blobs are left to the garbage collection.
 
+    Waits for a garbage collection that runs: it must not see the store without a manifest that may come back.
+
     Raises:
         NotFound: no such engine.
         FailedPrecondition: a name stands for it.
-        DataLoss: a name's record is damaged, so that it may.
+        DataLoss: a name's record is damaged, so that it may; or the engine got a name meanwhile and has lost a file.
     """
     key = registry.manifest_key(engine_id)
     try:
@@ -99,13 +103,30 @@ def remove_engine(store: Store, engine_id: str) -> None:
         registry.manifest(store, engine_id)  # tells it in words
         raise
     _refuse_named(store, engine_id)
-    store.delete(key)
     try:
-        _refuse_named(store, engine_id)
-    except EnginehouseError:  # `registry.set_name` has seen the engine just before: it looks again after its record
-        store.create(key, data)
-        raise
+        manifest = Manifest.from_json(data)
+    except EnginehouseError:  # of no known format: it names no files that could be kept
+        manifest = None
+    with pinned(store, [file.digest for file in manifest.files()] if manifest else []):
+        store.delete(key)
+        try:
+            _refuse_named(store, engine_id)
+        except EnginehouseError:  # `registry.set_name` has seen the engine just before: it looks again after its record
+            store.create(key, data)
+            if manifest:
+                _refuse_incomplete(store, manifest)
+            raise
     signing.remove_all(store, engine_id)
+
+
+def _refuse_incomplete(store: Store, manifest: Manifest) -> None:
+    if missing := registry.missing_files(store, manifest):
+        blobs = ", ".join(dict.fromkeys(blob_key(file.digest) for file in missing))
+        raise DataLoss(
+            f"engine {manifest.engine_id[:12]} got a name while it was removed from {store.url}, and stays, but {blobs} "
+            f"{'is' if len(missing) == 1 else 'are'} lost: build it again from {manifest.source}",
+            reason="ENGINE_DAMAGED",
+        )
 
 
 def _refuse_named(store: Store, engine_id: str) -> None:

@@ -41,7 +41,17 @@ class NameRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check_name(name: str) -> str:
-    """The name itself. Raises InvalidArgument unless it fits into a key on every backend."""
+    """The name itself. Raises InvalidArgument unless it can be given to an engine and fits into a key on every backend."""
+    if _ID.fullmatch(name):
+        raise InvalidArgument(
+            f"model name {name!r}: 64 hexadecimal digits are always read as an engine id, choose another name",
+            reason="MODEL_NAME_INVALID",
+        )
+    return _check_known(name)
+
+
+def _check_known(name: str) -> str:
+    """The same for a name that may have been given before `check_name` refused ids: it can still be read and removed."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidArgument(
             f"model name {name!r}: use 1 to 128 letters, digits and . _ -, beginning with a letter or digit",
@@ -99,9 +109,7 @@ def stored(store: Store, engine_id: str) -> tuple[Manifest, bytes]:
     """The engine's manifest and its bytes. Raises NotFound, and what `find_stored` does."""
     found = find_stored(store, engine_id)
     if found is None:
-        raise NotFound(
-            f"no engine {engine_id[:12]} in {store.url}", reason="ENGINE_NOT_FOUND", metadata={"engine_id": engine_id}
-        )
+        raise _no_engine(engine_id, f"no engine {engine_id[:12]} in {store.url}")
     return found
 
 
@@ -119,8 +127,11 @@ def missing_files(store: Store, engine: Manifest) -> list[FileRef]:
 def publish(store: Store, new: Manifest) -> Manifest:
     """Makes an engine exist; returns the manifest that counts, which is an earlier one's if there was one.
 
+    An earlier one whose files had been lost counts as well once they are there again, as a repeated build puts them.
+
     Raises:
         NotFound: a file of the engine is not in the store.
+        DataLoss: an earlier manifest counts and names other files, of which one is lost; or see `find_stored`.
     """
     for file in missing_files(store, new):
         raise NotFound(
@@ -128,7 +139,17 @@ def publish(store: Store, new: Manifest) -> Manifest:
             reason="BLOB_NOT_FOUND",
         )
     store.create(manifest_key(new.engine_id), new.to_json())
-    return manifest(store, new.engine_id)
+    found = manifest(store, new.engine_id)
+    if found != new:
+        for file in missing_files(
+            store, found
+        ):  # `new` has it in another form, so that this build has not put it there
+            raise DataLoss(
+                f"engine {found.engine_id[:12]} in {store.url} has other files than were built now, and its {file.name} "
+                f"({blob_key(file.digest)}) is lost: remove it (enginehouse engines rm {found.engine_id}) and build it again",
+                reason="ENGINE_DAMAGED",
+            )
+    return found
 
 
 def find_engine(store: Store, engine: str) -> str:
@@ -211,7 +232,13 @@ def named(store: Store) -> list[NameRecord]:
 
 
 def set_name(store: Store, name: str, engine_id: str) -> NameRecord:
-    """Gives a name to an engine that exists; a name that has it already stays as it is. Raises NotFound."""
+    """Gives a name to an engine that exists; a name that has it already stays as it is.
+
+    Raises:
+        NotFound: no such engine, or it was being removed meanwhile; the name stands for what it stood for then.
+        InvalidArgument: no name, see `check_name`.
+    """
+    check_name(name)
     manifest(store, engine_id)
     for _ in range(TRIES):
         now = latest(store, name)
@@ -219,10 +246,22 @@ def set_name(store: Store, name: str, engine_id: str) -> NameRecord:
             return now
         if record := append(store, name, now, engine_id):
             if store.size(manifest_key(engine_id)) is None:  # removed while its remover could not see this name yet
-                append(store, name, record, "")
-                manifest(store, engine_id)
+                _take_back(store, name, record, now.engine_id if now else "")
+                removed = f"it was being removed while it got the name {name!r}; see if it is there, and repeat"
+                # also if its remover has seen the name and restored it by now: the name was taken back
+                raise _no_engine(engine_id, f"no engine {engine_id[:12]} in {store.url}: {removed}")
             return record
     raise contended(name)
+
+
+def _take_back(store: Store, name: str, record: NameRecord, before: str) -> None:
+    """Gives a name back to the engine it had before a record, or to none if that was removed; not if others have changed it."""
+    newest: NameRecord | None = record
+    for engine_id in (before, ""):
+        if newest and (not engine_id or store.size(manifest_key(engine_id)) is not None):
+            newest = append(store, name, newest, engine_id)
+            if not engine_id or store.size(manifest_key(engine_id)) is not None:
+                return
 
 
 def newest_first(store: Store, name: str) -> Iterator[NameRecord]:
@@ -234,7 +273,7 @@ def append(store: Store, name: str, now: NameRecord | None, engine_id: str) -> N
     """Writes the record after `now`, the newest one; None if another writer has done that first."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     record = NameRecord(name, now.sequence + 1 if now else 1, engine_id, created)
-    key = f"models/{check_name(name)}/{record.sequence:010d}.json"
+    key = f"models/{_check_known(name)}/{record.sequence:010d}.json"
     return record if store.create(key, msgspec.json.encode(record)) else None
 
 
@@ -244,6 +283,10 @@ def unknown_name(store: Store, name: str) -> NotFound:
     return NotFound(f"no model {name!r}; there are: {known}", reason="MODEL_NOT_FOUND", metadata={"model": name})
 
 
+def _no_engine(engine_id: str, text: str) -> NotFound:
+    return NotFound(text, reason="ENGINE_NOT_FOUND", metadata={"engine_id": engine_id})
+
+
 def contended(name: str) -> Unavailable:
     """The error for a name of which others have always taken the next number first."""
     return Unavailable(f"model name {name!r} is being changed by many writers: try again", reason="NAME_CONTENDED")
@@ -251,7 +294,7 @@ def contended(name: str) -> Unavailable:
 
 def _record_keys(store: Store, name: str) -> list[str]:
     """Keys of a name's records, oldest first."""
-    return [entry.key for entry in store.list(f"models/{check_name(name)}/") if _RECORD.fullmatch(entry.key)]
+    return [entry.key for entry in store.list(f"models/{_check_known(name)}/") if _RECORD.fullmatch(entry.key)]
 
 
 def _current(store: Store) -> list[tuple[str, NameRecord | DataLoss]]:

@@ -37,8 +37,9 @@ class S3Store(Store):
 
         Args:
             url: as above.
-            patience: seconds that an operation goes on trying while the store cannot be reached, from the first failure after
-                something worked. The last attempt may take another `s3_client.READ_TIMEOUT`.
+            patience: seconds that an operation goes on trying while the store cannot be reached or says nothing, from the
+                start of the first attempt since something worked. The last attempt may take some 5 s longer; one that sends
+                an upload's part or ends an upload, `s3_transport.READ_TIMEOUT`.
             part_size: bytes of an upload's parts, at least S3's 5 MiB. An upload resumes only with the size that it began with.
 
         Raises:
@@ -153,7 +154,7 @@ class S3Store(Store):
 
     def _truncated(self, key: str, at: int, expected: int) -> DataLoss:
         text = f"{key} in {self._client.address.name} has no byte {at}, expected {expected} bytes"
-        return DataLoss(text, reason="OBJECT_TRUNCATED")
+        return DataLoss(f"{text}: delete it and build the engine again", reason="OBJECT_TRUNCATED")
 
 
 def _parse(url: str) -> Address:

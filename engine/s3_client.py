@@ -10,7 +10,7 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from xml.etree import ElementTree
 
 import urllib3
@@ -22,12 +22,15 @@ from minio.time import to_amz_date, utcnow
 from urllib3.exceptions import HTTPError
 from urllib3.exceptions import SSLError as TLSError
 
+from engine import s3_transport
 from engine.errors import InvalidArgument, PermissionDenied, Unavailable
 from engine.s3_errors import Address, Refusal, explain, read_refusal, untrusted, words
 from engine.s3_transport import CREDENTIALS, credential_chain, store_pool
 
 _SEND_SIZE = 256 * 1024  # a send may take READ_TIMEOUT: small, or a slow line could not carry it
 _LONGEST_PAUSE = 2.0  # seconds between two attempts
+_SHORTEST_WAIT = 2.0  # seconds for an answer, however little is left of patience
+_SHARE = 2 / 3  # of what is left of patience for one answer: a connection that died unnoticed leaves time for another
 
 
 class Stopped(Exception):
@@ -35,23 +38,33 @@ class Stopped(Exception):
 
 
 class Attempts:
-    """When to try again, and when to give up: `patience` seconds after the first failure since anything worked."""
+    """When to try again, and when to give up: `patience` seconds after the first attempt since anything worked began."""
 
     def __init__(self, what: str, patience: float) -> None:
         self.failures = 0
         self._what = what
         self._patience = patience
-        self._since = 0.0
+        self._since = time.monotonic()
 
     def worked(self) -> None:
         """Something got through: patience begins anew."""
         self.failures = 0
+        self._since = time.monotonic()
+
+    def sent(self) -> None:
+        """Bytes of a body have left. They say that the store is there, but not after a failure: it may take all and never
+        answer, for ever."""
+        if not self.failures:
+            self._since = time.monotonic()
+
+    def wait(self) -> float:
+        """Seconds without a byte after which an attempt that begins now has failed."""
+        left = self._since + self._patience - time.monotonic()
+        return min(s3_transport.READ_TIMEOUT, max(_SHORTEST_WAIT, _SHARE * left))
 
     def failed(self, why: Exception) -> None:
         """Waits a little. Raises Unavailable when patience is over."""
         now = time.monotonic()
-        if not self.failures:
-            self._since = now
         self.failures += 1
         left = self._since + self._patience - now
         if left <= 0:
@@ -99,6 +112,7 @@ class S3Client:
         stream: bool = False,
         expected: Collection[str] | None = (),
         stop: threading.Event | None = None,
+        slow: bool = False,
     ) -> urllib3.BaseHTTPResponse:
         """Sends a request until it is answered, and returns the answer if it is a success.
 
@@ -112,6 +126,7 @@ class S3Client:
             stream: leave the answer's body to be read by the caller, who releases the connection.
             expected: codes of refusals that the caller deals with; None for all.
             stop: when it is set, nothing is sent any more, and Stopped is raised.
+            slow: the store has much to do before it answers, and may take READ_TIMEOUT whatever is left of patience.
 
         Raises:
             Refusal: with an expected code.
@@ -124,7 +139,7 @@ class S3Client:
             if stop and stop.is_set():
                 raise Stopped
             try:
-                response = self._send(method, key, query or {}, headers or {}, body, md5, stream, stop)
+                response = self._send(method, key, query or {}, headers or {}, body, md5, stream, stop, attempts, slow)
                 refusal = self._refusal(method, key, response)
             except HTTPError as error:
                 if isinstance(error, TLSError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
@@ -154,6 +169,8 @@ class S3Client:
         md5: bytes | None,
         stream: bool,
         stop: threading.Event | None,
+        attempts: Attempts,
+        slow: bool,
     ) -> urllib3.BaseHTTPResponse:
         region, now = self.address.region, utcnow()
         credentials = self._credentials()
@@ -190,12 +207,15 @@ class S3Client:
         return self._http.urlopen(
             method,
             url.geturl(),
-            body=_slices(body, stop) if body else None,
+            body=_slices(body, stop, attempts.sent) if body else None,
             headers={name: str(value) for name, value in complete.items()},
             preload_content=not stream,
             decode_content=False,
             redirect=False,
             retries=False,
+            timeout=urllib3.Timeout(
+                connect=s3_transport.CONNECT_TIMEOUT, read=s3_transport.READ_TIMEOUT if slow else attempts.wait()
+            ),
         )
 
     def _credentials(self) -> Credentials:
@@ -251,9 +271,10 @@ class S3Client:
         return refusal
 
 
-def _slices(body: bytes | memoryview, stop: threading.Event | None) -> Iterator[memoryview]:
+def _slices(body: bytes | memoryview, stop: threading.Event | None, sent: Callable[[], None]) -> Iterator[memoryview]:
     view = memoryview(body)
     for start in range(0, len(view), _SEND_SIZE):
         if stop and stop.is_set():
             raise Stopped
         yield view[start : start + _SEND_SIZE]
+        sent()

@@ -149,7 +149,9 @@ class Uploads:
         """Sends a body; returns its ETag, which is its MD5 unless the store encrypts with keys of its own."""
         digest = _md5(body)
         for _ in range(_SENDS):
-            answer = self._client.request("PUT", key, query=query, body=body, md5=digest, expected=_GONE, stop=stop)
+            answer = self._client.request(
+                "PUT", key, query=query, body=body, md5=digest, expected=_GONE, stop=stop, slow=True
+            )
             etag = answer.headers.get("ETag", "").strip('"')
             encrypted = answer.headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
             if etag == digest.hex() or encrypted or not _MD5.fullmatch(etag):
@@ -164,7 +166,7 @@ class Uploads:
             for number in sorted(etags)
         )
         body = f"<CompleteMultipartUpload>{''.join(items)}</CompleteMultipartUpload>".encode()
-        self._client.request("POST", upload.key, query={"uploadId": upload.id}, body=body, expected=_GONE)
+        self._client.request("POST", upload.key, query={"uploadId": upload.id}, body=body, expected=_GONE, slow=True)
 
     def _abort(self, upload: Upload) -> None:
         with suppress(Refusal):  # it has just ended

@@ -83,7 +83,7 @@ class Store(abc.ABC):
     def discard_partial(self, age: float) -> int:
         """Removes what interrupted uploads have left, unless something was added to it in the last `age` seconds.
 
-        Returns how many uploads that were.
+        An upload that runs is left alone, or begins again. Returns how many uploads that were.
         """
 
 

@@ -5,8 +5,9 @@ gc/clock/<random>.json       written to learn the store's time, and deleted
 
 A store has no compare-and-swap, so that a marker which several could take over from each other could always be taken by two.
 Each sweep therefore has a marker of its own, writes it first and looks for others then: of two that start at once, each sees
-the other or is seen by it. Nobody compares clocks: a sweep is dead when its marker has not changed for 30 s of the observer's
-own time, and one that could not change its marker for 10 s of its own time deletes nothing more.
+the other or is seen by it. Nobody compares clocks: a sweep is dead when its marker has not changed for 60 s of the observer's
+own time, and one that could not change its marker for 10 s of its own time begins no delete any more. The difference is for
+a delete that has begun: the store's client may try it again for as long as its patience lasts.
 """
 
 import enum
@@ -26,9 +27,9 @@ _PREFIX = "gc/sweeps/"
 _CLOCK = "gc/clock/"
 _BEAT = 3.0  # seconds between two changes of a marker
 _LOST = 10.0  # seconds without a change after which a sweep gives up
-_DEAD = (
-    30.0  # seconds without a change after which others take it for dead; a delete under way has the difference to end
-)
+# Seconds without a change after which others take it for dead. A delete that began at the last moment lands before: _LOST, then
+# a store's patience (10 s) and twice its read timeout (15 s), for the last attempt and for the store that works on it; and some.
+_DEAD = 60.0
 _POLL = 1.0  # seconds between two looks at the markers of others
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def sweeping(store: Store) -> Iterator[Sweep]:
     What is read after this has begun includes the pins of every build that has not seen this sweep (`engine/pins.py`).
 
     Raises:
-        FailedPrecondition: another sweep runs. It takes up to 30 s to know that one is dead.
+        FailedPrecondition: another sweep runs. It takes up to 60 s to know that one is dead.
     """
     sweep = Sweep(store)
     try:

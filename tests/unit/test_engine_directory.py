@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from store_harness import MIB, interrupt, keys
@@ -98,6 +99,54 @@ def test_a_temporary_file_is_no_object_and_does_not_stay(directory: DirectorySto
     directory.replace("key", b"z")
     assert list((directory.root / ".partial").iterdir()) == []
     assert keys(directory, "") == ["key"]
+
+
+def test_what_is_being_written_is_not_discarded(directory: DirectoryStore, large_file: Path):
+    discarded: list[int] = []
+    directory.upload("blobs/x", large_file, lambda *_: discarded.append(directory.discard_partial(age=-10)))
+    assert set(discarded) == {0}
+    assert directory.read("blobs/x") == large_file.read_bytes()
+    with directory._written(b"x") as temporary:
+        assert directory.discard_partial(age=-10) == 0
+        assert temporary.read_bytes() == b"x"
+    interrupt(directory, "blobs/y", large_file, at=4 * MIB)
+    assert directory.discard_partial(age=-10) == 1  # nobody holds its lock
+
+
+def test_a_temporary_file_that_goes_before_it_is_locked_is_made_again(
+    directory: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+):
+    flock = fcntl.flock
+    discarded: list[int] = []
+
+    def late(file: BinaryIO, how: int) -> None:
+        if not discarded:
+            discarded.append(0)
+            discarded.append(directory.discard_partial(age=-10))
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert directory.create("key", b"x")
+    assert discarded == [0, 1]
+    assert directory.read("key") == b"x"
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_an_upload_whose_partial_file_goes_begins_again(directory: DirectoryStore, large_file: Path, other: bool):
+    """Somebody deletes it by hand; another upload may have begun at the same place."""
+    partial = directory.root / ".partial" / "blobs,x"
+    taken: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if not taken:
+            taken.append(done)
+            partial.unlink()
+            if other:
+                partial.write_bytes(b"other")
+
+    directory.upload("blobs/x", large_file, progress)
+    assert directory.read("blobs/x") == large_file.read_bytes()
+    assert list((directory.root / ".partial").iterdir()) == []
 
 
 def test_others_may_read_objects(directory: DirectoryStore, large_file: Path):

@@ -15,7 +15,7 @@ import pytest
 from store_harness import keys
 from test_engine_registry import manifest
 
-from engine import checkpoints, gc, pins, registry, signing, sweeps
+from engine import backends, checkpoints, gc, inventory, pins, registry, s3_transport, signing, sweeps
 from engine.blobs import blob_key, describe, put_bytes
 from engine.directory import DirectoryStore
 from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, NotFound, Unavailable
@@ -41,7 +41,7 @@ def store(root: Path) -> Store:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The protocol in a second instead of thirty; a sweep that stands still is not lost."""
+    """The protocol in a second instead of a minute; a sweep that stands still is not lost."""
     for name, seconds in (("_POLL", 0.01), ("_BEAT", 0.03), ("_DEAD", 1.0), ("_LOST", 20.0)):
         monkeypatch.setattr(sweeps, name, seconds)
 
@@ -444,7 +444,94 @@ def test_a_pin_survives_a_store_that_is_away_for_a_while(root: Path, monkeypatch
         assert store.tries == 3
 
 
+@pytest.mark.usefixtures("quick")
+def test_an_engine_that_is_restored_has_its_files(root: Path) -> None:
+    """A whole sweep runs between the delete of the manifest and its return, because a name was given meanwhile."""
+
+    class Racing(DirectoryStore):
+        def delete(self, key: str) -> None:
+            if key == f"engines/{engine.engine_id}.json":
+                registry.append(self, "demo", None, engine.engine_id)
+                super().delete(key)
+                collect(DirectoryStore(root))
+            else:
+                super().delete(key)
+
+    store = Racing(root)
+    engine = publish(store)
+    age(root, 2 * DAY, "blobs")
+    with pytest.raises(FailedPrecondition, match="has the name demo"):
+        inventory.remove_engine(store, engine.engine_id)
+    assert registry.missing_files(store, registry.manifest(store, engine.engine_id)) == []
+    assert keys(store, "pins/") == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("stop", [("list", "engines/"), ("list", "blobs/")], ids="-".join)
+def test_no_manifest_is_taken_from_under_a_sweep_that_has_read_the_pins(
+    root: Path, stop: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "_DEAD", 20.0)
+    store = DirectoryStore(root)
+    engine = publish(store).engine_id
+    paused = Pausing(root, at(*stop))
+    with ThreadPoolExecutor(2) as pool:
+        sweep = pool.submit(collect, paused)
+        assert paused.reached.wait(20)
+        removing = pool.submit(inventory.remove_engine, store, engine)
+        time.sleep(0.15)
+        assert registry.engine_ids(store) == [engine]
+        paused.go_on.set()
+        sweep.result(20)
+        removing.result(20)
+    assert registry.engine_ids(store) == []
+
+
+def test_an_engine_with_a_name_is_refused_without_waiting_for_a_sweep(store: Store) -> None:
+    registry.set_name(store, "demo", publish(store).engine_id)
+    store.create("gc/sweeps/x.json", b'{"number":7,"running":true}')
+    began = time.monotonic()
+    with pytest.raises(FailedPrecondition, match="has the name demo"):
+        inventory.remove_engine(store, manifest().engine_id)
+    assert time.monotonic() - began < 5
+
+
+def test_an_engine_that_is_restored_without_its_files_is_told(root: Path) -> None:
+    """A blob that somebody deletes by hand: no pin helps."""
+
+    class Racing(DirectoryStore):
+        def delete(self, key: str) -> None:
+            if key == f"engines/{engine.engine_id}.json":
+                registry.append(self, "demo", None, engine.engine_id)
+                super().delete(blob_key(engine.tokenizer[0].digest))
+            super().delete(key)
+
+    store = Racing(root)
+    engine = publish(store)
+    with pytest.raises(DataLoss, match=f"{engine.tokenizer[0].digest}.*build it again from demo") as caught:
+        inventory.remove_engine(store, engine.engine_id)
+    assert caught.value.reason == "ENGINE_DAMAGED"
+    assert registry.manifest(store, engine.engine_id) == engine
+
+
 # Several sweeps, dead sweeps
+
+
+def test_a_delete_has_landed_before_others_take_its_sweep_for_dead() -> None:
+    """It begins when the marker is as old as it may be, and is tried until the store's patience is over."""
+    assert sweeps._DEAD > sweeps._LOST + backends.PATIENCE + 2 * s3_transport.READ_TIMEOUT
+
+
+def test_a_marker_that_does_not_change_is_no_dead_sweep_before_its_deletes_have_landed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(sweeps.time, "monotonic", lambda: now[0])
+    store.create("gc/sweeps/x.json", b'{"number":7,"running":true}')
+    observer = sweeps._Observer(store)
+    for seconds, sign in ((0.0, sweeps._Sign.SILENT), (59.0, sweeps._Sign.SILENT), (1.5, sweeps._Sign.DEAD)):
+        now[0] += seconds
+        assert observer.look("gc/sweeps/x.json") == (sign, True)
 
 
 @pytest.mark.usefixtures("quick")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def test_a_damaged_chunk_is_data_loss(store: Store, at: int):
         blobs.read(store, ref)
     assert caught.value.reason == "CHUNK_DIGEST_MISMATCH"
     assert caught.value.metadata == {"digest": ref.digest, "chunk": str(at // SMALL_CHUNK)}
+    fix = re.search(r"Delete (\S+) in (\S+) and build the engine again", caught.value.message)
+    assert fix
+    assert fix[2] == store.url
+    data[at] ^= 1
+    blobs.put_bytes(store, "weights", bytes(data))  # building alone leaves what is there in its size
+    with pytest.raises(DataLoss):
+        blobs.read(store, ref)
+    store.delete(fix[1])
+    blobs.put_bytes(store, "weights", bytes(data))
+    assert blobs.read(store, ref) == data
 
 
 @pytest.mark.usefixtures("small_chunks")

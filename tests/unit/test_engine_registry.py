@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from engine import names, registry
-from engine.blobs import describe, put_bytes
+from engine.blobs import blob_key, describe, put_bytes
 from engine.directory import DirectoryStore
 from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from engine.fingerprint import Fingerprint
@@ -86,6 +86,21 @@ def test_the_first_manifest_wins(store: Store):
     later = msgspec.structs.replace(manifest(), created="2027-01-01T00:00:00+00:00")
     assert registry.publish(store, later) == manifest()
     assert registry.manifest(store, manifest().engine_id) == manifest()
+
+
+def test_an_earlier_manifest_of_which_a_file_is_lost_does_not_count_silently(store: Store):
+    """It names a file that this build has in another form: nobody would put it there again."""
+    publish(store)
+    extra = put_bytes(store, "extra", b"extra")
+    earlier = msgspec.structs.replace(manifest(5), tokenizer=(extra,))
+    registry.publish(store, earlier)
+    assert registry.publish(store, manifest(5)) == earlier
+    store.delete(blob_key(extra.digest))
+    with pytest.raises(DataLoss, match=f"{extra.digest}.* is lost: .*engines rm {earlier.engine_id}") as caught:
+        registry.publish(store, manifest(5))
+    assert caught.value.reason == "ENGINE_DAMAGED"
+    put_bytes(store, "extra", b"extra")
+    assert registry.publish(store, manifest(5)) == earlier
 
 
 def test_racing_publishers_agree(store: Store):
@@ -289,13 +304,30 @@ def test_an_ambiguous_prefix_names_the_candidates(store: Store):
 
 def test_a_name_wins_over_a_prefix_but_not_over_an_id(store: Store):
     engine, other = publish(store, 1), publish(store, 2)
-    for name in (engine[:6], engine):
-        registry.set_name(store, name, other)
+    registry.set_name(store, engine[:6], other)
+    registry.append(store, engine, None, other)  # as releases did that let such names be given
     assert registry.find_engine(store, engine[:6]) == other
     assert registry.find_engine(store, engine[:7]) == engine
     assert registry.find_engine(store, engine) == engine
     names.remove_name(store, engine[:6])
     assert registry.find_engine(store, engine[:6]) == engine
+    names.remove_name(store, engine)  # it protects the other engine: it must not be there for ever
+    assert registry.names(store) == []
+
+
+def test_an_id_is_no_name_to_give(store: Store):
+    engine = publish(store)
+    registry.set_name(store, "demo", engine)
+    for attempt in (
+        lambda: registry.check_name("ab" * 32),
+        lambda: registry.set_name(store, "ab" * 32, engine),
+        lambda: names.rename(store, "demo", "ab" * 32),
+    ):
+        with pytest.raises(InvalidArgument, match="always read as an engine id") as caught:
+            attempt()
+        assert caught.value.reason == "MODEL_NAME_INVALID"
+    assert registry.names(store) == ["demo"]
+    assert registry.check_name("ab" * 31 + "a") == "ab" * 31 + "a"
 
 
 # Names that are taken away, changed, taken back
@@ -413,3 +445,37 @@ def test_a_name_is_not_left_with_an_engine_that_was_removed_meanwhile(tmp_path: 
     with pytest.raises(NotFound, match="no engine"):
         registry.set_name(store, "demo", engine)
     assert registry.names(store) == []
+
+
+@pytest.mark.parametrize("before", ["nothing", "another engine", "an engine that goes as well"])
+def test_a_name_goes_back_when_its_engine_is_removed_and_restored_meanwhile(tmp_path: Path, before: str):
+    """The remover deletes the manifest, the name is written, the remover sees it and restores the manifest."""
+
+    class Removing(DirectoryStore):
+        def create(self, key: str, data: bytes) -> bool:
+            if is_new(data):
+                self.delete(f"engines/{new}.json")
+            return super().create(key, data)
+
+        def size(self, key: str) -> int | None:
+            found = super().size(key)
+            if key == f"engines/{new}.json" and found is None:
+                super().create(key, manifest(2).to_json())  # right after `set_name` has looked
+                if before == "an engine that goes as well":
+                    self.delete(f"engines/{old}.json")
+            return found
+
+    def is_new(data: bytes) -> bool:
+        return b'"name"' in data and f'"engine_id":"{new}"'.encode() in data
+
+    new = old = ""
+    store = Removing(tmp_path)
+    old = publish(store, 1)
+    if before != "nothing":
+        registry.set_name(store, "demo", old)
+    new = publish(store, 2)
+    with pytest.raises(NotFound, match="it was being removed while it got the name 'demo'") as caught:
+        registry.set_name(store, "demo", new)
+    assert caught.value.reason == "ENGINE_NOT_FOUND"
+    back = old if before == "another engine" else ""
+    assert told(store, "demo") == ([new, ""] if before == "nothing" else [old, new, back])

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from store_harness import MIB, Proxy, interrupt, keys, scripted_store
 
-from engine import blobs, s3_transport
+from engine import blobs, s3_client, s3_transport
 from engine.backends import open_store
 from engine.errors import (
     DataLoss,
@@ -282,6 +283,45 @@ def test_a_store_that_takes_connections_and_says_nothing(monkeypatch: pytest.Mon
         with pytest.raises(Unavailable, match="timed out"):
             open_store(f"s3://bucket?endpoint={endpoint}", patience=1).read("key")
         assert 1 <= time.monotonic() - began < 4
+
+
+def test_patience_is_a_bound_when_the_store_says_nothing(tmp_path: Path):
+    """With the timeouts as they are: one read may take 15 s, and patience is over before."""
+    (tmp_path / "file").write_bytes(b"x")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        store = open_store(f"s3://bucket?endpoint=http://127.0.0.1:{listener.getsockname()[1]}", patience=3)
+        verbs: list[Callable[[], object]] = [
+            lambda: store.read("key"),
+            lambda: store.read_into("key", 0, memoryview(bytearray(1))),
+            lambda: store.size("key"),
+            lambda: store.create("key", b"x"),
+            lambda: list(store.list("")),
+            lambda: store.delete("key"),
+        ]
+        began = time.monotonic()
+        with ThreadPoolExecutor(len(verbs)) as pool:
+            errors = [running.exception() for running in [pool.submit(verb) for verb in verbs]]
+        assert 3 <= time.monotonic() - began < 8
+    for error in errors:
+        assert isinstance(error, Unavailable), error
+        assert "tried 2 times in" in error.message  # a connection that died unnoticed is worth a second one
+
+
+def test_a_body_that_takes_longer_than_patience_is_tried_again(monkeypatch: pytest.MonkeyPatch):
+    """Patience begins when the last byte has left, and bytes that leave for a store that never answers do not renew it."""
+    now = [0.0]
+    monkeypatch.setattr(s3_client.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(s3_client.time, "sleep", lambda _: None)
+    attempts = s3_client.Attempts("PUT", patience=5)
+    now[0] = 100
+    attempts.sent()
+    attempts.failed(TimeoutError())
+    now[0] = 104
+    attempts.sent()
+    attempts.failed(TimeoutError())
+    now[0] = 105
+    with pytest.raises(Unavailable, match=r"tried 3 times in 5\.0 s"):
+        attempts.failed(TimeoutError())
 
 
 @pytest.fixture(scope="module")
