@@ -6,7 +6,8 @@ A build may find that a blob is there already which no manifest names, of an eng
 It writes its pin BEFORE it looks which blobs are there, and THEN waits for the sweeps that run. A sweep writes its marker
 FIRST and reads the pins THEN (`engine/gc.py`), and the manifests after them. The store shows each object to everybody as
 soon as it is written, so that of a build and a sweep at least one sees the other; and a pin is removed when its manifest
-is there, so that a sweep that does not see the pin any more sees the manifest.
+is there, so that a sweep that does not see the pin any more sees the manifest. Who removes an engine pins its files for
+the same reason (`engine/inventory.py`): its manifest may come back.
 """
 
 import logging

@@ -102,16 +102,21 @@ def test_bad_key_files_are_named(tmp_path: Path, alice: PrivateKey) -> None:
 # Signatures
 
 
+def signers(store: Store, engine: str, keys: tuple[PublicKey, ...]) -> tuple[str, ...]:
+    """Ids of these keys that have signed an engine's manifest as it is now."""
+    return signing.signed_by(store, engine, registry.stored(store, engine)[1], keys)
+
+
 def test_who_has_signed(store: Store, alice: PrivateKey, bob: PrivateKey) -> None:
     engine, other = publish(store, 1), publish(store, 2)
     both = (alice.public, bob.public)
-    assert signing.signers(store, engine, both) == ()
+    assert signers(store, engine, both) == ()
     assert signing.sign(store, engine, alice) == alice.public.id
-    assert signing.signers(store, engine, both) == (alice.public.id,)
+    assert signers(store, engine, both) == (alice.public.id,)
     signing.sign(store, engine, bob)
-    assert signing.signers(store, engine, both) == (alice.public.id, bob.public.id)
-    assert signing.signers(store, engine, (bob.public,)) == (bob.public.id,)
-    assert signing.signers(store, other, both) == ()
+    assert signers(store, engine, both) == (alice.public.id, bob.public.id)
+    assert signers(store, engine, (bob.public,)) == (bob.public.id,)
+    assert signers(store, other, both) == ()
     assert signing.claims(store, engine) == sorted(key.id for key in both)
     assert signing.all_claims(store) == {engine: signing.claims(store, engine)}
     with pytest.raises(NotFound):
@@ -136,9 +141,9 @@ def test_signing_again_mends_a_signature_and_leaves_a_good_one(store: Store, ali
     signing.sign(store, engine, alice)
     assert list(store.list("signatures/")) == [before]
     store.replace(before.key, b"{}")
-    assert signing.signers(store, engine, (alice.public,)) == ()
+    assert signers(store, engine, (alice.public,)) == ()
     signing.sign(store, engine, alice)
-    assert signing.signers(store, engine, (alice.public,)) == (alice.public.id,)
+    assert signers(store, engine, (alice.public,)) == (alice.public.id,)
 
 
 @pytest.mark.parametrize("forgery", ["manifest", "other engine", "other key", "bits", "base64", "json"])
@@ -165,7 +170,7 @@ def test_forgeries(store: Store, alice: PrivateKey, bob: PrivateKey, forgery: st
     else:
         store.replace(key, b"{")
     trust = Trust((alice.public,))
-    assert signing.signers(store, engine, trust.trusted) == ()
+    assert signers(store, engine, trust.trusted) == ()
     with pytest.raises(FailedPrecondition, match=f"the signature by {alice.public.id} does not fit") as caught:
         trust.admit(store, engine)
     assert caught.value.reason == "ENGINE_SIGNATURE_INVALID"
