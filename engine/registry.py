@@ -178,12 +178,6 @@ def find_engine(store: Store, engine: str) -> str:
     return found[0] if found else resolve(store, engine).engine_id
 
 
-def history(store: Store, name: str, last: int | None = None) -> list[NameRecord]:
-    """What a name has stood for, oldest first, only the `last` ones if given; empty for an unknown name."""
-    keys = _record_keys(store, name)
-    return [_record(store, key) for key in (keys if last is None else keys[-last:])]
-
-
 def latest(store: Store, name: str) -> NameRecord | None:
     """The newest record of a name, which may say that it stands for nothing; None for an unknown name."""
     return next(newest_first(store, name), None)

@@ -182,11 +182,6 @@ def sign(store: Store, engine_id: str, private: PrivateKey, digest: str | None =
     return public.id
 
 
-def signers(store: Store, engine_id: str, trusted: Iterable[PublicKey]) -> tuple[str, ...]:
-    """Ids of the trusted keys that have signed an engine's manifest as it is now. Raises NotFound and DataLoss."""
-    return signed_by(store, engine_id, registry.stored(store, engine_id)[1], trusted)
-
-
 def signed_by(store: Store, engine_id: str, data: bytes, trusted: Iterable[PublicKey]) -> tuple[str, ...]:
     """Ids of the trusted keys whose signature is one over these bytes, a manifest's."""
     return tuple(key.id for key in dict.fromkeys(trusted) if _has_signed(store, engine_id, data, key))

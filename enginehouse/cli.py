@@ -144,7 +144,7 @@ def main() -> None:
     "--sign-with",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Sign the engine with this private key (enginehouse keys generate FILE), also one that was there already.",
+    help="Sign the engine with this private key (enginehouse keys generate FILE); one that is there unsigned is built again.",
 )
 @with_data
 @with_json

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from builder_svc.pipeline import build
-from engine import blobs, registry
+from engine import blobs, names, registry
 from engine.backends import open_store
 from engine.blobs import blob_key
 from engine.errors import DataLoss, EnginehouseError
@@ -262,7 +262,7 @@ def test_builders_that_race_make_one_engine_with_one_name(bucket: SeaweedFS, che
     assert [racer.returncode for racer in racers] == [0, 0]
     assert found[0] == found[1]
     assert keys(store, "engines/") == [f"engines/{found[0]}.json"]
-    assert [(record.name, record.engine_id) for record in registry.history(store, "tiny")] == [("tiny", found[0])]
+    assert [(record.name, record.engine_id) for record in names.history(store, "tiny")] == [("tiny", found[0])]
     manifest = registry.manifest(store, found[0])
     for file in manifest.files():
         assert len(blobs.read(store, file)) == file.size

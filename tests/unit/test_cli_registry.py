@@ -249,14 +249,17 @@ def test_keys(tmp_path: Path) -> None:
 # build --sign-with
 
 
-def test_build_signs_what_it_builds_and_what_it_finds(checkpoint: Path, tmp_path: Path, store: Store) -> None:
+def test_build_signs_what_it_builds_and_builds_again_what_it_finds_unsigned(
+    checkpoint: Path, tmp_path: Path, store: Store
+) -> None:
     key = signing.generate(tmp_path / "my.key")
     build = ("build", checkpoint, "--name", "demo", "--json")
     engine = json.loads(enginehouse(*build).stdout)["engine_id"]
     assert signing.claims(store, engine) == []
     found = json.loads(enginehouse(*build, "--sign-with", tmp_path / "my.key").stdout)
-    assert (found["engine_id"], found["reused"]) == (engine, True)
-    assert signing.signers(store, engine, (key.public,)) == (key.public.id,)
+    assert (found["engine_id"], found["reused"]) == (engine, False)
+    assert signing.signed_by(store, engine, registry.stored(store, engine)[1], (key.public,)) == (key.public.id,)
+    assert json.loads(enginehouse(*build, "--sign-with", tmp_path / "my.key").stdout)["reused"]
     assert "key file" in error(*build, "--sign-with", tmp_path / "no.key")
     result = enginehouse(*build, "--sign-with", tmp_path / "my.key", "--builder", "127.0.0.1:1")
     assert (result.exit_code, "--signing-key" in result.stderr) == (2, True)

@@ -34,6 +34,11 @@ def manifest(variant: int = 0) -> Manifest:
     )
 
 
+def history(store: Store, name: str) -> list[registry.NameRecord]:
+    """What a name has stood for, oldest first."""
+    return list(registry.newest_first(store, name))[::-1]
+
+
 def publish(store: Store, variant: int = 0) -> str:
     for name, data in (("program.json", b"{}"), ("weights", b"w"), ("tokenizer.json", b"t")):
         put_bytes(store, name, data)
@@ -134,7 +139,7 @@ def test_a_name_stands_for_the_engine_it_was_given_last(store: Store):
         assert abs(datetime.fromisoformat(record.created) - datetime.now(UTC)) < timedelta(minutes=1)
     assert registry.resolve(store, "demo").engine_id == second
     assert registry.set_name(store, "demo", first).sequence == 3
-    assert [(record.sequence, record.engine_id) for record in registry.history(store, "demo")] == [
+    assert [(record.sequence, record.engine_id) for record in history(store, "demo")] == [
         (1, first),
         (2, second),
         (3, first),
@@ -144,7 +149,7 @@ def test_a_name_stands_for_the_engine_it_was_given_last(store: Store):
 def test_a_name_that_has_the_engine_already_stays(store: Store):
     engine = publish(store)
     assert registry.set_name(store, "demo", engine) == registry.set_name(store, "demo", engine)
-    assert len(registry.history(store, "demo")) == 1
+    assert len(history(store, "demo")) == 1
 
 
 def test_the_tenth_change_comes_after_the_ninth(store: Store):
@@ -153,7 +158,7 @@ def test_the_tenth_change_comes_after_the_ninth(store: Store):
         registry.set_name(store, "demo", engines[turn % 2])
     last = registry.resolve(store, "demo")
     assert (last.sequence, last.engine_id) == (12, engines[1])
-    assert [record.sequence for record in registry.history(store, "demo")] == list(range(1, 13))
+    assert [record.sequence for record in history(store, "demo")] == list(range(1, 13))
 
 
 def test_names_are_listed_sorted_and_kept_apart(store: Store):
@@ -161,7 +166,7 @@ def test_names_are_listed_sorted_and_kept_apart(store: Store):
     for name in ("b", "a", "a.1", "a-b"):
         registry.set_name(store, name, engine)
     assert registry.names(store) == ["a", "a-b", "a.1", "b"]
-    assert len(registry.history(store, "a")) == 1
+    assert len(history(store, "a")) == 1
 
 
 def test_an_unknown_name_comes_with_those_there_are(store: Store):
@@ -171,7 +176,7 @@ def test_an_unknown_name_comes_with_those_there_are(store: Store):
     with pytest.raises(NotFound, match="there are: other") as caught:
         registry.resolve(store, "demo")
     assert caught.value.reason == "MODEL_NOT_FOUND"
-    assert registry.history(store, "demo") == []
+    assert history(store, "demo") == []
 
 
 def test_no_name_for_an_engine_that_is_not_there(store: Store):
@@ -187,7 +192,7 @@ def test_bad_names_are_refused(store: Store, name: str):
         lambda: registry.check_name(name),
         lambda: registry.set_name(store, name, engine),
         lambda: registry.resolve(store, name),
-        lambda: registry.history(store, name),
+        lambda: history(store, name),
     ):
         with pytest.raises(InvalidArgument, match="model name"):
             attempt()
@@ -208,9 +213,9 @@ def test_two_writers_of_one_name_lose_nothing(store: Store):
 
     with ThreadPoolExecutor(2) as pool:
         records = [record for written in pool.map(write, pairs) for record in written]
-    history = registry.history(store, "demo")
-    assert [record.sequence for record in history] == list(range(1, 31))
-    assert sorted(records, key=lambda record: record.sequence) == history
+    kept = history(store, "demo")
+    assert [record.sequence for record in kept] == list(range(1, 31))
+    assert sorted(records, key=lambda record: record.sequence) == kept
 
 
 def test_a_record_without_a_time_is_read(store: Store):
@@ -334,7 +339,7 @@ def test_an_id_is_no_name_to_give(store: Store):
 
 
 def told(store: Store, name: str) -> list[str]:
-    return [record.engine_id for record in registry.history(store, name)]
+    return [record.engine_id for record in history(store, name)]
 
 
 def test_a_removed_name_stands_for_nothing_and_can_be_given_again(store: Store):
