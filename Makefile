@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Most tests wait for processes: two files of them at a time.
+PARALLEL ?= -n 2 --dist loadfile
 PROTOS := $(wildcard protos/v1/*.proto)
 
 .PHONY: demo test check drills bench protos clean
@@ -10,10 +12,10 @@ demo: $(VENV)/.ready
 	$(BIN)/enginehouse up demo=examples/demo-model -- $(BIN)/enginehouse generate "In the beginning" --model demo --max-tokens 96 --stats
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 drills: $(VENV)/.ready
-	$(BIN)/python -m pytest -m drill
+	$(BIN)/python -m pytest -m drill $(PARALLEL)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
