@@ -5,20 +5,17 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, Protocol
 
 from engine.checkpoints import is_read
 from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from protos.v1.builder_pb2 import CheckpointFile, UploadFileHeader
-
-if TYPE_CHECKING:
-    from enginehouse.client import BuilderClient
+from protos.v1.builder_pb2 import CheckpointFile, OfferCheckpointResponse, UploadFileHeader
 
 Progress = Callable[[str, int, int, str], None]
 """Called with (step, done, total, unit): the steps are "hash" and "send", the unit is "bytes"."""
@@ -43,7 +40,23 @@ class LocalFile:
     version: tuple[int, ...]
 
 
-async def upload(builder: "BuilderClient", directory: Path, progress: Progress) -> str:
+class Receiver(Protocol):
+    """What takes a checkpoint: a client of a builder.
+
+    Attributes:
+        address: host:port.
+    """
+
+    address: str
+
+    async def offer(self, files: Sequence[CheckpointFile]) -> OfferCheckpointResponse:
+        """Says what a checkpoint consists of; the answer, what of it is missing."""
+
+    async def send_file(self, header: UploadFileHeader, parts: AsyncIterator[bytes]) -> None:
+        """Sends a file's bytes from the header's offset on."""
+
+
+async def upload(builder: Receiver, directory: Path, progress: Progress) -> str:
     """Brings what a build reads of a checkpoint directory to a builder; gives BuildSpec.checkpoint for it.
 
     Goes on after a connection that broke, and where an earlier call, of whatever process, has ended.
@@ -145,7 +158,7 @@ async def hash_files(paths: list[Path], progress: Progress = lambda *_: None) ->
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-async def _send(builder: "BuilderClient", file: LocalFile, offset: int, progress: Callable[[int], None]) -> None:
+async def _send(builder: Receiver, file: LocalFile, offset: int, progress: Callable[[int], None]) -> None:
     """Sends a file's bytes from `offset` on; `progress` is called with the bytes sent so far."""
     header = UploadFileHeader(sha256=file.digest, size=file.size, offset=offset)
     async with aclosing(_parts(file, offset, progress)) as parts:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,15 +63,6 @@ PHASES = {
     "published": ("publish", "done >= total"),
     "name": ("", ""),
 }
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[SeaweedFS]:
-    with SeaweedFS() as server:
-        os.environ.update(server.environment)
-        yield server
-        for name in server.environment:
-            del os.environ[name]
 
 
 @pytest.fixture(scope="module")

@@ -196,15 +196,6 @@ def test_a_disk_that_fills_up_during_the_upload_fails_the_job_in_words(
     assert registry.names(store) == ["tiny"]
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[SeaweedFS]:
-    with SeaweedFS() as server:
-        os.environ.update(server.environment)
-        yield server
-        for name in server.environment:
-            del os.environ[name]
-
-
 @pytest.mark.parametrize("damage", ["a flipped byte", "cut off", "gone"])
 def test_damage_in_the_bucket_is_never_loaded(bucket: SeaweedFS, checkpoint: Path, tmp_path: Path, damage: str) -> None:
     store = open_store(bucket.url(f"damage-{damage.split()[-1]}"))
