@@ -230,6 +230,33 @@ def two_options() -> "list[object]":
     return [BuildOptions(dtype="float32"), BuildOptions(dtype="bfloat16")]
 
 
+def test_services_with_wrong_credentials_say_so(bucket: SeaweedFS, checkpoint: Path, tmp_path: Path) -> None:
+    wrong = {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    store = ("--store", bucket.url("denied"))
+    root = ("--checkpoint-root", str(checkpoint.parent))
+    with (
+        service("builder_svc", tmp_path / "builder.log", *store, *root, environment=wrong) as builder,
+        service("executor_svc", tmp_path / "executor.log", *store, environment=wrong) as executor,
+        service(
+            "gateway", tmp_path / "gateway.log", *store, "--executor", executor.address, environment=wrong
+        ) as front,
+    ):
+        spec = builder_pb2.BuildSpec(checkpoint=checkpoint.name)
+        builds = builder_pb2_grpc.BuilderStub(grpc.insecure_channel(builder.address))
+        calls = executor_pb2_grpc.ExecutorStub(grpc.insecure_channel(executor.address))
+        gateway = gateway_pb2_grpc.GatewayStub(grpc.insecure_channel(front.address))
+        for attempt in (
+            lambda: builds.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec), timeout=20),
+            lambda: list(calls.LoadEngine(executor_pb2.LoadEngineRequest(model="tiny"), timeout=20)),
+            lambda: list(gateway.Generate(gateway_pb2.GenerateRequest(model="tiny", text="x"), timeout=20)),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                attempt()
+            error = from_rpc_error(caught.value)
+            assert (error.code, error.reason) == (7, "STORE_DENIED")
+            assert "'enginehouse'" in error.message and "AWS_SECRET_ACCESS_KEY" in error.message
+
+
 def test_builders_that_race_make_one_engine_with_one_name(bucket: SeaweedFS, checkpoint: Path, tmp_path: Path) -> None:
     """Not as one job: each process builds by itself and publishes at the end."""
     store = open_store(bucket.url("race"))

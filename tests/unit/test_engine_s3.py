@@ -1,7 +1,9 @@
 """What only S3 can show: credentials, refusals, outages, broken connections, parts, TLS."""
 
 import datetime
+import http.server
 import ipaddress
+import json
 import random
 import secrets
 import signal
@@ -148,6 +150,39 @@ def test_credentials_from_a_file(seaweed: SeaweedFS, prefix: str, monkeypatch: p
     store = open_store(seaweed.url(prefix))
     assert store.create("key", b"x")
     assert store.read("key") == b"x"
+
+
+class _Metadata(http.server.BaseHTTPRequestHandler):
+    """What a container's metadata service says of its role."""
+
+    def do_GET(self) -> None:
+        role = {
+            "AccessKeyId": ACCESS_KEY,
+            "SecretAccessKey": SECRET_KEY,
+            "Token": "",
+            "Expiration": "2099-01-01T00:00:00Z",
+        }
+        data = json.dumps(role).encode()
+        self.send_response(200 if self.headers["Authorization"] == "container" else 403)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_credentials_of_a_role(seaweed: SeaweedFS, prefix: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metadata) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{service.server_port}/role")
+        monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN", "container")
+        store = open_store(seaweed.url(prefix))
+        assert store.create("key", b"x")
+        assert store.read("key") == b"x"
+        service.shutdown()
 
 
 @pytest.mark.parametrize("content", [None, "[other]\naws_access_key_id = x\n", "no such format"])
