@@ -186,7 +186,9 @@ def submit(store: Store, writer: str, request: BuildRequest, spec: BuildSpec, mo
                 return log
         elif (waiting := len(open_ids(store))) >= MAX_OPEN_JOBS:
             store.delete(join)
-            raise ResourceExhausted(f"{waiting} builds are waiting: try again later", reason="QUEUE_FULL")
+            raise ResourceExhausted(
+                f"{waiting} builds are waiting: try again in a minute", reason="QUEUE_FULL", retry_after=60.0
+            )
         if log.number == 0 and not log.append("submit", writer, Job.submitted(log.build_id, spec, model), request):
             log.refresh()
         store.create(f"queue/{log.build_id}", b"")

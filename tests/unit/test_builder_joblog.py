@@ -192,8 +192,9 @@ def test_an_end_that_is_interrupted_can_be_repeated(store: Store, writes: int):
 def test_the_queue_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(joblog, "MAX_OPEN_JOBS", 3)
     logs = [submit(store, name) for name in "abc"]
-    with pytest.raises(ResourceExhausted, match="3 builds"):
+    with pytest.raises(ResourceExhausted, match="3 builds") as caught:
         submit(store, "d")
+    assert caught.value.retry_after == 60
     assert submit(store, "a").build_id == logs[0].build_id
     finish(store, logs[0])
     submit(store, "d")
