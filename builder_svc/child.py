@@ -85,8 +85,11 @@ def main(build: Build = build) -> int:
         if not isinstance(error, EnginehouseError):
             log.exception("the build failed")
         failure = to_failure(_out_of_memory(error) or error)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         send(Failed(failure.code, failure.reason, failure.message, dict(failure.metadata)))
         return 1
+    # The service ends a child that has told all, which may be in the middle of what libraries do at the exit: no traceback.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     send(result)
     return 0
 

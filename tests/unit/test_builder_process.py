@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from builder_harness import child, ends, failure, is_running, real_child
 
@@ -296,6 +297,22 @@ async def test_the_real_child_builds(work_dir: Path):
 async def test_the_real_child_fails(work_dir: Path, build: str, code: int, reason: str, message: str):
     error = await failure(BuildProcess(real_child(build), work_dir=work_dir).run(REQUEST, Steps()))
     assert (error.code, error.reason, error.message) == (code, reason, message)
+
+
+def test_the_real_child_leaves_no_traceback_when_it_is_ended_at_its_exit():
+    build = (
+        "import atexit\natexit.register(time.sleep, 60)\nprint('a line', flush=True)\nreturn Result('0' * 64, False)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(real_child(build), **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(msgspec.json.encode(REQUEST) + b"\n")
+        process.stdin.flush()
+        assert b'"result"' in process.stdout.readline()
+        time.sleep(0.5)  # it is at its exit now
+        process.terminate()
+        process.wait(20)
+        assert process.stderr.read() == b"a line\n"
 
 
 async def test_the_real_child_cleans_up_when_it_is_cancelled(work_dir: Path, tmp_path: Path):
