@@ -196,9 +196,9 @@ def submit(store: Store, writer: str, request: BuildRequest, spec: BuildSpec, mo
     raise Unavailable("the same build is being submitted and ended by many: try again", reason="BUILD_CONTENDED")
 
 
-def leave(store: Store, log: JobLog, model: str) -> None:
+def leave(store: Store, log: JobLog) -> None:
     """From now on nobody joins the job."""
-    join = _join_key(log.request, model)
+    join = _join_key(log.request, log.build.model)
     try:
         if store.read(join).decode() == log.build_id:
             store.delete(join)
@@ -209,7 +209,7 @@ def leave(store: Store, log: JobLog, model: str) -> None:
 def retire(store: Store, log: JobLog) -> None:
     """Takes a job that has ended out of the queue; harmless if it is repeated."""
     store.replace(f"ended/{log.build_id}.json", json_format.MessageToJson(log.build, indent=1).encode())
-    leave(store, log, log.build.model)
+    leave(store, log)
     store.delete(f"queue/{log.build_id}")
 
 

@@ -158,7 +158,7 @@ class Jobs:
         """
         known = await self._know(build_id)
         if not known.log.ended:
-            await asyncio.to_thread(joblog.leave, self._store, known.log, known.log.build.model)
+            await asyncio.to_thread(joblog.leave, self._store, known.log)
         while not known.log.ended:
             if known.attempt:
                 known.attempt.cancel()

@@ -1,6 +1,9 @@
 """Checkpoints that transformers makes, small and odd; engines built of them."""
 
+import contextlib
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +65,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA with an odd head_dim and grouped queries."""
     return save_checkpoint(tmp_path_factory.mktemp("llama"), head_dim=20, num_attention_heads=6, num_key_value_heads=2)
+
+
+@contextlib.contextmanager
+def small_file_system(mount: Path, size: str) -> Iterator[Path]:
+    """A file system of `size`, such as "1m", at a new directory; skips the test where none can be mounted."""
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small tmpfs: {made.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", "--lazy", mount], check=True)

@@ -23,6 +23,7 @@ from engine.store import Store
 from protos.rpc import from_rpc_error
 from protos.v1 import builder_pb2, builder_pb2_grpc, executor_pb2, executor_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
+from tests.conftest import small_file_system
 from tests.integration.services import service
 from tests.memory import tree
 from tests.seaweed import SeaweedFS
@@ -158,13 +159,8 @@ async def test_a_killed_gateway_loses_its_streams_alone(tiny: Store, tmp_path: P
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 200 KiB, which the store's engine does not fit into."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", mount], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"cannot mount a small tmpfs: {made.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", "--lazy", mount], check=True)
+    with small_file_system(tmp_path / "small", "200k") as mount:
+        yield mount
 
 
 def run_build(stub: builder_pb2_grpc.BuilderStub, checkpoint: Path, model: str = "tiny") -> builder_pb2.Build:

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import random
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from store_harness import MIB, interrupt, keys
 from engine.backends import open_store
 from engine.directory import DirectoryStore
 from engine.errors import InvalidArgument, PermissionDenied, ResourceExhausted, Unavailable
+from tests.conftest import small_file_system
 
 
 def test_urls(tmp_path: Path):
@@ -179,13 +179,8 @@ def test_a_full_disk_in_words(directory: DirectoryStore, large_file: Path, monke
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"cannot mount a small tmpfs: {made.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", "--lazy", mount], check=True)
+    with small_file_system(tmp_path / "small", "1m") as mount:
+        yield mount
 
 
 def test_a_disk_that_is_really_full(small_disk: Path, large_file: Path):
