@@ -275,6 +275,9 @@ class Submit(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    BEAM_SEARCH_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """chosen by the client, unique among its live requests on the stream"""
     engine_id: _builtins.str
@@ -282,6 +285,8 @@ class Submit(_message.Message):
     """higher runs first"""
     tenant: _builtins.str
     """the prefix cache is shared within a tenant only"""
+    request_id: _builtins.str
+    """what logs call it"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -300,6 +305,12 @@ class Submit(_message.Message):
     def trace_context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """W3C trace context"""
 
+    @_builtins.property
+    def output(self) -> _common_pb2.OutputOptions: ...
+    @_builtins.property
+    def beam_search(self) -> _common_pb2.BeamSearch:
+        """cannot be resumed"""
+
     def __init__(
         self,
         *,
@@ -313,10 +324,13 @@ class Submit(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         tenant: _builtins.str = ...,
         trace_context: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        output: _common_pb2.OutputOptions | None = ...,
+        beam_search: _common_pb2.BeamSearch | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "sampling", b"sampling", "stopping", b"stopping", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "output", b"output", "sampling", b"sampling", "stopping", b"stopping", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "engine_id", b"engine_id", "handle", b"handle", "priority", b"priority", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "timeout", b"timeout", "token_ids", b"token_ids", "trace_context", b"trace_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "engine_id", b"engine_id", "handle", b"handle", "output", b"output", "priority", b"priority", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "timeout", b"timeout", "token_ids", b"token_ids", "trace_context", b"trace_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout: _TypeAlias = _typing.Literal["timeout"]  # noqa: Y015
     _WhichOneofArgType__timeout: _TypeAlias = _typing.Literal["_timeout", b"_timeout"]  # noqa: Y015
@@ -379,6 +393,9 @@ class GenerateOutput(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    HYPOTHESES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -387,16 +404,31 @@ class GenerateOutput(_message.Message):
     def finish(self) -> _common_pb2.FinishInfo:
         """in the last message"""
 
+    @_builtins.property
+    def logprobs(self) -> _common_pb2.Logprobs:
+        """of these tokens, if asked for"""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _common_pb2.Logprobs:
+        """of the prompt's tokens that have been computed since the last message, if asked for"""
+
+    @_builtins.property
+    def hypotheses(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Hypothesis]:
+        """of a beam search, the best first, in the last message"""
+
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         usage: _common_pb2.Usage | None = ...,
         finish: _common_pb2.FinishInfo | None = ...,
+        logprobs: _common_pb2.Logprobs | None = ...,
+        prompt_logprobs: _common_pb2.Logprobs | None = ...,
+        hypotheses: _abc.Iterable[_common_pb2.Hypothesis] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "hypotheses", b"hypotheses", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -417,6 +449,9 @@ class StepOutput(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     ENGINE_LOST_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    BEAMS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -442,6 +477,18 @@ class StepOutput(_message.Message):
     def engine_lost(self) -> Global___EngineLost: ...
     @_builtins.property
     def load(self) -> Global___EngineLoad: ...
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowLogprobs]:
+        """of this message's tokens of those who asked for them"""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowLogprobs]:
+        """before the first token; long prompts come in several messages"""
+
+    @_builtins.property
+    def beams(self) -> _containers.RepeatedCompositeFieldContainer[Global___BeamResult]:
+        """with the finish of the same handle"""
+
     def __init__(
         self,
         *,
@@ -454,14 +501,65 @@ class StepOutput(_message.Message):
         failed: _abc.Iterable[Global___Failed] | None = ...,
         engine_lost: Global___EngineLost | None = ...,
         load: Global___EngineLoad | None = ...,
+        logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
+        beams: _abc.Iterable[Global___BeamResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_lost", b"engine_lost", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "engine_lost", b"engine_lost", "failed", b"failed", "finished", b"finished", "handles", b"handles", "load", b"load", "started", b"started", "step", b"step", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "counts", b"counts", "engine_lost", b"engine_lost", "failed", b"failed", "finished", b"finished", "handles", b"handles", "load", b"load", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "step", b"step", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutput: _TypeAlias = StepOutput  # noqa: Y015
+
+@_typing.final
+class RowLogprobs(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    @_builtins.property
+    def logprobs(self) -> _common_pb2.Logprobs: ...
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        logprobs: _common_pb2.Logprobs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "logprobs", b"logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowLogprobs: _TypeAlias = RowLogprobs  # noqa: Y015
+
+@_typing.final
+class BeamResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    HYPOTHESES_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    @_builtins.property
+    def hypotheses(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Hypothesis]:
+        """the best first"""
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        hypotheses: _abc.Iterable[_common_pb2.Hypothesis] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "hypotheses", b"hypotheses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeamResult: _TypeAlias = BeamResult  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
