@@ -6,8 +6,10 @@ that is written over them. Executors run the references, or implementations of t
 Shapes: T tokens of a step (all sequences packed one after another), H query heads, G key/value heads, D head_dim.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +29,8 @@ class Step:
         block_tables: int32 [num_seqs, max_blocks]; entry j of row i is the cache block of positions
             j * block_size ... of sequence i.
         slots: int64 [T]; token t's key and value go to row slots[t] of the flattened cache.
-        k_caches, v_caches: one per attention operator, [num_blocks, block_size, G, D].
+        k_caches, v_caches: one per attention operator, [num_blocks, block_size, G, D]. Only attention reads and writes them: an
+            implementation may lay out the inner three dimensions of its own.
     """
 
     query_lens: list[int]
@@ -36,6 +39,11 @@ class Step:
     slots: Tensor
     k_caches: list[Tensor]
     v_caches: list[Tensor]
+
+    @cached_property
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """int64 [num_seqs + 1], the rows at which the sequences begin, and the last one's end; int64 [num_seqs], context_lens."""
+        return torch.tensor([0, *itertools.accumulate(self.query_lens)]), torch.tensor(self.context_lens)
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:

@@ -26,12 +26,12 @@ class Interpreter:
     """A program bound to its weights and to an implementation of every operator.
 
     Args:
-        weights: by the program's names, on the device.
+        weights: by the program's names, on the device, as the implementations take them.
         implementations: operator name -> function with the signature of its reference in `engine/ops.py`.
     """
 
     def __init__(
-        self, program: Program, weights: dict[str, Tensor], implementations: dict[str, Callable[..., Any]]
+        self, program: Program, weights: dict[str, Any], implementations: dict[str, Callable[..., Any]]
     ) -> None:
         registers = {name: number for number, name in enumerate((*weights, *program.inputs))}
         self._weights = list(weights.values())

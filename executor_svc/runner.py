@@ -60,7 +60,7 @@ class TorchRunner:
     def __init__(
         self,
         program: Program,
-        weights: dict[str, Tensor],
+        weights: dict[str, Any],
         limits: Limits,
         *,
         device: str = "cpu",
@@ -70,7 +70,7 @@ class TorchRunner:
         """Allocates the KV cache, once.
 
         Args:
-            weights: by the program's names, on the device.
+            weights: by the program's names, on the device, as `kernels.prepare` gives them.
             kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most half of
                 the memory that is free.
             operators: implementations to use instead of the device's.

@@ -21,6 +21,7 @@ from engine.trust import Trust
 from executor_svc.core import Batch, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.intake import to_sequence
+from executor_svc.kernels import prepare
 from executor_svc.loader import load_engine
 from executor_svc.outbox import Outbox
 from executor_svc.runner import Runner, TorchRunner
@@ -231,6 +232,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     store = open_store(arguments.store, TRANSFER_PATIENCE)
     loaded = load_engine(store, arguments.engine_id, this_node(arguments.device), progress, trust)
     weights = {name: tensor.to(arguments.device) for name, tensor in loaded.weights.items()}
+    weights = prepare(arguments.device, loaded.program, weights)
     runner = TorchRunner(
         loaded.program, weights, loaded.manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory
     )

@@ -8,6 +8,7 @@ from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from executor_svc.core import Sequence
+from executor_svc.kernels import prepare
 from executor_svc.loader import LoadedEngine, load_engine
 from executor_svc.runner import TorchRunner
 from executor_svc.scheduler import Scheduler
@@ -19,7 +20,8 @@ def make_engine(checkpoint: Path, store: Path, device: str = "cpu", **options: A
     directory = DirectoryStore(store)
     built = build(checkpoint, directory, BuildOptions(device=device, **options))
     loaded = load_engine(directory, built.manifest.engine_id, this_node(device))
-    return replace(loaded, weights={name: tensor.to(device) for name, tensor in loaded.weights.items()})
+    weights = {name: tensor.to(device) for name, tensor in loaded.weights.items()}
+    return replace(loaded, weights=prepare(device, loaded.program, weights))
 
 
 class Engine:

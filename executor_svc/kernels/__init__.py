@@ -1,7 +1,7 @@
 """Implementations of operators for a device, where they are faster than the reference.
 
-A module here named like a device kind holds functions named like operators, with the reference's signature. A test holds
-each against the reference on random shapes.
+A module here named like a device kind holds functions named like operators, with the reference's signature; the CPU has
+compiled ones beside them (`native.py`). A test holds each against the reference on random shapes.
 """
 
 import importlib
@@ -9,11 +9,15 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from engine.ops import REFERENCE
+from engine.program import Program
+from executor_svc.kernels import native
 
 
 def own(device: str) -> dict[str, Callable[..., Any]]:
-    """The implementations that a device kind has of its own, by operator."""
+    """The implementations over torch that a device kind has of its own, by operator."""
     if importlib.util.find_spec(f"{__name__}.{device}") is None:
         return {}
     module = importlib.import_module(f"{__name__}.{device}")
@@ -22,4 +26,10 @@ def own(device: str) -> dict[str, Callable[..., Any]]:
 
 def implementations(device: str) -> dict[str, Callable[..., Any]]:
     """Operator -> the function to run on a device kind."""
-    return {**REFERENCE, **own(device)}
+    chosen = {**REFERENCE, **own(device)}
+    return {**chosen, **native.operators(chosen)} if device == "cpu" and native.available else chosen
+
+
+def prepare(device: str, program: Program, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The weights as the device's operators take them, in the memory where they are: once, after loading."""
+    return native.pack(program, weights) if device == "cpu" and native.available else weights

@@ -1,6 +1,11 @@
 """Every implementation of an operator against its reference, on random shapes; and the table against the references."""
 
 import inspect
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,85 +18,163 @@ from torch import Tensor
 from engine.ops import REFERENCE, Step, attention
 from engine.opset import OPERATORS
 from executor_svc import kernels
+from executor_svc.kernels import native
 
+BLOCK_SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def attention_case(draw: st.DrawFn, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], Step]:
-    head_dim, groups, per_group = draw(st.sampled_from([8, 20])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    block_size = draw(st.sampled_from([1, 4, 16]))
-    lens = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=4))
-    query_lens, context_lens = [new for new, _ in lens], [new + old for new, old in lens]
-    counts = [-(-length // block_size) for length in context_lens]
-    num_blocks = sum(counts) + 2
-    order = torch.randperm(num_blocks).tolist()
-    tables, slots = torch.zeros(len(lens), max(counts), dtype=torch.int32), []
+Implementation = Callable[..., Any]
+IMPLEMENTATIONS: dict[tuple[str, str], dict[str, Implementation]] = {
+    ("torch", op): kernels.own("cpu") for op in kernels.own("cpu")
+}
+NATIVE = native.operators(REFERENCE) if native.available else {}
+IMPLEMENTATIONS |= {("native", op): NATIVE for op in NATIVE}
+needs_native = pytest.mark.skipif(
+    not native.available, reason="compiled without a C compiler: torch's operators are used"
+)
+
+
+def attention_case(draw: st.DrawFn, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], list[Step]]:
+    """Two steps of the same sequences: what they have cached, then new tokens."""
+    head_dim, groups, per_group = (
+        draw(st.sampled_from([8, 20, 64])),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 2, 3, 7, 60])),
+    )
+    lens = draw(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 200)), min_size=1, max_size=4))
+    counts = [-(-(new + old) // BLOCK_SIZE) for new, old in lens]
+    order = torch.randperm(sum(counts) + 2).tolist()
+    tables, blocks_of = torch.zeros(len(lens), max(counts), dtype=torch.int32), []
     for row, count in enumerate(counts):
         blocks, order = order[:count], order[count:]
+        blocks_of.append(blocks)
         tables[row, :count] = torch.tensor(blocks, dtype=torch.int32)
-        slots += [
-            blocks[at // block_size] * block_size + at % block_size
-            for at in range(context_lens[row] - query_lens[row], context_lens[row])
+    shape = (sum(counts) + 2, BLOCK_SIZE, groups, head_dim)
+    caches = [torch.zeros(shape, dtype=dtype)], [torch.zeros(shape, dtype=dtype)]
+    steps = []
+    for spans in ([(0, old) for _, old in lens], [(old, old + new) for new, old in lens]):
+        rows = [row for row, (begin, end) in enumerate(spans) if end > begin]
+        slots = [
+            blocks_of[row][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for row in rows for at in range(*spans[row])
         ]
-    shape = (num_blocks, block_size, groups, head_dim)
-    step = Step(
-        query_lens,
-        context_lens,
-        tables,
-        torch.tensor(slots),
-        [torch.randn(shape, dtype=dtype)],
-        [torch.randn(shape, dtype=dtype)],
-    )
-    total = sum(query_lens)
-    tensors = [torch.randn(total, heads * head_dim, dtype=dtype) for heads in (groups * per_group, groups, groups)]
-    return (
-        tensors,
-        {"cache": 0, "head_dim": head_dim, "scale": 0.3, "window": draw(st.sampled_from([0, 1, 5, 64]))},
-        step,
-    )
+        lengths, ends = [spans[row][1] - spans[row][0] for row in rows], [spans[row][1] for row in rows]
+        steps.append(Step(lengths, ends, tables[rows].contiguous(), torch.tensor(slots, dtype=torch.int64), *caches))
+    steps = [step for step in steps if step.query_lens]
+    heads = 2 * groups + groups * per_group  # as a fused product gives them: rows that lie apart
+    fused = torch.randn(sum(sum(step.query_lens) for step in steps), heads * head_dim, dtype=dtype)
+    sizes = [groups * per_group * head_dim, groups * head_dim, groups * head_dim]
+    settings_ = {"cache": 0, "head_dim": head_dim, "scale": 0.3, "window": draw(st.sampled_from([0, 0, 1, 5, 64, 150]))}
+    return list(torch.split(fused, sizes, -1)), settings_, steps
 
 
-def own_caches(step: Step) -> Step:
-    return replace(
-        step, k_caches=[cache.clone() for cache in step.k_caches], v_caches=[cache.clone() for cache in step.v_caches]
-    )
+def attend(operator: Implementation, tensors: list[Tensor], attrs: dict[str, Any], steps: list[Step]) -> Tensor:
+    """All steps one after another on caches of its own: how they lie in them is the implementation's affair."""
+    caches = [torch.zeros_like(steps[0].k_caches[0])], [torch.zeros_like(steps[0].v_caches[0])]
+    done, outputs = 0, []
+    for step in steps:
+        part = [tensor[done : done + sum(step.query_lens)] for tensor in tensors]
+        outputs.append(operator(*part, **attrs, step=replace(step, k_caches=caches[0], v_caches=caches[1])))
+        done += sum(step.query_lens)
+    return torch.cat(outputs)
 
 
 @st.composite
-def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any], Step | None]:
+def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     torch.manual_seed(draw(st.integers(0, 10_000)))
-    if op == "attention":
-        return attention_case(draw, dtype)
-    rows, size = draw(st.integers(1, 9)), draw(st.integers(1, 70))
+    rows, size, outputs = draw(st.integers(op == "rope", 40)), draw(st.integers(1, 70)), draw(st.integers(1, 140))
     x, y, weight = (
         torch.randn(rows, size, dtype=dtype),
         torch.randn(rows, size, dtype=dtype),
         torch.randn(size, dtype=dtype),
     )
-    made = {"rms_norm": ([x, weight], {"eps": 1e-5}), "add_rms_norm": ([x, y, weight], {"eps": 1e-5})}
-    return *made[op], None
+    matrix, bias = torch.randn(outputs, size, dtype=dtype), torch.randn(outputs, dtype=dtype)
+    half, rest, heads = draw(st.integers(1, 9)), draw(st.sampled_from([0, 4])), draw(st.integers(1, 3))
+    angles = torch.randn(rows, half)
+    wide = torch.randn(rows, heads * (2 * half + rest) + 3, dtype=dtype)[:, 3:]
+    turn = {"head_dim": 2 * half + rest, "interleaved": draw(st.booleans())}
+    made: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "embedding": ([torch.randint(0, outputs, (rows,), dtype=torch.int32), matrix], {}),
+        "linear": ([x, matrix, draw(st.sampled_from([None, bias]))], {}),
+        "rms_norm": ([x, weight], {"eps": 1e-5}),
+        "add_rms_norm": ([x, y, weight], {"eps": 1e-5}),
+        "rope": ([wide, angles.cos(), angles.sin()], turn),
+        "silu_mul": ([torch.cat((x * 5, y), -1)], {}),
+    }
+    return made[op]
 
 
-@pytest.mark.parametrize(("device", "op"), [("cpu", op) for op in kernels.own("cpu")])
-def test_implementation_agrees_with_the_reference(device: str, op: str) -> None:
+def compare(wanted: Any, got: Any) -> None:
+    pairs = zip(*(value if isinstance(value, tuple) else (value,) for value in (wanted, got)), strict=True)
+    for want, have in pairs:
+        assert have.dtype == want.dtype and have.shape == want.shape
+        assert (have.float() - want.float()).norm() <= TOLERANCE[want.dtype] * want.float().norm() + 1e-6
+
+
+@pytest.mark.parametrize(("kind", "op"), IMPLEMENTATIONS)
+def test_implementation_agrees_with_the_reference(kind: str, op: str) -> None:
     @settings(max_examples=60, deadline=None)
-    @given(case=cases(op))
-    def agree(case: tuple[list[Tensor], dict[str, Any], Step | None]) -> None:
-        tensors, attrs, step = case
-        extra = [{}, {}] if step is None else [{"step": own_caches(step)} for _ in range(2)]
-        wanted = REFERENCE[op](*tensors, **attrs, **extra[0])
-        got = kernels.implementations(device)[op](*tensors, **attrs, **extra[1])
-        for want, have in zip(
-            *(value if isinstance(value, tuple) else (value,) for value in (wanted, got)), strict=True
-        ):
-            assert have.dtype == want.dtype
-            assert (have.float() - want.float()).norm() <= TOLERANCE[want.dtype] * want.float().norm() + 1e-6
-        if step is not None:
-            assert torch.equal(extra[0]["step"].k_caches[0], extra[1]["step"].k_caches[0])
-            assert torch.equal(extra[0]["step"].v_caches[0], extra[1]["step"].v_caches[0])
+    @given(data=st.data())
+    def agree(data: st.DataObject) -> None:
+        implementation = IMPLEMENTATIONS[kind, op][op]
+        if op == "attention":
+            dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+            torch.manual_seed(data.draw(st.integers(0, 10_000)))
+            tensors, attrs, steps = attention_case(data.draw, dtype)
+            compare(attend(REFERENCE[op], tensors, attrs, steps), attend(implementation, tensors, attrs, steps))
+            return
+        tensors, attrs = data.draw(cases(op))
+        wanted = REFERENCE[op](*tensors, **attrs)
+        if kind == "native" and op in ("linear", "embedding"):
+            tensors[1] = native.Packed(tensors[1].clone())
+        compare(wanted, implementation(*tensors, **attrs))
 
     agree()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_row_of_a_native_product_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    linear = NATIVE["linear"]
+    weight, x = native.Packed(torch.randn(80, 50, dtype=dtype)), torch.randn(40, 50, dtype=dtype)
+    together = linear(x, weight)
+    for rows in (1, 2, 7, 13, 40):
+        assert torch.equal(linear(x[:rows], weight), together[:rows])
+
+
+@needs_native
+@pytest.mark.parametrize("level", ["avx2", "plain"])
+def test_native_operators_of_lesser_processors_agree_too(level: str) -> None:
+    """The level is chosen once in a process."""
+    names = " or ".join(f"native-{op}" for kind, op in IMPLEMENTATIONS if kind == "native")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        f"({names}) and reference",
+    ]
+    run = subprocess.run(command, env={**os.environ, "ENGINEHOUSE_CPU": level}, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("." * 7), run.stdout[-3000:]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here: torch's operators are used")
+def test_the_native_operators_are_there_where_there_is_a_compiler() -> None:
+    assert native.available
+    chosen = kernels.implementations("cpu")
+    assert all(chosen[op] is not REFERENCE[op] for op in ("linear", "attention", "rope", "silu_mul"))
+
+
+def test_without_the_native_operators_torch_serves() -> None:
+    program = "from executor_svc.kernels import implementations, native; print(native.available, implementations('cpu')['attention'])"
+    environment = {**os.environ, "ENGINEHOUSE_NATIVE": "0"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.stdout.startswith("False <function attention at "), run.stderr
 
 
 def test_the_table_and_the_references_have_the_same_signatures() -> None:

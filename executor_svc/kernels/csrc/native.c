@@ -1,0 +1,232 @@
+/* Operators on the CPU. Compiled when the package is installed, if there is a C compiler; without one, torch's operators are
+ * used (kernels/cpu.py). Meaning and rounding are those of the references in engine/ops.py; sums run in float32, a row's in an
+ * order that does not depend on the other rows of the batch.
+ *
+ * Weights lie in panels of 32 outputs, [outputs / 32][inputs][32], so that each is read once, from its beginning to its end,
+ * however many rows there are; in bfloat16 a panel's columns c and c + 16 lie beside each other, as the two halves of a
+ * 32-bit word, which a shift and a mask make float32. What is left of the outputs lies behind, as [inputs][outputs % 32].
+ * Keys lie as [blocks][heads][dim][16], values as [blocks][heads][16][dim]: a vector holds what 16 keys have in one dimension.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FP32 = 0, BF16 = 1 };
+enum { PANEL = 32, KEYS = 16, CHUNK = 128, QUERY_ROWS = 48, CACHE = 512 << 10, AHEAD = 8 << 10 };
+
+#define SIZE(type) ((type) == BF16 ? 2 : 4)
+#define INLINE static inline __attribute__((always_inline))
+
+/* Strides count elements, of one row to the next. */
+struct linear {
+    int type, weight_type; /* of x, bias and y; of weight */
+    long rows, inputs, outputs, stride;
+    const void *x, *weight, *bias;
+    void *y;
+};
+
+struct norm {
+    int type;
+    long rows, size, stride, residual_stride;
+    float eps;
+    const void *x, *residual, *weight;
+    void *y, *sum;
+};
+
+struct attention {
+    int type; /* of all tensors, the caches among them */
+    long sequences, tokens, heads, groups, dim, window, table_stride, q_stride, k_stride, v_stride;
+    float scale;
+    const void *q, *k, *v;
+    void *k_cache, *v_cache, *y;
+    const int64_t *starts, *contexts, *slots; /* a sequence's first token [sequences + 1], its visible keys, a token's place */
+    const int32_t *tables;
+};
+
+INLINE float scalar(int type, const void *p, long at) {
+    if (type == FP32) return ((const float *)p)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)p)[at] << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE void put(int type, void *p, long at, float value) {
+    if (type == FP32) {
+        ((float *)p)[at] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    ((uint16_t *)p)[at] = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+INLINE float through(int type, float value) {
+    uint16_t half;
+    if (type == FP32) return value;
+    put(BF16, &half, 0, value);
+    return scalar(BF16, &half, 0);
+}
+
+#define SPLAT_4(x) {x, x, x, x}
+#define SPLAT_8(x) {x, x, x, x, x, x, x, x}
+#define SPLAT_16(x) {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
+#define NAME(x) x##_avx512
+#define LANES 16
+#define SPLAT(x) ((vf)SPLAT_16(x))
+#define ROWS 12
+#include "tiles.h"
+#undef NAME
+#undef LANES
+#undef SPLAT
+#undef ROWS
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define NAME(x) x##_avx2
+#define LANES 8
+#define SPLAT(x) ((vf)SPLAT_8(x))
+#define ROWS 6
+#include "tiles.h"
+#undef NAME
+#undef LANES
+#undef SPLAT
+#undef ROWS
+#pragma GCC pop_options
+#endif
+#define NAME(x) x##_plain
+#define LANES 4
+#define SPLAT(x) ((vf)SPLAT_4(x))
+#define ROWS 6
+#include "tiles.h"
+
+#if defined(__x86_64__)
+static int level(void) {
+    static int known = -1;
+    if (known < 0) {
+        const char *most = getenv("ENGINEHOUSE_CPU"); /* "avx2" or "plain": no more than that */
+        int allowed = !most || !*most ? 2 : strcmp(most, "avx2") == 0 ? 1 : strcmp(most, "plain") == 0 ? 0 : 2;
+        int has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512dq")
+                      ? 2
+                      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        known = has < allowed ? has : allowed;
+    }
+    return known;
+}
+#define CALL(f, ...) (level() == 2 ? f##_avx512(__VA_ARGS__) : level() == 1 ? f##_avx2(__VA_ARGS__) : f##_plain(__VA_ARGS__))
+#else
+#define CALL(f, ...) f##_plain(__VA_ARGS__)
+#endif
+
+/* Scratch memory of a thread, which stays. */
+static float *scratch(size_t count) {
+    static _Thread_local float *buffer;
+    static _Thread_local size_t size;
+    if (count > size) {
+        free(buffer);
+        size = count + count / 4;
+        if (posix_memalign((void **)&buffer, 64, size * sizeof(float))) abort();
+    }
+    return buffer;
+}
+
+/* Rows [outputs][inputs] -> panels, in place. */
+void enginehouse_pack(int type, void *weight, long outputs, long inputs) {
+#pragma omp parallel for schedule(dynamic)
+    for (long first = 0; first < outputs; first += PANEL) {
+        long columns = outputs - first < PANEL ? outputs - first : PANEL;
+        size_t bytes = (size_t)columns * inputs * SIZE(type);
+        char *panel = (char *)weight + first * inputs * SIZE(type), *copy = (char *)scratch(bytes / 4 + 1);
+        memcpy(copy, panel, bytes);
+        for (long i = 0; i < inputs; i++)
+            for (long c = 0; c < columns; c++) {
+                long to = columns < PANEL || type == FP32 ? c : c % 16 * 2 + c / 16;
+                if (type == BF16) ((uint16_t *)panel)[i * columns + to] = ((const uint16_t *)copy)[c * inputs + i];
+                else ((float *)panel)[i * columns + to] = ((const float *)copy)[c * inputs + i];
+            }
+    }
+}
+
+/* Rows of a packed weight: y [count][inputs]. */
+void enginehouse_rows(int type, const void *weight, long outputs, long inputs, const int32_t *ids, long count, void *y) {
+    for (long n = 0; n < count; n++) {
+        long first = ids[n] / PANEL * PANEL, c = ids[n] - first, columns = outputs - first < PANEL ? outputs - first : PANEL;
+        const char *panel = (const char *)weight + first * inputs * SIZE(type);
+        long from = columns < PANEL || type == FP32 ? c : c % 16 * 2 + c / 16;
+        for (long i = 0; i < inputs; i++)
+            if (type == BF16) ((uint16_t *)y)[n * inputs + i] = ((const uint16_t *)panel)[i * columns + from];
+            else ((float *)y)[n * inputs + i] = ((const float *)panel)[i * columns + from];
+    }
+}
+
+void enginehouse_linear(const struct linear *a) {
+    if (a->rows) CALL(linear, a, scratch((size_t)a->rows * a->inputs));
+}
+
+void enginehouse_norm(const struct norm *a) { CALL(norm, a); }
+
+void enginehouse_silu_mul(int type, const void *x, long stride, long rows, long size, void *y) {
+    CALL(silu_mul, type, x, stride, rows, size, y);
+}
+
+/* Turns the first 2 * half dimensions of each head by its token's angles; y [rows][heads * dim]. */
+void enginehouse_rope(int type, const void *x, long stride, long rows, long heads, long dim, const float *cosines,
+                      const float *sines, long half, int interleaved, void *y) {
+#pragma omp parallel for schedule(static) if (rows * heads * dim > 1 << 14)
+    for (long row = 0; row < rows; row++)
+        for (long head = 0; head < heads; head++) {
+            long from = row * stride + head * dim, to = (row * heads + head) * dim;
+            const float *c = cosines + row * half, *s = sines + row * half;
+            for (long i = 0; i < half; i++) {
+                long one = interleaved ? 2 * i : i, other = interleaved ? 2 * i + 1 : i + half;
+                float a = scalar(type, x, from + one), b = scalar(type, x, from + other);
+                put(type, y, to + one, a * c[i] - b * s[i]);
+                put(type, y, to + other, b * c[i] + a * s[i]);
+            }
+            for (long i = 2 * half; i < dim; i++) put(type, y, to + i, scalar(type, x, from + i));
+        }
+}
+
+/* Writes the new keys and values, then lets every query see what it may. */
+void enginehouse_attention(const struct attention *a) {
+    long heads = a->heads / a->groups, span = QUERY_ROWS / heads < 1 ? 1 : QUERY_ROWS / heads, rows = span * heads;
+    size_t room = (size_t)rows * (2 * a->dim + CHUNK + 2);
+    long items = 0;
+    for (long s = 0; s < a->sequences; s++) items += (a->starts[s + 1] - a->starts[s] + span - 1) / span;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long t = 0; t < a->tokens; t++) {
+            long block = a->slots[t] / KEYS, offset = a->slots[t] % KEYS;
+            for (long g = 0; g < a->groups; g++) {
+                long base = (block * a->groups + g) * a->dim * KEYS, k = t * a->k_stride + g * a->dim, v = t * a->v_stride + g * a->dim;
+                if (a->type == BF16)
+                    for (long d = 0; d < a->dim; d++) {
+                        ((uint16_t *)a->k_cache)[base + d * KEYS + offset] = ((const uint16_t *)a->k)[k + d];
+                        ((uint16_t *)a->v_cache)[base + offset * a->dim + d] = ((const uint16_t *)a->v)[v + d];
+                    }
+                else
+                    for (long d = 0; d < a->dim; d++) {
+                        ((float *)a->k_cache)[base + d * KEYS + offset] = ((const float *)a->k)[k + d];
+                        ((float *)a->v_cache)[base + offset * a->dim + d] = ((const float *)a->v)[v + d];
+                    }
+            }
+        }
+        float *own = scratch(room);
+#pragma omp for schedule(dynamic) nowait
+        for (long item = 0; item < items * a->groups; item++) {
+            long left = item / a->groups, sequence = 0, count;
+            while (left >= (count = (a->starts[sequence + 1] - a->starts[sequence] + span - 1) / span)) left -= count, sequence++;
+            long queries = a->starts[sequence + 1] - a->starts[sequence], first = left * span;
+            long last = first + span < queries ? first + span : queries;
+            CALL(attend, a, sequence, item % a->groups, first, last, own);
+        }
+    }
+}
