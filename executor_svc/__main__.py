@@ -3,19 +3,27 @@
 import argparse
 import sys
 
-from engine.trust import Trust
-from executor_svc.server import ExecutorServicer
-from protos import rpc
+from executor_svc.launch import Spares
 
 
-async def run(arguments: argparse.Namespace) -> None:
+def worker_arguments(arguments: argparse.Namespace) -> list[str]:
+    """The command line of the workers."""
+    command = ["--store", arguments.store, "--device", arguments.device]
+    command += [option for path in arguments.trusted_keys for option in ("--trusted-keys", path)]
+    command += ["--trust-native"] if arguments.trust_native else []
+    command += ["--kv-memory", str(arguments.kv_memory)] if arguments.kv_memory else []
+    command += ["--max-waiting", str(arguments.max_waiting)] if arguments.max_waiting is not None else []
+    return command
+
+
+async def run(arguments: argparse.Namespace, spares: Spares) -> None:
     """Loads the engines that were asked for, then serves."""
+    from engine.trust import Trust
+    from executor_svc.server import ExecutorServicer
+    from protos import rpc
+
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
-    options = [option for path in arguments.trusted_keys for option in ("--trusted-keys", path)]
-    options += ["--trust-native"] if arguments.trust_native else []
-    options += ["--kv-memory", str(arguments.kv_memory)] if arguments.kv_memory else []
-    options += ["--max-waiting", str(arguments.max_waiting)] if arguments.max_waiting is not None else []
-    servicer = ExecutorServicer(arguments.store, arguments.device, options)
+    servicer = ExecutorServicer(arguments.store, arguments.device, spares)
     try:
         for engine in arguments.engine:
             await servicer.open(engine)
@@ -66,7 +74,21 @@ def main() -> int:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
-    return rpc.main("executor", run(parser.parse_args()))
+    arguments = parser.parse_args()
+    spares = Spares(worker_arguments(arguments))
+    try:
+        # While they import torch, this process imports grpc and finds out what --engine means.
+        spares.prepare(max(1, len(arguments.engine)))
+    except OSError as error:
+        print(f"executor: cannot start a worker process: {error}", file=sys.stderr)
+        spares.close()
+        return 1
+    try:
+        from protos import rpc
+
+        return rpc.main("executor", run(arguments, spares))
+    finally:
+        spares.close()
 
 
 if __name__ == "__main__":

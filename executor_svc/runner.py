@@ -16,6 +16,7 @@ from engine.program import Program
 from executor_svc.core import Batch
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
+from executor_svc.layout import Layout
 from executor_svc.sampler import sample
 
 BLOCK_SIZE = 16
@@ -99,6 +100,7 @@ class TorchRunner:
             [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
             for _ in range(2)
         )
+        self._layout = Layout(limits.max_batch_size, per_sequence, BLOCK_SIZE)
         self.capabilities = Capabilities(num_blocks, BLOCK_SIZE)
 
     def start(self, batch: Batch) -> None:
@@ -115,33 +117,18 @@ class TorchRunner:
     @torch.inference_mode()
     def _logits(self, batch: Batch) -> Tensor:
         """[items that sample, vocab_size], float32."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last_rows: list[int] = []
-        for item in batch.items:
-            sequence, end = item.sequence, item.start + item.count
-            token_ids += sequence.token_ids[item.start : end]
-            positions += range(item.start, end)
-            slots += [sequence.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(item.start, end)]
-            if item.samples:
-                last_rows.append(len(token_ids) - 1)
-        longest = max(-(-(item.start + item.count) // BLOCK_SIZE) for item in batch.items)
-        tables = [(item.sequence.blocks + [0] * longest)[:longest] for item in batch.items]
+        layout = self._layout.lay_out(batch)
         step = Step(
-            query_lens=[item.count for item in batch.items],
-            context_lens=[item.start + item.count for item in batch.items],
-            block_tables=self._tensor(tables),
-            slots=self._tensor(slots, torch.int64),
+            query_lens=layout.query_lens,
+            context_lens=layout.context_lens,
+            block_tables=layout.block_tables.to(self._device),
+            slots=layout.slots.to(self._device),
             k_caches=self._k,
             v_caches=self._v,
         )
-        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": last_rows}
-        (logits,) = self._interpreter.run({name: self._tensor(values) for name, values in inputs.items()}, step)
+        inputs = {name: getattr(layout, name).to(self._device) for name in ("token_ids", "positions", "logit_indices")}
+        (logits,) = self._interpreter.run(inputs, step)
         return logits.float()
-
-    def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
 
 
 def _free_memory(device: str) -> int:

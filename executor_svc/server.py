@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +14,7 @@ from engine import registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.store import Store
+from executor_svc.launch import Spares
 from executor_svc.workers import Client, WorkerProcess
 from protos.rpc import from_failure, to_failure
 from protos.v1 import executor_pb2 as pb
@@ -29,13 +30,13 @@ class ExecutorServicer:
     """The Executor service over any number of engines, a worker process each.
 
     Args:
-        options: of the workers' command line, such as --kv-memory.
+        spares: where the workers' processes come from; they are for this store and device.
     """
 
-    def __init__(self, store_url: str, device: str, options: Sequence[str] = ()) -> None:
+    def __init__(self, store_url: str, device: str, spares: Spares) -> None:
         self._store: Store = open_store(store_url)
         self._device = device
-        self._arguments = ["--store", store_url, "--device", device, *options]
+        self._spares = spares
         self._workers: dict[str, WorkerProcess] = {}
         self._clients: dict[int, Client] = {}
         self._wanted: set[str] = set()  # engines that have been loaded and not unloaded
@@ -77,7 +78,7 @@ class ExecutorServicer:
         if worker is None:
             worker = self._workers[engine_id] = WorkerProcess(engine_id, self._clients, self._ended)
             worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
-            await worker.start(self._arguments)
+            await worker.start(self._spares)
         return worker
 
     async def close(self) -> None:
@@ -86,6 +87,7 @@ class ExecutorServicer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(worker.stop() for worker in list(self._workers.values())))
+        self._spares.close()
 
     async def LoadEngine(self, request: pb.LoadEngineRequest, _context: Any) -> AsyncIterator[pb.LoadEngineProgress]:
         engine = request.engine_id or request.model
@@ -206,6 +208,8 @@ class ExecutorServicer:
         """Forgets a worker that has ended; an engine that is still wanted is loaded again."""
         del self._workers[worker.engine_id]
         if worker.engine_id in self._wanted:
+            with contextlib.suppress(OSError):  # then it is tried again, and told, when the engine is loaded
+                self._spares.prepare(1)
             task = asyncio.create_task(self._reload(worker.engine_id))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -1,6 +1,7 @@
 """The worker process: one rank of one engine. Loads it, then repeats four beats: receive, schedule, compute, report.
 
-Started by the front (`executor_svc/workers.py`) with one end of a socket pair; it ends when the other end closes.
+Started by the front (`executor_svc/launch.py`) with one end of a socket pair, on which it is told its engine; it ends when
+the other end closes.
 """
 
 import argparse
@@ -200,7 +201,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="executor_svc.worker", description="started by the executor's front process")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--store", required=True)
-    parser.add_argument("--engine-id", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--kv-memory", type=int)
     parser.add_argument("--trusted-keys", action="append", default=[])
@@ -217,12 +217,15 @@ def main() -> int:
     except EnginehouseError as error:
         front.send(FromWorker(failure=to_failure(error)).SerializeToString())
     except Exception as error:
-        log.exception("engine %s failed", arguments.engine_id[:12])
+        log.exception("the worker has failed")
         front.send(FromWorker(failure=to_failure(error)).SerializeToString())
     return 1
 
 
 def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
+    while not (messages := front.receive(None)):
+        pass
+    engine_id = ToWorker.FromString(messages[0]).load_engine.engine_id  # behind it may be the ends of others' clients
     began = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -230,7 +233,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
     trust = Trust.of_files(arguments.trusted_keys, arguments.trust_native)
     store = open_store(arguments.store, TRANSFER_PATIENCE)
-    loaded = load_engine(store, arguments.engine_id, this_node(arguments.device), progress, trust)
+    loaded = load_engine(store, engine_id, this_node(arguments.device), progress, trust)
     weights = {name: tensor.to(arguments.device) for name, tensor in loaded.weights.items()}
     weights = prepare(arguments.device, loaded.program, weights)
     runner = TorchRunner(
@@ -238,7 +241,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     )
     worker = Worker(front, loaded.manifest, runner, arguments.max_waiting)
     size = loaded.manifest.weight_bytes()
-    log.info("engine %s: %.1f MB loaded in %.2f s", arguments.engine_id[:12], size / 1e6, time.monotonic() - began)
+    log.info("engine %s: %.1f MB loaded in %.2f s", engine_id[:12], size / 1e6, time.monotonic() - began)
     ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=ready).SerializeToString())
     worker.run()

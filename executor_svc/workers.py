@@ -3,17 +3,23 @@
 import asyncio
 import itertools
 import logging
-import os
 import signal
-import socket
-import sys
+import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from engine.errors import EnginehouseError, ResourceExhausted, Unavailable
 from executor_svc.frames import frame, read_frame
+from executor_svc.launch import Spares
 from protos.rpc import from_failure, to_failure
-from protos.v1.executor_pb2 import EngineLost, EngineState, EngineStatus, LoadEngineProgress, StepOutput
+from protos.v1.executor_pb2 import (
+    EngineLost,
+    EngineState,
+    EngineStatus,
+    LoadEngineProgress,
+    LoadEngineRequest,
+    StepOutput,
+)
 from protos.v1.worker_pb2 import FromWorker, ToWorker
 
 MAX_BUFFERED = 16 << 20  # bytes of step outputs that wait for a client to read; a minute or so of a full batch
@@ -116,37 +122,27 @@ class WorkerProcess:
         self._on_end = on_end
         self._failure: EnginehouseError | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def serving(self) -> bool:
         """Whether requests can be sent to it."""
         return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
 
-    async def start(self, arguments: list[str]) -> None:
-        """Starts the process, with the worker's command line apart from --fd and --engine-id.
+    async def start(self, spares: Spares) -> None:
+        """Takes a process and tells it the engine.
 
         Raises:
             Unavailable: the system gives no process or socket; the worker counts as ended.
         """
         try:
-            ours, theirs = socket.socketpair()
-            with theirs:
-                own = ["--fd", str(theirs.fileno()), "--engine-id", self.engine_id]
-                self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "executor_svc.worker", *own, *arguments),
-                    pass_fds=[theirs.fileno()],
-                    stdin=asyncio.subprocess.DEVNULL,
-                    # Threads that wait for each other by spinning take the cores from whom they wait for, as soon as
-                    # anything else runs: measured on two busy cores, a model of 5 million parameters, 9 tokens/s
-                    # spinning and 110 not.
-                    env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-                )
-            reader, self._writer = await asyncio.open_connection(sock=ours)
+            self._process, connection = spares.take()
+            reader, self._writer = await asyncio.open_connection(sock=connection)
         except OSError as error:
             self._failure = Unavailable(f"cannot start a worker process: {error}", reason="WORKER_NOT_STARTED")
             self._end("")
             raise self._failure from None
+        self.send(ToWorker(load_engine=LoadEngineRequest(engine_id=self.engine_id)))
         if self.stopping:
             self._writer.close()
         self._task = asyncio.create_task(self._read(reader, self._process))
@@ -167,10 +163,10 @@ class WorkerProcess:
             self._process.kill()
         await asyncio.shield(self.ended)
 
-    async def _read(self, reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
         while data := await read_frame(reader):
             self._take(FromWorker.FromString(data))
-        status = await process.wait()
+        status = await asyncio.to_thread(process.wait)  # soon: it has closed its end
         self._end(signal.Signals(-status).name if status < 0 else f"exit status {status}")
 
     def _take(self, message: FromWorker) -> None:

@@ -26,7 +26,7 @@ from protos.v1 import common_pb2 as protos_dot_v1_dot_common__pb2
 from protos.v1 import executor_pb2 as protos_dot_v1_dot_executor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/v1/worker.proto\x12\x0e\x65nginehouse.v1\x1a\x16protos/v1/common.proto\x1a\x18protos/v1/executor.proto\"\xf0\x01\n\x08ToWorker\x12\x0e\n\x06\x63lient\x18\x01 \x01(\r\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x16.enginehouse.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x16.enginehouse.v1.CancelH\x00\x12\x31\n\x0b\x63lient_gone\x18\x04 \x01(\x0b\x32\x1a.enginehouse.v1.ClientGoneH\x00\x12\x31\n\x0b\x63lient_done\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.ClientDoneH\x00\x12\x0f\n\x07\x61rrived\x18\x06 \x01(\x01\x42\t\n\x07message\"\x0c\n\nClientGone\"\x0c\n\nClientDone\"\t\n\x07\x44rained\"\xad\x02\n\nFromWorker\x12\x0e\n\x06\x63lient\x18\x01 \x01(\r\x12\x15\n\x0bstep_output\x18\x02 \x01(\x0cH\x00\x12\x36\n\x08progress\x18\x03 \x01(\x0b\x32\".enginehouse.v1.LoadEngineProgressH\x00\x12*\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x12*\n\x04load\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.EngineLoadH\x00\x12*\n\x07\x64rained\x18\x06 \x01(\x0b\x32\x17.enginehouse.v1.DrainedH\x00\x12\x31\n\x0e\x63lient_failure\x18\x07 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x42\t\n\x07messageb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/v1/worker.proto\x12\x0e\x65nginehouse.v1\x1a\x16protos/v1/common.proto\x1a\x18protos/v1/executor.proto\"\xaa\x02\n\x08ToWorker\x12\x0e\n\x06\x63lient\x18\x01 \x01(\r\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x16.enginehouse.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x16.enginehouse.v1.CancelH\x00\x12\x31\n\x0b\x63lient_gone\x18\x04 \x01(\x0b\x32\x1a.enginehouse.v1.ClientGoneH\x00\x12\x31\n\x0b\x63lient_done\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.ClientDoneH\x00\x12\x38\n\x0bload_engine\x18\x07 \x01(\x0b\x32!.enginehouse.v1.LoadEngineRequestH\x00\x12\x0f\n\x07\x61rrived\x18\x06 \x01(\x01\x42\t\n\x07message\"\x0c\n\nClientGone\"\x0c\n\nClientDone\"\t\n\x07\x44rained\"\xad\x02\n\nFromWorker\x12\x0e\n\x06\x63lient\x18\x01 \x01(\r\x12\x15\n\x0bstep_output\x18\x02 \x01(\x0cH\x00\x12\x36\n\x08progress\x18\x03 \x01(\x0b\x32\".enginehouse.v1.LoadEngineProgressH\x00\x12*\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x12*\n\x04load\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.EngineLoadH\x00\x12*\n\x07\x64rained\x18\x06 \x01(\x0b\x32\x17.enginehouse.v1.DrainedH\x00\x12\x31\n\x0e\x63lient_failure\x18\x07 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x42\t\n\x07messageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.v1.worker_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOWORKER']._serialized_start=93
-  _globals['_TOWORKER']._serialized_end=333
-  _globals['_CLIENTGONE']._serialized_start=335
-  _globals['_CLIENTGONE']._serialized_end=347
-  _globals['_CLIENTDONE']._serialized_start=349
-  _globals['_CLIENTDONE']._serialized_end=361
-  _globals['_DRAINED']._serialized_start=363
-  _globals['_DRAINED']._serialized_end=372
-  _globals['_FROMWORKER']._serialized_start=375
-  _globals['_FROMWORKER']._serialized_end=676
+  _globals['_TOWORKER']._serialized_end=391
+  _globals['_CLIENTGONE']._serialized_start=393
+  _globals['_CLIENTGONE']._serialized_end=405
+  _globals['_CLIENTDONE']._serialized_start=407
+  _globals['_CLIENTDONE']._serialized_end=419
+  _globals['_DRAINED']._serialized_start=421
+  _globals['_DRAINED']._serialized_end=430
+  _globals['_FROMWORKER']._serialized_start=433
+  _globals['_FROMWORKER']._serialized_end=734
 # @@protoc_insertion_point(module_scope)

@@ -29,6 +29,7 @@ class ToWorker(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     CLIENT_GONE_FIELD_NUMBER: _builtins.int
     CLIENT_DONE_FIELD_NUMBER: _builtins.int
+    LOAD_ENGINE_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     """the front's number for a Run or Generate stream"""
@@ -42,6 +43,10 @@ class ToWorker(_message.Message):
     def client_gone(self) -> Global___ClientGone: ...
     @_builtins.property
     def client_done(self) -> Global___ClientDone: ...
+    @_builtins.property
+    def load_engine(self) -> _executor_pb2.LoadEngineRequest:
+        """with an engine_id; the first message, and the only one of its kind"""
+
     def __init__(
         self,
         *,
@@ -50,13 +55,14 @@ class ToWorker(_message.Message):
         cancel: _executor_pb2.Cancel | None = ...,
         client_gone: Global___ClientGone | None = ...,
         client_done: Global___ClientDone | None = ...,
+        load_engine: _executor_pb2.LoadEngineRequest | None = ...,
         arrived: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone", "client_done"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone", "client_done", "load_engine"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

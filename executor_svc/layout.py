@@ -1,0 +1,118 @@
+"""From a Batch to the tensors of a step. The work a token costs in Python does not grow with the context."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from executor_svc.core import Batch, Sequence
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """What a step's tokens are and where their keys lie. Tensors are contiguous, on the CPU, and nobody changes them.
+
+    Sequences are in the batch's order, T tokens packed one sequence after another.
+
+    Attributes:
+        token_ids, positions: int32 [T].
+        logit_indices: int32 [items that sample]; the row of each one's last token.
+        query_lens, context_lens: tokens of each sequence in this step; those that its last one sees, itself included.
+        block_tables: int32 [num_seqs, max_blocks], as wide as the longest context needs; row i is the i-th sequence's
+            table. Entries past a sequence's blocks are 0 or some other block: valid indices, to be masked by context_lens.
+        slots: int64 [T]; token t's row in the flattened cache.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    logit_indices: Tensor
+    query_lens: list[int]
+    context_lens: list[int]
+    block_tables: Tensor
+    slots: Tensor
+
+
+class Layout:
+    """Lays batches out. Keeps the block table of each running sequence, to which only new blocks are added.
+
+    A sequence's `blocks` only ever grows in place; for anything else, giving its blocks back above all, it gets another
+    list. So a table is known by the list that it was made of.
+
+    Args:
+        max_batch_size: sequences that run at once; more in one batch cannot be laid out.
+        max_blocks: of one sequence.
+    """
+
+    def __init__(self, max_batch_size: int, max_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._tables = np.zeros((max_batch_size, max_blocks), dtype=np.int32)
+        self._made_of: list[list[int]] = [[] for _ in range(max_batch_size)]  # by row: the list
+        self._filled = [0] * max_batch_size  # by row: the entries that have been taken over
+        self._rows: dict[Sequence, int] = {}  # the longest absent from batches first
+        self._free = list(range(max_batch_size))
+
+    def lay_out(self, batch: Batch) -> StepLayout:
+        """The tensors of a batch; token ids up to its items' ends are known."""
+        token_ids: list[int] = []
+        starts, counts, sampling = [], [], []
+        for number, item in enumerate(batch.items):
+            start, count, known = item.start, item.count, item.sequence.token_ids
+            if count == 1:
+                token_ids.append(known[start])
+            else:
+                token_ids += known[start : start + count]
+            starts.append(start)
+            counts.append(count)
+            if item.samples:
+                sampling.append(number)
+        query_lens = np.array(counts)
+        context_lens = np.array(starts) + query_lens
+        ends = np.cumsum(query_lens)  # behind each sequence's last token of the step
+        longest = -(-int(context_lens.max()) // self._block_size)
+        tables = np.ascontiguousarray(self._tables[self._rows_of(batch), :longest])
+        if len(token_ids) == len(counts):  # decodes only
+            owner, positions = np.arange(len(counts)), context_lens - 1
+        else:
+            owner = np.repeat(np.arange(len(counts)), query_lens)
+            positions = np.arange(len(token_ids)) + (context_lens - ends)[owner]
+        slots = tables[owner, positions // self._block_size] * np.int64(self._block_size) + positions % self._block_size
+        return StepLayout(
+            token_ids=torch.tensor(token_ids, dtype=torch.int32),
+            positions=torch.from_numpy(positions.astype(np.int32)),
+            logit_indices=torch.from_numpy((ends[sampling] - 1).astype(np.int32)),
+            query_lens=counts,
+            context_lens=context_lens.tolist(),
+            block_tables=torch.from_numpy(tables),
+            slots=torch.from_numpy(slots),
+        )
+
+    def _rows_of(self, batch: Batch) -> list[int]:
+        """The rows of the batch's sequences, brought up to date."""
+        rows, found = [], self._rows
+        for item in batch.items:  # first all that have one: none of them is given to another sequence
+            if (row := found.pop(item.sequence, None)) is not None:
+                found[item.sequence] = row
+        for item in batch.items:
+            sequence = item.sequence
+            row = found.get(sequence)
+            if row is None:
+                row = self._take(sequence)
+            blocks = sequence.blocks
+            if self._made_of[row] is not blocks:
+                self._made_of[row], self._filled[row] = blocks, 0
+            filled = self._filled[row]
+            if filled < len(blocks):
+                self._tables[row, filled : len(blocks)] = blocks[filled:]
+                self._filled[row] = len(blocks)
+            rows.append(row)
+        return rows
+
+    def _take(self, sequence: Sequence) -> int:
+        """A row for a sequence that has none: a free one, or that of the sequence which has been absent for longest."""
+        if not self._free:
+            absent = next(iter(self._rows))
+            self._free.append(self._rows.pop(absent))
+        row = self._rows[sequence] = self._free.pop()
+        self._made_of[row], self._filled[row] = sequence.blocks, 0
+        return row
