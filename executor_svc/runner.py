@@ -1,4 +1,4 @@
-"""What computes a batch. A runner is thin: it declares what it can, takes a batch and gives its tokens."""
+"""What computes a batch. A runner is thin: it declares what it can, takes a batch and gives what was sampled."""
 
 import os
 from collections import deque
@@ -13,10 +13,10 @@ from engine.errors import FailedPrecondition
 from engine.manifest import Limits
 from engine.ops import Step
 from engine.program import Program
-from executor_svc.core import Batch
+from executor_svc.core import Batch, Sampled
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
-from executor_svc.sampler import sample
+from executor_svc.sampler import answer
 
 BLOCK_SIZE = 16
 _KV_SHARE = 0.5  # of the free memory, where nobody says how much
@@ -50,8 +50,8 @@ class Runner(Protocol):
     def start(self, batch: Batch) -> None:
         """Begins to compute a batch."""
 
-    def finish(self) -> list[int]:
-        """Waits for the oldest batch that was started: a token for each of its items that samples."""
+    def finish(self) -> Sampled:
+        """Waits for the oldest batch that was started: a token for each of its items that samples, and its log-probabilities."""
 
 
 class TorchRunner:
@@ -80,7 +80,7 @@ class TorchRunner:
         """
         self._interpreter = Interpreter(program, weights, operators or implementations(device))
         self._device = torch.device(device)
-        self._finished: deque[list[int]] = deque()
+        self._finished: deque[Sampled] = deque()
         block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         if kv_memory is None:
@@ -102,25 +102,22 @@ class TorchRunner:
         self.capabilities = Capabilities(num_blocks, BLOCK_SIZE)
 
     def start(self, batch: Batch) -> None:
-        sampling = [item for item in batch.items if item.samples]
-        logits = self._logits(batch)
-        positions = [item.start + item.count for item in sampling]
-        self._finished.append(
-            sample(logits, [item.sequence.sampling for item in sampling], positions) if sampling else []
-        )
+        self._finished.append(answer(self._logits(batch), batch))
 
-    def finish(self) -> list[int]:
+    def finish(self) -> Sampled:
         return self._finished.popleft()
 
     @torch.inference_mode()
     def _logits(self, batch: Batch) -> Tensor:
-        """[items that sample, vocab_size], float32."""
+        """[items that sample + prompt_rows of all items, vocab_size], float32."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         last_rows: list[int] = []
+        prompt_rows: list[int] = []
         for item in batch.items:
             sequence, end = item.sequence, item.start + item.count
+            prompt_rows += [len(token_ids) + at - item.start for at in item.prompt_rows]
             token_ids += sequence.token_ids[item.start : end]
             positions += range(item.start, end)
             slots += [sequence.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(item.start, end)]
@@ -136,7 +133,7 @@ class TorchRunner:
             k_caches=self._k,
             v_caches=self._v,
         )
-        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": last_rows}
+        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": last_rows + prompt_rows}
         (logits,) = self._interpreter.run({name: self._tensor(values) for name, values in inputs.items()}, step)
         return logits.float()
 
