@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from executor_svc.core import Sampling, SchedulerConfig, Sequence
+from executor_svc.core import Sampled, Sampling, SchedulerConfig, Sequence
 from executor_svc.scheduler import Scheduler
 from tests.running import Engine, make_engine
 
@@ -63,7 +63,7 @@ def scheduler_microseconds(running: int) -> float:
         batch = scheduler.schedule()
         if batch is None:
             raise SystemExit("nothing to schedule")
-        scheduler.commit(batch, [5] * sum(item.samples for item in batch.items))
+        scheduler.commit(batch, Sampled([5] * sum(item.samples for item in batch.items)))
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6
 

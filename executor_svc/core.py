@@ -1,17 +1,58 @@
 """The nouns of the executor: Sequence, Batch, what is said about them, and what limits them. Pure Python."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from executor_svc.beams import BeamGroup
+
+_NO_ROWS = range(0)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+    """How the next token is chosen; `executor_svc/sampler.py` says in which order.
+
+    Attributes:
+        temperature: 0 is greedy. top_k, top_p, min_p: 0, 1 and 0 keep every token.
+        repetition_penalty: 1 is none. presence_penalty, frequency_penalty: 0 is none.
+        logit_bias: (token, what is added to its logit), each token once.
+        bad_words: sequences of tokens that are never generated, none of them empty.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @cached_property
+    def limited(self) -> bool:
+        """Whether some tokens are left out for their small probability."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @cached_property
+    def penalized(self) -> bool:
+        """Whether tokens that have been there are less probable."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @cached_property
+    def edits(self) -> bool:
+        """Whether logits of single tokens are changed."""
+        return self.penalized or bool(self.logit_bias) or bool(self.bad_words)
+
+    @cached_property
+    def needs_tokens(self) -> bool:
+        """Whether the sampler must know the tokens before the one that it chooses."""
+        return self.penalized or any(len(word) > 1 for word in self.bad_words)
 
 
 class Reason(enum.Enum):
@@ -68,8 +109,16 @@ class Sequence:
         eos_ids, stop_ids: tokens that end it; they are part of the completion.
         priority: higher runs first. arrival: the order among equals. salt: separates prefix caches.
         deadline: time.monotonic() seconds, or None.
+        min_tokens: completion tokens before which no eos or stop id is chosen.
+        logprobs: log-probabilities of the completion's tokens are told, with so many most probable ones; None for none.
+        prompt_logprobs: the same of the prompt's tokens, the first excepted.
+        group, candidates: the beam search that it is a step of, which wants the so many best next tokens instead of one.
+
+    Kept for the sampler: edits, what it has made of the sequence (see processors.py).
 
     State, which only the scheduler changes:
+        serial: of its addition, unique.
+        prompt_told: prompt tokens, behind the first, whose log-probabilities have been asked of a runner.
         blocks: cache blocks that hold its keys, in order. hashes: the chain of its full blocks' hashes, as far as known.
         num_computed: tokens whose keys are in the cache, counting those of batches in flight.
         num_cached: prompt tokens that the prefix cache had at first admission; None before.
@@ -89,7 +138,16 @@ class Sequence:
     salt: bytes = b""
     deadline: float | None = None
     arrival: int = 0
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    candidates: int = 0
+    group: "BeamGroup | None" = None
 
+    edits: Any = None
+
+    serial: int = 0
+    prompt_told: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_computed: int = 0
@@ -100,9 +158,25 @@ class Sequence:
     finish: Finish | None = None
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[int, int, int]:
         """The smaller runs first."""
-        return (-self.priority, self.arrival)
+        return (-self.priority, self.arrival, self.serial)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether nothing but the most probable token is wanted, by the logits as they are."""
+        return (
+            self.sampling.temperature == 0
+            and not self.sampling.edits
+            and not self.min_tokens
+            and self.logprobs is None
+            and not self.candidates
+        )
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted that no runner has been asked for."""
+        return self.prompt_logprobs is not None and self.prompt_told < self.prompt_len - 1
 
     @property
     def num_tokens(self) -> int:
@@ -117,12 +191,17 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Tokens [start, start + count) of a sequence in a batch; `samples` if the token behind them is to be chosen."""
+    """Tokens [start, start + count) of a sequence in a batch; `samples` if the token behind them is to be chosen.
+
+    Attributes:
+        prompt_rows: positions among them, behind each of which stands a prompt token whose log-probability is wanted.
+    """
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    prompt_rows: range = _NO_ROWS
 
 
 @dataclass(frozen=True)
@@ -134,6 +213,38 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of the probabilities of several tokens in a row, in columns.
+
+    Attributes:
+        logprobs: one a token.
+        top: alternatives that each token has.
+        top_token_ids, top_logprobs: `top` for the first token, the most probable first, then `top` for the second, and so on.
+    """
+
+    logprobs: list[float]
+    top: int
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a runner has made of a batch.
+
+    Attributes:
+        token_ids: one for each item that samples, in order.
+        logprobs: by index into token_ids, where they are wanted: of the token, or of a beam's candidates (then `logprobs` is
+            empty, and they are edited as logits are).
+        prompt_logprobs: by index into the batch's items: of the tokens behind its prompt_rows.
+    """
+
+    token_ids: list[int]
+    logprobs: Mapping[int, Logprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, Logprobs] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Emitted:
     """A new token of a sequence, with its end if it was the last; `first` for the first that is emitted."""
 
@@ -141,3 +252,13 @@ class Emitted:
     token_id: int
     finish: Finish | None
     first: bool
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True)
+class PromptTold:
+    """Log-probabilities of a sequence's prompt tokens from position `start` on."""
+
+    sequence: Sequence
+    start: int
+    logprobs: Logprobs

@@ -16,7 +16,7 @@ class Deadlines:
         """Takes a sequence that has its place among the arrivals; one without a deadline is never out of time."""
         if sequence.deadline is None:
             return
-        heapq.heappush(self._heap, (sequence.deadline, sequence.arrival, sequence))
+        heapq.heappush(self._heap, (sequence.deadline, sequence.serial, sequence))
         if len(self._heap) > self._sweep_at:
             self._heap = [entry for entry in self._heap if entry[2].finish is None]
             heapq.heapify(self._heap)

@@ -17,7 +17,7 @@ class StepLayout:
 
     Attributes:
         token_ids, positions: int32 [T].
-        logit_indices: int32 [items that sample]; the row of each one's last token.
+        logit_indices: int32; the row of the last token of each item that samples, then those of all items' prompt_rows.
         query_lens, context_lens: tokens of each sequence in this step; those that its last one sees, itself included.
         block_tables: int32 [num_seqs, max_blocks], as wide as the longest context needs; row i is the i-th sequence's
             table. Entries past a sequence's blocks are 0 or some other block: valid indices, to be masked by context_lens.
@@ -55,9 +55,13 @@ class Layout:
     def lay_out(self, batch: Batch) -> StepLayout:
         """The tensors of a batch; token ids up to its items' ends are known."""
         token_ids: list[int] = []
-        starts, counts, sampling = [], [], []
+        starts, counts, sampling, prompt_rows = [], [], [], []
         for number, item in enumerate(batch.items):
             start, count, known = item.start, item.count, item.sequence.token_ids
+            if item.prompt_rows:
+                prompt_rows += range(
+                    *(len(token_ids) + at - start for at in (item.prompt_rows.start, item.prompt_rows.stop))
+                )
             if count == 1:
                 token_ids.append(known[start])
             else:
@@ -80,7 +84,7 @@ class Layout:
         return StepLayout(
             token_ids=torch.tensor(token_ids, dtype=torch.int32),
             positions=torch.from_numpy(positions.astype(np.int32)),
-            logit_indices=torch.from_numpy((ends[sampling] - 1).astype(np.int32)),
+            logit_indices=torch.tensor([*(ends[sampling] - 1).tolist(), *prompt_rows], dtype=torch.int32),
             query_lens=counts,
             context_lens=context_lens.tolist(),
             block_tables=torch.from_numpy(tables),

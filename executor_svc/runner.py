@@ -1,4 +1,4 @@
-"""What computes a batch. A runner is thin: it declares what it can, takes a batch and gives its tokens."""
+"""What computes a batch. A runner is thin: it declares what it can, takes a batch and gives what was sampled."""
 
 import os
 from collections import deque
@@ -13,11 +13,11 @@ from engine.errors import FailedPrecondition
 from engine.manifest import Limits
 from engine.ops import Step
 from engine.program import Program
-from executor_svc.core import Batch
+from executor_svc.core import Batch, Sampled
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
 from executor_svc.layout import Layout
-from executor_svc.sampler import sample
+from executor_svc.sampler import answer
 
 BLOCK_SIZE = 16
 _KV_SHARE = 0.5  # of the free memory, where nobody says how much
@@ -51,8 +51,8 @@ class Runner(Protocol):
     def start(self, batch: Batch) -> None:
         """Begins to compute a batch."""
 
-    def finish(self) -> list[int]:
-        """Waits for the oldest batch that was started: a token for each of its items that samples."""
+    def finish(self) -> Sampled:
+        """Waits for the oldest batch that was started: a token for each of its items that samples, and its log-probabilities."""
 
 
 class TorchRunner:
@@ -81,7 +81,7 @@ class TorchRunner:
         """
         self._interpreter = Interpreter(program, weights, operators or implementations(device))
         self._device = torch.device(device)
-        self._finished: deque[list[int]] = deque()
+        self._finished: deque[Sampled] = deque()
         block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         if kv_memory is None:
@@ -104,19 +104,14 @@ class TorchRunner:
         self.capabilities = Capabilities(num_blocks, BLOCK_SIZE)
 
     def start(self, batch: Batch) -> None:
-        sampling = [item for item in batch.items if item.samples]
-        logits = self._logits(batch)
-        positions = [item.start + item.count for item in sampling]
-        self._finished.append(
-            sample(logits, [item.sequence.sampling for item in sampling], positions) if sampling else []
-        )
+        self._finished.append(answer(self._logits(batch), batch))
 
-    def finish(self) -> list[int]:
+    def finish(self) -> Sampled:
         return self._finished.popleft()
 
     @torch.inference_mode()
     def _logits(self, batch: Batch) -> Tensor:
-        """[items that sample, vocab_size], float32."""
+        """[items that sample + prompt_rows of all items, vocab_size], float32."""
         layout = self._layout.lay_out(batch)
         step = Step(
             query_lens=layout.query_lens,

@@ -1,16 +1,26 @@
-"""From logits to tokens: greedy, or temperature, top-k and top-p with random numbers that are counted, not drawn.
+"""From logits to tokens: greedy, or random with numbers that are counted, not drawn; and what is told beside them.
+
+The order: logit bias, bad words, min_tokens, repetition penalty, presence and frequency penalty (processors.py); temperature,
+top-k, top-p of what top-k leaves, min-p (draw.py). It is transformers' order. vLLM applies min-p before top-k and top-p, so that
+its top-p is a share of what min-p leaves, and looks for the beginning of a bad word in the completion alone. transformers may
+part equally probable tokens at the border of top-p, which stay together here, and allows a bad word that is one
+end-of-sequence id, which is masked here as any other.
 
 The random number of a token depends on (seed, position) alone: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
 as 1, 2, 3", 2011) with the seed as key and the position as counter. So the text does not depend on the batch, on preemption
-or on where a stream was resumed. What is kept is a set of tokens that the row's own settings define (ties at the border
-are all kept), and the token is found by inverting the distribution function in the order of the vocabulary.
+or on where a stream was resumed.
 """
+
+import enum
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from executor_svc.core import Sampling
+from executor_svc.core import Batch, Logprobs, Sampled, Sequence
+from executor_svc.draw import draw
+from executor_svc.logprobs import best, log_probabilities, of_prompts, slices
+from executor_svc.processors import edit
 
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -37,48 +47,90 @@ def uniform(seeds: list[int], positions: list[int]) -> np.ndarray:
     return (words >> np.uint32(8)) * 2.0**-24
 
 
-def sample(logits: Tensor, settings: list[Sampling], positions: list[int]) -> list[int]:
-    """The next token of each row.
+class _Way(enum.Enum):
+    """Rows that take the same way are worked on together, and only those pay for it."""
+
+    GREEDY = enum.auto()  # by logits that have been edited
+    RANDOM = enum.auto()
+    LIMITED = enum.auto()  # random, among some
+    CANDIDATES = enum.auto()  # of a beam search
+
+
+def answer(logits: Tensor, batch: Batch) -> Sampled:
+    """All that is wanted of a batch.
 
     Args:
-        logits: [N, vocab] of any float dtype.
-        settings: one a row.
+        logits: float32 [rows, vocab]: of the items that sample, one each, then of all items' prompt_rows.
+    """
+    items = [item for item in batch.items if item.samples]
+    if not items and not len(logits):
+        return Sampled([])
+    sequences, positions = [item.sequence for item in items], [item.start + item.count for item in items]
+    sampled = sample(logits[: len(items)], sequences, positions)
+    if len(items) == len(logits):
+        return sampled
+    return Sampled(sampled.token_ids, sampled.logprobs, of_prompts(logits[len(items) :], batch.items))
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Sampled:
+    """The next token of each row, and its log-probability by the row's unchanged logits where that is wanted.
+
+    Args:
+        logits: float32 [N, vocab]; they stay as they are.
+        sequences: one a row.
         positions: of the tokens that are chosen, counted from the sequence's first token.
     """
-    random = [row for row, sampling in enumerate(settings) if sampling.temperature > 0]
-    tokens: list[int] = logits.argmax(-1).tolist()
-    if random:
-        chosen = [settings[row] for row in random]
-        numbers = uniform([sampling.seed for sampling in chosen], [positions[row] for row in random])
-        drawn = _draw(logits[random].double(), chosen, torch.from_numpy(numbers).to(logits.device))
-        for row, token in zip(random, drawn.tolist(), strict=True):
-            tokens[row] = token
-    return tokens
+    others = [row for row, sequence in enumerate(sequences) if not sequence.plain]
+    if not others:
+        return Sampled(logits.argmax(-1).tolist())
+    ways: dict[_Way, list[int]] = {}
+    for row in others:
+        if way := _way(sequences[row], positions[row]):
+            ways.setdefault(way, []).append(row)
+    as_they_are = len(sequences) > sum(map(len, ways.values()))
+    tokens = logits.argmax(-1) if as_they_are else torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    told: dict[int, Logprobs] = {}
+    for way, all_rows in ways.items():
+        for rows in slices(all_rows, logits.shape[-1]):
+            chosen, at = [sequences[row] for row in rows], [positions[row] for row in rows]
+            scores = torch.log_softmax(logits[rows], -1) if way is _Way.CANDIDATES else logits[rows]
+            edit(scores, chosen, at)
+            if way is _Way.CANDIDATES:
+                told |= _candidates(scores, chosen, rows)
+            if way in (_Way.CANDIDATES, _Way.GREEDY):
+                tokens[rows] = scores.argmax(-1)
+            else:
+                numbers = uniform([sequence.sampling.seed for sequence in chosen], at)
+                settings = [sequence.sampling for sequence in chosen]
+                tokens[rows] = draw(scores, settings, torch.from_numpy(numbers).to(logits.device))
+    token_ids: list[int] = tokens.tolist()
+    wanted: dict[int, list[int]] = {}
+    for row in others:
+        if (count := sequences[row].logprobs) is not None:
+            wanted.setdefault(count, []).append(row)
+    for top, rows in wanted.items():
+        found = log_probabilities(logits[rows], [token_ids[row] for row in rows], top)
+        told.update(zip(rows, found, strict=True))
+    return Sampled(token_ids, told)
 
 
-def _draw(logits: Tensor, settings: list[Sampling], numbers: Tensor) -> Tensor:
-    """[N, vocab] float64, [N] in [0, 1) -> [N] tokens."""
-    temperatures = torch.tensor(
-        [sampling.temperature for sampling in settings], dtype=logits.dtype, device=logits.device
-    )
-    scaled = logits / temperatures[:, None]
-    for row, sampling in enumerate(settings):
-        scaled[row] = _kept(scaled[row], sampling)
-    mass = torch.softmax(scaled, -1).cumsum(-1)
-    target = numbers[:, None] * mass[:, -1:]  # below the last sum, so that rounding cannot lead past the end
-    return torch.searchsorted(mass, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+def _way(sequence: Sequence, position: int) -> _Way | None:
+    """None for the most probable token of logits that stay as they are."""
+    sampling = sequence.sampling
+    if sequence.candidates:
+        return _Way.CANDIDATES
+    if sampling.temperature > 0:
+        return _Way.LIMITED if sampling.limited else _Way.RANDOM
+    return _Way.GREEDY if sampling.edits or position - sequence.prompt_len < sequence.min_tokens else None
 
 
-def _kept(row: Tensor, sampling: Sampling) -> Tensor:
-    """[vocab]; what top-k and top-p leave out becomes -inf."""
-    vocab = row.shape[-1]
-    limit = sampling.top_k if 0 < sampling.top_k < vocab else vocab
-    if limit == vocab and sampling.top_p >= 1:
-        return row
-    ordered = row.topk(limit).values if limit < vocab else row.sort(descending=True).values
-    last = limit - 1
-    if sampling.top_p < 1:
-        last = int(
-            (torch.softmax(ordered, -1).cumsum(-1) < sampling.top_p).sum()
-        )  # the smallest set that reaches top_p
-    return row.masked_fill(row < ordered[min(last, limit - 1)], float("-inf"))
+def _candidates(scores: Tensor, sequences: list[Sequence], rows: list[int]) -> dict[int, Logprobs]:
+    """The best next tokens of beams, by row."""
+    found = {}
+    for count in {sequence.candidates for sequence in sequences}:
+        mine = [index for index, sequence in enumerate(sequences) if sequence.candidates == count]
+        values, ids = best(scores[mine], count)
+        for index, row_ids, row_values in zip(mine, ids.tolist(), values.tolist(), strict=True):
+            found[rows[index]] = Logprobs([], len(row_ids), row_ids, row_values)
+    return found

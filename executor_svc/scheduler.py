@@ -11,11 +11,22 @@ from collections import deque
 from collections.abc import Callable
 
 from engine.errors import Internal, ResourceExhausted
-from executor_svc.core import Batch, Emitted, Finish, Reason, Scheduled, SchedulerConfig, Sequence
+from executor_svc.core import (
+    Batch,
+    Emitted,
+    Finish,
+    PromptTold,
+    Reason,
+    Sampled,
+    Scheduled,
+    SchedulerConfig,
+    Sequence,
+)
 from executor_svc.deadlines import Deadlines
 from executor_svc.kv_cache import KVCache
 from executor_svc.pace import Pace
 from executor_svc.prefixes import Prefixes
+from executor_svc.prompt_rows import prompt_rows
 from executor_svc.waiting import Waiting
 
 
@@ -43,6 +54,7 @@ class Scheduler:
         self._leaving: list[Sequence] = []  # ended, but held by a batch in flight
         self._in_flight: deque[Batch] = deque()
         self._arrivals = 0
+        self._told: list[PromptTold] = []  # and nobody has taken it
         self._steps = 0
         self._decoded = False  # in the last batch, where batches are not mixed
 
@@ -70,6 +82,14 @@ class Scheduler:
         # Those that have just come and can run at once wait too, until the next batch: so the batch's places count.
         if len(self.running) + len(self._waiting) >= self.config.max_batch_size + self.config.max_waiting:
             raise self._queue_full()
+        self.check_size(sequence)
+        if self.idle:
+            self._pace.restart(self._clock())
+        sequence.arrival = self._arrivals
+        self._queue(sequence)
+
+    def check_size(self, sequence: Sequence) -> None:
+        """Raises ResourceExhausted for one that the cache could not hold even alone."""
         longest = self._longest(sequence)
         if self.cache.blocks_for(longest) > self.config.num_blocks:
             raise ResourceExhausted(
@@ -77,12 +97,14 @@ class Scheduler:
                 f"{self.config.num_blocks * self.config.block_size}: lower max_tokens or start it with more --kv-memory",
                 reason="KV_CACHE_TOO_SMALL",
             )
-        if self.idle:
-            self._pace.restart(self._clock())
-        sequence.arrival = self._arrivals
-        self._arrivals += 1
-        self._waiting.push(sequence)
-        self._deadlines.add(sequence)
+
+    def go_on(self, sequence: Sequence) -> None:
+        """Queues the next step of a group whose first sequence was added, at the place of its `arrival`, in a full queue too."""
+        self._queue(sequence)
+
+    def group_ended(self) -> None:
+        """To be called when a group has run to its end: it counts as one request in the pace."""
+        self._pace.ended(self._clock())
 
     def cancel(self, sequence: Sequence, reason: Reason = Reason.CANCELLED) -> bool:
         """Ends a sequence from outside; False if it had ended already. No token of it is emitted afterwards."""
@@ -123,18 +145,24 @@ class Scheduler:
         expired, self._expired = self._expired, []
         return expired
 
-    def commit(self, batch: Batch, tokens: list[int]) -> list[Emitted]:
-        """Takes the tokens of the oldest batch in flight, one for each item that samples, in order.
+    def take_prompt_logprobs(self) -> list[PromptTold]:
+        """What `commit` has learnt of prompts since the last call; to be told before the tokens that it gave."""
+        told, self._told = self._told, []
+        return told
+
+    def commit(self, batch: Batch, sampled: Sampled) -> list[Emitted]:
+        """Takes what was sampled of the oldest batch in flight.
 
         Returns:
             What happened to whom; nothing for sequences that ended meanwhile.
         """
         if not self._in_flight or self._in_flight.popleft() is not batch:
             raise Internal("batches must be committed in the order in which they were scheduled")
-        emitted, supply = [], iter(tokens)
-        for item in batch.items:
+        emitted: list[Emitted] = []
+        supply = enumerate(sampled.token_ids)
+        for index, item in enumerate(batch.items):
             sequence = item.sequence
-            token = next(supply) if item.samples else None
+            row, token = next(supply) if item.samples else (-1, None)
             sequence.in_flight -= 1
             sequence.pending -= item.samples
             if sequence.finish is not None:
@@ -143,10 +171,13 @@ class Scheduler:
                     self._release(sequence)
                 continue
             self._prefixes.remember(item)
+            if item.prompt_rows:
+                self._told.append(PromptTold(sequence, item.prompt_rows.start + 1, sampled.prompt_logprobs[index]))
             if token is not None:
                 sequence.token_ids.append(token)
                 finish = self._finish(sequence, token)
-                emitted.append(Emitted(sequence, token, finish, first=not sequence.emitted))
+                first = not sequence.emitted
+                emitted.append(Emitted(sequence, token, finish, first, sampled.logprobs.get(row)))
                 sequence.emitted = True
                 if finish:
                     self._end(sequence, finish)
@@ -171,6 +202,12 @@ class Scheduler:
 
     # What follows is the scheduler's own.
 
+    def _queue(self, sequence: Sequence) -> None:
+        sequence.serial = self._arrivals
+        self._arrivals += 1
+        self._waiting.push(sequence)
+        self._deadlines.add(sequence)
+
     def _queue_full(self) -> ResourceExhausted:
         waiting, limit = len(self._waiting), self.config.max_waiting
         wait = self._pace.wait(waiting, self._clock())
@@ -187,7 +224,7 @@ class Scheduler:
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
-            if sequence.pending and not self.config.future_tokens:
+            if sequence.pending and (not self.config.future_tokens or sequence.sampling.needs_tokens):
                 continue
             if (
                 sequence.num_completion + sequence.pending >= sequence.max_tokens
@@ -214,8 +251,15 @@ class Scheduler:
     def _take(self, sequence: Sequence, budget: int, items: list[Scheduled]) -> int:
         """Puts as much of a sequence into the batch as the budget allows; the number of tokens."""
         start, left = sequence.num_computed, sequence.num_tokens - sequence.num_computed
-        count = min(left, budget)
-        items.append(Scheduled(sequence, start, count, samples=count == left))
+        count, rows = min(left, budget), range(0)
+        if sequence.tells_prompt:
+            rows = prompt_rows(sequence, count, items)
+            if rows.stop < sequence.prompt_len - 1:
+                count = min(count, rows.stop - start)
+            if not count:
+                return 0
+            sequence.prompt_told = rows.stop
+        items.append(Scheduled(sequence, start, count, count == left, rows))
         sequence.num_computed += count
         sequence.pending += count == left
         sequence.in_flight += 1
@@ -256,7 +300,7 @@ class Scheduler:
         sequence = self._waiting.first()
         if sequence is None or len(self.running) >= self.config.max_batch_size:
             return None
-        shared = self._prefixes.match(sequence)
+        shared = [] if sequence.tells_prompt else self._prefixes.match(sequence)
         fresh = self.cache.blocks_for(len(sequence.token_ids)) - len(shared)
         growing = sum(len(other.blocks) < self.cache.blocks_for(self._longest(other)) for other in self.running)
         if not self.cache.can_allocate(fresh + growing, shared):
@@ -282,7 +326,8 @@ class Scheduler:
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
         if sequence in self.running:
-            self._pace.ended(self._clock())
+            if sequence.group is None:
+                self._pace.ended(self._clock())
             self.running.remove(sequence)
             if sequence.in_flight:
                 self._leaving.append(sequence)
@@ -296,5 +341,5 @@ class Scheduler:
         sequence.blocks = []
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.rank

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +18,7 @@ from executor_svc.launch import Spares
 from executor_svc.workers import Client, WorkerProcess
 from protos.rpc import from_failure, to_failure
 from protos.v1 import executor_pb2 as pb
-from protos.v1.common_pb2 import Usage
+from protos.v1.common_pb2 import Logprobs, Usage
 from protos.v1.worker_pb2 import ClientDone, ClientGone, ToWorker
 
 _RELOAD_DELAY, _LONGEST_RELOAD_DELAY = 1.0, 30.0  # seconds before a worker that died is started again
@@ -115,7 +115,7 @@ class ExecutorServicer:
 
     async def Generate(self, request: pb.Submit, _context: Any) -> AsyncIterator[pb.GenerateOutput]:
         worker = self._worker(request.engine_id)
-        usage = Usage()
+        usage = Usage(prompt_tokens=len(request.token_ids), completion_tokens=len(request.resume_token_ids))
         with self._client() as client:
             worker.send(ToWorker(client=client.number, submit=request, arrived=time.monotonic()))
             async for data in client.outputs():
@@ -126,11 +126,18 @@ class ExecutorServicer:
                     raise from_failure(failed.failure)
                 for started in step.started:
                     usage.prompt_tokens, usage.cached_tokens = started.prompt_tokens, started.cached_tokens
-                    usage.completion_tokens = len(request.resume_token_ids)
-                usage.completion_tokens += len(step.token_ids)
+                hypotheses = [found for result in step.beams for found in result.hypotheses]
+                usage.completion_tokens += len(step.token_ids) + sum(len(found.token_ids) for found in hypotheses)
                 finish = step.finished[0].finish if step.finished else None
-                if step.token_ids or finish:
-                    yield pb.GenerateOutput(token_ids=step.token_ids, usage=usage, finish=finish)
+                if step.token_ids or step.prompt_logprobs or finish:
+                    yield pb.GenerateOutput(
+                        token_ids=step.token_ids,
+                        usage=usage,
+                        finish=finish,
+                        logprobs=_joined(step.logprobs),
+                        prompt_logprobs=_joined(step.prompt_logprobs),
+                        hypotheses=hypotheses,
+                    )
                 if finish:
                     return
 
@@ -228,3 +235,12 @@ class ExecutorServicer:
             except EnginehouseError as error:
                 log.warning("engine %s cannot be loaded again: %s", engine_id[:12], error.message)
                 delay = min(2 * delay, _LONGEST_RELOAD_DELAY)
+
+
+def _joined(rows: Iterable[pb.RowLogprobs]) -> Logprobs | None:
+    """The columns of one request, those of a later row behind those of an earlier one."""
+    joined = None
+    for row in rows:
+        joined = joined or Logprobs()
+        joined.MergeFrom(row.logprobs)
+    return joined

@@ -9,7 +9,7 @@ class Waiting:
     """Sequences by rank. Those that end while they wait stay until they surface or are dropped in bulk; nobody sees them."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Sequence]] = []
+        self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
         self._count = 0
 
     def __len__(self) -> int:

@@ -19,9 +19,10 @@ from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition
 from engine.fingerprint import Node
 from engine.manifest import Manifest
 from engine.trust import Trust
-from executor_svc.core import Batch, Finish, Reason, SchedulerConfig, Sequence
+from executor_svc.beams import BeamGroup
+from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
-from executor_svc.intake import to_sequence
+from executor_svc.intake import to_beam_search, to_sequence
 from executor_svc.kernels import prepare
 from executor_svc.loader import load_engine
 from executor_svc.outbox import Outbox
@@ -78,7 +79,7 @@ class Worker:
         self._front, self._manifest, self._runner = front, manifest, runner
         self._scheduler = Scheduler(scheduler_config(runner, manifest, max_waiting))
         self._outbox = Outbox()
-        self._live: dict[int, dict[int, Sequence]] = {}  # client -> handle -> sequence
+        self._live: dict[int, dict[int, Sequence]] = {}  # client -> handle -> sequence, or the request of a group
         self._done: set[int] = set()  # clients that will send no more
         self._batches: deque[Batch] = deque()  # in flight, oldest first
         self._checked = False  # the scheduler's integrity, since something last happened
@@ -107,7 +108,13 @@ class Worker:
             if self._batches:
                 batch = self._batches.popleft()
                 self._step = batch.step
-                for emitted in self._scheduler.commit(batch, self._runner.finish()):
+                news = self._scheduler.commit(batch, self._runner.finish())
+                for told in self._scheduler.take_prompt_logprobs():
+                    self._outbox.prompt(told)
+                for emitted in news:
+                    if emitted.sequence.group is not None:
+                        self._search(emitted.sequence.group, emitted)
+                        continue
                     self._outbox.token(emitted)
                     if emitted.finish:
                         self._forget(emitted.sequence)
@@ -131,7 +138,7 @@ class Worker:
                         self._cancel(sequence)
             elif kind == "client_gone":
                 for sequence in self._live.pop(message.client, {}).values():
-                    self._scheduler.cancel(sequence)
+                    self._end(sequence, Reason.CANCELLED)
                 self._done.discard(message.client)
             elif kind == "client_done":
                 self._done.add(message.client)
@@ -145,7 +152,11 @@ class Worker:
             return
         try:
             sequence = to_sequence(client, submit, self._manifest, arrived)
-            self._scheduler.add(sequence)
+            if beam_search := to_beam_search(submit):
+                self._scheduler.check_size(sequence)
+                self._scheduler.add(BeamGroup(sequence, beam_search).first())
+            else:
+                self._scheduler.add(sequence)
         except Exception as error:
             if not isinstance(error, EnginehouseError):
                 log.exception("request %d of client %d", submit.handle, client)
@@ -153,9 +164,32 @@ class Worker:
             return
         live[submit.handle] = sequence
 
+    def _search(self, group: BeamGroup, emitted: Emitted) -> None:
+        """Takes a beam's step; queues the next ones, or tells the result."""
+        for sequence in group.take(emitted):
+            self._scheduler.go_on(sequence)
+        if group.request.finish is not None:
+            self._scheduler.group_ended()
+            self._outbox.beams(group)
+            self._forget(group.request)
+
+    def _end(self, sequence: Sequence, reason: Reason) -> bool:
+        """Ends a request from outside, with all beams of a group; False if it had ended already."""
+        group = sequence.group
+        if group is None:
+            return self._scheduler.cancel(sequence, reason)
+        if group.request.finish is not None:
+            return False
+        group.request.finish = Finish(reason)
+        for member in group.members:
+            self._scheduler.cancel(member, reason)
+        return True
+
     def _expire(self) -> None:
         """Tells of those that the scheduler has dropped because their deadline had passed."""
         for sequence in self._scheduler.take_expired():
+            if sequence.group is not None and not self._end(sequence, Reason.DEADLINE):
+                continue  # it was told with the first of its beams
             started = sequence.num_cached is not None
             when = f"after {sequence.num_completion} tokens" if started else "before the request was started"
             fix = "lower max_tokens" if started else f"come back when fewer than {self._scheduler.num_waiting + 1} wait"
@@ -164,7 +198,7 @@ class Worker:
             self._forget(sequence)
 
     def _cancel(self, sequence: Sequence) -> None:
-        if self._scheduler.cancel(sequence):
+        if self._end(sequence, Reason.CANCELLED):
             self._outbox.finish(sequence.client, sequence.handle, Finish(Reason.CANCELLED))
             self._forget(sequence)
 

@@ -294,7 +294,7 @@ class BeamSearch(_message.Message):
     width: _builtins.int
     """beams, and hypotheses that are given; 1 to 16, 0 is no beam search"""
     length_penalty: _builtins.float
-    """[1.0] a hypothesis' score is its log-probability over length ** length_penalty"""
+    """[1.0] a hypothesis' score is its log-probability over length ** length_penalty; in [-10, 10]"""
     early_stopping: Global___EarlyStopping.ValueType
     diversity_rate: _builtins.float
     """subtracted k times from the k-th best child of a beam (Li and Jurafsky 2016); at least 0"""

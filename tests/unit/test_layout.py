@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ResourceExhausted
-from executor_svc.core import Batch, Sampling, SchedulerConfig, Sequence
+from executor_svc.core import Batch, Sampled, Sampling, SchedulerConfig, Sequence
 from executor_svc.layout import Layout, StepLayout
 from executor_svc.scheduler import Scheduler
 
@@ -68,7 +68,7 @@ def test_it_says_what_the_batch_says_across_chunks_preemption_and_reuse(
             laid_out = layout.lay_out(batch)
             check(batch, laid_out)
             kept.append((laid_out, laid_out.block_tables.flatten().tolist()))
-            scheduler.commit(batch, [1 + batch.step % 7 for item in batch.items if item.samples])
+            scheduler.commit(batch, Sampled([1 + batch.step % 7 for item in batch.items if item.samples]))
             assert all(earlier.block_tables.flatten().tolist() == was for earlier, was in kept), (
                 "an earlier step's changed"
             )

@@ -171,7 +171,10 @@ def test_the_native_operators_are_there_where_there_is_a_compiler() -> None:
 
 
 def test_without_the_native_operators_torch_serves() -> None:
-    program = "from executor_svc.kernels import implementations, native; print(native.available, implementations('cpu')['attention'])"
+    program = (
+        "from executor_svc.kernels import implementations, native\n"
+        "print(native.available, implementations('cpu')['attention'])"
+    )
     environment = {**os.environ, "ENGINEHOUSE_NATIVE": "0"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.stdout.startswith("False <function attention at "), run.stderr

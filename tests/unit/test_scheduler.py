@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import Internal, ResourceExhausted
-from executor_svc.core import Batch, Reason, Sampling, SchedulerConfig, Sequence
+from executor_svc.core import Batch, Reason, Sampled, Sampling, SchedulerConfig, Sequence
 from executor_svc.kv_cache import KVCache
 from executor_svc.pace import Pace
 from executor_svc.scheduler import Scheduler
@@ -34,7 +34,7 @@ class BlockRunner:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.memory = [[-1] * config.block_size for _ in range(config.num_blocks)]
-        self.results: deque[list[int]] = deque()
+        self.results: deque[Sampled] = deque()
         self.unknown: dict[Sequence, list[int]] = {}  # sampled, not committed: what a device would know
 
     def start(self, batch: Batch) -> None:
@@ -56,9 +56,9 @@ class BlockRunner:
                 token = next_token(seen)
                 self.unknown.setdefault(sequence, []).append(token)
                 tokens.append(token)
-        self.results.append(tokens)
+        self.results.append(Sampled(tokens))
 
-    def finish(self, batch: Batch) -> list[int]:
+    def finish(self, batch: Batch) -> Sampled:
         for item in batch.items:
             if item.samples:
                 self.unknown[item.sequence].pop(0)
@@ -446,7 +446,7 @@ def test_a_deadline_that_passes_with_every_batch_in_flight() -> None:
 
 def test_ended_sequences_do_not_pile_up_until_their_deadlines() -> None:
     scheduler, runner = Scheduler(config_of()), BlockRunner(config_of())
-    kept = sequence_of([1], 1, deadline=math.inf, arrival=-1)
+    kept = sequence_of([1], 1, deadline=math.inf, serial=-1)
     scheduler._deadlines.add(kept)
     for _ in range(300):
         scheduler.add(sequence_of([1, 2], 1, deadline=math.inf))
@@ -463,7 +463,7 @@ def test_commits_out_of_order_are_refused() -> None:
     second = scheduler.schedule()
     assert first is not None and second is not None
     with pytest.raises(Internal, match="in the order"):
-        scheduler.commit(second, [1])
+        scheduler.commit(second, Sampled([1]))
 
 
 def test_integrity_check_sees_a_lost_and_a_stolen_block() -> None:
