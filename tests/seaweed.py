@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -125,17 +126,20 @@ class SeaweedFS:
         ]  # fmt: skip
         if self.certificate:
             options += [f"-s3.cert.file={self.certificate[0]}", f"-s3.key.file={self.certificate[1]}"]
+        self._launch("server", *options)
+        self._wait_until_it_writes()
+
+    def _launch(self, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARDED, self.directory, self.binary, "-logtostderr=true", "server", *options],
+                ["/bin/sh", "-c", _GUARDED, self.directory, self.binary, "-logtostderr=true", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
-                env={**os.environ, "HOME": str(self.directory), "TMPDIR": str(self.directory)},
+                env={**environment, "HOME": str(self.directory), "TMPDIR": str(self.directory)},
                 start_new_session=True,  # Ctrl-C is for the tests, which then stop it
             )
-        self._wait_until_it_writes()
 
     def _wait_until_it_writes(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT
