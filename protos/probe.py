@@ -1,4 +1,4 @@
-"""`python -m protos.probe HOST:PORT`: asks a service for its health, as grpc.health.v1 defines it, and says so by its exit status.
+"""`python -m protos.probe HOST:PORT`: asks a service for its health (grpc.health.v1), and tells it by its exit status.
 
 For health checks of containers and scripts, which then need no program that is not there already.
 """

@@ -139,14 +139,21 @@ def variables(text: str) -> dict[str, str]:
 
 
 def services(environment: Mapping[str, str] | None = None) -> dict[str, Service]:
-    """All services, by name. A variable without a value is one of the caller's environment, and then not set."""
-    return {name: service(name, each) for name, each in compose(environment)["services"].items()}
+    """All services, by name.
+
+    Args:
+        environment: what .env and the caller's environment would have: for ${NAME}, and for what is passed on without a value.
+    """
+    given = environment or {}
+    return {name: service(name, each, given) for name, each in compose(given)["services"].items()}
 
 
-def service(name: str, definition: Mapping[str, Any]) -> Service:
+def service(name: str, definition: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Service:
     """One service, from its entry under `services`."""
     target = definition.get("build", {}).get("target", "")
-    set_here = {key: str(value) for key, value in definition.get("environment", {}).items() if value is not None}
+    named = definition.get("environment", {}).items()
+    values = {key: (environment or {}).get(key) if value is None else str(value) for key, value in named}
+    set_here = {key: value for key, value in values.items() if value is not None}
     ports = [each.split(":") for each in definition.get("ports", ())]
     return Service(
         name=name,

@@ -79,7 +79,7 @@ class SeaweedFS:
         self.data = self.directory / "data"
         self.data.mkdir()
         self.process: subprocess.Popen[bytes] | None = None
-        self.ports = dict(zip([*_PORTS, *(f"{name}.grpc" for name in _PORTS)], _free_ports(8), strict=True))
+        self.ports = dict(zip([*_PORTS, *(f"{name}.grpc" for name in _PORTS)], free_ports(8), strict=True))
         self.endpoint = f"{'https' if certificate else 'http'}://127.0.0.1:{self.ports['s3']}"
         self.environment = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         if certificate:
@@ -199,7 +199,7 @@ class SeaweedFS:
         self.close()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, all different."""
     sockets = [socket.socket() for _ in range(count)]
     try:

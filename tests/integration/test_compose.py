@@ -1,5 +1,5 @@
-"""docker-compose.yml and its README without Docker: each service by the command of its image and of the file, with their environment
-and nothing else, where only its extra is installed; the person's commands as they stand in the README.
+"""docker-compose.yml and its README without Docker: each service by the command of its image and of the file, with their
+environment and nothing else, where only its extra is installed; the person's commands as they stand in the README.
 
 Only names, ports and paths are other ones; `Cluster.here` has the whole list.
 """
@@ -21,9 +21,10 @@ import urllib3
 
 from tests.deployment import README, ROOT, Service, chain, context, image, seconds, services
 from tests.integration import services as processes
-from tests.seaweed import SeaweedFS
+from tests.seaweed import SeaweedFS, free_ports
 
 ONLY = Path(processes.__file__).parent / "only_extra"
+UP = services({"OMP_NUM_THREADS": "1"})  # the model is small, and the tests' machine, too
 
 
 class Store(SeaweedFS):
@@ -31,6 +32,7 @@ class Store(SeaweedFS):
 
     def __init__(self, definition: Service) -> None:
         super().__init__(bucket="")  # the options make one
+        self.ports.update(zip(("admin", "admin.grpc"), free_ports(2), strict=True))
         self.definition = definition
 
     def start(self) -> None:
@@ -41,7 +43,8 @@ class Store(SeaweedFS):
             f"-{name.replace('.grpc', '')}.port{'.grpc' * name.endswith('.grpc')}={port}"
             for name, port in self.ports.items()
         ]
-        self._launch(*options, *ports, environment=self.definition.environment)
+        fips = {"GODEBUG": "fips140=on"}  # as the image's entry point has it
+        self._launch(*options, *ports, environment={**self.definition.environment, **fips})
         *wget, url = self.definition.definition["healthcheck"]["test"]
         assert wget == ["CMD", "wget", "-q", "-O", "/dev/null"]  # fails unless the answer is a success
         deadline = time.monotonic() + seconds(self.definition.definition["healthcheck"]["start_period"])
@@ -71,14 +74,15 @@ class Cluster:
 
     def here(self, text: str) -> str:
         """A text of the files as it must be on this machine, without containers: their names, ports and directories."""
-        known = services()
         replaced = {"store:8333": f"127.0.0.1:{self._store.ports['s3']}", "0.0.0.0": "127.0.0.1"}  # noqa: S104
         replaced["127.0.0.1:8333"] = replaced["store:8333"]
         replaced["/checkpoints"] = str(ROOT / "examples")
-        for name, each in known.items():
+        for name, each in UP.items():
             for address, outside, inside in each.ports if each.target else ():
                 process = self.running.get(name)
-                replaced[f"{name}:{inside}"] = replaced[f"{address}:{outside}"] = process.address if process else "127.0.0.1:1"
+                replaced[f"{name}:{inside}"] = replaced[f"{address}:{outside}"] = (
+                    process.address if process else "127.0.0.1:1"
+                )
             replaced[name] = "127.0.0.1"
         pattern = "|".join(map(re.escape, sorted(replaced, key=len, reverse=True)))
         return re.sub(rf"(?<![\w.-])(?:{pattern})(?![\w-])", lambda match: replaced[match[0]], text)
@@ -86,7 +90,7 @@ class Cluster:
     def environment(self, name: str) -> dict[str, str]:
         """Of a service: the image's and the file's, and a proxy, as Docker hands it on, that nothing may go through."""
         home, temporary = self.homes[name]
-        each = services()[name]
+        each = UP[name]
         return {
             **{key: self.here(value) for key, value in each.environment.items()},
             "PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary),
@@ -96,14 +100,16 @@ class Cluster:
     @contextlib.contextmanager
     def service(self, name: str) -> Iterator[processes.Service]:
         """Starts one: the image's entry point, then the file's command."""
-        each = services()[name]
+        each = UP[name]
         self.homes[name] = (self.directory / name / "home", self.directory / name / "tmp")
         for path in self.homes[name]:
             path.mkdir(parents=True)
         home = str(self.homes[name][0])
         python, *program = each.image.entrypoint
         assert python == "python"
-        arguments = [self.here(part).replace(each.image.environment["HOME"], home) for part in (*program[2:], *each.command)]
+        arguments = [
+            self.here(part).replace(each.image.environment["HOME"], home) for part in (*program[2:], *each.command)
+        ]
         started = processes.service(
             each.package,
             self.directory / f"{name}.log",
@@ -118,13 +124,17 @@ class Cluster:
 
     def healthy(self, name: str) -> bool:
         """Whether the image's health check says so."""
-        each = services()[name]
+        each = UP[name]
         inside = f"127.0.0.1:{each.image.exposed[0]}"
         python, *arguments = (part.replace(inside, self.running[name].address) for part in each.image.health)
         assert python == "python"
         only = {"PYTHONPATH": str(ONLY), "ENGINEHOUSE_ONLY": each.package.removesuffix("_svc")}
         done = subprocess.run(
-            [sys.executable, *arguments], env={**self.environment(name), **only}, capture_output=True, text=True, timeout=20
+            [sys.executable, *arguments],
+            env={**self.environment(name), **only},
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
         assert done.returncode in (0, 1), done.stderr
         assert (done.returncode == 0) == (done.stdout == "SERVING\n"), done.stdout
@@ -135,7 +145,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("compose")
     with contextlib.ExitStack() as stack:
-        started = Cluster(directory, stack.enter_context(Store(services()["store"])))
+        started = Cluster(directory, stack.enter_context(Store(UP["store"])))
         for name in ("builder", "executor-1", "executor-2", "gateway"):
             stack.enter_context(started.service(name))
         yield started
@@ -160,7 +170,7 @@ def type_in(cluster: Cluster, command: list[str], environment: Mapping[str, str]
 def test_from_checkpoint_to_text_as_the_readme_says(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in cluster.running:
         assert cluster.healthy(name), name
-    for variable in services()["store"].environment:
+    for variable in UP["store"].environment:
         monkeypatch.delenv(variable, raising=False)
     environment = {"ENGINEHOUSE_HOME": str(cluster.directory / "person")}
     told: dict[str, str] = {}
@@ -192,7 +202,7 @@ def test_the_executor_of_the_profile_gpu_comes_up_and_waits(cluster: Cluster) ->
 
 def test_services_end_in_order_and_are_not_healthy_any_more(cluster: Cluster) -> None:
     for name in ("gateway", "executor-1", "executor-2", "builder"):
-        running, each = cluster.running[name], services()[name]
+        running, each = cluster.running[name], UP[name]
         stop = signal.Signals[each.image.stop_signal]
         running.process.send_signal(stop)
         assert running.process.wait(seconds(each.definition["stop_grace_period"])) == 0, running.log.read_text()
@@ -222,11 +232,11 @@ def test_the_gateway_runs_from_what_its_build_stage_makes(tmp_path: Path) -> Non
     installed = subprocess.run(pip, capture_output=True, text=True, check=True).stdout.lower().split()
     names = {line.partition("==")[0] for line in installed}
     assert {"enginehouse", "grpcio", "tokenizers", "jinja2"} <= names
-    assert not {"torch", "numpy", "transformers", "pip", "click", "pytest"} & names
+    assert not {"torch", "numpy", "transformers", "pip", "setuptools", "pytest"} & names
     pinned = {line.lower() for line in (ROOT / "constraints.txt").read_text().split()}
     assert [line for line in installed if not line.startswith("enginehouse==") and line not in pinned] == []
 
-    found, each = image("gateway"), services()["gateway"]
+    found, each = image("gateway"), UP["gateway"]
     python = str(environment / "bin" / "python")
     arguments = ["--host", "127.0.0.1", "--port", "0", *each.command]
     process = subprocess.Popen(

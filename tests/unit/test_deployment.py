@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click import Context, Group
 
 from builder_svc.process import GRACE
 from engine.backends import TRANSFER_PATIENCE
+from enginehouse.cli import main
 from protos import rpc
 from tests.deployment import (
     COMPOSE,
@@ -200,10 +202,7 @@ def test_env_example_has_every_variable_with_the_default_of_the_compose_file() -
     offered = {line[1:].partition("=")[0] for line in lines if re.match(r"#\w+=", line)}
     assert given == variables(COMPOSE.read_text())
     passed_on = {
-        key
-        for each in services().values()
-        for key, value in each.definition["environment"].items()
-        if value is None
+        key for each in services().values() for key, value in each.definition["environment"].items() if value is None
     }
     assert offered == passed_on
     assert ".env" in (ROOT / ".gitignore").read_text().split()
@@ -244,6 +243,23 @@ def test_docker_commands_of_the_readme_name_what_is_there() -> None:
             verb = next(word for word in command[1:] if word in ("up", "ps", "logs", "down"))
             names = [word for word in command[command.index(verb) + 1 :] if not word.startswith("-")]
             assert set(names) <= set(known["services"])
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[0] == "enginehouse"], ids=" ".join)
+def test_every_command_of_the_readme_can_be_typed(command: list[str]) -> None:
+    """Parsed, not run; tests/integration/test_compose.py runs those that need neither a GPU nor the hub."""
+    found, context = main, Context(main)
+    name, *arguments = command[1:]
+    while isinstance(found, Group):
+        child = found.get_command(context, name)
+        assert child is not None, name
+        context = Context(found, parent=context, info_name=name)
+        found = child
+        if isinstance(found, Group) and arguments and not arguments[0].startswith("-"):
+            name, *arguments = arguments
+        else:
+            break
+    found.make_context(name, arguments, parent=context)
 
 
 def test_override_of_the_readme_changes_nothing_but_the_engine() -> None:
