@@ -33,12 +33,19 @@ def probe(address: str, service: str = "", timeout: float = 3.0) -> str:
     return HealthCheckResponse.ServingStatus.Name(answer.status)
 
 
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8400")
+    return text
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The process: prints the state; its exit status is 0 if that is SERVING, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m protos.probe", description="Asks a service for its health: exit status 0 if it serves, else 1."
     )
-    parser.add_argument("address", metavar="HOST:PORT")
+    parser.add_argument("address", type=_address, metavar="HOST:PORT")
     parser.add_argument(
         "--service", default="", metavar="NAME", help="such as enginehouse.v1.Gateway [the server as a whole]"
     )
