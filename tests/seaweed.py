@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -78,7 +79,7 @@ class SeaweedFS:
         self.data = self.directory / "data"
         self.data.mkdir()
         self.process: subprocess.Popen[bytes] | None = None
-        self.ports = dict(zip([*_PORTS, *(f"{name}.grpc" for name in _PORTS)], _free_ports(8), strict=True))
+        self.ports = dict(zip([*_PORTS, *(f"{name}.grpc" for name in _PORTS)], free_ports(8), strict=True))
         self.endpoint = f"{'https' if certificate else 'http'}://127.0.0.1:{self.ports['s3']}"
         self.environment = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         if certificate:
@@ -125,17 +126,20 @@ class SeaweedFS:
         ]  # fmt: skip
         if self.certificate:
             options += [f"-s3.cert.file={self.certificate[0]}", f"-s3.key.file={self.certificate[1]}"]
+        self._launch("server", *options)
+        self._wait_until_it_writes()
+
+    def _launch(self, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARDED, self.directory, self.binary, "-logtostderr=true", "server", *options],
+                ["/bin/sh", "-c", _GUARDED, self.directory, self.binary, "-logtostderr=true", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
-                env={**os.environ, "HOME": str(self.directory), "TMPDIR": str(self.directory)},
+                env={**environment, "HOME": str(self.directory), "TMPDIR": str(self.directory)},
                 start_new_session=True,  # Ctrl-C is for the tests, which then stop it
             )
-        self._wait_until_it_writes()
 
     def _wait_until_it_writes(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT
@@ -195,7 +199,7 @@ class SeaweedFS:
         self.close()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, all different."""
     sockets = [socket.socket() for _ in range(count)]
     try:

@@ -33,6 +33,7 @@ def service(
     port: str = "0",
     program: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    alone: bool = False,
 ) -> Iterator[Service]:
     """`python -m package --port 0 arguments`, until the block ends; its log is shown if it does not come up.
 
@@ -42,9 +43,10 @@ def service(
         port: or HOST:PORT of one that ran before.
         program: Python's arguments instead of `-m package`.
         environment: added to this process' own.
+        alone: the environment is all that it gets.
     """
     everything = {
-        **os.environ,
+        **({} if alone else os.environ),
         **(environment or {}),
         "PYTHONPATH": str(Path(__file__).parent / "only_extra"),
         "PYTHONSAFEPATH": "1",

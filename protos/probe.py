@@ -1,0 +1,60 @@
+"""`python -m protos.probe HOST:PORT`: asks a service for its health (grpc.health.v1), and tells it by its exit status.
+
+For health checks of containers and scripts, which then need no program that is not there already.
+"""
+
+import argparse
+import sys
+
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+# A proxy that the environment names is for the outside: what is asked here is this very process' neighbour.
+_OPTIONS = [("grpc.enable_http_proxy", 0)]
+
+
+def probe(address: str, service: str = "", timeout: float = 3.0) -> str:
+    """Asks once.
+
+    Args:
+        address: HOST:PORT.
+        service: such as "enginehouse.v1.Gateway"; empty for the server as a whole.
+        timeout: seconds for the connection and the answer together.
+
+    Returns:
+        "SERVING", another state's name, or why there was no answer: "UNAVAILABLE: ...".
+    """
+    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
+        try:
+            answer = HealthStub(channel).Check(HealthCheckRequest(service=service), timeout=timeout)
+        except grpc.RpcError as error:
+            return f"{error.code().name}: {error.details()}"
+    return HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8400")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The process: prints the state; its exit status is 0 if that is SERVING, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m protos.probe", description="Asks a service for its health: exit status 0 if it serves, else 1."
+    )
+    parser.add_argument("address", type=_address, metavar="HOST:PORT")
+    parser.add_argument(
+        "--service", default="", metavar="NAME", help="such as enginehouse.v1.Gateway [the server as a whole]"
+    )
+    parser.add_argument("--timeout", default=3.0, type=float, metavar="SECONDS", help="for the answer [%(default)g]")
+    parsed = parser.parse_args(arguments)
+    state = probe(parsed.address, parsed.service, parsed.timeout)
+    print(state)
+    return 0 if state == "SERVING" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
