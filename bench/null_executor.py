@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from engine.fingerprint import Fingerprint
 from engine.manifest import FileRef, Limits, Manifest, ModelFacts, Parallelism, Rank
-from executor_svc.core import Batch
+from executor_svc.core import Batch, Sampled
 
 NULL_ENGINE = "0" * 64
 VOCAB, MAX_SEQ_LEN, BLOCK_SIZE = 32_000, 4096, 16
@@ -40,11 +40,11 @@ class NullRunner:
     def start(self, batch: Batch) -> None:
         self._started.append((batch, time.monotonic() + self._seconds))
 
-    def finish(self) -> list[int]:
+    def finish(self) -> Sampled:
         batch, ready = self._started.popleft()
         if self._seconds:
             time.sleep(max(0.0, ready - time.monotonic()))
-        return [(item.start + batch.step) % (VOCAB - 1) + 1 for item in batch.items if item.samples]
+        return Sampled([(item.start + batch.step) % (VOCAB - 1) + 1 for item in batch.items if item.samples])
 
 
 def null_manifest(max_batch_size: int) -> Manifest:
