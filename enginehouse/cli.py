@@ -70,10 +70,10 @@ def _sampling(max_tokens: str) -> Callable[[_Function], _Function]:
 def main() -> None:
     """Build LLM engines once, keep them in a store, load them in seconds, stream tokens from them.
 
-    With --json, which all commands have but chat and completion, stdout is one JSON document (of `builds logs` one a
-    line): an array where things are listed, an object elsewhere; sizes in bytes, times in seconds or ISO 8601. An error
-    is {"error": {"code", "reason", "message", "metadata", "retry_after"}} on stderr, with status 1, or 2 for what was
-    typed wrong.
+    With --json, which all commands have but chat and completion, stdout is one JSON document (of `builds logs` one a line):
+    an array where things are listed, an object elsewhere; sizes in bytes, times in seconds or ISO 8601. An error is the last
+    line on stderr: {"error": {"code", "reason", "message", "metadata", "retry_after"}}. The status is 1 after an error, 2 if
+    something was typed wrong, 130 after Ctrl-C.
     """
 
 

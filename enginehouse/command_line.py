@@ -2,8 +2,8 @@
 
 With --json a command prints one JSON document on stdout: an array where it lists things, an object elsewhere; `builds logs`
 prints an object a line as things happen. Names are snake_case, times are seconds or ISO 8601, sizes are bytes. An error is
-an object on stderr, {"error": {"code", "reason", "message", "metadata", "retry_after"}}, with the same exit status as ever:
-1, or 2 for what was typed wrong.
+the last line on stderr, {"error": {"code", "reason", "message", "metadata", "retry_after"}}, with the same exit status as
+ever: 1, or 2 for what was typed wrong. Lines before it are progress and warnings for people.
 """
 
 import json

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine import blobs, registry
-from engine.errors import FailedPrecondition, InvalidArgument
+from engine.errors import FailedPrecondition, InvalidArgument, NotFound
 from engine.manifest import Limits
 from engine.program import Program
 from engine.store import Store
@@ -158,12 +158,16 @@ def _declared(config: Mapping[str, object], where: str) -> str:
 
 def _download_config(repo: str, revision: str | None) -> Path:
     """The directory in the hub's cache that has the repository's config.json. Raises what `hub.explain` makes of errors."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors, hf_hub_download
 
     from builder_svc.checkpoint import hub
 
     try:
         return Path(hf_hub_download(repo, "config.json", revision=revision)).parent
+    except errors.RemoteEntryNotFoundError:
+        raise NotFound(
+            f"{repo} has no config.json: it is no model in Hugging Face layout", reason="FILE_NOT_FOUND"
+        ) from None
     except Exception as error:
         raise hub.explain(error, repo, f"{repo}@{revision}" if revision else repo) from error
 

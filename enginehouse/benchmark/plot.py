@@ -29,6 +29,7 @@ def plot(points: Sequence[Point], title: str, path: Path) -> None:
     figure = Figure(figsize=(7, 8), layout="constrained")
     throughput, first, between = figure.subplots(3, 1, sharex=True)
     throughput.plot(loads, [point.tokens_per_second for point in points], "o-", color="tab:blue")
+    throughput.margins(y=0.1)
     throughput.set_ylabel("output tokens/s")
     throughput.set_ylim(bottom=0)
     throughput.set_title(title)
