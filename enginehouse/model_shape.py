@@ -63,7 +63,7 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
         ) from None
     if source.startswith(HUB):
         name, _, revision = source.removeprefix(HUB).partition("@")
-        directory = _download_config(name, revision or None)
+        directory = download_config(name, revision or None)
     else:
         directory = Path(source).expanduser()
         name = directory.resolve().name
@@ -156,7 +156,7 @@ def _declared(config: Mapping[str, object], where: str) -> str:
     return str(declared)
 
 
-def _download_config(repo: str, revision: str | None) -> Path:
+def download_config(repo: str, revision: str | None) -> Path:
     """The directory in the hub's cache that has the repository's config.json. Raises what `hub.explain` makes of errors."""
     from huggingface_hub import errors, hf_hub_download
 

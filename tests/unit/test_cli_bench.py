@@ -233,6 +233,7 @@ def test_wrong_input(gateway: TimedGateway, tmp_path: Path) -> None:
         (("--rate", "-1"), "-1 is not above 0"),
         (("--rate", "nan"), "nan is not above 0"),
         (("--rate", "1", "--concurrency", "1"), "exclude each other"),
+        (("--requests", "7", "--concurrency", "2,8"), "--requests 7 cannot be 8 at the same time"),
         (("--input-len", "9-3"), "the lower one first"),
         (("--output-len", "many"), "neither a number of tokens nor LOW-HIGH"),
         (("--shared-prefix", "20"), "must be less than --input-len 20"),

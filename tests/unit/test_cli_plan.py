@@ -26,6 +26,7 @@ from enginehouse.gpus import GPUS, find_gpu
 from enginehouse.home import Home
 from enginehouse.model_shape import of_checkpoint, of_engine
 from enginehouse.roofline import Attention, Device, Shape
+from executor_svc.runner import BLOCK_SIZE
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 LLAMA_8B = {
@@ -190,6 +191,10 @@ def test_how_many_sequences_fit(shape: Shape) -> None:
     assert roofline.max_sequences(replace(shape, kv_dtype="fp8"), H100, 1008, 1, 0.9) == int(room // (1008 * 65_536))
 
 
+def test_a_block_is_the_executors() -> None:
+    assert roofline.BLOCK_SIZE == BLOCK_SIZE
+
+
 def test_several_cards_divide_the_matrices_and_the_heads(shape: Shape) -> None:
     each = roofline.weight_bytes_per_rank(shape, 4)
     assert each == pytest.approx((shape.total_bytes - shape.replicated_bytes) / 4 + shape.replicated_bytes)
@@ -305,13 +310,19 @@ def test_wrong_input(home: Path, tmp_path: Path) -> None:
     assert plan(status=2)["message"] == "Missing argument 'CHECKPOINT|ENGINE'."
 
 
+def test_a_checkpoint_needs_the_builders_extra(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    error = plan(llama, status=1)
+    assert error["reason"] == "EXTRA_MISSING" and "pip install 'enginehouse[builder]'" in error["message"]
+
+
 HUB = """
 import json
 from engine.errors import EnginehouseError
-from enginehouse.model_shape import of_checkpoint
-for source in ("hf://org/name@v2", "hf://org/name@gone", "hf://org/none", "hf://org/empty"):
+from enginehouse.model_shape import download_config
+for repository in (("org/name", "v2"), ("org/name", "gone"), ("org/none", None), ("org/empty", None)):
     try:
-        print(json.dumps([of_checkpoint(source, None).name, None]))
+        print(json.dumps([sorted(path.name for path in download_config(*repository).iterdir()), None]))
     except EnginehouseError as error:
         print(json.dumps([error.reason, error.message]))
 """
@@ -330,6 +341,6 @@ def test_of_a_repository_of_the_hub_only_the_config_is_downloaded(llama: Path, t
         done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert said[0] == ["org/name", None]
+    assert said[0] == [["config.json"], None]
     assert [reason for reason, _ in said[1:]] == ["REVISION_NOT_FOUND", "REPOSITORY_NOT_FOUND", "FILE_NOT_FOUND"]
     assert hub.downloaded() <= {"config.json"}
