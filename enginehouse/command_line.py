@@ -77,7 +77,7 @@ class Commands(click.Group):
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
-            if ctx.meta[_TYPED_JSON]:
+            if ctx.meta.get(_TYPED_JSON):
                 message = error.format_message()
                 fields = _fields("INVALID_ARGUMENT", "USAGE", message)
                 raise UsageFailure(message, fields) from error
@@ -106,7 +106,7 @@ class Commands(click.Group):
 def add_examples(command: click.Command, path: tuple[str, ...] = ()) -> None:
     """Puts the examples of `enginehouse.examples` below the help of each command of a tree."""
     if lines := EXAMPLES.get(" ".join(path)):
-        command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" if line else "" for line in lines)
+        command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
     if isinstance(command, click.Group):
         for name, child in command.commands.items():
             add_examples(child, (*path, name))

@@ -177,7 +177,7 @@ def _say(points: Sequence[Point]) -> None:
     console = Console(highlight=False)
     load = "concurrency" if points[0].concurrency else "requests/s offered"
     throughput = Table(title="Throughput", title_justify="left")
-    for name in (load, "requests", "failed", "seconds", "requests/s", "output tokens/s"):
+    for name in (load, "completed", "failed", "seconds", "requests/s", "output tokens/s"):
         throughput.add_column(name, justify="right")
     for point in points:
         throughput.add_row(
