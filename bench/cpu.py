@@ -1,9 +1,15 @@
-"""The executor on this machine's CPU: tokens per second by batch size beside transformers, and what the scheduler costs.
+"""Generation on this machine's CPU beside transformers, and beside llama.cpp where it is installed.
 
-python bench/cpu.py [CHECKPOINT] [--out FILE.json]; without a checkpoint, the demo model in float32.
+python bench/cpu.py CHECKPOINT [--gguf FILE]... [--repeats N] [--out FILE.json]
+
+CHECKPOINT is a directory in Hugging Face layout; results with bounds are for one of half a billion parameters in bfloat16, and
+the exit status is 1 where they do not hold. Everybody generates 64 tokens greedily behind different prompts of 32, so that no
+prefix is shared; prefill is the time to the first token behind 512. All run by turns in one process, medians are compared.
+`pip install llama-cpp-python` for --gguf, which needs a compiler.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -11,90 +17,147 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
-from executor_svc.core import Sampled, Sampling, SchedulerConfig, Sequence
-from executor_svc.scheduler import Scheduler
+from executor_svc.core import Sampling, Sequence
+from executor_svc.kernels import native
 from tests.running import Engine, make_engine
 
 ROOT = Path(__file__).parents[1]
-PROMPT, LENGTH, REPEATS = 32, 64, 3
+PROMPT, LENGTH, LONG = 32, 64, 512
+HELD = [  # what must hold: a name, the larger, how many times, the smaller ones
+    ("alone", "ours alone", 1.25, ("transformers alone, bfloat16", "transformers alone, float32")),
+    ("8 beside one after another", "ours 8", 3.0, ("transformers alone, bfloat16", "transformers alone, float32")),
+    ("8 beside a static batch", "ours 8", 1.3, ("transformers 8, float32", "transformers 8, bfloat16")),
+    ("32 beside 8", "ours 32", 2.0, ("ours 8",)),
+    ("prefill", "ours prefill", 1.1, ("transformers prefill, bfloat16", "transformers prefill, float32")),
+]
 
 
-def requests(count: int) -> list[Sequence]:
-    """Different prompts, so that no prefix is shared."""
-    return [Sequence(0, row, [2 + row] + [7] * (PROMPT - 1), PROMPT, LENGTH, Sampling(0.0)) for row in range(count)]
+def prompts(count: int, length: int, variant: int) -> list[list[int]]:
+    """Different from the first token on, and from those of other variants."""
+    return [[1000 + 64 * variant + row, *(2000 + 7 * at for at in range(length - 1))] for row in range(count)]
 
 
-def ours(engine: Engine, count: int) -> float:
-    """Generated tokens per second, median."""
-    rates = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        engine.run(requests(count))
-        rates.append(count * LENGTH / (time.perf_counter() - began))
-    return statistics.median(rates)
+class Ours:
+    """Scheduler and runner in this process, as a worker has them."""
+
+    def __init__(self, checkpoint: Path, store: Path) -> None:
+        self._engine = Engine(make_engine(checkpoint, store, dtype="bfloat16", max_seq_len=1024), kv_blocks=512)
+
+    def generate(self, ids: list[list[int]], tokens: int) -> None:
+        self._engine.run(
+            [Sequence(0, row, list(prompt), len(prompt), tokens, Sampling(0.0)) for row, prompt in enumerate(ids)]
+        )
 
 
-def theirs(model: transformers.PreTrainedModel, count: int) -> float:
-    """As above, transformers' generate with a static batch."""
-    ids = torch.tensor([request.token_ids for request in requests(count)])
-    rates = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        settings = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-        rates.append(count * LENGTH / (time.perf_counter() - began))
-    return statistics.median(rates)
+class Transformers:
+    """`generate` with a static batch."""
+
+    def __init__(self, checkpoint: Path, dtype: torch.dtype) -> None:
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+
+    def generate(self, ids: list[list[int]], tokens: int) -> None:
+        batch = torch.tensor(ids)
+        settings: dict[str, Any] = {
+            "max_new_tokens": tokens,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        self._model.generate(batch, attention_mask=torch.ones_like(batch), repetition_penalty=1.0, **settings)
 
 
-def scheduler_microseconds(running: int) -> float:
-    """schedule() and commit() of one decode step, median, with nothing computed."""
-    scheduler = Scheduler(SchedulerConfig(64 * running, 16, running, 8192, 1024))
-    for row in range(running):
-        scheduler.add(Sequence(0, row, [row] * PROMPT, PROMPT, 512))
-    times = []
-    for _ in range(200):
-        began = time.perf_counter()
-        batch = scheduler.schedule()
-        if batch is None:
-            raise SystemExit("nothing to schedule")
-        scheduler.commit(batch, Sampled([5] * sum(item.samples for item in batch.items)))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e6
+class LlamaCpp:
+    """One request; its prompt cache is emptied before."""
+
+    def __init__(self, file: Path) -> None:
+        import llama_cpp
+
+        self._model = llama_cpp.Llama(str(file), n_ctx=1024, n_threads=os.cpu_count(), verbose=False, n_batch=LONG)
+
+    def generate(self, ids: list[list[int]], tokens: int) -> None:
+        for prompt in ids:
+            self._model.reset()
+            stream = self._model.generate(prompt, temp=0.0)
+            for _ in range(tokens):
+                next(stream)
+
+
+def rate(generate: Callable[[list[list[int]], int], None], count: int, variant: int) -> float:
+    """Generated tokens per second."""
+    ids = prompts(count, PROMPT, variant)
+    began = time.perf_counter()
+    generate(ids, LENGTH)
+    return count * LENGTH / (time.perf_counter() - began)
+
+
+def prefill(generate: Callable[[list[list[int]], int], None], variant: int) -> float:
+    """Prompt tokens per second, to the first token."""
+    ids = prompts(1, LONG, variant)
+    began = time.perf_counter()
+    generate(ids, 1)
+    return LONG / (time.perf_counter() - began)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=ROOT / "examples" / "demo-model")
+    parser.add_argument("--gguf", type=Path, action="append", default=[])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    results: dict[str, object] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
-        "device": f"{platform.machine()}, {os.cpu_count()} cores",
-        "checkpoint": arguments.checkpoint.name,
-    }
-    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    runs: dict[str, Callable[[int], float]] = {}
+
+    def add(name: str, contestant: Any, counts: tuple[int, ...]) -> None:
+        for count in counts:
+            label = f"{name[0]} {'alone' if count == 1 else count}{name[1]}"
+            runs[label] = lambda variant, count=count: rate(contestant.generate, count, variant)
+        runs[f"{name[0]} prefill{name[1]}"] = lambda variant: prefill(contestant.generate, variant)
+
     with tempfile.TemporaryDirectory() as store:
-        loaded = make_engine(arguments.checkpoint, Path(store), dtype="float32", max_seq_len=512)
-        print("batch   ours tokens/s   transformers tokens/s   ratio")
-        for count in (1, 8, 32):
-            mine, other = ours(Engine(loaded), count), theirs(model, count)
-            results[f"tokens_per_second_b{count}"], results[f"transformers_b{count}"] = round(mine, 1), round(other, 1)
-            print(f"{count:5d}   {mine:13.1f}   {other:21.1f}   {mine / other:5.2f}", flush=True)
-    for running in (32, 256):
-        cost = scheduler_microseconds(running)
-        results[f"scheduler_us_{running}"] = round(cost, 1)
-        print(f"scheduler, {running} running: {cost:.0f} us a step")
+        add(("ours", ""), Ours(arguments.checkpoint, Path(store)), (1, 8, 32))
+        for dtype in (torch.bfloat16, torch.float32):
+            add(("transformers", f", {str(dtype)[6:]}"), Transformers(arguments.checkpoint, dtype), (1, 8))
+        for file in arguments.gguf:
+            add(("llama.cpp", f", {file.stem}"), LlamaCpp(file), (1,))
+        gc.collect()
+        measured: dict[str, list[float]] = {name: [] for name in runs}
+        for variant in range(arguments.repeats + 1):
+            for name, run in runs.items():
+                speed = run(variant)
+                if variant:  # the first time is to get warm
+                    measured[name].append(speed)
+    medians = {name: statistics.median(speeds) for name, speeds in measured.items()}
+    print(f"{'tokens/s':44s}  median      least      most")
+    for name, speeds in measured.items():
+        print(f"{name:44s} {medians[name]:8.1f}   {min(speeds):8.1f}  {max(speeds):8.1f}")
+    ratios = {name: medians[ours] / max(medians[other] for other in others) for name, ours, _, others in HELD}
+    bounds = {name: bound for name, _, bound, _ in HELD}
+    for name, ratio in ratios.items():
+        print(
+            f"{name}: {ratio:.2f} times, at least {bounds[name]} wanted: {'holds' if ratio >= bounds[name] else 'DOES NOT HOLD'}"
+        )
     if arguments.out:
+        commit = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+        results = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+            "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "native_operators": native.available,
+            "checkpoint": arguments.checkpoint.name,
+            "tokens_per_second": {name: round(speed, 1) for name, speed in medians.items()},
+            "ratios": {name: round(ratio, 2) for name, ratio in ratios.items()},
+        }
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.checkpoint.name != "demo-model" and any(ratio < bounds[name] for name, ratio in ratios.items()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

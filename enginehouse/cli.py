@@ -1,59 +1,24 @@
 """The `enginehouse` command: what can be typed. What it does is in `enginehouse/commands/`, imported when it is typed.
 
-The groups about a store (engines, models, keys) are in `enginehouse/registry_cli.py`.
+Here are the commands that talk with a model; `enginehouse/*_cli.py` have the others, by what they are about.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from engine.errors import EnginehouseError
+from enginehouse.bench_cli import bench
+from enginehouse.build_cli import build
 from enginehouse.builds_cli import builds
-from enginehouse.options import check_address, check_addresses, with_data, with_gateway, with_json
+from enginehouse.command_line import Commands, add_examples
+from enginehouse.completion import complete_model
+from enginehouse.options import MOST, with_data, with_gateway, with_json
+from enginehouse.plan_cli import plan
 from enginehouse.registry_cli import engines, keys, models
+from enginehouse.serve_cli import load, up
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-_MOST = 2**32 - 1  # that the wire's numbers hold
-
-
-class _Failure(click.ClickException):
-    def show(self, file: Any = None) -> None:
-        click.echo(f"error: {self.message}", err=True, file=file)
-
-
-class _Commands(click.Group):
-    """Errors are one line and status 1; Ctrl-C is status 130. Usage errors are click's, with status 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except EnginehouseError as error:
-            raise _Failure(error.message) from error
-        except BrokenPipeError:
-            raise  # whoever read our output has had enough: click ends quietly
-        except OSError as error:
-            raise _Failure(str(error)) from error
-        except KeyboardInterrupt:
-            ctx.exit(130)
-
-
-class _UpCommand(click.Command):
-    """Takes what stands behind "--" for the command to run."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--" in args:
-            cut = args.index("--")
-            ctx.params["command"] = tuple(args[cut + 1 :])
-            if not ctx.params["command"]:
-                raise click.UsageError("a command must stand behind --", ctx)
-            args = args[:cut]
-        return super().parse_args(ctx, args)
-
-    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        return [*super().collect_usage_pieces(ctx), "[-- COMMAND...]"]
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -64,18 +29,23 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-_model = click.option("--model", metavar="NAME", help="The model's name.  [default: the only one that is served]")
+_model = click.option(
+    "--model",
+    metavar="NAME",
+    shell_complete=complete_model,
+    help="The model's name.  [default: the only one that is served]",
+)
 
 
 def _sampling(max_tokens: str) -> Callable[[_Function], _Function]:
     options = [
         click.option(
             "--max-tokens",
-            type=click.IntRange(1, _MOST),
+            type=click.IntRange(1, MOST),
             help=f"Tokens to generate at most.  [default: {max_tokens}]",
         ),
         click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: 1]"),
-        click.option("--top-k", type=click.IntRange(0, _MOST), help="Choose among the k most probable tokens."),
+        click.option("--top-k", type=click.IntRange(0, MOST), help="Choose among the k most probable tokens."),
         click.option(
             "--top-p",
             type=click.FloatRange(min=0, max=1, min_open=True),
@@ -93,140 +63,35 @@ def _sampling(max_tokens: str) -> Callable[[_Function], _Function]:
     return add
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
 )
 def main() -> None:
     """Build LLM engines once, keep them in a store, load them in seconds, stream tokens from them.
 
-    \b
-    A first try, with a checkpoint in Hugging Face layout:
-      enginehouse up NAME=CHECKPOINT
-      enginehouse generate "In the beginning"        (in another terminal)
+    With --json, which all commands have but chat and completion, stdout is one JSON document (of `builds logs` one a line):
+    an array where things are listed, an object elsewhere; sizes in bytes, times in seconds or ISO 8601. An error is the last
+    line on stderr: {"error": {"code", "reason", "message", "metadata", "retry_after"}}. The status is 1 after an error, 2 if
+    something was typed wrong, 130 after Ctrl-C.
     """
 
 
-@main.command()
-@click.argument("checkpoint")
-@click.option("--name", metavar="NAME", help="What to call the model.  [default: the directory's or repository's name]")
-@click.option("--revision", metavar="R", help="Branch, tag or commit of the hub's repository.  [default: main]")
-@click.option("--store", metavar="URL", help="Where the engine goes.  [default: store/ in the data folder]")
-@click.option(
-    "--builder",
-    metavar="HOST:PORT",
-    envvar="ENGINEHOUSE_BUILDER",
-    callback=check_address,
-    help="Have it built there, into the builder's store.  [default: $ENGINEHOUSE_BUILDER, else in this process]",
-)
-@click.option(
-    "--upload",
-    is_flag=True,
-    help="Send the directory to a builder that is on this machine, too; to others it always is.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of weights and activations; auto is the checkpoint's own on CUDA, float32 on the CPU.",
-)
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the engine will run."
-)
-@click.option("--compute-capability", metavar="X", help="Of the GPU, such as 9.0.  [default: any]")
-@click.option("--max-batch-size", type=click.IntRange(1, _MOST), help="Requests in one step.  [default: 64]")
-@click.option(
-    "--max-seq-len", type=click.IntRange(1, _MOST), help="Prompt and completion together.  [default: the model's]"
-)
-@click.option("--max-num-tokens", type=click.IntRange(1, _MOST), help="Tokens in one step.  [default: 2048]")
-@click.option(
-    "--sign-with",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Sign the engine with this private key (enginehouse keys generate FILE); one that is there unsigned is built again.",
-)
-@with_data
-@with_json
-def build(
-    checkpoint: str,
-    name: str | None,
-    store: str | None,
-    builder: str | None,
-    sign_with: Path | None,
-    data: str | None,
-    as_json: bool,
-    revision: str | None,
-    upload: bool,
-    **choices: Any,
-) -> None:
-    """Build an engine from CHECKPOINT, a directory in Hugging Face layout or a repository of the hub (ORG/NAME[@REVISION]).
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes what you type in a shell.
 
-    A directory is sent to a builder on another machine; after an interruption the same command goes on where it was. What is
-    no directory here and begins with . or / is a path on the builder's machine. $HF_TOKEN opens private and gated repositories.
-
-    The same checkpoint and options give the same engine: a second build finds it in the store.
+    It completes commands, options, names of models and engine ids. Names and ids are those of the store at hand: the
+    one that was typed, the running cluster's, or that of the data folder. A store in S3 is not asked. The shell must
+    find `enginehouse` on its path.
     """
-    from enginehouse.commands import build as command
-    from enginehouse.home import Home
+    from enginehouse.commands import completion as command
 
-    if builder and (store or sign_with):
-        ctx = click.get_current_context()
-        if ctx.get_parameter_source("builder") is click.core.ParameterSource.COMMANDLINE:
-            own = "--store and --builder exclude each other: a builder has its own store"
-            key = "--sign-with and --builder exclude each other: a builder has its own --signing-key"
-            raise click.UsageError(own if store else key)
-        builder = None
-    command.run(
-        checkpoint,
-        command.Choices(**choices),
-        name=name,
-        home=Home.find(data),
-        store=store,
-        builder=builder,
-        sign_with=sign_with,
-        as_json=as_json,
-        revision=revision,
-        upload=upload,
-    )
+    command.run(main, shell)
 
 
-@main.command(cls=_UpCommand)
-@click.argument("models", nargs=-1, metavar="[MODEL | NAME=CHECKPOINT]...")
-@click.option("--executors", type=click.IntRange(min=1), default=1, show_default=True, help="How many executors.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where the gateway listens.")
-@click.option(
-    "--port",
-    type=click.IntRange(min=0, max=65535),
-    default=8400,
-    show_default=True,
-    help="The gateway's port; 0 takes a free one.",
-)
-@click.option("--store", metavar="URL", help="Where engines are kept.  [default: store/ in the data folder]")
-@with_data
-def up(
-    models: tuple[str, ...],
-    executors: int,
-    host: str,
-    port: int,
-    store: str | None,
-    data: str | None,
-    command: tuple[str, ...] = (),
-) -> None:
-    """Run a cluster on this machine: a builder, executors and a gateway, serving the models given.
-
-    A model is NAME=CHECKPOINT or the path of a checkpoint (built first, unless its engine is in the store), or the name of one
-    in the store. Ctrl-C stops all of it. With a COMMAND the cluster lives as long as the command, which finds it by itself
-    ($ENGINEHOUSE_GATEWAY, $ENGINEHOUSE_BUILDER), and the status is the command's.
-    """
-    from enginehouse.commands import up as body
-    from enginehouse.home import Home
-
-    status = body.run(models, command, home=Home.find(data), store=store, executors=executors, host=host, port=port)
-    click.get_current_context().exit(status)
-
-
-@main.command()
+@main.command(short_help="Continue a prompt, printed as it comes.")
 @click.argument("prompt")
 @_model
 @with_gateway
@@ -275,26 +140,6 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     command.run(Sampling(**sampling), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
 
 
-@main.command()
-@click.argument("engine", metavar="MODEL|ENGINE_ID")
-@click.option(
-    "executors",
-    "--executor",
-    metavar="HOST:PORT",
-    multiple=True,
-    callback=check_addresses,
-    help="May be repeated; default: the local cluster's.",
-)
-@with_data
-def load(engine: str, executors: tuple[str, ...], data: str | None) -> None:
-    """Load a model's newest engine into running executors; the gateway then sends its requests there."""
-    from enginehouse.commands import load as command
-    from enginehouse.home import Home
-
-    command.run(engine, executors, Home.find(data))
-
-
-main.add_command(builds)
-main.add_command(models)
-main.add_command(engines)
-main.add_command(keys)
+for _command in (up, load, build, builds, plan, bench, models, engines, keys, completion):
+    main.add_command(_command)
+add_examples(main)

@@ -9,6 +9,8 @@ import click
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+MOST = 2**32 - 1  # that the wire's numbers hold
+JSON_WANTED = "enginehouse.json"  # key of what a click context and its relatives share: --json was given
 
 
 def check_address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -35,12 +37,25 @@ def check_time(_: click.Context, __: click.Parameter, value: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
+def _note_json(context: click.Context, _: click.Parameter, wanted: bool) -> bool:
+    """Errors, too, are then JSON."""
+    context.meta[JSON_WANTED] = wanted or context.meta.get(JSON_WANTED, False)
+    return wanted
+
+
 with_data = click.option(
     "--data",
     metavar="DIR",
     help="The data folder: engines, logs, the running cluster.  [default: $ENGINEHOUSE_HOME, ~/.enginehouse]",
 )
-with_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+with_json = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_note_json,
+    help="Print JSON; an error is JSON on stderr.",
+)
 with_gateway = click.option(
     "--gateway",
     metavar="HOST:PORT",

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from enginehouse.completion import complete_engine, complete_model
 from enginehouse.options import check_time, on_store, with_data, with_gateway, with_json
 
-_engine = click.argument("engine")
+_engine = click.argument("engine", shell_complete=complete_engine)
+_name = click.argument("name", shell_complete=complete_model)
 _keys = click.option(
     "--trusted-keys",
     metavar="FILE",
@@ -19,7 +21,7 @@ _file = click.argument("file", type=click.Path(path_type=Path))
 
 @click.group()
 def engines() -> None:
-    """Look at the engines in a store, sign them, remove them.
+    """Look at the engines in a store, sign and remove them.
 
     ENGINE is an engine id, its first 6 or more digits, or the name of a model.
     """
@@ -28,7 +30,7 @@ def engines() -> None:
 @engines.command("ls")
 @on_store
 def engines_ls(store: str, as_json: bool) -> None:
-    """List all engines, newest first, with the names that stand for them."""
+    """List all engines, newest first, with their names."""
     from enginehouse.commands import engines as command
 
     command.ls(store, as_json=as_json)
@@ -38,7 +40,10 @@ def engines_ls(store: str, as_json: bool) -> None:
 @_engine
 @on_store
 def engines_inspect(engine: str, store: str, as_json: bool) -> None:
-    """Show what an engine is, what it needs of a node and which files it has; --json prints its manifest, too."""
+    """Show what an engine is and which files it has.
+
+    Also what it needs of a node. --json prints its manifest, too.
+    """
     from enginehouse.commands import engines as command
 
     command.inspect(engine, store, as_json=as_json)
@@ -50,7 +55,10 @@ def engines_inspect(engine: str, store: str, as_json: bool) -> None:
 @_keys
 @on_store
 def engines_verify(engine: str, quick: bool, trusted_keys: tuple[Path, ...], store: str, as_json: bool) -> None:
-    """Read an engine's files and compare every 32 MiB with their digests; status 1 if anything is wrong."""
+    """Compare an engine's files with their digests.
+
+    All of them are read, 32 MiB at a time; the status is 1 if anything is wrong. For a store that you do not trust.
+    """
     from enginehouse.commands import engines as command
 
     command.verify(engine, store, deep=not quick, trusted_keys=trusted_keys, as_json=as_json)
@@ -60,7 +68,10 @@ def engines_verify(engine: str, quick: bool, trusted_keys: tuple[Path, ...], sto
 @_engine
 @on_store
 def engines_rm(engine: str, store: str, as_json: bool) -> None:
-    """Remove an engine that no model name stands for. Its files stay until `enginehouse engines gc`."""
+    """Remove an engine that no model name stands for.
+
+    Its files stay until `enginehouse engines gc`.
+    """
     from enginehouse.commands import engines as command
 
     command.rm(engine, store, as_json=as_json)
@@ -77,7 +88,10 @@ def engines_rm(engine: str, store: str, as_json: bool) -> None:
 )
 @on_store
 def engines_sign(engine: str, key: Path, store: str, as_json: bool) -> None:
-    """Vouch for an engine and all its files. Executors that are started with --trusted-keys run no others."""
+    """Vouch for an engine and all its files.
+
+    Executors that are started with --trusted-keys run no others.
+    """
     from enginehouse.commands import engines as command
 
     command.sign(engine, key, store, as_json=as_json)
@@ -95,9 +109,10 @@ def engines_sign(engine: str, key: Path, store: str, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only tell what would be deleted.")
 @on_store
 def engines_gc(grace: float, dry_run: bool, store: str, as_json: bool) -> None:
-    """Delete what nothing needs: files of no engine, uploads that broke off or are a week old, records of old builds.
+    """Delete what nothing needs.
 
-    Builds may run meanwhile: they lose nothing. An engine that cannot be read stops it before anything is deleted.
+    That is files of no engine, uploads that broke off or are a week old, and records of old builds. Builds may run
+    meanwhile: they lose nothing. An engine that cannot be read stops it before anything is deleted.
     """
     from enginehouse.commands import engines as command
 
@@ -111,10 +126,11 @@ def engines_gc(grace: float, dry_run: bool, store: str, as_json: bool) -> None:
 @with_json
 @click.pass_context
 def models(ctx: click.Context, gateway: str | None, store: str | None, data: str | None, as_json: bool) -> None:
-    """List the models that are served, or those in a store; or change which engines the names in a store stand for.
+    """List models, and change what their names stand for.
 
-    Gateways notice within seconds. A name goes on with its engine of before until an executor has the new one
-    (`enginehouse load NAME`).
+    Without a command: the models that the gateway serves, or with --store those in a store. The commands change which
+    engines the names in a store stand for. Gateways notice within seconds. A name goes on with its engine of before
+    until an executor has the new one (`enginehouse load NAME`).
     """
     if ctx.invoked_subcommand:
         return
@@ -128,18 +144,21 @@ def models(ctx: click.Context, gateway: str | None, store: str | None, data: str
 
 
 @models.command("set")
-@click.argument("name")
+@_name
 @_engine
 @on_store
 def models_set(name: str, engine: str, store: str, as_json: bool) -> None:
-    """Give a name to an engine: an engine id, its first 6 or more digits, or another name whose engine is meant."""
+    """Give a name to an engine.
+
+    ENGINE is an engine id, its first 6 or more digits, or another name whose engine is meant.
+    """
     from enginehouse.commands import models as command
 
     command.set_name(name, engine, store, as_json=as_json)
 
 
 @models.command("history")
-@click.argument("name")
+@_name
 @on_store
 def models_history(name: str, store: str, as_json: bool) -> None:
     """Show what a name has stood for, newest first."""
@@ -149,7 +168,7 @@ def models_history(name: str, store: str, as_json: bool) -> None:
 
 
 @models.command("rollback")
-@click.argument("name")
+@_name
 @click.option(
     "--to",
     "sequence",
@@ -159,28 +178,37 @@ def models_history(name: str, store: str, as_json: bool) -> None:
 )
 @on_store
 def models_rollback(name: str, sequence: int | None, store: str, as_json: bool) -> None:
-    """Give a name back to an earlier engine of its history; a removed name comes back so, too."""
+    """Give a name back to an earlier engine.
+
+    One of its history (`models history`). A removed name comes back so, too.
+    """
     from enginehouse.commands import models as command
 
     command.rollback(name, sequence, store, as_json=as_json)
 
 
 @models.command("rename")
-@click.argument("old")
+@click.argument("old", shell_complete=complete_model)
 @click.argument("new")
 @on_store
 def models_rename(old: str, new: str, store: str, as_json: bool) -> None:
-    """Let NEW stand for OLD's engine, and OLD for nothing. NEW must stand for nothing before."""
+    """Let NEW stand for OLD's engine, and OLD for nothing.
+
+    NEW must stand for nothing before.
+    """
     from enginehouse.commands import models as command
 
     command.rename(old, new, store, as_json=as_json)
 
 
 @models.command("rm")
-@click.argument("name")
+@_name
 @on_store
 def models_rm(name: str, store: str, as_json: bool) -> None:
-    """Let a name stand for nothing. Its history and its engine stay: `enginehouse models rollback` brings it back."""
+    """Let a name stand for nothing.
+
+    Its history and its engine stay: `enginehouse models rollback` brings it back.
+    """
     from enginehouse.commands import models as command
 
     command.rm(name, store, as_json=as_json)
@@ -188,7 +216,9 @@ def models_rm(name: str, store: str, as_json: bool) -> None:
 
 @click.group()
 def keys() -> None:
-    """Make and show the keys that engines are signed with (Ed25519, in PEM files).
+    """Make and show the keys that engines are signed with.
+
+    They are Ed25519, in PEM files.
 
     \b
     Whoever builds:      enginehouse keys generate my.key
@@ -202,7 +232,10 @@ def keys() -> None:
 @_file
 @with_json
 def keys_generate(file: Path, as_json: bool) -> None:
-    """Make a private key in FILE, which only you can read and which is never overwritten. Keep it secret."""
+    """Make a private key in FILE. Keep it secret.
+
+    Only you can read the file, and it is never overwritten.
+    """
     from enginehouse.commands import keys as command
 
     command.generate(file, as_json=as_json)
@@ -212,7 +245,10 @@ def keys_generate(file: Path, as_json: bool) -> None:
 @_file
 @with_json
 def keys_show(file: Path, as_json: bool) -> None:
-    """Print the key id and the public key of FILE, a private or public key; what executors take as --trusted-keys."""
+    """Print the key id and the public key of FILE.
+
+    FILE holds a private or public key; what is printed is what executors take as --trusted-keys.
+    """
     from enginehouse.commands import keys as command
 
     command.show(file, as_json=as_json)

@@ -1,7 +1,6 @@
 """`enginehouse build`: a checkpoint becomes an engine, in this process or by a builder."""
 
 import asyncio
-import json
 import shlex
 import tempfile
 import time
@@ -18,6 +17,7 @@ from enginehouse.client import BuilderClient, is_loopback, not_unicode
 from enginehouse.commands.follow import follow
 from enginehouse.home import Home
 from enginehouse.progress import Bars, format_bytes, stderr
+from enginehouse.tables import print_json
 from protos.v1.builder_pb2 import DEVICE_KIND_CPU, DEVICE_KIND_CUDA, BuildSpec, Target
 
 
@@ -95,16 +95,14 @@ def run(
     else:
         result = _build_here(source, choices, name, home, store, sign_with, console)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "name": result.name,
-                    "engine_id": result.engine_id,
-                    "reused": result.reused,
-                    "seconds": round(result.seconds, 3),
-                    "size": result.size,
-                }
-            )
+        print_json(
+            {
+                "name": result.name,
+                "engine_id": result.engine_id,
+                "reused": result.reused,
+                "seconds": round(result.seconds, 3),
+                "size": result.size,
+            }
         )
         return
     verb = "found, nothing to build" if result.reused else "built"

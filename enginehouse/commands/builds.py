@@ -1,6 +1,7 @@
 """`enginehouse builds`: the jobs of a builder, and of all others of its store."""
 
 import asyncio
+import json
 from contextlib import aclosing
 
 from engine.errors import FailedPrecondition
@@ -10,7 +11,7 @@ from enginehouse.home import Home
 from enginehouse.progress import format_amount, stderr
 from enginehouse.tables import print_json, print_table
 from protos.rpc import from_failure
-from protos.v1.builder_pb2 import BUILD_STATE_FAILED, Build, BuildState
+from protos.v1.builder_pb2 import BUILD_STATE_FAILED, Build, BuildEvent, BuildState
 
 
 def find_builder(given: str | None, home: Home) -> str:
@@ -45,14 +46,18 @@ def run_ls(address: str, *, as_json: bool) -> None:
     print_table(head, rows, "no builds yet: enginehouse build CHECKPOINT --builder HOST:PORT")
 
 
-def run_logs(address: str, build_id: str) -> None:
+def run_logs(address: str, build_id: str, *, as_json: bool = False) -> None:
     """Prints what a build has printed and how far it came, until it ends. Raises what it failed with."""
-    asyncio.run(_logs(address, build_id))
+    asyncio.run(_logs(address, build_id, as_json))
 
 
-def run_cancel(address: str, build_id: str) -> None:
+def run_cancel(address: str, build_id: str, *, as_json: bool = False) -> None:
     """Ends a job and says how it ended."""
-    print(f"{build_id}: {_state(asyncio.run(_cancel(address, build_id)))}")
+    build = asyncio.run(_cancel(address, build_id))
+    if as_json:
+        print_json(_fields(build))
+    else:
+        print(f"{build_id}: {_state(build)}")
 
 
 async def _builds(address: str) -> list[Build]:
@@ -60,20 +65,33 @@ async def _builds(address: str) -> list[Build]:
         return await builder.builds()
 
 
-async def _logs(address: str, build_id: str) -> None:
+async def _logs(address: str, build_id: str, as_json: bool) -> None:
     async with BuilderClient(address) as builder, aclosing(watch(builder, build_id, stderr())) as events:
         async for event in events:
-            at = event.time.ToDatetime().isoformat(sep=" ", timespec="seconds")
-            if event.HasField("log"):
-                print(event.log, flush=True)
-            elif event.HasField("state"):
-                attempt = f", attempt {event.state.attempt}" if event.state.attempt > 1 else ""
-                print(f"{at} {_state(event.state)}{attempt}", flush=True)
-                if event.state.state == BUILD_STATE_FAILED:
-                    raise from_failure(event.state.failure)
-            else:
-                step = event.progress
-                print(f"{at} {step.phase} {format_amount(step.done, step.total, step.unit)}".rstrip(), flush=True)
+            print(json.dumps(_event_fields(event)) if as_json else _event_line(event), flush=True)
+            if event.HasField("state") and event.state.state == BUILD_STATE_FAILED:
+                raise from_failure(event.state.failure)
+
+
+def _event_line(event: BuildEvent) -> str:
+    if event.HasField("log"):
+        return event.log
+    at = event.time.ToDatetime().isoformat(sep=" ", timespec="seconds")
+    if event.HasField("state"):
+        attempt = f", attempt {event.state.attempt}" if event.state.attempt > 1 else ""
+        return f"{at} {_state(event.state)}{attempt}"
+    step = event.progress
+    return f"{at} {step.phase} {format_amount(step.done, step.total, step.unit)}".rstrip()
+
+
+def _event_fields(event: BuildEvent) -> dict[str, object]:
+    at = {"time": event.time.ToJsonString()}
+    if event.HasField("log"):
+        return {**at, "log": event.log}
+    if event.HasField("state"):
+        return {**at, **_fields(event.state)}
+    step = event.progress
+    return {**at, "phase": step.phase, "done": step.done, "total": step.total, "unit": step.unit}
 
 
 async def _cancel(address: str, build_id: str) -> Build:

@@ -11,9 +11,10 @@ from engine.errors import FailedPrecondition
 from enginehouse.client import ExecutorClient
 from enginehouse.home import Home
 from enginehouse.progress import Bars, stderr
+from enginehouse.tables import print_json
 
 
-def run(engine: str, executors: Sequence[str], home: Home) -> None:
+def run(engine: str, executors: Sequence[str], home: Home, *, as_json: bool = False) -> None:
     """Loads an engine, by model name or id, into these executors, or into those of the running local cluster.
 
     Raises:
@@ -26,20 +27,31 @@ def run(engine: str, executors: Sequence[str], home: Home) -> None:
             f"no cluster runs on {home.root}: start one with `enginehouse up {engine}`, or name executors with --executor",
             reason="EXECUTOR_MISSING",
         )
-    asyncio.run(load(engine, addresses, engine, stderr()))
+    began = time.monotonic()
+    engine_id = asyncio.run(load(engine, addresses, engine, stderr()))
+    if as_json:
+        seconds = round(time.monotonic() - began, 3)
+        print_json({"engine": engine, "engine_id": engine_id, "executors": list(addresses), "seconds": seconds})
 
 
-async def load(engine: str, executors: Sequence[str], name: str, console: Console) -> None:
-    """Loads an engine, by model name or id, into all of these executors at once, with a bar for each."""
+async def load(engine: str, executors: Sequence[str], name: str, console: Console) -> str:
+    """Loads an engine, by model name or id, into all of these executors at once, with a bar for each; returns its id."""
     began = time.monotonic()
     with Bars(console, name) as bars:
-        await asyncio.gather(*(_load(engine, address, f"executor-{n}", bars) for n, address in enumerate(executors, 1)))
+        ids = await asyncio.gather(
+            *(_load(engine, address, f"executor-{n}", bars) for n, address in enumerate(executors, 1))
+        )
     count = f"{len(executors)} executor{'' if len(executors) == 1 else 's'}"
     console.print(f"{name}: loaded by {count} in {time.monotonic() - began:.1f} s")
+    return ids[0]
 
 
-async def _load(engine: str, address: str, label: str, bars: Bars) -> None:
+async def _load(engine: str, address: str, label: str, bars: Bars) -> str:
+    engine_id = ""
     async with ExecutorClient(address) as executor, aclosing(executor.load(engine)) as progress:
         async for step in progress:
             if step.bytes_total:
                 bars.update(label, step.bytes_done, step.bytes_total, "bytes")
+            if step.HasField("engine"):
+                engine_id = step.engine.engine_id
+    return engine_id

@@ -1,6 +1,7 @@
 """`enginehouse up`: the local cluster, with models built and loaded, until Ctrl-C or until a command has ended."""
 
 import asyncio
+import json
 import os
 import shlex
 import time
@@ -56,8 +57,9 @@ def run(
     executors: int,
     host: str,
     port: int,
+    as_json: bool = False,
 ) -> int:
-    """Runs the cluster; returns the exit status."""
+    """Runs the cluster; returns the exit status. With `as_json` a line on stdout says where it is when it serves."""
     wanted = [Wanted.parse(text) for text in models]
     names = [model.name for model in wanted]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -68,17 +70,18 @@ def run(
             _check_known(cluster.store, model.name)  # an error now, not when all have started
     if command:
         find_program(command[0])
-    return asyncio.run(_Up(cluster, wanted, command, stderr()).run())
+    return asyncio.run(_Up(cluster, wanted, command, stderr(), as_json).run())
 
 
 class _Up:
     def __init__(
-        self, cluster: LocalCluster, wanted: Sequence[Wanted], command: Sequence[str], console: Console
+        self, cluster: LocalCluster, wanted: Sequence[Wanted], command: Sequence[str], console: Console, as_json: bool
     ) -> None:
         self._cluster = cluster
         self._wanted = wanted
         self._command = command
         self._console = console
+        self._as_json = as_json
         self._serving = False
 
     async def run(self) -> int:
@@ -105,6 +108,8 @@ class _Up:
                         self._say_what_next_after(served)
                     return status
                 self._serving = True
+                if self._as_json:
+                    print(json.dumps(self._fields(served)), flush=True)
                 self._say_what_next(served)
                 await cluster.guard(_forever())
             finally:
@@ -146,6 +151,18 @@ class _Up:
         how = "is in the store already" if build.reused else f"built in {time.monotonic() - began:.1f} s"
         self._console.print(f"{model.name}: engine {build.engine_id[:12]}, {size}, {how}")
         return build.engine_id
+
+    def _fields(self, served: Sequence[Model]) -> dict[str, object]:
+        cluster = self._cluster
+        return {
+            "gateway": cluster.gateway,
+            "builder": cluster.builder,
+            "executors": cluster.executors,
+            "store": cluster.store,
+            "data": str(cluster.home.root),
+            "pid": os.getpid(),
+            "models": [{"name": model.name, "engine_id": model.engine_id} for model in served],
+        }
 
     def _say_what_next(self, served: Sequence[Model]) -> None:
         cluster, say = self._cluster, self._console.print

@@ -260,6 +260,6 @@ def test_build_signs_what_it_builds_and_builds_again_what_it_finds_unsigned(
     assert (found["engine_id"], found["reused"]) == (engine, False)
     assert signing.signed_by(store, engine, registry.stored(store, engine)[1], (key.public,)) == (key.public.id,)
     assert json.loads(enginehouse(*build, "--sign-with", tmp_path / "my.key").stdout)["reused"]
-    assert "key file" in error(*build, "--sign-with", tmp_path / "no.key")
+    assert "key file" in error(*build[:-1], "--sign-with", tmp_path / "no.key")
     result = enginehouse(*build, "--sign-with", tmp_path / "my.key", "--builder", "127.0.0.1:1")
     assert (result.exit_code, "--signing-key" in result.stderr) == (2, True)

@@ -1,0 +1,238 @@
+"""How fast a model can be on a device, by the roofline (Williams, Waterman and Patterson, CACM 52(4), 2009).
+
+A step is its parts one after another: the matrix products of the layers, attention, and the logits' product. Each part
+takes the longer of the two times
+
+    reading    bytes / (bandwidth x its efficiency)
+    computing  operations / (throughput of the dtype x its efficiency)
+
+With T tokens in a step, R rows of logits, and sequence i that has t_i tokens in the step and c_i in its context:
+
+    layers     reads all their weights once;            2 x parameters x T operations
+    head       reads its matrix once;                   2 x parameters x R operations
+    attention  reads kv_bytes x sum(c_i);               4 x heads x head_dim x (pairs of a query and a key) operations
+
+The embedding is a table of which T rows are read: that, norms, activations and the writing of the KV cache are some tenths
+of a percent and are left out, as are launches and the scheduler's work. So this is an upper bound of what an executor can
+do, and the efficiencies say how near to it good kernels come.
+
+No torch and no click here: numbers in, numbers out. Bytes, bytes/s, operations/s and seconds throughout.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from engine.errors import FailedPrecondition, InvalidArgument
+
+BLOCK_SIZE = 16  # tokens in a KV block, the unit in which an executor gives memory to a sequence
+ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
+QUANTIZED = ("fp8", "int8")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Layers whose attention is alike; `window` 0 is unlimited."""
+
+    layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What matters of a model here.
+
+    Attributes:
+        dtype: of activations, and of weights that are not quantized.
+        layer_dtype: of the layers' matrices.
+        weight_bytes: dtype -> bytes of all weights that have it.
+        layer_parameters, layer_bytes: of the matrices in the layers.
+        head_parameters, head_bytes: of the matrix that makes logits, which may be the embedding.
+        replicated_bytes: of what every rank keeps whole: norms, biases, rotary frequencies.
+        attention: the layers' attention.
+        kv_dtype: of the KV cache.
+        max_seq_len: tokens in a sequence at most.
+        max_num_tokens: tokens in a step at most; longer prompts take several.
+        max_batch_size: sequences in a step at most; None for a checkpoint, whose build decides.
+    """
+
+    name: str
+    dtype: str
+    layer_dtype: str
+    weight_bytes: Mapping[str, int]
+    layer_parameters: int
+    layer_bytes: int
+    head_parameters: int
+    head_bytes: int
+    replicated_bytes: int
+    attention: tuple[Attention, ...]
+    kv_dtype: str
+    num_parameters: int
+    max_seq_len: int
+    max_num_tokens: int
+    max_batch_size: int | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.weight_bytes.values())
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the KV cache of one sequence, over all ranks: keys and values of each layer.
+
+        Windows do not shrink it: the executor keeps what it has computed.
+        """
+        per_token = sum(2 * a.layers * a.num_kv_heads * a.head_dim for a in self.attention) * ITEM_SIZE[self.kv_dtype]
+        return per_token * tokens
+
+    def quantized(self, dtype: str) -> "Shape":
+        """The same model with the layers' matrices in fp8 or int8, one byte a weight; scales are left out.
+
+        Embedding, head, norms and biases stay as they are, which is what usual recipes do.
+        """
+        rest = dict(self.weight_bytes)
+        rest[self.layer_dtype] -= self.layer_bytes
+        rest[dtype] = rest.get(dtype, 0) + self.layer_parameters
+        kept = {name: size for name, size in rest.items() if size}
+        return replace(self, layer_dtype=dtype, weight_bytes=kept, layer_bytes=self.layer_parameters)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one card can do, at best.
+
+    Attributes:
+        memory: bytes.
+        bandwidth: bytes/s.
+        flops: dtype -> operations/s.
+        bandwidth_efficiency, compute_efficiency: the share of them that kernels are expected to reach.
+    """
+
+    memory: float
+    bandwidth: float
+    flops: Mapping[str, float]
+    bandwidth_efficiency: float = 1.0
+    compute_efficiency: float = 1.0
+
+    def at_best(self) -> "Device":
+        """The same with both efficiencies 1."""
+        return replace(self, bandwidth_efficiency=1.0, compute_efficiency=1.0)
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step, and what of it was reading (memory) and what computing (compute) that nothing hid."""
+
+    seconds: float
+    memory: float
+    compute: float
+
+    @property
+    def bound(self) -> str:
+        """What takes more of it, "memory" or "compute"."""
+        return "memory" if self.memory >= self.compute else "compute"
+
+
+def decode_step(shape: Shape, device: Device, batch: int, context: float, tp: int = 1) -> Time:
+    """One token for each of `batch` sequences whose context is `context` tokens on average, on `tp` cards."""
+    pairs, read = [], 0.0
+    for attention in shape.attention:
+        seen = min(context, attention.window) if attention.window else context
+        read += batch * seen * _kv_rank(attention, tp) * ITEM_SIZE[shape.kv_dtype]
+        pairs.append(batch * seen)
+    return _step(shape, device, batch, batch, pairs, read, tp)
+
+
+def prefill(shape: Shape, device: Device, tokens: int, tp: int = 1) -> Time:
+    """One prompt of `tokens` alone, in chunks of at most max_num_tokens, to its first token."""
+    memory = compute = 0.0
+    for start in range(0, tokens, shape.max_num_tokens):
+        count = min(shape.max_num_tokens, tokens - start)
+        pairs, read = [], 0.0
+        for attention in shape.attention:
+            first = start + 1  # the first query of the chunk sees itself and all before it
+            seen = count * first + count * (count - 1) / 2
+            reach = start + count
+            if attention.window:
+                seen = _windowed(start, count, attention.window)
+                reach = min(reach, attention.window + count)
+            pairs.append(seen)
+            read += reach * _kv_rank(attention, tp) * ITEM_SIZE[shape.kv_dtype]
+        step = _step(shape, device, count, 1, pairs, read, tp)
+        memory, compute = memory + step.memory, compute + step.compute
+    return Time(memory + compute, memory, compute)
+
+
+def weight_bytes_per_rank(shape: Shape, tp: int) -> float:
+    """Bytes of weights on each of `tp` cards: matrices are divided, norms and biases are not."""
+    return (shape.total_bytes - shape.replicated_bytes) / tp + shape.replicated_bytes
+
+
+def kv_memory(shape: Shape, device: Device, tp: int, share: float) -> float:
+    """Bytes on each card for the KV cache: a share of its memory, less the weights. Negative where they do not fit."""
+    return device.memory * share - weight_bytes_per_rank(shape, tp)
+
+
+def max_sequences(shape: Shape, device: Device, tokens: int, tp: int, share: float) -> int:
+    """How many sequences of `tokens` tokens the KV cache holds at the same time, in whole blocks of 16."""
+    blocks = math.ceil(tokens / BLOCK_SIZE) * BLOCK_SIZE
+    per_sequence = blocks * sum(_kv_rank(a, tp) for a in shape.attention) * ITEM_SIZE[shape.kv_dtype]
+    return max(0, int(kv_memory(shape, device, tp, share) // per_sequence))
+
+
+def check_tp(shape: Shape, tp: int) -> None:
+    """Raises InvalidArgument unless the heads can be divided among `tp` cards."""
+    for attention in shape.attention:
+        heads, kv_heads = attention.num_heads, attention.num_kv_heads
+        if heads % tp or (kv_heads % tp and tp % kv_heads):
+            raise InvalidArgument(
+                f"tp {tp}: {heads} heads and {kv_heads} KV heads cannot be divided among {tp} cards; choose a divisor of "
+                f"{kv_heads}, or a multiple of it that divides {heads}",
+                reason="TP_INVALID",
+            )
+
+
+def _kv_rank(attention: Attention, tp: int) -> float:
+    """Elements of keys and values that one rank keeps of a token; with more ranks than KV heads they are repeated."""
+    heads = max(1, attention.num_kv_heads // tp)
+    return 2 * attention.layers * heads * attention.head_dim
+
+
+def _windowed(start: int, count: int, window: int) -> float:
+    """Pairs of a query at start, ..., start + count - 1 and the keys in its window."""
+    full = max(0, min(count, start + count - window))  # queries that see a whole window
+    rest = count - full
+    return full * window + rest * (start + 1) + rest * (rest - 1) / 2
+
+
+def _step(shape: Shape, device: Device, tokens: int, rows: int, pairs: list[float], kv_read: float, tp: int) -> Time:
+    attention = sum(
+        4 * a.layers * a.num_heads * a.head_dim * seen for a, seen in zip(shape.attention, pairs, strict=True)
+    )
+    parts = (
+        (shape.layer_bytes / tp + shape.replicated_bytes, 2 * shape.layer_parameters * tokens / tp, shape.layer_dtype),
+        (shape.head_bytes / tp, 2 * shape.head_parameters * rows / tp, shape.dtype),
+        (kv_read, attention / tp, shape.dtype),
+    )
+    memory = compute = 0.0
+    for size, operations, dtype in parts:
+        reading = size / (device.bandwidth * device.bandwidth_efficiency)
+        computing = operations / (_flops(device, dtype) * device.compute_efficiency)
+        if reading >= computing:
+            memory += reading
+        else:
+            compute += computing
+    return Time(memory + compute, memory, compute)
+
+
+def _flops(device: Device, dtype: str) -> float:
+    if dtype not in device.flops:
+        raise FailedPrecondition(
+            f"the device has no {dtype} matrix units; it has {', '.join(device.flops)}: choose one of these with --dtype, or say "
+            "with --flops how fast it is",
+            reason="DTYPE_NOT_ON_DEVICE",
+        )
+    return device.flops[dtype]

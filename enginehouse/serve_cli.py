@@ -1,0 +1,96 @@
+"""What can be typed to serve models."""
+
+import click
+
+from enginehouse.completion import complete_engine, complete_model_or_directory
+from enginehouse.options import check_addresses, with_data, with_json
+
+
+class _UpCommand(click.Command):
+    """Takes what stands behind "--" for the command to run."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            cut = args.index("--")
+            ctx.params["command"] = tuple(args[cut + 1 :])
+            if not ctx.params["command"]:
+                raise click.UsageError("a command must stand behind --", ctx)
+            args = args[:cut]
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- COMMAND...]"]
+
+
+@click.command(cls=_UpCommand)
+@click.argument("models", nargs=-1, metavar="[MODEL | NAME=CHECKPOINT]...", shell_complete=complete_model_or_directory)
+@click.option("--executors", type=click.IntRange(min=1), default=1, show_default=True, help="How many executors.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where the gateway listens.")
+@click.option(
+    "--port",
+    type=click.IntRange(min=0, max=65535),
+    default=8400,
+    show_default=True,
+    help="The gateway's port; 0 takes a free one.",
+)
+@click.option("--store", metavar="URL", help="Where engines are kept.  [default: store/ in the data folder]")
+@with_data
+@with_json
+def up(
+    models: tuple[str, ...],
+    executors: int,
+    host: str,
+    port: int,
+    store: str | None,
+    data: str | None,
+    as_json: bool,
+    command: tuple[str, ...] = (),
+) -> None:
+    """Run a cluster on this machine, which serves models.
+
+    That is a builder, executors and a gateway, to try things out or for one machine of your own. A model is
+    NAME=CHECKPOINT or the path of a checkpoint (built first, unless its engine is in the store), or the name of one in
+    the store. Ctrl-C stops all of it. With a COMMAND the cluster lives as long as the command, which finds it by itself
+    ($ENGINEHOUSE_GATEWAY, $ENGINEHOUSE_BUILDER), and the status is the command's. With --json a line on stdout tells
+    all addresses and models as soon as it serves; stdout is a COMMAND's own, which therefore excludes --json.
+    """
+    from enginehouse.commands import up as body
+    from enginehouse.home import Home
+
+    if as_json and command:
+        raise click.UsageError("--json and a COMMAND exclude each other: stdout is the command's")
+    status = body.run(
+        models,
+        command,
+        home=Home.find(data),
+        store=store,
+        executors=executors,
+        host=host,
+        port=port,
+        as_json=as_json,
+    )
+    click.get_current_context().exit(status)
+
+
+@click.command()
+@click.argument("engine", metavar="MODEL|ENGINE_ID", shell_complete=complete_engine)
+@click.option(
+    "executors",
+    "--executor",
+    metavar="HOST:PORT",
+    multiple=True,
+    callback=check_addresses,
+    help="May be repeated; default: the local cluster's.",
+)
+@with_data
+@with_json
+def load(engine: str, executors: tuple[str, ...], data: str | None, as_json: bool) -> None:
+    """Load a model's newest engine into running executors.
+
+    The gateway then sends its requests there: after a name was given another engine, or for a model that `enginehouse
+    up` did not begin with. It takes an engine's whole id as well.
+    """
+    from enginehouse.commands import load as command
+    from enginehouse.home import Home
+
+    command.run(engine, executors, Home.find(data), as_json=as_json)

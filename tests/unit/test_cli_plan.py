@@ -1,0 +1,346 @@
+"""`enginehouse plan`: the arithmetic by hand, and the model's facts against what builds write."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hub_server
+import pytest
+from click.testing import CliRunner
+from hub_server import Repository
+
+from builder_svc.models.config import AttentionSpec, DecoderConfig, LayerSpec, MlpSpec, RopeSpec
+from builder_svc.options import BuildOptions
+from builder_svc.pipeline import build
+from engine import registry
+from engine.backends import open_store
+from engine.errors import FailedPrecondition, InvalidArgument
+from engine.manifest import Manifest
+from enginehouse import roofline
+from enginehouse.cli import main
+from enginehouse.gpus import GPUS, find_gpu
+from enginehouse.home import Home
+from enginehouse.model_shape import of_checkpoint, of_engine
+from enginehouse.roofline import Attention, Device, Shape
+from executor_svc.runner import BLOCK_SIZE
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+H100 = Device(80e9, 3.35e12, {"bfloat16": 989.4e12, "fp8": 1978.9e12, "float32": 67e12})
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "Llama-3.1-8B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shape(llama: Path) -> Shape:
+    return of_checkpoint(str(llama), None)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder whose store has the demo model in bfloat16, called demo."""
+    folder = tmp_path_factory.mktemp("home")
+    store = open_store(Home(folder).store)
+    options = BuildOptions(dtype="bfloat16", max_batch_size=50)
+    registry.set_name(store, "demo", build(DEMO, store, options).manifest.engine_id)
+    return folder
+
+
+def plan(*arguments: object, status: int = 0) -> Any:
+    result = CliRunner().invoke(main, ["plan", *map(str, arguments), "--json"])
+    assert result.exit_code == status, (result.output, result.exception)
+    return json.loads(result.stdout) if status == 0 else json.loads(result.stderr)["error"]
+
+
+# --- the model's facts
+
+
+def test_llama_8b_as_everybody_knows_it(shape: Shape) -> None:
+    """8.03 billion parameters; 2 x 32 layers x 8 heads x 128 x 2 bytes of KV cache a token."""
+    assert shape.num_parameters == 8_030_261_248 + 64  # and the rotary frequencies
+    assert shape.weight_bytes == {"bfloat16": 2 * 8_030_261_248, "float32": 4 * 64}
+    assert shape.kv_bytes(1) == 131_072
+    assert shape.attention == (Attention(32, 32, 8, 128),)
+    assert shape.head_parameters == 128256 * 4096
+    assert shape.layer_parameters == 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
+
+
+def weights_written(manifest: Manifest, store: Any) -> int:
+    """Bytes of tensors in the engine's files: all but their safetensors headers."""
+    headers = 0
+    for file in manifest.ranks[0].weights:
+        data = store.read(f"blobs/sha256/{file.digest[:2]}/{file.digest}")
+        headers += 8 + int.from_bytes(data[:8], "little")
+    return manifest.weight_bytes() - headers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_plan_says_what_a_build_writes(dtype: str, tmp_path: Path) -> None:
+    """Of the checkpoint before, and of the engine after."""
+    store = open_store(str(tmp_path / "store"))
+    manifest = build(DEMO, store, BuildOptions(dtype=dtype, max_batch_size=5, max_seq_len=700)).manifest
+    planned = of_checkpoint(str(DEMO), dtype)
+    assert planned.total_bytes == weights_written(manifest, store)
+    assert planned.num_parameters == manifest.model.num_parameters
+    assert planned.kv_bytes(1) == manifest.model.kv_bytes_per_token
+    assert (planned.dtype, planned.max_batch_size) == (dtype, None)
+    built = of_engine(store, manifest.engine_id[:12])
+    assert (built.max_seq_len, built.max_batch_size) == (700, 5)
+    limits = {"name": built.name, "max_seq_len": 700, "max_batch_size": 5}
+    assert built == replace(planned, **limits)
+
+
+def test_layers_of_several_kinds_are_each_counted(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
+    rope = RopeSpec(inv_freq=(1.0, 0.1))
+    full = LayerSpec(AttentionSpec(4, 2, 8, rope), MlpSpec(32))
+    sliding = LayerSpec(AttentionSpec(4, 1, 8, rope, window=16, qkv_bias=True), MlpSpec(64))
+    mixed = DecoderConfig("LlamaForCausalLM", 100, 32, 1e-5, (full, sliding, sliding, full, sliding), True, 64)
+    monkeypatch.setattr("builder_svc.models.families.llama.decoder_config", lambda *_: mixed)
+    shape = of_checkpoint(str(llama), "float32")
+    assert shape.attention == (Attention(2, 4, 2, 8), Attention(3, 4, 1, 8, 16))
+    both = 32 * 32  # the output projection
+    assert shape.layer_parameters == 2 * (32 * 64 + both + 3 * 32 * 32) + 3 * (32 * 48 + both + 3 * 32 * 64)
+    assert shape.kv_bytes(1) == (2 * 2 * 2 * 8 + 3 * 2 * 1 * 8) * 4
+    assert shape.replicated_bytes == 4 * (5 * 2 * 32 + 32 + 3 * 48 + 2)  # norms, the last one, biases, frequencies
+    assert shape.total_bytes == 4 * (shape.layer_parameters + 100 * 32) + shape.replicated_bytes
+
+
+def test_an_engine_is_planned_without_torch(home: Path) -> None:
+    code = (
+        "import sys; from enginehouse.cli import main\n"
+        f"main(['plan', 'demo', '--data', {str(home)!r}, '--gpu', 'L4'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules and 'grpc' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the engine takes 50" in done.stdout and "bound by" in done.stdout
+
+
+# --- the roofline
+
+
+def test_decode_of_one_sequence_is_bound_by_the_weights(shape: Shape) -> None:
+    """15.0 GB at 3.35 TB/s: the published limit of 4.48 ms, and 0.04 us for each token of context."""
+    bare = roofline.decode_step(shape, H100, 1, 0)
+    streamed = 2 * (8_030_261_248 - 128256 * 4096)  # all but the input embedding
+    assert bare.seconds == pytest.approx(streamed / 3.35e12, rel=1e-6) == pytest.approx(4.48e-3, rel=2e-3)
+    assert (bare.bound, bare.compute) == ("memory", 0)
+    there = roofline.decode_step(shape, H100, 1, 2048)
+    assert there.seconds - bare.seconds == pytest.approx(2048 * 131_072 / 3.35e12)
+    slower = replace(H100, bandwidth_efficiency=0.5)
+    assert roofline.decode_step(shape, slower, 1, 0).seconds == pytest.approx(2 * bare.seconds)
+
+
+def test_large_batches_are_bound_by_arithmetic(shape: Shape) -> None:
+    batch = 2048
+    step = roofline.decode_step(shape, H100, batch, 0)
+    assert step.compute == pytest.approx(
+        2 * (shape.layer_parameters + shape.head_parameters) * batch / 989.4e12, rel=1e-9
+    )
+    assert step.bound == "compute"
+
+
+def test_prefill_by_hand(shape: Shape) -> None:
+    """4,096 tokens in two chunks: each pair of a query and a key before it costs 4 x heads x head_dim x layers."""
+    time = roofline.prefill(shape, H100, 4096)
+    layers = 2 * shape.layer_parameters * 4096 / 989.4e12
+    attention = 4 * 32 * 32 * 128 * (4096 * 4097 / 2) / 989.4e12
+    head = 2 * shape.head_bytes / 3.35e12  # one row of logits a chunk: its matrix is only read
+    assert time.seconds == pytest.approx(layers + attention + head, rel=1e-6)
+    assert time.bound == "compute"
+    short = roofline.prefill(shape, H100, 16)
+    assert short.bound == "memory"
+
+
+def test_windows_bound_what_attention_reads_and_computes(shape: Shape) -> None:
+    sliding = replace(shape, attention=(Attention(32, 32, 8, 128, window=100),))
+    assert roofline.decode_step(sliding, H100, 4, 5000) == roofline.decode_step(sliding, H100, 4, 100)
+    for tokens in (1, 60, 100, 101, 5000):
+        pairs = sum(min(query + 1, 100) for query in range(tokens))
+        chunked = [roofline._windowed(start, min(70, tokens - start), 100) for start in range(0, tokens, 70)]
+        assert sum(chunked) == pairs
+
+
+def test_how_many_sequences_fit(shape: Shape) -> None:
+    """Whole blocks of 16 tokens in what the weights leave of 90% of the memory."""
+    room = 0.9 * 80e9 - shape.total_bytes
+    assert roofline.max_sequences(shape, H100, 1000, 1, 0.9) == int(room // (1008 * 131_072))
+    assert roofline.max_sequences(shape, replace(H100, memory=16e9), 1000, 1, 0.9) == 0
+    assert roofline.max_sequences(replace(shape, kv_dtype="fp8"), H100, 1008, 1, 0.9) == int(room // (1008 * 65_536))
+
+
+def test_a_block_is_the_executors() -> None:
+    assert roofline.BLOCK_SIZE == BLOCK_SIZE
+
+
+def test_several_cards_divide_the_matrices_and_the_heads(shape: Shape) -> None:
+    each = roofline.weight_bytes_per_rank(shape, 4)
+    assert each == pytest.approx((shape.total_bytes - shape.replicated_bytes) / 4 + shape.replicated_bytes)
+    one, four = (roofline.decode_step(shape, H100, 1, 1000, tp) for tp in (1, 4))
+    assert one.seconds / 4 < four.seconds < one.seconds / 3.99
+    # 16 cards for 8 KV heads: each keeps one, so that eight of them are there twice
+    assert roofline._kv_rank(shape.attention[0], 16) == 2 * 32 * 1 * 128
+    for tp in (1, 2, 8, 16, 32):
+        roofline.check_tp(shape, tp)
+    for tp in (3, 12, 64):
+        with pytest.raises(InvalidArgument, match=f"tp {tp}: 32 heads and 8 KV heads"):
+            roofline.check_tp(shape, tp)
+
+
+def test_fp8_halves_the_layers_and_needs_a_card_that_has_it(shape: Shape) -> None:
+    small = shape.quantized("fp8")
+    assert small.weight_bytes["fp8"] == shape.layer_parameters
+    assert small.total_bytes == shape.total_bytes - shape.layer_parameters
+    limit = (small.layer_bytes + small.replicated_bytes + small.head_bytes) / 3.35e12
+    assert roofline.decode_step(small, H100, 1, 0).seconds == pytest.approx(limit) == pytest.approx(2.4e-3, rel=0.01)
+    with pytest.raises(FailedPrecondition, match="no fp8 matrix units"):
+        roofline.decode_step(small, replace(H100, flops={"bfloat16": 1.0}), 1, 0)
+
+
+def test_the_table_of_gpus_holds_together() -> None:
+    assert len(GPUS) == 15
+    for gpu in GPUS.values():
+        assert 10 < gpu.memory < 300 and 200 < gpu.bandwidth < 10_000 and gpu.source
+        half = gpu.tflops["float16"]
+        assert half > gpu.tflops["float32"] and gpu.tflops.get("bfloat16", half) == half
+        for dtype in {"fp8", "int8"} & gpu.tflops.keys():
+            assert 1.9 < gpu.tflops[dtype] / half < 4.1
+    assert find_gpu("h100 sxm") == find_gpu("H100") == GPUS["H100-SXM"]
+    assert find_gpu("rtx4090").memory == 24
+    with pytest.raises(InvalidArgument, match="no GPU 'H900' in the table: choose one of H100-SXM"):
+        find_gpu("H900")
+
+
+# --- what is typed
+
+
+def test_the_plan_of_an_engine(home: Path) -> None:
+    shape = of_engine(open_store(Home(home).store), "demo")
+    demo = ("demo", "--data", home)
+    told = plan(*demo, "--gpu", "H100", "--bandwidth-efficiency", "1", "--compute-efficiency", "1")
+    assert told["model"]["weight_bytes"] == shape.total_bytes
+    assert told["model"]["kv_bytes_per_token"] == 5 * 2 * 2 * 32 * 2
+    assert (told["input_len"], told["output_len"], told["max_batch"]) == (1024, 256, 50)
+    assert [row["batch"] for row in told["decode"]] == [1, 8, 50]
+    prefill = roofline.prefill(shape, H100, 1024).seconds
+    for row in told["decode"]:
+        expected = roofline.decode_step(shape, H100, row["batch"], 1024 + 128).seconds
+        assert row["step_seconds"] == row["floor_seconds"] == pytest.approx(expected)
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] / expected)
+        whole = row["batch"] * prefill + 256 * expected
+        assert row["requests_per_second"] == pytest.approx(row["batch"] / whole)
+    assert told["prefill"]["ttft_seconds"] == pytest.approx(prefill)
+    own = plan(*demo, "--gpu", "H100", "--memory", 40, "--bandwidth", 1000, "--flops", 9, "--batch", 2, "--batch", 99)
+    assert own["device"]["memory"] == 40e9 and own["device"]["flops"]["bfloat16"] == 9e12
+    assert [(row["batch"], row["fits"]) for row in own["decode"]] == [(2, True), (99, False)]
+    nothing = plan(*demo, "--gpu", "A10", "--memory", 0.008)
+    assert (nothing["max_batch"], nothing["decode"]) == (0, [])
+    assert plan(*demo, "--memory", 80)["max_batch"] == 50
+    assert "decode" not in plan(*demo, "--memory", 80)
+    quantized = plan(*demo, "--dtype", "fp8", "--kv-dtype", "fp8")["model"]
+    assert quantized["weight_bytes"] == shape.total_bytes - shape.layer_parameters
+    assert quantized["kv_bytes_per_token"] == 5 * 2 * 2 * 32
+    assert plan("--gpu", "list")[0]["name"] == "H100-SXM"
+
+
+def test_the_plan_of_a_checkpoint_as_a_person_reads_it(llama: Path) -> None:
+    result = CliRunner().invoke(main, ["plan", str(llama), "--gpu", "H100", "--tp", "2"])
+    assert result.exit_code == 0, result.output
+    for words in (
+        "Llama-3.1-8B, 8.03 billion parameters, bfloat16",
+        "16.1 GB (bfloat16 16.1 GB",
+        "131,072 bytes a token",
+        "2 cards, 8.03 GB of weights on each",
+        "H100-SXM, 80 GB, 3350 GB/s, 989.4 TFLOP/s bfloat16",
+        "bound by compute",
+        "at 85% of the bandwidth and 70%",
+    ):
+        assert words in result.stdout
+
+
+def test_what_else_a_person_reads(home: Path) -> None:
+    for arguments, words in (
+        ((), "Add --gpu NAME"),
+        (("--memory", "0.001"), "weights need"),
+        (("--memory", "0.001"), "Not even one sequence fits"),
+        (("--gpu", "A100", "--dtype", "int8"), "builds no int8 engines yet"),
+    ):
+        result = CliRunner().invoke(main, ["plan", "demo", "--data", str(home), *arguments])
+        assert (result.exit_code, words in result.stdout) == (0, True), result.output
+    assert "RTX-5090" in CliRunner().invoke(main, ["plan", "--gpu", "list"]).stdout
+
+
+def test_wrong_input(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"torch_dtype": None}))
+    for arguments, reason in (
+        (("demo", "--gpu", "H900"), "GPU_UNKNOWN"),
+        (("demo", "--gpu", "A100", "--dtype", "fp8"), "DTYPE_NOT_ON_DEVICE"),
+        (("demo", "--gpu", "T4"), "DTYPE_NOT_ON_DEVICE"),
+        (("demo", "--dtype", "float16"), "DTYPE_FIXED"),
+        (("demo", "--bandwidth", 100), "DEVICE_INCOMPLETE"),
+        (("demo", "--input-len", 2048), "CONTEXT_TOO_LONG"),
+        (("demo", "--tp", 5), "TP_INVALID"),
+        ((tmp_path / "none",), "FILE_NOT_FOUND"),
+        ((tmp_path,), "DTYPE_NEEDED"),
+        (("unknown",), "MODEL_NOT_FOUND"),
+    ):
+        assert plan(*arguments, "--data", home, status=1)["reason"] == reason, arguments
+    assert plan(status=2)["message"] == "Missing argument 'CHECKPOINT|ENGINE'."
+
+
+def test_a_checkpoint_needs_the_builders_extra(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    error = plan(llama, status=1)
+    assert error["reason"] == "EXTRA_MISSING" and "pip install 'enginehouse[builder]'" in error["message"]
+
+
+HUB = """
+import json
+from engine.errors import EnginehouseError
+from enginehouse.model_shape import download_config
+for repository in (("org/name", "v2"), ("org/name", "gone"), ("org/none", None), ("org/empty", None)):
+    try:
+        print(json.dumps([sorted(path.name for path in download_config(*repository).iterdir()), None]))
+    except EnginehouseError as error:
+        print(json.dumps([error.reason, error.message]))
+"""
+
+
+def test_of_a_repository_of_the_hub_only_the_config_is_downloaded(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (llama / "model.safetensors").write_bytes(b"never sent")
+    repositories = {
+        "org/name": Repository(llama, {"v2": "b" * 40}),
+        "org/empty": Repository(tmp_path / "empty"),
+    }
+    with hub_server.serve(repositories) as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= hub_server.environment(hub.url, tmp_path / "cache")
+        done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert said[0] == [["config.json"], None]
+    assert [reason for reason, _ in said[1:]] == ["REVISION_NOT_FOUND", "REPOSITORY_NOT_FOUND", "FILE_NOT_FOUND"]
+    assert hub.downloaded() <= {"config.json"}
