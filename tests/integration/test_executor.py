@@ -112,6 +112,32 @@ async def test_end_and_stop_ids_say_what_matched(running: Running, stub: Executo
     assert outputs[-1].finish.reason == FinishReason.FINISH_REASON_STOP and outputs[-1].finish.stop_token_id == whole[9]
 
 
+async def test_a_call_tells_log_probabilities(running: Running, stub: ExecutorStub) -> None:
+    output = {"logprobs": 3, "prompt_logprobs": 2}
+    outputs = [part async for part in stub.Generate(running.submit(4, output=output))]
+    prompt = [part for part in outputs if part.HasField("prompt_logprobs")]
+    assert sum(len(part.prompt_logprobs.logprobs) for part in prompt) == 27
+    assert sum(len(part.prompt_logprobs.top_token_ids) for part in prompt) == 27 * 2
+    assert prompt[0].usage.prompt_tokens == 28 and prompt[0].usage.cached_tokens == 0
+    tokens = [part for part in outputs if part.token_ids]
+    assert all(len(part.logprobs.top_logprobs) == 3 * len(part.token_ids) for part in tokens)
+    plain = [part async for part in stub.Generate(running.submit(4))]
+    assert not any(part.HasField("logprobs") or part.HasField("prompt_logprobs") for part in plain)
+    assert [list(part.token_ids) for part in plain] == [list(part.token_ids) for part in tokens]
+
+
+async def test_a_beam_search_is_one_message(running: Running, stub: ExecutorStub) -> None:
+    (output,) = [part async for part in stub.Generate(running.submit(5, beam_search={"width": 4}))]
+    scores = [hypothesis.score for hypothesis in output.hypotheses]
+    assert len(scores) == 4 and scores == sorted(scores, reverse=True)
+    assert output.usage.prompt_tokens == 28 and output.usage.completion_tokens == 20 and not output.token_ids
+    assert output.finish.reason == FinishReason.FINISH_REASON_LENGTH
+    error = await error_of(stub.Generate(running.submit(5, beam_search={"width": 4}, resume_token_ids=[4])))
+    assert (error.code, error.reason) == (3, "BEAM_SEARCH_RESUME")
+    after = await load(stub)
+    assert after.free_kv_blocks == after.total_kv_blocks
+
+
 async def test_a_cancelled_call_frees_its_blocks(running: Running, stub: ExecutorStub) -> None:
     call = stub.Generate(running.submit(220))
     await call.read()
