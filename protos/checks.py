@@ -3,7 +3,10 @@
 import math
 
 from engine.errors import InvalidArgument
-from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
+from protos.v1.common_pb2 import BeamSearch, OutputOptions, SamplingParams, StoppingCriteria
+
+MAX_LOGPROBS = 20  # alternatives a token
+MAX_BEAMS = 16
 
 
 def check_sampling(params: SamplingParams) -> None:
@@ -26,4 +29,28 @@ def check_stopping(stopping: StoppingCriteria) -> None:
     if stopping.HasField("max_tokens") and stopping.max_tokens == 0:
         raise InvalidArgument(
             "max_tokens is 0: give at least 1, or leave it out for as many as fit", reason="MAX_TOKENS_INVALID"
+        )
+
+
+def check_output(output: OutputOptions) -> None:
+    """Raises InvalidArgument for more alternatives than are told."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if (count := getattr(output, name)) > MAX_LOGPROBS:
+            raise InvalidArgument(
+                f"{name} is {count}: give 0 to {MAX_LOGPROBS} alternatives a token", reason="LOGPROBS_INVALID"
+            )
+
+
+def check_beam(beam: BeamSearch) -> None:
+    """Raises InvalidArgument for a beam search that means nothing."""
+    if beam.width > MAX_BEAMS:
+        raise InvalidArgument(f"beam width is {beam.width}: give 1 to {MAX_BEAMS}", reason="BEAM_WIDTH_INVALID")
+    if not math.isfinite(beam.length_penalty):
+        raise InvalidArgument(
+            f"length_penalty is {beam.length_penalty:g}: give a finite number", reason="LENGTH_PENALTY_INVALID"
+        )
+    if not (math.isfinite(beam.diversity_rate) and beam.diversity_rate >= 0):
+        raise InvalidArgument(
+            f"diversity_rate is {beam.diversity_rate:g}: give a finite number, at least 0",
+            reason="DIVERSITY_RATE_INVALID",
         )

@@ -57,10 +57,11 @@ async def test_one_that_leaves_the_line_takes_no_turn() -> None:
 
 
 async def test_what_was_not_taken_in_time_becomes_one_delta() -> None:
-    inbox, finish = Inbox("e"), FinishInfo(reason=FINISH_REASON_LENGTH)
+    news, finish = asyncio.Event(), FinishInfo(reason=FINISH_REASON_LENGTH)
+    inbox = Inbox("e", news)
     inbox.push([1])
     inbox.push([2, 3])
-    await inbox.wait()
+    assert news.is_set() and inbox.pending
     assert inbox.take() == Delta([1, 2, 3], None)
     inbox.push([4])
     inbox.finish(finish)
@@ -68,17 +69,19 @@ async def test_what_was_not_taken_in_time_becomes_one_delta() -> None:
 
 
 async def test_tokens_come_before_the_error() -> None:
-    inbox = Inbox("e")
+    news = asyncio.Event()
+    inbox = Inbox("e", news)
     inbox.push([1])
     inbox.fail(Unavailable("gone"))
+    news.clear()
     assert inbox.take() == Delta([1], None)
-    await inbox.wait()
+    assert news.is_set() and inbox.pending
     with pytest.raises(Unavailable):
         inbox.take()
 
 
 async def test_an_inbox_has_an_end() -> None:
-    inbox = Inbox("e")
+    inbox = Inbox("e", asyncio.Event())
     inbox.push(range(MAX_PENDING_TOKENS))
     assert not inbox.closed
     inbox.push([1])
