@@ -157,17 +157,12 @@ class Beams(Generation):
 
     def _take(self) -> list[GenerateResponse]:
         inbox = self._inboxes[0]
-        if not inbox.pending:
+        if not inbox.pending or (delta := inbox.take()).finish is None:
             return []
-        delta = inbox.take()
-        if delta.finish is None:
-            return [GenerateResponse(usage=self.usage, prompt_logprobs=delta.prompt_logprobs)]
         missing = [Hypothesis(finish=delta.finish)] * (self._given - len(delta.hypotheses))  # such as when cancelled
         responses = []
         for completion, found in zip(self._completions, [*delta.hypotheses, *missing], strict=False):
-            prompt_logprobs = None if completion.index else delta.prompt_logprobs
-            news = Delta(found.token_ids, found.finish, prompt_logprobs=prompt_logprobs)
-            response = completion.respond(news, self.usage)
+            response = completion.respond(Delta(found.token_ids, found.finish), self.usage)
             response.cumulative_logprob = found.cumulative_logprob
             responses.append(response)
         for response in responses:

@@ -1,6 +1,7 @@
 """The Gateway service: names to engines, text to tokens, tokens to an executor and back to text."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -51,8 +52,11 @@ class Gateway(GatewayServicer):
             while not generation.done:
                 await generation.wait()
                 async with self._turns.turn():
+                    began = time.monotonic()
                     for response in generation.take():
                         yield response
+                if not generation.done:
+                    await self._turns.pause(began)
 
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
         check_prompt(request)

@@ -7,7 +7,7 @@ from engine.errors import InvalidArgument
 from gateway.bad_words import bad_token_ids, check_bad_words
 from gateway.models import Model
 from gateway.tokenizer import Tokenizer
-from protos.checks import check_beam, check_output, check_sampling, check_stopping
+from protos.checks import check_beam, check_min_tokens, check_output, check_sampling, check_stopping
 from protos.v1.common_pb2 import StoppingCriteria
 from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2 import GenerateRequest, TokenizeRequest
@@ -30,7 +30,7 @@ def check(request: GenerateRequest) -> None:
     check_sampling(request.sampling)
     check_stopping(request.stopping)
     check_output(request.output)
-    check_beam(request.beam_search)
+    check_beam(request.beam_search, request.output)
     _check_stops(request.stop)
     check_bad_words(request.bad_words)
     _check_completions(request)
@@ -74,11 +74,7 @@ def submission(request: GenerateRequest, model: Model, prompt: Sequence[int], to
             reason="PROMPT_EMPTY",
         )
     max_tokens = _max_tokens(request.stopping, model, len(prompt))  # first: what is far too long is not looked through
-    if request.stopping.min_tokens > max_tokens:
-        raise InvalidArgument(
-            f"min_tokens is {request.stopping.min_tokens}, but max_tokens {max_tokens}: lower the first or raise the second",
-            reason="MIN_TOKENS_INVALID",
-        )
+    check_min_tokens(request.stopping.min_tokens, max_tokens)
     check_token_ids(prompt, model)
     check_token_ids(request.stopping.stop_token_ids, model, "stop_token_ids")
     check_token_ids(list(request.sampling.logit_bias), model, "logit_bias")
@@ -138,11 +134,6 @@ def _check_completions(request: GenerateRequest) -> None:
             raise InvalidArgument(
                 "best_of and beam_search exclude each other: a beam search ranks its own hypotheses, n of which are given",
                 reason="BEST_OF_INVALID",
-            )
-        if request.output.HasField("logprobs"):
-            raise InvalidArgument(
-                "logprobs and beam_search exclude each other: of a hypothesis only its cumulative_logprob is told",
-                reason="LOGPROBS_INVALID",
             )
         if given > request.beam_search.width:
             raise InvalidArgument(

@@ -219,13 +219,10 @@ async def test_as_many_as_are_made_stream_in_their_order(tmp_path: Path) -> None
 async def test_hypotheses_come_in_their_order(tmp_path: Path) -> None:
     async with cluster(tmp_path) as c:
         beam = BeamSearch(width=3, length_penalty=0.5)
-        call = c.generate(n=2, beam_search=beam, stop=["qu"], output=OutputOptions(prompt_logprobs=0))
+        call = c.generate(n=2, beam_search=beam, stop=["qu"])
         submit = await c.executor.submitted()
         assert submit.beam_search == beam
         c.executor.begin(submit.handle, 1)
-        c.executor.prompt_logprobs(submit.handle, Logprobs(logprobs=[-1]))
-        prompt = await call.read()
-        assert (list(prompt.prompt_logprobs.logprobs), prompt.index) == ([-1], 0)
         c.executor.beams(
             submit.handle,
             [
