@@ -73,7 +73,8 @@ class Inbox:
                     reason="CLIENT_TOO_SLOW",
                 )
             )
-        self._tell()
+        if not self.pending:  # told already: this runs for every token
+            self._tell()
 
     def push_logprobs(self, logprobs: Logprobs) -> None:
         """Takes those of a step's tokens."""
