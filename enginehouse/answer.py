@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from protos.v1.common_pb2 import FinishInfo, FinishReason, Logprobs, Usage
@@ -15,7 +15,7 @@ class TokenLogprob:
     """A token's log-probability, and those of the most probable tokens in its place, the most probable first.
 
     Attributes:
-        token_id: None for a token of the prompt, which the gateway does not repeat.
+        token_id: None for a token of the prompt, until `Answer.name_prompt` has said which they are.
     """
 
     token_id: int | None
@@ -115,6 +115,11 @@ class Answer:
         if self.first_token is None and self.usage.completion_tokens:
             self.first_token, self.first_count = self.seconds, self.usage.completion_tokens
         return completion
+
+    def name_prompt(self, token_ids: Sequence[int]) -> None:
+        """Says of which tokens the prompt's log-probabilities are: of all but the first."""
+        named = zip(self.prompt_logprobs, token_ids[1:], strict=False)
+        self.prompt_logprobs = [replace(row, token_id=token_id) for row, token_id in named]
 
     def finished(self) -> bool:
         """Whether each completion has said how it ended."""

@@ -159,6 +159,11 @@ class GatewayClient(_Client):
         reply = await self._reply(self._stub.ListModels(gateway_pb2.ListModelsRequest()))
         return sorted(reply.models, key=lambda model: model.name)
 
+    async def tokenize(self, model: str, text: str, *, special_tokens: bool = True) -> list[int]:
+        """The model's token ids of a text, with those that begin a sequence or without."""
+        request = gateway_pb2.TokenizeRequest(model=model, text=text, add_special_tokens=special_tokens)
+        return list((await self._reply(self._stub.Tokenize(request))).token_ids)
+
 
 class BuilderClient(_Client):
     """Builds as jobs."""

@@ -87,16 +87,16 @@ def run(
     stats: bool,
 ) -> None:
     """Streams the answer to stdout; what it took, and log-probabilities, go to stderr."""
-    asyncio.run(_run(parse_prompt(prompt, token_ids), choices, model, gateway, token_ids, as_json, stats))
+    asyncio.run(_run(parse_prompt(prompt, token_ids), choices, model, gateway, as_json, stats))
 
 
 async def _run(
-    prompt: Prompt, choices: Choices, model: str | None, address: str, token_ids: bool, as_json: bool, stats: bool
+    prompt: str | list[int], choices: Choices, model: str | None, address: str, as_json: bool, stats: bool
 ) -> None:
     async with GatewayClient(address) as gateway:
         name = model or only_model(await gateway.models()).name
         answer = Answer()
-        show: Show = "nothing" if as_json else "ids" if token_ids else "text"
+        show: Show = "nothing" if as_json else "text" if isinstance(prompt, str) else "ids"
         if choices.max_tokens is None:
             limited = replace(choices, max_tokens=max(DEFAULT_MAX_TOKENS, choices.min_tokens or 0))
             try:
@@ -107,6 +107,8 @@ async def _run(
                 await stream(gateway, name, prompt, choices, answer, show)  # fewer fit: then as many as do
         else:
             await stream(gateway, name, prompt, choices, answer, show)
+        if answer.prompt_logprobs:
+            answer.name_prompt(await gateway.tokenize(name, prompt) if isinstance(prompt, str) else prompt)
         if as_json:
             print(answer.to_json(name))
         else:

@@ -54,7 +54,7 @@ from protos.v1.common_pb2 import (
     StoppingCriteria,
     Usage,
 )
-from protos.v1.gateway_pb2 import DetokenizeResponse, GenerateResponse, ListModelsResponse, Model
+from protos.v1.gateway_pb2 import DetokenizeResponse, GenerateResponse, ListModelsResponse, Model, TokenizeResponse
 from protos.v1.gateway_pb2_grpc import GatewayServicer, add_GatewayServicer_to_server
 
 DEMO = Model(name="demo", engine_id="ab" * 32, ready_executors=1, max_seq_len=512, has_chat_template=True)
@@ -84,6 +84,9 @@ class MockGateway(GatewayServicer):
                     time.sleep(0.01)
             else:
                 yield reply
+
+    def Tokenize(self, request: Any, context: Any) -> TokenizeResponse:
+        return TokenizeResponse(token_ids=[0, *map(len, request.text.split())])
 
     def Detokenize(self, request: Any, context: Any) -> DetokenizeResponse:
         return DetokenizeResponse(text="".join(f" w{token_id}" for token_id in request.token_ids))
@@ -316,7 +319,7 @@ def test_logprobs_are_a_table_for_people_and_rows_for_programs(gateway: MockGate
     end.logprobs.CopyFrom(last)
     end.cumulative_logprob = -3.5
     gateway.replies.put([echo, begin, end])
-    told = json.loads(enginehouse("generate", "x", "--echo", "--logprobs", "2", "--json").stdout)
+    told = json.loads(enginehouse("generate", "xyz", "--echo", "--logprobs", "2", "--json").stdout)
     assert (told["text"], told["token_ids"], told["cumulative_logprob"]) == ("x a b", [101, 102, 103], -3.5)
     assert told["logprobs"] == [
         {
@@ -330,14 +333,14 @@ def test_logprobs_are_a_table_for_people_and_rows_for_programs(gateway: MockGate
             "top": [{"token_id": 9, "logprob": -0.125}, {"token_id": 10, "logprob": -1.5}],
         },
     ]
-    assert told["prompt_logprobs"] == [{"token_id": None, "logprob": -2.0, "top": [{"token_id": 7, "logprob": -0.25}]}]
+    assert told["prompt_logprobs"] == [{"token_id": 3, "logprob": -2.0, "top": [{"token_id": 7, "logprob": -0.25}]}]
     gateway.replies.put([echo, begin, end])
-    result = enginehouse("generate", "x", "--logprobs", "2")
+    result = enginehouse("generate", "xyz", "--logprobs", "2")
     assert result.stdout == "x a b\n"
     assert result.stderr.splitlines() == [
         "log-probabilities of the prompt:",
         "token  id  logprob  probability  most probable",
-        '-      -   -2.000   13.5%        " w7" 77.9%',
+        '" w3"  3   -2.000   13.5%        " w7" 77.9%',
         "log-probabilities of the completion:",
         "token    id   logprob  probability  most probable",
         '" w102"  102  -0.500   60.7%        " w101" 60.7%  " w8" 36.8%',
