@@ -13,7 +13,8 @@ from enginehouse.build_cli import build
 from enginehouse.builds_cli import builds
 from enginehouse.command_line import Commands, add_examples
 from enginehouse.completion import complete_model
-from enginehouse.options import MOST, with_data, with_gateway, with_json
+from enginehouse.generation_options import SectionedCommand, choosing, several
+from enginehouse.options import with_data, with_gateway, with_json
 from enginehouse.plan_cli import plan
 from enginehouse.registry_cli import engines, keys, models
 from enginehouse.serve_cli import load, up
@@ -35,32 +36,6 @@ _model = click.option(
     shell_complete=complete_model,
     help="The model's name.  [default: the only one that is served]",
 )
-
-
-def _sampling(max_tokens: str) -> Callable[[_Function], _Function]:
-    options = [
-        click.option(
-            "--max-tokens",
-            type=click.IntRange(1, MOST),
-            help=f"Tokens to generate at most.  [default: {max_tokens}]",
-        ),
-        click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: 1]"),
-        click.option("--top-k", type=click.IntRange(0, MOST), help="Choose among the k most probable tokens."),
-        click.option(
-            "--top-p",
-            type=click.FloatRange(min=0, max=1, min_open=True),
-            help="Choose among the fewest tokens that have this probability together.",
-        ),
-        click.option("--seed", type=click.IntRange(min=0, max=2**64 - 1), help="The same seed gives the same text."),
-        click.option("--stop", metavar="S", multiple=True, help="End before this string; may be repeated."),
-    ]
-
-    def add(function: _Function) -> _Function:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return add
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -91,13 +66,12 @@ def completion(shell: str) -> None:
     command.run(main, shell)
 
 
-@main.command(short_help="Continue a prompt, printed as it comes.")
+@main.command(cls=SectionedCommand, short_help="Continue a prompt, printed as it comes.")
 @click.argument("prompt")
 @_model
 @with_gateway
-@_sampling(max_tokens="128, or what fits")
-@click.option("--token-ids", is_flag=True, help="PROMPT is token ids ('12 345'), and token ids are printed.")
-@click.option("--stats", is_flag=True, help="Say on stderr how fast it was and why it ended.")
+@choosing(max_tokens="128, or what fits")
+@several()
 @with_json
 @with_data
 def generate(
@@ -108,15 +82,26 @@ def generate(
     stats: bool,
     as_json: bool,
     data: str | None,
-    **sampling: Any,
+    **choices: Any,
 ) -> None:
-    """Continue PROMPT, printed as it comes; "-" reads the prompt from stdin."""
+    """Continue PROMPT, printed as it comes; "-" reads the prompt from stdin.
+
+    \b
+    Plain sampling takes the model's own probabilities (--temperature 1). Colder is safer:
+      enginehouse generate "In the beginning" --temperature 0.7 --top-p 0.9
+    What repeats itself:
+      enginehouse generate "In the beginning" --repetition-penalty 1.1
+    The best of eight, and how sure the model was of each token:
+      enginehouse generate "In the beginning" --best-of 8 --logprobs 3
+    """
     from enginehouse.commands import generate as command
     from enginehouse.home import Home, gateway_address
 
+    if choices["length_penalty"] is not None and choices["beams"] is None:
+        raise click.UsageError("--length-penalty is of a beam search: give --beams, too")
     command.run(
         prompt,
-        command.Sampling(**sampling),
+        command.Choices(**choices),
         model=model,
         gateway=gateway_address(gateway, Home.find(data)),
         token_ids=token_ids,
@@ -125,19 +110,19 @@ def generate(
     )
 
 
-@main.command()
+@main.command(cls=SectionedCommand)
 @_model
 @with_gateway
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
-@_sampling(max_tokens="what fits")
+@choosing(max_tokens="what fits")
 @with_data
-def chat(model: str | None, gateway: str | None, system: str | None, data: str | None, **sampling: Any) -> None:
+def chat(model: str | None, gateway: str | None, system: str | None, data: str | None, **choices: Any) -> None:
     """Talk with a model. Ctrl-C ends an answer; /exit, Ctrl-D, or Ctrl-C at the prompt ends the chat."""
     from enginehouse.commands import chat as command
-    from enginehouse.commands.generate import Sampling
+    from enginehouse.commands.generate import Choices
     from enginehouse.home import Home, gateway_address
 
-    command.run(Sampling(**sampling), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
+    command.run(Choices(**choices), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
 
 
 for _command in (up, load, build, builds, plan, bench, models, engines, keys, completion):

@@ -14,7 +14,7 @@ from enginehouse.upload import Progress, upload
 from protos.rpc import CHANNEL_OPTIONS, from_rpc_error
 from protos.v1 import builder_pb2, executor_pb2, gateway_pb2
 from protos.v1.builder_pb2_grpc import BuilderStub
-from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
+from protos.v1.common_pb2 import BeamSearch, OutputOptions, SamplingParams, StoppingCriteria, TokenIds
 from protos.v1.executor_pb2_grpc import ExecutorStub
 from protos.v1.gateway_pb2_grpc import GatewayStub
 
@@ -93,19 +93,48 @@ class GatewayClient(_Client):
         sampling: SamplingParams | None = None,
         stopping: StoppingCriteria | None = None,
         stop: Sequence[str] = (),
+        output: OutputOptions | None = None,
+        n: int | None = None,
+        best_of: int | None = None,
+        beam_search: BeamSearch | None = None,
+        echo: bool = False,
+        bad_words: Sequence[str] = (),
+        priority: int = 0,
     ) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
-        """New text and tokens as they come, with a finish in the last message.
+        """New text and tokens as they come; a completion's last message has its finish.
 
-        Ending the iteration (or cancelling the task) cancels the request.
+        Of several completions each message says by its `index` which one it is of. Ending the iteration (or cancelling
+        the task) cancels the request.
 
         Args:
+            sampling: how tokens are chosen.
+            stopping: when to end by tokens.
             stop: strings that end the text.
+            output: log-probabilities that are wanted, of the completion and of the prompt.
+            n: completions, 1 to 16.
+            best_of: how many are made, of which the n with the highest log-probability a token are given.
+            beam_search: searches for the most probable text; n of its hypotheses are given, the best first.
+            echo: the prompt comes first in each completion, without log-probabilities.
+            bad_words: texts that are never written.
+            priority: higher runs first.
 
         Raises:
             InvalidArgument: text that is not valid Unicode, a token id that is none, and whatever the gateway refuses.
         """
         try:
-            request = gateway_pb2.GenerateRequest(model=model, sampling=sampling, stopping=stopping, stop=stop)
+            request = gateway_pb2.GenerateRequest(
+                model=model,
+                sampling=sampling,
+                stopping=stopping,
+                stop=stop,
+                output=output,
+                n=n,
+                best_of=best_of,
+                beam_search=beam_search,
+                echo=echo,
+                bad_words=bad_words,
+                priority=priority,
+            )
             if isinstance(prompt, str):
                 request.text = prompt
             elif prompt and isinstance(prompt[0], gateway_pb2.ChatMessage):
@@ -117,6 +146,13 @@ class GatewayClient(_Client):
         except ValueError as error:
             raise InvalidArgument(f"{error}: token ids, limits and seeds are numbers of their range, from 0") from None
         return self._replies(self._stub.Generate(request))
+
+    async def detokenize(self, model: str, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids by themselves."""
+        request = gateway_pb2.DetokenizeRequest(
+            model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+        return (await self._reply(self._stub.Detokenize(request))).text
 
     async def models(self) -> list[gateway_pb2.Model]:
         """What is served, by name."""

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+import uvloop
+
 from engine.backends import open_store
 from gateway.router import Router
 from gateway.server import Gateway
@@ -51,4 +53,4 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main("gateway", _run(_arguments())))
+    sys.exit(main("gateway", _run(_arguments()), uvloop.new_event_loop))

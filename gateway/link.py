@@ -6,8 +6,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,17 +84,20 @@ class Link:
             queued_tokens=load.queued_tokens if load else 0,
         )
 
-    @contextmanager
-    def request(self, submit: Submit) -> Iterator[Inbox]:
-        """Sends a request and gives its inbox. A request that has not ended when the context ends is cancelled."""
+    def send(self, submit: Submit, news: asyncio.Event) -> Inbox:
+        """Sends a request and gives its inbox, which sets `news`. Raises Unavailable if the executor has just been lost."""
+        if not self._connected:
+            raise self._lost("its connection broke")
         handle = submit.handle = next(self._handles) & 0xFFFF_FFFF
-        inbox = self._inboxes[handle] = Inbox(submit.engine_id)
+        inbox = self._inboxes[handle] = Inbox(submit.engine_id, news, handle)
         self._live[inbox.engine_id] += 1
         self._commands.put_nowait(Command(submit=submit))
-        try:
-            yield inbox
-        finally:
-            self._cancel(handle)
+        return inbox
+
+    def cancel(self, inbox: Inbox) -> None:
+        """Cancels a request that has not ended; does nothing for one that has."""
+        if self._forget(inbox.handle):
+            self._commands.put_nowait(Command(cancel=Cancel(handles=[inbox.handle])))
 
     async def run(self) -> None:
         """Connects, again and again, until it is cancelled."""
@@ -158,17 +160,22 @@ class Link:
         inboxes = self._inboxes
         for started in step.started:
             if inbox := inboxes.get(started.handle):
-                inbox.cached_tokens = started.cached_tokens
-        token_ids, end = list(step.token_ids), 0
-        for handle, count in zip(step.handles, step.counts or itertools.repeat(1), strict=False):
-            begin, end = end, end + count
+                inbox.start(started.cached_tokens)
+        for row in step.prompt_logprobs:
+            if inbox := inboxes.get(row.handle):
+                inbox.push_prompt_logprobs(row.logprobs)
+        for row in step.logprobs:
+            if inbox := inboxes.get(row.handle):
+                inbox.push_logprobs(row.logprobs)
+        for handle, token_ids in _rows(step):
             if inbox := inboxes.get(handle):
-                inbox.push(token_ids[begin:end])
+                inbox.push(token_ids)
                 if inbox.closed:
-                    self._cancel(handle)
+                    self.cancel(inbox)
+        beams = {beam.handle: beam.hypotheses for beam in step.beams}
         for finished in step.finished:
             if inbox := self._forget(finished.handle):
-                inbox.finish(finished.finish)
+                inbox.finish(finished.finish, beams.get(finished.handle, ()))
         for failed in step.failed:
             self._fail(failed.handle, from_failure(failed.failure))
         if step.HasField("engine_lost"):
@@ -183,27 +190,36 @@ class Link:
         self._connected = self._answers = False
         self._loads = {}
         for handle in list(self._inboxes):
-            error = Unavailable(
-                f"executor {self.address} was lost ({reason}): send the request again",
-                reason="EXECUTOR_LOST",
-                metadata={"executor": self.address},
-            )
-            self._fail(handle, error)
+            self._fail(handle, self._lost(reason))
+
+    def _lost(self, reason: str) -> Unavailable:
+        return Unavailable(
+            f"executor {self.address} was lost ({reason}): send the request again",
+            reason="EXECUTOR_LOST",
+            metadata={"executor": self.address},
+        )
 
     def _fail(self, handle: int, error: EnginehouseError) -> None:
         if inbox := self._forget(handle):
             inbox.fail(error)
-
-    def _cancel(self, handle: int) -> None:
-        """Cancels a request that has not ended; does nothing for one that has."""
-        if self._forget(handle):
-            self._commands.put_nowait(Command(cancel=Cancel(handles=[handle])))
 
     def _forget(self, handle: int) -> Inbox | None:
         inbox = self._inboxes.pop(handle, None)
         if inbox:
             self._live[inbox.engine_id] -= 1
         return inbox
+
+
+def _rows(step: StepOutput) -> Iterator[tuple[int, Sequence[int]]]:
+    """(handle, its new tokens)."""
+    if not step.counts:
+        return zip(step.handles, zip(step.token_ids), strict=False)
+    token_ids = list(step.token_ids)
+    ends = itertools.accumulate(step.counts)
+    return (
+        (handle, token_ids[end - count : end])
+        for handle, count, end in zip(step.handles, step.counts, ends, strict=False)
+    )
 
 
 async def _drain(commands: asyncio.Queue[Command]) -> AsyncIterator[Command]:

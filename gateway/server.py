@@ -1,6 +1,7 @@
 """The Gateway service: names to engines, text to tokens, tokens to an executor and back to text."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -8,15 +9,14 @@ import grpc
 
 from engine.errors import DeadlineExceeded
 from engine.store import Store
-from gateway.inbox import Inbox
+from gateway.generation import Beams, BestOf, Echo, Generation
 from gateway.models import Model, Models
 from gateway.router import Router
-from gateway.submission import check, check_prompt, check_token_ids, submission
+from gateway.submission import check, check_prompt, check_token_ids, num_completions, submission
 from gateway.tokenizer import Tokenizer
 from gateway.transcript import Transcript
 from gateway.turns import Turns
 from protos.v1 import gateway_pb2 as wire
-from protos.v1.common_pb2 import FINISH_REASON_STOP, FinishInfo, Usage
 from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2_grpc import GatewayServicer
 
@@ -38,19 +38,25 @@ class Gateway(GatewayServicer):
         check(request)
         model = await self._models.get(request.model)
         tokenizer = await self._models.tokenizer(model.engine_id)
-        submit = submission(request, model, await _prompt(request, tokenizer))
-        transcript = Transcript(tokenizer.detokenizer(submit.token_ids, _skip_special(request)), request.stop)
-        usage = Usage(prompt_tokens=len(submit.token_ids))
-        _carry_context(submit, context)  # last: what has taken time so far counts
-        with self._router.choose(model.name, model.engine_id).request(submit) as inbox:
-            while True:
-                await inbox.wait()
+        prompt = await _prompt(request, tokenizer)
+        submit = submission(request, model, prompt, tokenizer)
+        generation = _kind(request)(
+            request,
+            submit,
+            self._router.choose(model.name, model.engine_id),
+            lambda: Transcript(tokenizer.detokenizer(prompt, _skip_special(request)), request.stop),
+            lambda submit: _carry_context(submit, context),
+            _echo(request, prompt, tokenizer),
+        )
+        with generation:
+            while not generation.done:
+                await generation.wait()
                 async with self._turns.turn():
-                    response = _respond(inbox, transcript, usage)
-                    if response.HasField("finish"):
-                        break
-                    yield response
-        yield response  # outside: a stop string's cancel does not wait for a slow client
+                    began = time.monotonic()
+                    for response in generation.take():
+                        yield response
+                if not generation.done:
+                    await self._turns.pause(began)
 
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
         check_prompt(request)
@@ -77,18 +83,18 @@ class Gateway(GatewayServicer):
         )
 
 
-def _respond(inbox: Inbox, transcript: Transcript, usage: Usage) -> wire.GenerateResponse:
-    """What has come since the last response. Raises what the request failed with."""
-    delta = inbox.take()
-    token_ids, text = transcript.push(delta.token_ids)
-    finish = delta.finish
-    if finish and not transcript.matched:
-        text += transcript.flush()
-    if transcript.matched:
-        finish = FinishInfo(reason=FINISH_REASON_STOP, stop_string=transcript.matched)
-    usage.completion_tokens += len(token_ids)
-    usage.cached_tokens = inbox.cached_tokens
-    return wire.GenerateResponse(text=text, token_ids=token_ids, usage=usage, finish=finish)
+def _kind(request: wire.GenerateRequest) -> type[Generation]:
+    if request.beam_search.width:
+        return Beams
+    given, made = num_completions(request)
+    return BestOf if made > given else Generation
+
+
+def _echo(request: wire.GenerateRequest, prompt: list[int], tokenizer: Tokenizer) -> Echo | None:
+    """The prompt's text as it was given, or as the model reads it."""
+    if not request.echo:
+        return None
+    return Echo(request.text or tokenizer.decode(prompt, _skip_special(request)), prompt)
 
 
 async def _prompt(request: wire.GenerateRequest | wire.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:

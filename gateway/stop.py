@@ -1,5 +1,6 @@
 """Stop strings, found in text that comes in pieces."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -11,25 +12,34 @@ class StopMatcher:
 
     Attributes:
         matched: the stop string that was found; nothing may be pushed afterwards.
+        end: how much of the text that was pushed last it took to find it.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.matched: str | None = None
+        self.end = 0
+        self._first = re.compile(f"[{re.escape(''.join({stop[0] for stop in stops}))}]")
         self._automata = [_Automaton(stop) for stop in sorted(set(stops), key=len, reverse=True)]
         self._held = ""
 
     def push(self, text: str) -> str:
         """The text that is now certain to come before any stop string."""
         text, begin = self._held + text, len(self._held)
-        held = len(self._held)
-        for end in range(begin, len(text)):
+        held, end = len(self._held), begin
+        while end < len(text):
+            if not held:  # no stop string has begun: on to where one may
+                found = self._first.search(text, end)
+                if found is None:
+                    break
+                end = found.start()
             held = 0
             for automaton in self._automata:
                 length = automaton.step(text[end])
                 if length == len(automaton.stop):
-                    self.matched, self._held = automaton.stop, ""
+                    self.matched, self.end, self._held = automaton.stop, end + 1 - begin, ""
                     return text[: end + 1 - length]
                 held = max(held, length)
+            end += 1
         cut = len(text) - held
         self._held = text[cut:]
         return text[:cut]

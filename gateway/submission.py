@@ -4,12 +4,15 @@ import secrets
 from collections.abc import Sequence
 
 from engine.errors import InvalidArgument
+from gateway.bad_words import bad_token_ids, check_bad_words
 from gateway.models import Model
-from protos.checks import check_sampling, check_stopping
-from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
+from gateway.tokenizer import Tokenizer
+from protos.checks import check_beam, check_min_tokens, check_output, check_sampling, check_stopping
+from protos.v1.common_pb2 import StoppingCriteria
 from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2 import GenerateRequest, TokenizeRequest
 
+MAX_COMPLETIONS = 16
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000  # characters
 
@@ -26,7 +29,11 @@ def check(request: GenerateRequest) -> None:
         )
     check_sampling(request.sampling)
     check_stopping(request.stopping)
+    check_output(request.output)
+    check_beam(request.beam_search, request.output)
     _check_stops(request.stop)
+    check_bad_words(request.bad_words)
+    _check_completions(request)
 
 
 def check_prompt(request: GenerateRequest | TokenizeRequest) -> str:
@@ -47,8 +54,16 @@ def check_prompt(request: GenerateRequest | TokenizeRequest) -> str:
     return given[0]
 
 
-def submission(request: GenerateRequest, model: Model, prompt: Sequence[int]) -> Submit:
+def num_completions(request: GenerateRequest) -> tuple[int, int]:
+    """How many completions a checked request is given, and how many are made for that."""
+    given = request.n if request.HasField("n") else 1
+    return given, request.best_of if request.HasField("best_of") else given
+
+
+def submission(request: GenerateRequest, model: Model, prompt: Sequence[int], tokenizer: Tokenizer) -> Submit:
     """The executor's form of a checked request: with a limit and a seed, so that it could go on elsewhere as it began.
+
+    Of several completions, the first: `sibling` makes the others.
 
     Raises InvalidArgument for what does not fit the model.
     """
@@ -59,17 +74,43 @@ def submission(request: GenerateRequest, model: Model, prompt: Sequence[int]) ->
             reason="PROMPT_EMPTY",
         )
     max_tokens = _max_tokens(request.stopping, model, len(prompt))  # first: what is far too long is not looked through
+    check_min_tokens(request.stopping.min_tokens, max_tokens)
     check_token_ids(prompt, model)
     check_token_ids(request.stopping.stop_token_ids, model, "stop_token_ids")
-    sampling, stopping = SamplingParams(), StoppingCriteria()
-    sampling.CopyFrom(request.sampling)
-    stopping.CopyFrom(request.stopping)
-    stopping.max_tokens = max_tokens
-    if not sampling.HasField("seed"):
-        sampling.seed = secrets.randbits(64)
-    return Submit(
-        engine_id=model.engine_id, token_ids=prompt, sampling=sampling, stopping=stopping, priority=request.priority
+    check_token_ids(list(request.sampling.logit_bias), model, "logit_bias")
+    for bad in request.sampling.bad_token_ids:
+        check_token_ids(bad.ids, model, "bad_token_ids")
+    submit = Submit(
+        engine_id=model.engine_id,
+        token_ids=prompt,
+        sampling=request.sampling,
+        stopping=request.stopping,
+        priority=request.priority,
     )
+    submit.stopping.max_tokens = max_tokens
+    if not submit.sampling.HasField("seed"):
+        submit.sampling.seed = secrets.randbits(64)
+    for ids in bad_token_ids(request.bad_words, tokenizer):
+        submit.sampling.bad_token_ids.add(ids=ids)
+    if request.HasField("output"):
+        submit.output.CopyFrom(request.output)
+    if request.HasField("best_of") and not submit.output.HasField("logprobs"):
+        submit.output.logprobs = 0  # what they are ranked by
+    if request.beam_search.width:
+        submit.beam_search.CopyFrom(request.beam_search)
+    return submit
+
+
+def sibling(first: Submit, index: int) -> Submit:
+    """The request for completion `index`: the first's with a seed of its own, which follows from it.
+
+    The prompt's log-probabilities are the first's alone: an executor that computes them again cannot use its prefix cache.
+    """
+    submit = Submit()
+    submit.CopyFrom(first)
+    submit.sampling.seed = (first.sampling.seed + index) % 2**64
+    submit.output.ClearField("prompt_logprobs")
+    return submit
 
 
 def check_token_ids(token_ids: Sequence[int], model: Model, name: str = "token_ids") -> None:
@@ -81,6 +122,29 @@ def check_token_ids(token_ids: Sequence[int], model: Model, name: str = "token_i
             f"use ids from 0 to {model.vocab_size - 1}",
             reason="TOKEN_ID_INVALID",
             metadata={"token_id": str(highest), "vocab_size": str(model.vocab_size)},
+        )
+
+
+def _check_completions(request: GenerateRequest) -> None:
+    given, made = num_completions(request)
+    if not 1 <= given <= MAX_COMPLETIONS:
+        raise InvalidArgument(f"n is {given}: give 1 to {MAX_COMPLETIONS}", reason="N_INVALID")
+    if request.beam_search.width:
+        if request.HasField("best_of"):
+            raise InvalidArgument(
+                "best_of and beam_search exclude each other: a beam search ranks its own hypotheses, n of which are given",
+                reason="BEST_OF_INVALID",
+            )
+        if given > request.beam_search.width:
+            raise InvalidArgument(
+                f"n is {given}, but a beam search of width {request.beam_search.width} has no more hypotheses than that: "
+                "lower n or raise the width",
+                reason="N_INVALID",
+            )
+    if not given <= made <= MAX_COMPLETIONS:
+        raise InvalidArgument(
+            f"best_of is {made}: give at least n, which is {given}, and at most {MAX_COMPLETIONS}",
+            reason="BEST_OF_INVALID",
         )
 
 

@@ -1,6 +1,7 @@
 """The text of one request: detokenizer and stop strings together."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from gateway.detokenize import Detokenizer
 from gateway.stop import StopMatcher
@@ -25,11 +26,12 @@ class Transcript:
         """Tokens and new text; of the tokens, those behind the one that completed a stop string are left out."""
         if self._stops is None:
             return token_ids, self._detokenizer.push(token_ids)
-        text = ""
-        for count, token_id in enumerate(token_ids, 1):
-            text += self._stops.push(self._detokenizer.push([token_id]))
-            if self._stops.matched:
-                return token_ids[:count], text
+        pieces = [self._detokenizer.push((token_id,)) for token_id in token_ids]
+        text = self._stops.push("".join(pieces))
+        if self._stops.matched:
+            lengths = accumulate(map(len, pieces))
+            count = next(count for count, length in enumerate(lengths, 1) if length >= self._stops.end)
+            return token_ids[:count], text
         return token_ids, text
 
     def flush(self) -> str:

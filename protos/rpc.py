@@ -216,7 +216,9 @@ async def serve(
     await on_stop()
 
 
-def main(service: str, run: Awaitable[None]) -> int:
+def main(
+    service: str, run: Awaitable[None], loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+) -> int:
     """Runs a service's coroutine as a process; the exit status. An EnginehouseError is one line on stderr, no traceback."""
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {service} %(levelname)s %(message)s", stream=sys.stderr
@@ -229,7 +231,8 @@ def main(service: str, run: Awaitable[None]) -> int:
         await run
 
     try:
-        asyncio.run(body())
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(body())
     except EnginehouseError as error:
         print(f"{service}: {error.message}", file=sys.stderr)
         return 1

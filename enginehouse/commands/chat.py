@@ -4,15 +4,16 @@ import asyncio
 import sys
 
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
+from enginehouse.answer import Answer
 from enginehouse.client import GatewayClient, not_unicode
-from enginehouse.commands.generate import Answer, Sampling, only_model, stream
+from enginehouse.commands.generate import Choices, only_model, stream
 from enginehouse.progress import stderr
 from protos.v1.gateway_pb2 import ChatMessage, Model
 
 _LEAVE = ("/exit", "/quit")
 
 
-def run(sampling: Sampling, *, model: str | None, gateway: str, system: str | None) -> None:
+def run(choices: Choices, *, model: str | None, gateway: str, system: str | None) -> None:
     """Asks and answers until /exit, Ctrl-D, or Ctrl-C at the prompt; Ctrl-C ends an answer that is being written."""
     console = stderr()
     history = [_message("system", system)] if system else []
@@ -24,7 +25,7 @@ def run(sampling: Sampling, *, model: str | None, gateway: str, system: str | No
             history.append(_message("user", said))
             answer = Answer()
             try:
-                runner.run(_answer(gateway, name, history, sampling, answer))
+                runner.run(_answer(gateway, name, history, choices, answer))
             except KeyboardInterrupt:
                 pass  # what was said so far stays part of the conversation
             except EnginehouseError as error:
@@ -56,9 +57,9 @@ async def _choose(address: str, wanted: str | None) -> Model:
     return model
 
 
-async def _answer(address: str, model: str, history: list[ChatMessage], sampling: Sampling, answer: Answer) -> None:
+async def _answer(address: str, model: str, history: list[ChatMessage], choices: Choices, answer: Answer) -> None:
     async with GatewayClient(address) as gateway:
-        await stream(gateway, model, history, sampling, answer)
+        await stream(gateway, model, history, choices, answer)
 
 
 def _message(role: str, content: str) -> ChatMessage:

@@ -1,17 +1,17 @@
 """`enginehouse generate`: a prompt in, text as it comes."""
 
 import asyncio
-import json
 import re
 import sys
-import time
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from enginehouse.answer import Answer, Completion
 from enginehouse.client import GatewayClient, Prompt
-from protos.v1.common_pb2 import FinishInfo, FinishReason, SamplingParams, StoppingCriteria, Usage
+from enginehouse.commands.logprobs import print_logprobs
+from protos.v1.common_pb2 import BeamSearch, OutputOptions, SamplingParams, StoppingCriteria
 from protos.v1.gateway_pb2 import GenerateResponse, Model
 
 DEFAULT_MAX_TOKENS = 128
@@ -19,106 +19,66 @@ Show = Literal["text", "ids", "nothing"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens and when to end; None leaves it to the service."""
+class Choices:
+    """What a person has chosen by options; None leaves it to the service."""
 
     max_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
     seed: int | None = None
+    min_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    priority: int = 0
+    n: int | None = None
+    best_of: int | None = None
+    beams: int | None = None
+    length_penalty: float | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
-    def params(self) -> SamplingParams:
-        """The wire's sampling parameters."""
-        return SamplingParams(temperature=self.temperature, top_k=self.top_k or 0, top_p=self.top_p, seed=self.seed)
-
-    def criteria(self) -> StoppingCriteria:
-        """The wire's stopping criteria."""
-        return StoppingCriteria(max_tokens=self.max_tokens)
-
-
-@dataclass
-class Answer:
-    """What has come so far. Times are in seconds since the request was sent."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
-    finish: FinishInfo | None = None
-    first_token: float | None = None
-    first_count: int = 0
-    seconds: float = 0.0
-    _began: float = field(default_factory=time.monotonic)
-
-    def add(self, response: GenerateResponse) -> None:
-        """Takes the next message of the stream."""
-        self.seconds = time.monotonic() - self._began
-        self.text += response.text
-        self.token_ids += response.token_ids
-        if self.first_token is None and response.token_ids:
-            self.first_token, self.first_count = self.seconds, len(response.token_ids)
-        if response.HasField("usage"):
-            self.usage = response.usage
-        if response.HasField("finish"):
-            self.finish = response.finish
-
-    def rate(self) -> float | None:
-        """Tokens a second after the first; None when there were too few to say."""
-        later = len(self.token_ids) - self.first_count
-        if self.first_token is None or later < 1 or self.seconds <= self.first_token:
-            return None
-        return later / (self.seconds - self.first_token)
-
-    def reason(self) -> str:
-        """Why it ended: "length", "stop (end of text)", 'stop ("###")'."""
-        if self.finish is None:
-            return "unknown"
-        name = FinishReason.Name(self.finish.reason).removeprefix("FINISH_REASON_").lower()
-        matched = self.finish.WhichOneof("matched")
-        if matched == "eos_token_id":
-            return f"{name} (end of text)"
-        if matched == "stop_token_id":
-            return f"{name} (token {self.finish.stop_token_id})"
-        return f"{name} ({json.dumps(self.finish.stop_string)})" if matched else name
-
-    def stats(self) -> str:
-        """One line for a person."""
-        rate, first = self.rate(), self.first_token
-        speed = f" ({rate:.1f} tokens/s)" if rate else ""
-        wait = f", first token after {first * 1000:.0f} ms" if first is not None else ""
-        cached = f" ({self.usage.cached_tokens} cached)" if self.usage.cached_tokens else ""
-        return (
-            f"{self.usage.completion_tokens} tokens in {self.seconds:.2f} s{speed}{wait}; "
-            f"prompt {self.usage.prompt_tokens} tokens{cached}; finish: {self.reason()}"
+    def arguments(self) -> dict[str, Any]:
+        """For `GatewayClient.generate`."""
+        sampling = SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k or 0,
+            top_p=self.top_p,
+            min_p=self.min_p or 0,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0,
+            frequency_penalty=self.frequency_penalty or 0,
+            logit_bias=dict(self.logit_bias),
+            seed=self.seed,
         )
-
-    def to_json(self, model: str) -> str:
-        """Everything, on one line."""
-        rate = self.rate()
-        return json.dumps(
-            {
-                "model": model,
-                "text": self.text,
-                "token_ids": self.token_ids,
-                "finish": self.reason().split(" ")[0],
-                "matched": _matched(self.finish),
-                "usage": {
-                    "prompt_tokens": self.usage.prompt_tokens,
-                    "cached_tokens": self.usage.cached_tokens,
-                    "completion_tokens": self.usage.completion_tokens,
-                },
-                "seconds": round(self.seconds, 4),
-                "first_token_seconds": round(self.first_token, 4) if self.first_token is not None else None,
-                "tokens_per_second": round(rate, 2) if rate else None,
-            },
-            ensure_ascii=False,
+        stopping = StoppingCriteria(
+            max_tokens=self.max_tokens, min_tokens=self.min_tokens or 0, ignore_eos=self.ignore_eos
         )
+        beams = BeamSearch(width=self.beams, length_penalty=self.length_penalty) if self.beams else None
+        return {
+            "sampling": sampling,
+            "stopping": stopping,
+            "stop": self.stop,
+            "output": OutputOptions(logprobs=self.logprobs, prompt_logprobs=self.prompt_logprobs),
+            "n": self.n,
+            "best_of": self.best_of,
+            "beam_search": beams,
+            "echo": self.echo,
+            "bad_words": self.bad_words,
+            "priority": self.priority,
+        }
 
 
 def run(
     prompt: str,
-    sampling: Sampling,
+    choices: Choices,
     *,
     model: str | None,
     gateway: str,
@@ -126,29 +86,33 @@ def run(
     as_json: bool,
     stats: bool,
 ) -> None:
-    """Streams the answer to stdout; what it took goes to stderr."""
-    asyncio.run(_run(parse_prompt(prompt, token_ids), sampling, model, gateway, token_ids, as_json, stats))
+    """Streams the answer to stdout; what it took, and log-probabilities, go to stderr."""
+    asyncio.run(_run(parse_prompt(prompt, token_ids), choices, model, gateway, as_json, stats))
 
 
 async def _run(
-    prompt: Prompt, sampling: Sampling, model: str | None, address: str, token_ids: bool, as_json: bool, stats: bool
+    prompt: str | list[int], choices: Choices, model: str | None, address: str, as_json: bool, stats: bool
 ) -> None:
     async with GatewayClient(address) as gateway:
         name = model or only_model(await gateway.models()).name
         answer = Answer()
-        show: Show = "nothing" if as_json else "ids" if token_ids else "text"
-        if sampling.max_tokens is None:
-            limited = replace(sampling, max_tokens=DEFAULT_MAX_TOKENS)
+        show: Show = "nothing" if as_json else "text" if isinstance(prompt, str) else "ids"
+        if choices.max_tokens is None:
+            limited = replace(choices, max_tokens=max(DEFAULT_MAX_TOKENS, choices.min_tokens or 0))
             try:
                 await stream(gateway, name, prompt, limited, answer, show)
             except InvalidArgument as error:
                 if error.reason != "CONTEXT_TOO_LONG":
                     raise
-                await stream(gateway, name, prompt, sampling, answer, show)  # fewer fit: then as many as do
+                await stream(gateway, name, prompt, choices, answer, show)  # fewer fit: then as many as do
         else:
-            await stream(gateway, name, prompt, sampling, answer, show)
-    if as_json:
-        print(answer.to_json(name))
+            await stream(gateway, name, prompt, choices, answer, show)
+        if answer.prompt_logprobs:
+            answer.name_prompt(await gateway.tokenize(name, prompt) if isinstance(prompt, str) else prompt)
+        if as_json:
+            print(answer.to_json(name))
+        else:
+            await print_logprobs(gateway, name, answer)
     if stats:
         print(answer.stats(), file=sys.stderr)
 
@@ -157,7 +121,7 @@ async def stream(
     gateway: GatewayClient,
     model: str,
     prompt: Prompt,
-    sampling: Sampling,
+    choices: Choices,
     answer: Answer,
     show: Show = "text",
 ) -> None:
@@ -166,26 +130,59 @@ async def stream(
     Raises:
         Unavailable: the stream ended without a finish.
     """
-    responses = gateway.generate(
-        model, prompt, sampling=sampling.params(), stopping=sampling.criteria(), stop=sampling.stop
-    )
-    printed = "\n" if show == "nothing" else ""
+    count = choices.n or 1
+    screen = _Screen(show, count)
     try:
-        async with aclosing(responses):
+        async with aclosing(gateway.generate(model, prompt, **choices.arguments())) as responses:
             async for response in responses:
-                answer.add(response)
-                if show == "text":
-                    printed = write(response.text) or printed
-                elif show == "ids":
-                    printed = write("".join(f"{token} " for token in response.token_ids)) or printed
+                screen.show(response, answer.add(response))
     except EnginehouseError:
-        printed = printed or "\n"  # there is no line to end
+        screen.printed = screen.printed or "\n"  # there is no line to end
         raise
     finally:
-        if not printed.endswith("\n"):
+        if not screen.printed.endswith("\n"):
             write("\n")
-    if answer.finish is None:
+    if len(answer.completions) < count or not answer.finished():
         raise Unavailable(f"the gateway at {gateway.address} ended the stream without a finish")
+
+
+class _Screen:
+    """Prints completions one after another: the first as it comes, of the others what has come meanwhile behind it.
+
+    Attributes:
+        printed: what was printed last.
+    """
+
+    def __init__(self, show: Show, count: int) -> None:
+        self.printed = "\n" if show == "nothing" else ""
+        self._show, self._count = show, count
+        self._current = -1
+        self._ended: set[int] = set()
+        self._waiting: dict[int, str] = {}
+
+    def show(self, response: GenerateResponse, completion: Completion) -> None:
+        """Prints what is new, as far as all completions before it have ended."""
+        if self._show == "nothing":
+            return
+        ids = "".join(f"{token} " for token in response.token_ids)
+        self._waiting[response.index] = self._waiting.get(response.index, "") + (
+            ids if self._show == "ids" else response.text
+        )
+        if completion.finish is not None:
+            self._ended.add(response.index)
+        while self._current < 0 or (self._current in self._ended and self._current + 1 < self._count):
+            self._write(self._waiting.pop(self._current, ""))
+            self._begin(self._current + 1)
+        self._write(self._waiting.pop(self._current, ""))
+
+    def _begin(self, index: int) -> None:
+        self._current = index
+        if self._count > 1:
+            line = "" if self.printed.endswith("\n") or index == 0 else "\n"
+            self._write(f"{line}--- {index + 1} of {self._count} ---\n")
+
+    def _write(self, text: str) -> None:
+        self.printed = write(text) or self.printed
 
 
 def write(text: str) -> str:
@@ -220,8 +217,3 @@ def parse_prompt(prompt: str, token_ids: bool) -> str | list[int]:
         if not (part.isascii() and part.isdigit() and int(part) < 2**32):
             raise InvalidArgument(f"{part!r} is no token id: with --token-ids the prompt is numbers, such as '12 345'")
     return [int(part) for part in parts]
-
-
-def _matched(finish: FinishInfo | None) -> int | str | None:
-    kind = finish.WhichOneof("matched") if finish else None
-    return getattr(finish, kind) if kind else None

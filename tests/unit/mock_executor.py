@@ -6,15 +6,21 @@ from typing import Any
 
 import grpc
 
-from protos.v1.common_pb2 import FINISH_REASON_STOP, FinishInfo
+from engine.errors import EnginehouseError
+from protos.rpc import to_failure
+from protos.v1.common_pb2 import FINISH_REASON_STOP, FinishInfo, Hypothesis, Logprobs
 from protos.v1.executor_pb2 import (
     ENGINE_STATE_READY,
+    BeamResult,
     Command,
     EngineLoad,
     EngineStatus,
     ExecutorStatus,
+    Failed,
     Finished,
     GetStatusRequest,
+    RowLogprobs,
+    Started,
     StepOutput,
     Submit,
 )
@@ -78,10 +84,44 @@ class MockExecutor(ExecutorServicer):
     def send(self, step: StepOutput) -> None:
         self._steps.put_nowait(step)
 
-    def tokens(self, handle: int, token_ids: Sequence[int], finish: FinishInfo | None = None) -> None:
+    def begin(self, handle: int, cached_tokens: int = 0) -> None:
+        """Says that the request has been started."""
+        self.send(StepOutput(started=[Started(handle=handle, cached_tokens=cached_tokens)]))
+
+    def tokens(
+        self,
+        handle: int,
+        token_ids: Sequence[int],
+        finish: FinishInfo | None = None,
+        logprobs: Logprobs | None = None,
+    ) -> None:
         """One row, and the request's end if there is one."""
-        finished = [Finished(handle=handle, finish=finish)] if finish else []
-        self.send(StepOutput(handles=[handle], counts=[len(token_ids)], token_ids=token_ids, finished=finished))
+        self.send(
+            StepOutput(
+                handles=[handle],
+                counts=[len(token_ids)],
+                token_ids=token_ids,
+                finished=[Finished(handle=handle, finish=finish)] if finish else [],
+                logprobs=[RowLogprobs(handle=handle, logprobs=logprobs)] if logprobs else [],
+            )
+        )
+
+    def prompt_logprobs(self, handle: int, logprobs: Logprobs) -> None:
+        """Those of a chunk of the prompt."""
+        self.send(StepOutput(prompt_logprobs=[RowLogprobs(handle=handle, logprobs=logprobs)]))
+
+    def beams(self, handle: int, hypotheses: Sequence[Hypothesis], finish: FinishInfo) -> None:
+        """A beam search's end."""
+        self.send(
+            StepOutput(
+                finished=[Finished(handle=handle, finish=finish)],
+                beams=[BeamResult(handle=handle, hypotheses=hypotheses)],
+            )
+        )
+
+    def fail(self, handle: int, error: EnginehouseError) -> None:
+        """The request's end by an error."""
+        self.send(StepOutput(failed=[Failed(handle=handle, failure=to_failure(error))]))
 
     def hang_up(self, code: grpc.StatusCode = grpc.StatusCode.OK) -> None:
         """Ends the Run stream."""

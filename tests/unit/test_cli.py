@@ -23,9 +23,9 @@ from rich.console import Console
 
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from enginehouse.answer import Answer
 from enginehouse.cli import main
 from enginehouse.client import BuilderClient, GatewayClient
-from enginehouse.commands.generate import Answer
 from enginehouse.progress import Bars, format_amount, format_bytes
 from protos.v1.builder_pb2 import (
     BUILD_STATE_CANCELLED,
@@ -42,8 +42,19 @@ from protos.v1.builder_pb2 import (
     OfferCheckpointResponse,
 )
 from protos.v1.builder_pb2_grpc import BuilderServicer, add_BuilderServicer_to_server
-from protos.v1.common_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, Failure, FinishInfo, Usage
-from protos.v1.gateway_pb2 import GenerateResponse, ListModelsResponse, Model
+from protos.v1.common_pb2 import (
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    BeamSearch,
+    Failure,
+    FinishInfo,
+    Logprobs,
+    OutputOptions,
+    SamplingParams,
+    StoppingCriteria,
+    Usage,
+)
+from protos.v1.gateway_pb2 import DetokenizeResponse, GenerateResponse, ListModelsResponse, Model, TokenizeResponse
 from protos.v1.gateway_pb2_grpc import GatewayServicer, add_GatewayServicer_to_server
 
 DEMO = Model(name="demo", engine_id="ab" * 32, ready_executors=1, max_seq_len=512, has_chat_template=True)
@@ -73,6 +84,12 @@ class MockGateway(GatewayServicer):
                     time.sleep(0.01)
             else:
                 yield reply
+
+    def Tokenize(self, request: Any, context: Any) -> TokenizeResponse:
+        return TokenizeResponse(token_ids=[0, *map(len, request.text.split())])
+
+    def Detokenize(self, request: Any, context: Any) -> DetokenizeResponse:
+        return DetokenizeResponse(text="".join(f" w{token_id}" for token_id in request.token_ids))
 
 
 class MockBuilder(BuilderServicer):
@@ -229,6 +246,131 @@ def test_generate_json(gateway: MockGateway) -> None:
     assert 0 <= told["first_token_seconds"] <= told["seconds"]
 
 
+def test_generate_passes_all_of_sampling_on(gateway: MockGateway) -> None:
+    gateway.replies.put(answer("x"))
+    chosen = "--min-p 0.25 --repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 0.5 --priority -2"
+    chosen += " --logit-bias 5=-100 --logit-bias 6=2.5 --bad-word a --bad-word b --min-tokens 200 --ignore-eos"
+    chosen += " --n 1 --best-of 3 --echo --logprobs 0 --prompt-logprobs 2"
+    assert enginehouse("generate", "x", *chosen.split()).exit_code == 0
+    (request,) = gateway.requests
+    assert request.sampling == SamplingParams(
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=0.5,
+        logit_bias={5: -100, 6: 2.5},
+    )
+    assert request.stopping == StoppingCriteria(max_tokens=200, min_tokens=200, ignore_eos=True)
+    assert request.output == OutputOptions(logprobs=0, prompt_logprobs=2)
+    assert (request.n, request.best_of, request.echo, request.priority) == (1, 3, True, -2)
+    assert list(request.bad_words) == ["a", "b"] and not request.HasField("beam_search")
+    gateway.replies.put(answer("x"))
+    assert enginehouse("generate", "x", "--beams", "4", "--length-penalty", "0").exit_code == 0
+    assert gateway.requests[1].beam_search == BeamSearch(width=4, length_penalty=0)
+    assert not any(gateway.requests[1].HasField(name) for name in ("n", "best_of"))
+
+
+def several(*news: tuple[int, str, bool], **fields: Any) -> list[GenerateResponse]:
+    """Messages (completion, text, whether it ends) with a token each."""
+    length = FinishInfo(reason=FINISH_REASON_LENGTH)
+    return [
+        GenerateResponse(
+            index=index,
+            text=text,
+            token_ids=[100 + number],
+            finish=length if ends else None,
+            usage=Usage(prompt_tokens=5, completion_tokens=number),
+            **fields,
+        )
+        for number, (index, text, ends) in enumerate(news, 1)
+    ]
+
+
+def test_several_completions_stand_one_behind_another(gateway: MockGateway) -> None:
+    news = several((1, "one", False), (0, "zero", False), (2, "two", True), (0, " ends\n", True), (1, " ends", True))
+    gateway.replies.put(news)
+    result = enginehouse("generate", "x", "--n", "3", "--stats")
+    assert result.stdout == "--- 1 of 3 ---\nzero ends\n--- 2 of 3 ---\none ends\n--- 3 of 3 ---\ntwo\n"
+    assert "5 tokens in " in result.stderr and result.stderr.endswith("finish: length\n")
+    gateway.replies.put(news)
+    assert enginehouse("generate", "1", "--n", "3", "--token-ids").stdout == (
+        "--- 1 of 3 ---\n102 104 \n--- 2 of 3 ---\n101 105 \n--- 3 of 3 ---\n103 \n"
+    )
+    gateway.replies.put(news)
+    told = json.loads(enginehouse("generate", "x", "--n", "3", "--json").stdout)
+    assert told["text"] == "zero ends\n"
+    assert [(one["text"], one["token_ids"], one["finish"]) for one in told["completions"]] == [
+        ("zero ends\n", [102, 104], "length"),
+        ("one ends", [101, 105], "length"),
+        ("two", [103], "length"),
+    ]
+    for missing in (news[:-1], [message for message in news if message.index != 2]):
+        gateway.replies.put(missing)
+        assert "ended the stream without a finish" in enginehouse("generate", "x", "--n", "3").stderr
+
+
+def test_logprobs_are_a_table_for_people_and_rows_for_programs(gateway: MockGateway) -> None:
+    prompt = Logprobs(logprobs=[-2.0], top=1, top_token_ids=[7], top_logprobs=[-0.25])
+    first = Logprobs(logprobs=[-0.5], top=2, top_token_ids=[101, 8], top_logprobs=[-0.5, -1.0])
+    last = Logprobs(logprobs=[-3.0], top=2, top_token_ids=[9, 10], top_logprobs=[-0.125, -1.5])
+    echo, begin, end = several((0, "x", False), (0, " a", False), (0, " b", True))
+    begin.prompt_logprobs.CopyFrom(prompt)
+    begin.logprobs.CopyFrom(first)
+    end.logprobs.CopyFrom(last)
+    end.cumulative_logprob = -3.5
+    gateway.replies.put([echo, begin, end])
+    told = json.loads(enginehouse("generate", "xyz", "--echo", "--logprobs", "2", "--json").stdout)
+    assert (told["text"], told["token_ids"], told["cumulative_logprob"]) == ("x a b", [101, 102, 103], -3.5)
+    assert told["logprobs"] == [
+        {
+            "token_id": 102,
+            "logprob": -0.5,
+            "top": [{"token_id": 101, "logprob": -0.5}, {"token_id": 8, "logprob": -1.0}],
+        },
+        {
+            "token_id": 103,
+            "logprob": -3.0,
+            "top": [{"token_id": 9, "logprob": -0.125}, {"token_id": 10, "logprob": -1.5}],
+        },
+    ]
+    assert told["prompt_logprobs"] == [{"token_id": 3, "logprob": -2.0, "top": [{"token_id": 7, "logprob": -0.25}]}]
+    gateway.replies.put([echo, begin, end])
+    result = enginehouse("generate", "xyz", "--logprobs", "2")
+    assert result.stdout == "x a b\n"
+    assert result.stderr.splitlines() == [
+        "log-probabilities of the prompt:",
+        "token  id  logprob  probability  most probable",
+        '" w3"  3   -2.000   13.5%        " w7" 77.9%',
+        "log-probabilities of the completion:",
+        "token    id   logprob  probability  most probable",
+        '" w102"  102  -0.500   60.7%        " w101" 60.7%  " w8" 36.8%',
+        '" w103"  103  -3.000   5.0%         " w9" 88.2%  " w10" 22.3%',
+    ]
+
+
+def test_the_help_of_generate_is_in_sections() -> None:
+    text = enginehouse("generate", "--help").stdout
+    sections = ["Options:", "Choosing tokens:", "Length and end:", "Several completions:", "What is told:"]
+    places = [text.index(f"\n{section}\n") for section in sections]
+    assert places == sorted(places)
+    assert places[1] < text.index("--logit-bias TOKEN=VALUE") < places[2] < text.index("--stop S") < places[3]
+    assert "4294967295" not in text
+    assert "--beams" not in enginehouse("chat", "--help").stdout
+
+
+async def test_a_client_in_python_takes_what_the_request_can_say(gateway: MockGateway) -> None:
+    async with GatewayClient(os.environ["ENGINEHOUSE_GATEWAY"]) as client:
+        gateway.replies.put(several((1, "b", True), (0, "a", True)))
+        responses = client.generate(
+            "demo", [1, 2], output=OutputOptions(logprobs=1), n=2, best_of=4, echo=True, bad_words=["x"], priority=5
+        )
+        assert [response.index async for response in responses] == [1, 0]
+        request = gateway.requests[0]
+        assert (request.n, request.best_of, request.echo, request.priority) == (2, 4, True, 5)
+        assert (list(request.bad_words), request.output.logprobs) == (["x"], 1)
+        assert await client.detokenize("demo", [3, 4]) == " w3 w4"
+
+
 @pytest.mark.parametrize(
     ("finish", "said"),
     [
@@ -242,6 +384,7 @@ def test_the_reason_of_an_end(finish: FinishInfo, said: str) -> None:
     taken = Answer()
     taken.add(answer("x", finish=finish)[0])
     assert taken.reason() == said
+    assert taken.stats().endswith(f"finish: {said}")
     assert taken.rate() is None  # one token says nothing about a rate
 
 
@@ -285,6 +428,16 @@ def test_no_gateway() -> None:
         (["generate", "x", "--top-p", "0"], "0<x<=1"),
         (["generate", "x", "--max-tokens", "0"], "1<=x<=4294967295"),
         (["generate", "x", "--max-tokens", str(2**32)], "4294967296 is not in the range"),
+        (["generate", "x", "--min-p", "1.5"], "0<=x<=1"),
+        (["generate", "x", "--repetition-penalty", "0"], "x>0"),
+        (["generate", "x", "--presence-penalty", "2.5"], "-2<=x<=2"),
+        (["generate", "x", "--logit-bias", "5"], "'5' is not TOKEN=VALUE"),
+        (["generate", "x", "--logit-bias", "5=101"], "'5=101' is not TOKEN=VALUE"),
+        (["generate", "x", "--logit-bias", "5=nan"], "a number from -100 to 100"),
+        (["generate", "x", "--logit-bias", "-5=1"], "'-5=1' is not TOKEN=VALUE"),
+        (["generate", "x", "--n", "17"], "1<=x<=16"),
+        (["generate", "x", "--logprobs", "21"], "0<=x<=20"),
+        (["generate", "x", "--length-penalty", "2"], "give --beams, too"),
         (["generate", "x", "--top-k", str(2**32)], "4294967296 is not in the range"),
         (["build", "x", "--max-seq-len", str(2**32)], "4294967296 is not in the range"),
         (["build", "x", "--store", "y", "--builder", "h:1"], "exclude each other"),
@@ -349,14 +502,17 @@ def started(*arguments: str) -> subprocess.Popen[bytes]:
 def test_chat_keeps_the_conversation(gateway: MockGateway) -> None:
     gateway.replies.put(answer("Hello", "!"))
     gateway.replies.put(answer("Fine."))
-    result = enginehouse("chat", "--system", "Be brief.", input="Hi\n\nHow are you?\n/exit\nnever\n")
+    chosen = ["--system", "Be brief.", "--min-p", "0.5", "--bad-word", "x", "--ignore-eos"]
+    result = enginehouse("chat", *chosen, input="Hi\n\nHow are you?\n/exit\nnever\n")
     assert (result.exit_code, result.stdout) == (0, "Hello!\nFine.\n")
     assert "Chat with demo." in result.stderr
     said = [[(m.role, m.content) for m in request.chat.messages] for request in gateway.requests]
     begin = [("system", "Be brief."), ("user", "Hi")]
     assert said[0] == begin
     assert said[1] == [*begin, ("assistant", "Hello!"), ("user", "How are you?")]
-    assert not gateway.requests[0].stopping.HasField("max_tokens")
+    for request in gateway.requests:
+        assert (request.sampling.min_p, list(request.bad_words), request.stopping.ignore_eos) == (0.5, ["x"], True)
+        assert not request.stopping.HasField("max_tokens")
     gateway.replies.put([NotFound("the executor is gone")])
     result = enginehouse("chat", input="Hi\nnever\n")
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "error: the executor is gone")

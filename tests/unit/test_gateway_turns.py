@@ -56,11 +56,52 @@ async def test_one_that_leaves_the_line_takes_no_turn() -> None:
     assert turns._free._value == Turns.WIDTH
 
 
+class Clock:
+    """Stands for the module `time`: wall and CPU seconds as the test says."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def monotonic(self) -> float:
+        return self.wall
+
+    def process_time(self) -> float:
+        return self.cpu
+
+    async def sleep(self, seconds: float) -> None:
+        self.wall += seconds
+
+
+async def test_the_busier_the_process_the_longer_a_stream_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("gateway.turns.time", clock)
+    monkeypatch.setattr("gateway.turns.asyncio.sleep", clock.sleep)
+    turns = Turns()
+
+    async def waited(share: float, write: float = 0.001) -> float:
+        """How long it took from one write's begin to when the next may be, after a second with such a load."""
+        for _ in range(20):
+            clock.wall, clock.cpu = clock.wall + 0.05, clock.cpu + 0.05 * share
+            await turns.pause(clock.wall - 1)
+        began = clock.wall
+        clock.wall, clock.cpu = clock.wall + write, clock.cpu + write * share
+        await turns.pause(began)
+        return clock.wall - began
+
+    assert await waited(0.1) == pytest.approx(0.001)
+    assert await waited(0.9) == pytest.approx(Turns.INTERVAL)
+    assert await waited(0.9, write=0.1) == pytest.approx(0.1)  # a slow client's write has been wait enough
+    half = await waited((Turns.IDLE + Turns.BUSY) / 2)
+    assert half == pytest.approx(Turns.INTERVAL / 2, rel=0.01)
+    assert await waited(0.0) == pytest.approx(0.001)
+
+
 async def test_what_was_not_taken_in_time_becomes_one_delta() -> None:
-    inbox, finish = Inbox("e"), FinishInfo(reason=FINISH_REASON_LENGTH)
+    news, finish = asyncio.Event(), FinishInfo(reason=FINISH_REASON_LENGTH)
+    inbox = Inbox("e", news)
     inbox.push([1])
     inbox.push([2, 3])
-    await inbox.wait()
+    assert news.is_set() and inbox.pending
     assert inbox.take() == Delta([1, 2, 3], None)
     inbox.push([4])
     inbox.finish(finish)
@@ -68,17 +109,19 @@ async def test_what_was_not_taken_in_time_becomes_one_delta() -> None:
 
 
 async def test_tokens_come_before_the_error() -> None:
-    inbox = Inbox("e")
+    news = asyncio.Event()
+    inbox = Inbox("e", news)
     inbox.push([1])
     inbox.fail(Unavailable("gone"))
+    news.clear()
     assert inbox.take() == Delta([1], None)
-    await inbox.wait()
+    assert news.is_set() and inbox.pending
     with pytest.raises(Unavailable):
         inbox.take()
 
 
 async def test_an_inbox_has_an_end() -> None:
-    inbox = Inbox("e")
+    inbox = Inbox("e", asyncio.Event())
     inbox.push(range(MAX_PENDING_TOKENS))
     assert not inbox.closed
     inbox.push([1])

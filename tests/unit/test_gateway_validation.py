@@ -12,7 +12,7 @@ from engine.errors import DeadlineExceeded, ResourceExhausted
 from gateway.server import Gateway
 from protos.rpc import to_failure
 from protos.v1 import gateway_pb2 as wire
-from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
+from protos.v1.common_pb2 import BeamSearch, OutputOptions, SamplingParams, StoppingCriteria, TokenIds
 from protos.v1.executor_pb2 import Failed, StepOutput
 
 INVALID, NOT_FOUND, FAILED_PRECONDITION, UNAVAILABLE = 3, 5, 9, 14
@@ -36,6 +36,14 @@ def sampling(**fields: Any) -> dict[str, Any]:
 
 def stopping(**fields: Any) -> dict[str, Any]:
     return {"stopping": StoppingCriteria(**fields)}
+
+
+def output(**fields: Any) -> dict[str, Any]:
+    return {"output": OutputOptions(**fields)}
+
+
+def beam(**fields: Any) -> dict[str, Any]:
+    return {"beam_search": BeamSearch(**fields)}
 
 
 def ids(count: int, value: int = 5) -> dict[str, Any]:
@@ -70,6 +78,26 @@ def chat(*messages: tuple[str, str]) -> dict[str, Any]:
         ({"stop": [""]}, "STOP_INVALID", "0 characters"),
         ({"stop": ["x" * 1001]}, "STOP_INVALID", "1001 characters"),
         ({"stop": [str(n) for n in range(17)]}, "STOP_INVALID", "at most 16"),
+        ({"n": 0}, "N_INVALID", "n is 0: give 1 to 16"),
+        ({"n": 17}, "N_INVALID", "n is 17"),
+        ({"n": 3, "best_of": 2}, "BEST_OF_INVALID", "best_of is 2: give at least n, which is 3"),
+        ({"best_of": 0}, "BEST_OF_INVALID", "best_of is 0"),
+        ({"best_of": 17}, "BEST_OF_INVALID", "at most 16"),
+        (beam(width=17), "BEAM_WIDTH_INVALID", "17"),
+        (beam(width=2, length_penalty=inf), "LENGTH_PENALTY_INVALID", "inf"),
+        (beam(width=2, diversity_rate=-1), "DIVERSITY_RATE_INVALID", "-1"),
+        (beam(width=2) | {"n": 3}, "N_INVALID", "n is 3, but a beam search of width 2"),
+        (beam(width=2) | {"best_of": 2}, "BEST_OF_INVALID", "exclude each other"),
+        (beam(width=2) | output(logprobs=0), "BEAM_SEARCH_LOGPROBS", "logprobs is asked for"),
+        (output(logprobs=21), "LOGPROBS_INVALID", "21"),
+        (output(prompt_logprobs=21), "PROMPT_LOGPROBS_INVALID", "prompt_logprobs is 21"),
+        ({"bad_words": [""]}, "BAD_WORD_INVALID", "0 characters"),
+        ({"bad_words": ["x" * 101]}, "BAD_WORD_INVALID", "101 characters"),
+        ({"bad_words": ["x"] * 129}, "BAD_WORD_INVALID", "129 bad words: give at most 128"),
+        (sampling(logit_bias={VOCAB_SIZE: 1}), "TOKEN_ID_INVALID", f"logit_bias holds {VOCAB_SIZE}"),
+        (sampling(bad_token_ids=[TokenIds(ids=[1, VOCAB_SIZE])]), "TOKEN_ID_INVALID", "bad_token_ids holds"),
+        (stopping(max_tokens=3, min_tokens=4), "MIN_TOKENS_INVALID", "4"),
+        (ids(MAX_SEQ_LEN - 2) | stopping(min_tokens=3), "MIN_TOKENS_INVALID", "min_tokens is 3"),
         ({"model": ""}, "MODEL_MISSING", "demo"),
         ({"model": "../x"}, "MODEL_NAME_INVALID", "../x"),
     ],
