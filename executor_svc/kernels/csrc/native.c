@@ -14,6 +14,7 @@
 
 enum { FP32 = 0, BF16 = 1 };
 enum { PANEL = 32, KEYS = 16, CHUNK = 128, QUERY_ROWS = 48, CACHE = 512 << 10, AHEAD = 8 << 10 };
+enum { ALONE = 1 << 14 }; /* elements up to which one thread is quicker than two */
 
 #define SIZE(type) ((type) == BF16 ? 2 : 4)
 #define INLINE static inline __attribute__((always_inline))
@@ -176,22 +177,9 @@ void enginehouse_silu_mul(int type, const void *x, long stride, long rows, long 
     CALL(silu_mul, type, x, stride, rows, size, y);
 }
 
-/* Turns the first 2 * half dimensions of each head by its token's angles; y [rows][heads * dim]. */
 void enginehouse_rope(int type, const void *x, long stride, long rows, long heads, long dim, const float *cosines,
                       const float *sines, long half, int interleaved, void *y) {
-#pragma omp parallel for schedule(static) if (rows * heads * dim > 1 << 14)
-    for (long row = 0; row < rows; row++)
-        for (long head = 0; head < heads; head++) {
-            long from = row * stride + head * dim, to = (row * heads + head) * dim;
-            const float *c = cosines + row * half, *s = sines + row * half;
-            for (long i = 0; i < half; i++) {
-                long one = interleaved ? 2 * i : i, other = interleaved ? 2 * i + 1 : i + half;
-                float a = scalar(type, x, from + one), b = scalar(type, x, from + other);
-                put(type, y, to + one, a * c[i] - b * s[i]);
-                put(type, y, to + other, b * c[i] + a * s[i]);
-            }
-            for (long i = 2 * half; i < dim; i++) put(type, y, to + i, scalar(type, x, from + i));
-        }
+    CALL(rope, type, x, stride, rows, heads, dim, cosines, sines, half, interleaved, y);
 }
 
 /* Writes the new keys and values, then lets every query see what it may. */

@@ -175,59 +175,69 @@ static void NAME(linear)(const struct linear *a, float *packed) {
 }
 
 /* y = weight * x / rms(x), x += residual before it where there is one; rounded where the reference rounds. */
-static void NAME(norm)(const struct norm *a) {
+INLINE void NAME(norm_rows)(const int type, const struct norm *a, long row) {
     long whole = a->size / LANES * LANES;
-#pragma omp parallel for schedule(static) if (a->rows * a->size > 1 << 14)
-    for (long row = 0; row < a->rows; row++) {
-        const char *x = (const char *)a->x + row * a->stride * SIZE(a->type);
-        const char *residual = a->residual ? (const char *)a->residual + row * a->residual_stride * SIZE(a->type) : 0;
-        char *sum = (char *)a->sum + row * a->size * SIZE(a->type), *y = (char *)a->y + row * a->size * SIZE(a->type);
-        vf squares = SPLAT(0);
-        float square = 0;
-        for (long i = 0; i < whole; i += LANES) {
-            vf v = NAME(load)(a->type, x, i);
-            if (residual) {
-                v = NAME(through)(a->type, v + NAME(load)(a->type, residual, i));
-                NAME(store)(a->type, sum, i, v);
-            }
-            squares += v * v;
+    const char *x = (const char *)a->x + row * a->stride * SIZE(type);
+    const char *residual = a->residual ? (const char *)a->residual + row * a->residual_stride * SIZE(type) : 0;
+    char *sum = (char *)a->sum + row * a->size * SIZE(type), *y = (char *)a->y + row * a->size * SIZE(type);
+    vf squares = SPLAT(0);
+    float square = 0;
+    for (long i = 0; i < whole; i += LANES) {
+        vf v = NAME(load)(type, x, i);
+        if (residual) {
+            v = NAME(through)(type, v + NAME(load)(type, residual, i));
+            NAME(store)(type, sum, i, v);
         }
-        for (long i = whole; i < a->size; i++) {
-            float v = scalar(a->type, x, i);
-            if (residual) {
-                put(a->type, sum, i, v + scalar(a->type, residual, i));
-                v = scalar(a->type, sum, i);
-            }
-            square += v * v;
+        squares += v * v;
+    }
+    for (long i = whole; i < a->size; i++) {
+        float v = scalar(type, x, i);
+        if (residual) {
+            put(type, sum, i, v + scalar(type, residual, i));
+            v = scalar(type, sum, i);
         }
-        const char *from = residual ? sum : x;
-        float scale = 1.0f / sqrtf((square + NAME(sum)(squares)) / a->size + a->eps);
-        for (long i = 0; i < whole; i += LANES) {
-            vf v = NAME(through)(a->type, NAME(load)(a->type, from, i) * scale);
-            NAME(store)(a->type, y, i, v * NAME(load)(a->type, a->weight, i));
-        }
-        for (long i = whole; i < a->size; i++)
-            put(a->type, y, i, through(a->type, scalar(a->type, from, i) * scale) * scalar(a->type, a->weight, i));
+        square += v * v;
+    }
+    const char *from = residual ? sum : x;
+    float scale = 1.0f / sqrtf((square + NAME(sum)(squares)) / a->size + a->eps);
+    for (long i = 0; i < whole; i += LANES) {
+        vf v = NAME(through)(type, NAME(load)(type, from, i) * scale);
+        NAME(store)(type, y, i, v * NAME(load)(type, a->weight, i));
+    }
+    for (long i = whole; i < a->size; i++)
+        put(type, y, i, through(type, scalar(type, from, i) * scale) * scalar(type, a->weight, i));
+}
+
+static void NAME(norm)(const struct norm *a) {
+#pragma omp parallel for schedule(static) if (a->rows * a->size > ALONE)
+    for (long row = 0; row < a->rows; row++)
+        if (a->type == BF16) NAME(norm_rows)(BF16, a, row);
+        else NAME(norm_rows)(FP32, a, row);
+}
+
+/* y = silu(gate) * up, of a row [gate, up]. */
+INLINE void NAME(silu_row)(const int type, const char *gate, long size, char *y) {
+    const char *up = gate + size * SIZE(type);
+    long whole = size / LANES * LANES;
+    for (long i = 0; i < whole; i += LANES) {
+        vf v = NAME(load)(type, gate, i), negative = -v;
+        vu large = (vu)(negative > 88.0f);
+        vf e = NAME(exp)((vf)(((vu)negative & ~large) | ((vu)SPLAT(88.0f) & large)));
+        NAME(store)(type, y, i, NAME(through)(type, v / (1.0f + e)) * NAME(load)(type, up, i));
+    }
+    for (long i = whole; i < size; i++) {
+        float v = scalar(type, gate, i);
+        put(type, y, i, through(type, v / (1.0f + expf(-v))) * scalar(type, up, i));
     }
 }
 
-/* y = silu(gate) * up, of rows [gate, up]. */
 static void NAME(silu_mul)(int type, const void *x, long stride, long rows, long size, void *y) {
-    long whole = size / LANES * LANES;
-#pragma omp parallel for schedule(static) if (rows * size > 1 << 14)
+#pragma omp parallel for schedule(static) if (rows * size > ALONE)
     for (long row = 0; row < rows; row++) {
-        const char *gate = (const char *)x + row * stride * SIZE(type), *up = gate + size * SIZE(type);
+        const char *from = (const char *)x + row * stride * SIZE(type);
         char *to = (char *)y + row * size * SIZE(type);
-        for (long i = 0; i < whole; i += LANES) {
-            vf v = NAME(load)(type, gate, i), negative = -v;
-            vu large = (vu)(negative > 88.0f);
-            vf e = NAME(exp)((vf)(((vu)negative & ~large) | ((vu)SPLAT(88.0f) & large)));
-            NAME(store)(type, to, i, NAME(through)(type, v / (1.0f + e)) * NAME(load)(type, up, i));
-        }
-        for (long i = whole; i < size; i++) {
-            float v = scalar(type, gate, i);
-            put(type, to, i, through(type, v / (1.0f + expf(-v))) * scalar(type, up, i));
-        }
+        if (type == BF16) NAME(silu_row)(BF16, from, size, to);
+        else NAME(silu_row)(FP32, from, size, to);
     }
 }
 
@@ -302,7 +312,8 @@ INLINE void NAME(mix_typed)(int type, long rows, const float *weights, const voi
 
 /* Attention of queries [first, last) of a sequence, one key head: softmax as it goes (Milakov and Gimelshein 2018), CHUNK
  * keys at a time, read where they lie. Row r of the scratch is query first + r / heads, head r % heads. */
-static void NAME(attend)(const struct attention *a, long sequence, long head, long first, long last, float *scratch) {
+INLINE void NAME(attend_typed)(const int type, const struct attention *a, long sequence, long head, long first, long last,
+                               float *scratch) {
     long heads = a->heads / a->groups, rows = (last - first) * heads, dim = a->dim, query = a->starts[sequence];
     long begin = a->contexts[sequence] - (a->starts[sequence + 1] - query); /* position of the sequence's first query */
     long position = begin + first, end = begin + last;
@@ -314,7 +325,7 @@ static void NAME(attend)(const struct attention *a, long sequence, long head, lo
     for (long row = 0; row < rows; row++) {
         long block = row / ROWS * ROWS, height = rows - block < ROWS ? rows - block : ROWS;
         long at = (query + first + row / heads) * a->q_stride + (head * heads + row % heads) * dim;
-        for (long d = 0; d < dim; d++) packed[block * dim + d * height + row - block] = scalar(a->type, a->q, at + d) * a->scale;
+        for (long d = 0; d < dim; d++) packed[block * dim + d * height + row - block] = scalar(type, a->q, at + d) * a->scale;
         highest[row] = -INFINITY, total[row] = 0;
     }
     memset(sums, 0, rows * dim * sizeof(float));
@@ -322,10 +333,10 @@ static void NAME(attend)(const struct attention *a, long sequence, long head, lo
         long keys = end - from < CHUNK ? end - from : CHUNK, padded = (keys + KEYS - 1) / KEYS * KEYS;
         const void *values[CHUNK / KEYS];
         for (long key = 0; key < keys; key += KEYS) {
-            long at = ((long)table[(from + key) / KEYS] * a->groups + head) * dim * KEYS * SIZE(a->type);
+            long at = ((long)table[(from + key) / KEYS] * a->groups + head) * dim * KEYS * SIZE(type);
             values[key / KEYS] = (const char *)a->v_cache + at;
             for (long row = 0; row < rows; row += ROWS)
-                NAME(score)(a->type, rows - row < ROWS ? rows - row : ROWS, packed + row * dim, (const char *)a->k_cache + at, dim,
+                NAME(score)(type, rows - row < ROWS ? rows - row : ROWS, packed + row * dim, (const char *)a->k_cache + at, dim,
                             scores + row * CHUNK + key);
         }
         for (long row = 0; row < rows; row++) {
@@ -358,13 +369,54 @@ static void NAME(attend)(const struct attention *a, long sequence, long head, lo
                 for (long d = 0; d < dim; d++) sums[row * dim + d] *= shrink;
             highest[row] = most;
         }
-        if (a->type == BF16) NAME(mix_typed)(BF16, rows, scores, values, keys, dim, sums);
-        else NAME(mix_typed)(FP32, rows, scores, values, keys, dim, sums);
+        NAME(mix_typed)(type, rows, scores, values, keys, dim, sums);
     }
     for (long row = 0; row < rows; row++) {
         long at = (query + first + row / heads) * a->heads * dim + (head * heads + row % heads) * dim;
         float scale = 1 / total[row];
-        for (long d = 0; d < dim; d++) put(a->type, a->y, at + d, sums[row * dim + d] * scale);
+        for (long d = 0; d < dim; d++) put(type, a->y, at + d, sums[row * dim + d] * scale);
+    }
+}
+
+static void NAME(attend)(const struct attention *a, long sequence, long head, long first, long last, float *scratch) {
+    if (a->type == BF16) NAME(attend_typed)(BF16, a, sequence, head, first, last, scratch);
+    else NAME(attend_typed)(FP32, a, sequence, head, first, last, scratch);
+}
+
+/* Turns the first 2 * half dimensions of a row's heads by its angles. */
+INLINE void NAME(turn)(const int type, const int interleaved, const char *x, long heads, long dim, const float *cosines,
+                       const float *sines, long half, char *y) {
+    for (long head = 0; head < heads; head++) {
+        const char *from = x + head * dim * SIZE(type);
+        char *to = y + head * dim * SIZE(type);
+        long whole = interleaved ? 0 : half / LANES * LANES;
+        for (long i = 0; i < whole; i += LANES) {
+            vf a = NAME(load)(type, from, i), b = NAME(load)(type, from, i + half);
+            vf c = LOAD(cosines + i), s = LOAD(sines + i);
+            NAME(store)(type, to, i, a * c - b * s);
+            NAME(store)(type, to, i + half, b * c + a * s);
+        }
+        for (long i = whole; i < half; i++) {
+            long one = interleaved ? 2 * i : i, other = interleaved ? 2 * i + 1 : i + half;
+            float a = scalar(type, from, one), b = scalar(type, from, other);
+            put(type, to, one, a * cosines[i] - b * sines[i]);
+            put(type, to, other, b * cosines[i] + a * sines[i]);
+        }
+        memcpy(to + 2 * half * SIZE(type), from + 2 * half * SIZE(type), (dim - 2 * half) * SIZE(type));
+    }
+}
+
+static void NAME(rope)(int type, const void *x, long stride, long rows, long heads, long dim, const float *cosines,
+                       const float *sines, long half, int interleaved, void *y) {
+#pragma omp parallel for schedule(static) if (rows * heads * dim > ALONE)
+    for (long row = 0; row < rows; row++) {
+        const char *from = (const char *)x + row * stride * SIZE(type);
+        const float *c = cosines + row * half, *s = sines + row * half;
+        char *to = (char *)y + row * heads * dim * SIZE(type);
+        if (type == BF16 && !interleaved) NAME(turn)(BF16, 0, from, heads, dim, c, s, half, to);
+        else if (type == BF16) NAME(turn)(BF16, 1, from, heads, dim, c, s, half, to);
+        else if (!interleaved) NAME(turn)(FP32, 0, from, heads, dim, c, s, half, to);
+        else NAME(turn)(FP32, 1, from, heads, dim, c, s, half, to);
     }
 }
 
