@@ -8,8 +8,8 @@ class Turns:
     """Lets few writes be under way at a time, in the order in which they were asked for, and under load spaces them.
 
     A write costs more than the tokens in it. A process with little to do sends each token at once; the busier it is, the longer
-    a stream waits after a write, up to INTERVAL, and what has come meanwhile goes out as one message. That first tokens
-    never wait for, and it spreads the streams' writes, so that nothing else stands behind a hundred of them.
+    a stream waits after a write, up to INTERVAL, and what has come meanwhile goes out as one message. It also spreads the
+    streams' writes, so that nothing stands behind a hundred of them. First tokens wait for neither.
 
     gRPC answers completed writes and the executors' steps in one line: with a write under way for every stream, a step
     would wait for all of them, and steps would pile up at the executor. A write that a slow client holds up keeps its
