@@ -9,7 +9,6 @@ in turn through the gateway and to the executor itself.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -18,40 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
+from engine import blobs, manifest, registry
+from engine.directory import DirectoryStore
+from engine.fingerprint import Fingerprint
+from tests.integration.services import service
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]  # roles are started by this file's name
-
-from engine import blobs, manifest, registry  # noqa: E402
-from engine.directory import DirectoryStore  # noqa: E402
-from engine.fingerprint import Fingerprint  # noqa: E402
-from gateway.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
-from protos.rpc import CHANNEL_OPTIONS  # noqa: E402
-from protos.v1 import executor_pb2 as pb  # noqa: E402
-from protos.v1.common_pb2 import FINISH_REASON_LENGTH, FinishInfo, StoppingCriteria  # noqa: E402
-from protos.v1.executor_pb2_grpc import (  # noqa: E402
-    ExecutorServicer,
-    ExecutorStub,
-    add_ExecutorServicer_to_server,
-)
-from protos.v1.gateway_pb2 import GenerateRequest  # noqa: E402
-from protos.v1.gateway_pb2_grpc import GatewayStub  # noqa: E402
-from tests.integration.services import service  # noqa: E402
-
-LEAST_RATE, MOST_GAP, MOST_ADDED = 60_000, 20.0, 2.0  # tokens/s, ms between a stream's responses, ms to the first token
-MAX_SEQ_LEN, LENGTH = 8192, 4096  # of the engine; tokens a request
-PROMPT = "It was a bright cold day in April, and the clocks were striking. " * 4
-TEXT = "The house stood on a slight rise just on the edge of the village. It stood on its own and looked over a broad "
-WARM_UP, PROBE_PAUSE = 3.0, 0.03  # seconds
-CLIENT_PROCESSES = 2
 CHECKPOINT = ROOT / "examples" / "demo-model"
+LEAST_RATE, MOST_GAP, MOST_ADDED = 60_000, 20.0, 2.0  # tokens/s, ms between a stream's responses, ms to the first token
+MAX_SEQ_LEN = 8192
+WARM_UP = 5.0  # seconds
+CLIENT_PROCESSES = 2
 
 
 def publish(store: DirectoryStore) -> str:
@@ -90,157 +72,12 @@ def publish(store: DirectoryStore) -> str:
     return engine.engine_id
 
 
-class Steps(ExecutorServicer):
-    """Gives each request a token at each step; the first one at the next step, as where a prompt takes no time."""
-
-    def __init__(self, engine_id: str, steps_per_second: float, token_ids: list[int]) -> None:
-        self._engine_id, self._period, self._token_ids = engine_id, 1 / steps_per_second, token_ids
-        self._streams: dict[asyncio.Queue[pb.StepOutput], dict[int, int]] = {}  # with tokens left, by handle
-        self._step = 0
-
-    async def run(self) -> None:
-        due = time.monotonic()
-        while True:
-            due += self._period
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            self._step += 1
-            for outputs, left in self._streams.items():
-                if left:
-                    outputs.put_nowait(self._output(left))
-
-    def _output(self, left: dict[int, int]) -> pb.StepOutput:
-        text, step = self._token_ids, self._step
-        output = pb.StepOutput(
-            step=step, handles=left, token_ids=[text[(handle + step) % len(text)] for handle in left]
-        )
-        for handle, count in left.items():
-            if count == LENGTH or count == 1:
-                output.started.add(handle=handle, prompt_tokens=1)
-            left[handle] = count - 1
-        for handle in [handle for handle, count in left.items() if count == 0]:
-            del left[handle]
-            output.finished.add(handle=handle, finish=FinishInfo(reason=FINISH_REASON_LENGTH))
-        output.load.engine_id = self._engine_id
-        return output
-
-    async def GetStatus(self, _request: pb.GetStatusRequest, _context: Any) -> pb.ExecutorStatus:
-        engine = pb.EngineStatus(engine_id=self._engine_id, state=pb.ENGINE_STATE_READY)
-        return pb.ExecutorStatus(engines=[engine], device="none")
-
-    async def Run(self, commands: AsyncIterator[pb.Command], _context: Any) -> AsyncIterator[pb.StepOutput]:
-        outputs: asyncio.Queue[pb.StepOutput] = asyncio.Queue()
-        left = self._streams[outputs] = {}
-        reader = asyncio.create_task(self._read(commands, left))
-        try:
-            while True:
-                yield await outputs.get()
-        finally:
-            del self._streams[outputs]
-            reader.cancel()
-
-    async def _read(self, commands: AsyncIterator[pb.Command], left: dict[int, int]) -> None:
-        async for command in commands:
-            if command.HasField("submit"):
-                left[command.submit.handle] = command.submit.stopping.max_tokens
-            for handle in command.cancel.handles:
-                left.pop(handle, None)
-
-    async def Generate(self, submit: pb.Submit, _context: Any) -> AsyncIterator[pb.GenerateOutput]:
-        outputs: asyncio.Queue[pb.StepOutput] = asyncio.Queue()
-        self._streams[outputs] = {0: submit.stopping.max_tokens}
-        try:
-            ended = False
-            while not ended:
-                output = await outputs.get()
-                ended = bool(output.finished)
-                yield pb.GenerateOutput(token_ids=output.token_ids)
-        finally:
-            del self._streams[outputs]
-
-
-async def executor_role(engine_id: str, steps_per_second: float) -> None:
-    """The executor, until it is terminated."""
-    tokenizer = Tokenizer((CHECKPOINT / "tokenizer.json").read_bytes(), TokenizerConfig())
-    steps = Steps(engine_id, steps_per_second, tokenizer.encode(TEXT, add_special_tokens=False))
-    server = grpc.aio.server()
-    add_ExecutorServicer_to_server(steps, server)
-    print(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", flush=True)
-    await server.start()
-    await steps.run()
-
-
-def connect(address: str) -> grpc.aio.Channel:
-    """A connection that no other channel shares."""
-    return grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
-
-
-async def clients_role(address: str, count: int, begin: float, end: float) -> None:
-    """Streams that ask again when they have ended; prints what came between two times of the monotonic clock."""
-    tokens = messages = 0
-    gaps: list[float] = []
-
-    async def client() -> None:
-        nonlocal tokens, messages
-        async with connect(address) as channel:
-            stub: Any = GatewayStub(channel)
-            while time.monotonic() < end:
-                last = None
-                request = GenerateRequest(model="demo", text=PROMPT, stopping=StoppingCriteria(max_tokens=LENGTH))
-                async for response in stub.Generate(request):
-                    now = time.monotonic()
-                    if begin <= now < end:
-                        tokens += len(response.token_ids)
-                        messages += 1
-                        if last:
-                            gaps.append(round((now - last) * 1000, 3))
-                    last = now
-                    if now >= end:
-                        break
-
-    await asyncio.gather(*(client() for _ in range(count)))
-    print(json.dumps({"tokens": tokens, "messages": messages, "gaps": gaps}))
-
-
-async def probe_role(gateway: str, executor: str, engine_id: str, begin: float, end: float) -> None:
-    """First-token times in ms, in turn through the gateway and from the executor."""
-    tokenizer = Tokenizer((CHECKPOINT / "tokenizer.json").read_bytes(), TokenizerConfig())
-    token_ids = tokenizer.encode(PROMPT, add_special_tokens=True)
-    stopping = StoppingCriteria(max_tokens=2)
-    through, direct = [], []
-
-    async def first(begin_call: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        call = begin_call()
-        try:
-            async for output in call:
-                if output.token_ids:
-                    return (time.perf_counter() - began) * 1000
-        finally:
-            call.cancel()
-        raise SystemExit("a request ended without a token")
-
-    async with connect(gateway) as one, connect(executor) as other:
-        stub: Any = GatewayStub(one)
-        own: Any = ExecutorStub(other)
-        request = GenerateRequest(model="demo", text=PROMPT, stopping=stopping)
-        submit = pb.Submit(engine_id=engine_id, token_ids=token_ids, stopping=stopping)
-        while time.monotonic() < end:
-            for times, begin_call in (
-                (through, lambda: stub.Generate(request)),
-                (direct, lambda: own.Generate(submit)),
-            ):
-                took = await first(begin_call)
-                if time.monotonic() >= begin:
-                    times.append(took)
-                await asyncio.sleep(PROBE_PAUSE)
-    print(json.dumps({"through": through, "direct": direct}))
-
-
 @contextmanager
 def role(name: str, *arguments: object) -> Iterator["subprocess.Popen[str]"]:
-    """A process of this file that plays one part."""
-    command = [sys.executable, __file__, "--role", name, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    """A process that plays one part."""
+    command = [sys.executable, "-m", "bench.gateway_roles", name, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield process
     finally:
@@ -283,6 +120,8 @@ def measure(directory: Path, clients: int, rate: float, seconds: float) -> dict[
         first = json.loads(line(probe))
     tokens, messages = (sum(part[name] for part in told) for name in ("tokens", "messages"))
     gaps = sorted(gap for part in told for gap in part["gaps"])
+    if not (gaps and first["through"] and first["direct"]):
+        raise SystemExit("nothing was delivered in the time of the measurement: is the machine busy?")
     return {
         "tokens_per_second": round(tokens / seconds),
         "messages_per_second": round(messages / seconds),
@@ -303,12 +142,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=66_000, help="tokens a second that the executor makes")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--role", choices=sorted(ROLES), help=argparse.SUPPRESS)
-    parser.add_argument("values", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.role:
-        asyncio.run(ROLES[arguments.role](*arguments.values))
-        return
     results: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": subprocess.run(
@@ -339,14 +173,6 @@ def main() -> None:
     if failed:
         raise SystemExit("; ".join(failed))
 
-
-ROLES: dict[str, Callable[..., Any]] = {
-    "executor": lambda engine_id, rate: executor_role(engine_id, float(rate)),
-    "clients": lambda address, count, begin, end: clients_role(address, int(count), float(begin), float(end)),
-    "probe": lambda gateway, executor, engine_id, begin, end: probe_role(
-        gateway, executor, engine_id, float(begin), float(end)
-    ),
-}
 
 if __name__ == "__main__":
     main()

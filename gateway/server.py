@@ -48,13 +48,15 @@ class Gateway(GatewayServicer):
             lambda submit: _carry_context(submit, context),
             _echo(request, prompt, tokenizer),
         )
+        first = True
         with generation:
             while not generation.done:
                 await generation.wait()
-                async with self._turns.turn():
+                async with self._turns.turn(first):
                     began = time.monotonic()
                     for response in generation.take():
                         yield response
+                        first = False
                 if not generation.done:
                     await self._turns.pause(began)
 

@@ -8,8 +8,8 @@ class Turns:
     """Lets few writes be under way at a time, in the order in which they were asked for, and under load spaces them.
 
     A write costs more than the tokens in it. A process with little to do sends each token at once; the busier it is, the longer
-    a stream waits after a write, up to INTERVAL, and what has come meanwhile goes out as one message. That first tokens
-    never wait for, and it spreads the streams' writes, so that nothing else stands behind a hundred of them.
+    a stream waits after a write, up to INTERVAL, and what has come meanwhile goes out as one message. It also spreads the
+    streams' writes, so that nothing stands behind a hundred of them. First tokens wait for neither.
 
     gRPC answers completed writes and the executors' steps in one line: with a write under way for every stream, a step
     would wait for all of them, and steps would pile up at the executor. A write that a slow client holds up keeps its
@@ -29,9 +29,9 @@ class Turns:
         self._since, self._used = time.monotonic(), time.process_time()
         self._share = 0.0  # of a core, lately
 
-    def turn(self) -> "_Turn":
-        """One write: `async with turns.turn(): ...`."""
-        return _Turn(self._free)
+    def turn(self, first: bool = False) -> "_Turn":
+        """One write: `async with turns.turn(): ...`. A request's first one stands in no line."""
+        return _Turn(None if first else self._free)
 
     async def pause(self, began: float) -> None:
         """What a stream waits for after a write that began at that time.monotonic()."""
@@ -49,11 +49,13 @@ class Turns:
 
 
 class _Turn:
-    def __init__(self, free: asyncio.Semaphore) -> None:
+    def __init__(self, free: asyncio.Semaphore | None) -> None:
         self._free = free
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> None:
+        if self._free is None:
+            return
         await self._free.acquire()
         self._timer = asyncio.get_running_loop().call_later(Turns.PATIENCE, self._end)
 
@@ -61,7 +63,7 @@ class _Turn:
         self._end()
 
     def _end(self) -> None:
-        if self._timer:
+        if self._timer and self._free:
             self._timer.cancel()
             self._timer = None
             self._free.release()

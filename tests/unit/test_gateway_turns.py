@@ -42,6 +42,21 @@ async def test_a_write_that_does_not_end_stops_nobody_for_long() -> None:
     assert turns._free._value == Turns.WIDTH
 
 
+async def test_a_first_write_stands_in_no_line() -> None:
+    turns = Turns()
+    held = [turns.turn() for _ in range(Turns.WIDTH)]
+    for turn in held:
+        await turn.__aenter__()
+    waiting = asyncio.create_task(turns.turn().__aenter__())
+    async with turns.turn(first=True):
+        assert not waiting.done() and turns._free.locked()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    for turn in held:
+        await turn.__aexit__()
+    assert turns._free._value == Turns.WIDTH
+
+
 async def test_one_that_leaves_the_line_takes_no_turn() -> None:
     turns = Turns()
     held = [turns.turn() for _ in range(Turns.WIDTH)]
