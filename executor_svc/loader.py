@@ -14,6 +14,7 @@ from engine.manifest import Manifest
 from engine.program import Program
 from engine.store import Store
 from engine.trust import Trust
+from executor_svc import memory
 
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64,
@@ -58,7 +59,7 @@ def load_engine(
         )
     rank = manifest.ranks[0]
     program = Program.from_json(blobs.read(store, rank.program))
-    buffers = [torch.empty(file.size, dtype=torch.uint8) for file in rank.weights]
+    buffers = [memory.zeros(file.size) for file in rank.weights]
     total, done = sum(file.size for file in rank.weights), 0
 
     def arrived(count: int) -> None:

@@ -1,5 +1,6 @@
 """What computes a batch. A runner is thin: it declares what it can, takes a batch and gives what was sampled."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from torch import Tensor
 from engine.errors import FailedPrecondition
 from engine.manifest import Limits
 from engine.ops import Step
-from engine.program import Program
+from engine.program import KVCache, Program
+from executor_svc import memory
 from executor_svc.core import Batch, Sampled
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
@@ -94,12 +96,7 @@ class TorchRunner:
                 "engine with a smaller --max-seq-len",
                 reason="KV_MEMORY_TOO_SMALL",
             )
-        shapes = [(num_blocks, BLOCK_SIZE, cache.num_kv_heads, cache.head_dim) for cache in program.caches]
-        dtypes = [getattr(torch, cache.dtype) for cache in program.caches]
-        self._k, self._v = (
-            [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
-            for _ in range(2)
-        )
+        self._k, self._v = ([_cache(spec, num_blocks, device) for spec in program.caches] for _ in range(2))
         self._layout = Layout(limits.max_batch_size, per_sequence, BLOCK_SIZE)
         self.capabilities = Capabilities(num_blocks, BLOCK_SIZE)
 
@@ -124,6 +121,14 @@ class TorchRunner:
         inputs = {name: getattr(layout, name).to(self._device) for name in ("token_ids", "positions", "logit_indices")}
         (logits,) = self._interpreter.run(inputs, step)
         return logits.float()
+
+
+def _cache(spec: KVCache, num_blocks: int, device: str) -> Tensor:
+    """[num_blocks, BLOCK_SIZE, num_kv_heads, head_dim] zeros."""
+    shape, dtype = (num_blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim), getattr(torch, spec.dtype)
+    if device == "cpu":
+        return memory.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _free_memory(device: str) -> int:
