@@ -25,8 +25,12 @@ check: $(VENV)/.ready
 	@tmp=$$(mktemp -d) && $(MAKE) --no-print-directory protos OUT=$$tmp && \
 	  for file in $$(cd $$tmp && find protos -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make protos"; exit 1; }; done && rm -r $$tmp
 
+# CHECKPOINT: a directory in Hugging Face layout; the bounds in bench/cpu.py are for one of half a billion parameters.
+CHECKPOINT ?= examples/demo-model
 bench: $(VENV)/.ready
-	PYTHONPATH=. $(BIN)/python bench/cpu.py
+	PYTHONPATH=. $(BIN)/python bench/cpu.py $(CHECKPOINT)
+	PYTHONPATH=. $(BIN)/python bench/overhead.py
+	PYTHONPATH=. $(BIN)/python bench/gateway.py
 
 OUT ?= .
 protos: $(VENV)/.ready
