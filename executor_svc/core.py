@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Sequence:
         num_cached: prompt tokens that the prefix cache had at first admission; None before.
         pending: tokens being sampled by batches in flight. in_flight: batches in flight that hold it.
         emitted: whether a token of it has been emitted. finish: set once; from then on it is in no new batch.
+        most_tokens, most_blocks: that it can come to, and their blocks; set when it is added.
     """
 
     client: int
@@ -98,6 +100,8 @@ class Sequence:
     in_flight: int = 0
     emitted: bool = False
     finish: Finish | None = None
+    most_tokens: int = 0
+    most_blocks: int = 0
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -115,8 +119,7 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
 
-@dataclass(frozen=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """Tokens [start, start + count) of a sequence in a batch; `samples` if the token behind them is to be chosen."""
 
     sequence: Sequence
@@ -133,8 +136,7 @@ class Batch:
     items: tuple[Scheduled, ...]
 
 
-@dataclass(frozen=True)
-class Emitted:
+class Emitted(NamedTuple):
     """A new token of a sequence, with its end if it was the last; `first` for the first that is emitted."""
 
     sequence: Sequence

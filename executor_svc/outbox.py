@@ -56,4 +56,7 @@ class Outbox:
         return messages
 
     def _output(self, client: int) -> StepOutput:
-        return self._outputs.setdefault(client, StepOutput())
+        output = self._outputs.get(client)
+        if output is None:
+            output = self._outputs[client] = StepOutput()
+        return output
