@@ -26,7 +26,7 @@ class NullRunner:
 
         blocks = max_batch_size * MAX_SEQ_LEN // BLOCK_SIZE
         self.capabilities = Capabilities(
-            blocks, BLOCK_SIZE, max_in_flight=max_in_flight, future_tokens=max_in_flight > 1
+            blocks, BLOCK_SIZE, max_in_flight=max_in_flight, future_tokens=max_in_flight > 1, overlaps=True
         )
         self._seconds = seconds
         self._started: deque[tuple[Batch, float]] = deque()
