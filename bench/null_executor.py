@@ -1,20 +1,14 @@
 """An executor whose engines cost nothing: the real front, Run stream, worker and scheduler around a runner that computes nothing.
 
 python bench/null_executor.py [--max-batch-size N] [--port P] serves engine NULL_ENGINE; what it sends as tokens is made of
-position and step alone. It starts its worker with --fd, as the executor does.
+position and step alone. It starts its worker with --fd, as the executor does. PYTHONPATH is the repository.
 """
 
 import argparse
-import os
 import socket
 import sys
 import time
 from collections import deque
-from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
 
 from engine.fingerprint import Fingerprint
 from engine.manifest import FileRef, Limits, Manifest, ModelFacts, Parallelism, Rank
@@ -32,7 +26,7 @@ class NullRunner:
 
         blocks = max_batch_size * MAX_SEQ_LEN // BLOCK_SIZE
         self.capabilities = Capabilities(
-            blocks, BLOCK_SIZE, max_in_flight=max_in_flight, future_tokens=max_in_flight > 1
+            blocks, BLOCK_SIZE, max_in_flight=max_in_flight, future_tokens=max_in_flight > 1, overlaps=True
         )
         self._seconds = seconds
         self._started: deque[tuple[Batch, float]] = deque()
@@ -95,7 +89,7 @@ async def serve(arguments: argparse.Namespace, options: list[str]) -> None:
     from executor_svc.server import ExecutorServicer
     from protos import rpc
 
-    servicer = ExecutorServicer(".", "cpu", Spares(options, program=[str(Path(__file__).resolve())]))
+    servicer = ExecutorServicer(".", "cpu", Spares(options, program=[__file__]))
     worker = await servicer.load(NULL_ENGINE)
     await worker.ready
     await rpc.serve("executor", servicer.register, "127.0.0.1", arguments.port, on_stop=servicer.close)
@@ -121,5 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

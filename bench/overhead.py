@@ -1,8 +1,8 @@
 """What the executor costs a step apart from computing: scheduler, worker's loop, front and Run stream, with a null runner.
 
-python bench/overhead.py [--seconds S] [--out FILE.json]; exit status 1 above the bounds. Clients keep the batch full: each
-request has 64 prompt tokens and gets 256, another follows it at once, and some wait. "cpu" is the CPU time of worker and front a step,
-"wall" the time a step, in which the client works, too.
+PYTHONPATH=. python bench/overhead.py [--seconds S] [--clients N] [--out FILE.json]; exit status 1 above the bounds.
+Clients keep the batch full: each request has 64 prompt tokens and gets 1024, another follows it at once, and some wait.
+"cpu" is the CPU time of worker and front a step, "wall" the time a step, in which the clients work, too.
 """
 
 import argparse
@@ -15,9 +15,6 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 import grpc
 
 from bench.null_executor import NULL_ENGINE
@@ -27,8 +24,9 @@ from protos.v1 import executor_pb2 as pb
 from protos.v1 import executor_pb2_grpc
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
 
+ROOT = Path(__file__).parents[1]
 BOUNDS = {32: 1.0, 256: 4.0}  # running -> ms a step
-PROMPT, COMPLETION = 64, 256
+PROMPT, COMPLETION = 64, 1024
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -86,7 +84,9 @@ def submit(handle: int, running: int) -> pb.Command:
 async def through_run(running: int, seconds: float, clients: int, options: list[str]) -> dict[str, float]:
     """ms a step and tokens a second, through a real front, worker and Run stream."""
     command = [sys.executable, str(ROOT / "bench" / "null_executor.py"), "--max-batch-size", str(running), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = await asyncio.to_thread(
+        subprocess.Popen, command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert process.stdout is not None  # noqa: S101
     try:
         address = (await asyncio.to_thread(process.stdout.readline)).split()[-1]
@@ -98,8 +98,15 @@ async def through_run(running: int, seconds: float, clients: int, options: list[
             async with grpc.aio.insecure_channel(address) as channel:
                 stream = executor_pb2_grpc.ExecutorStub(channel).Run()
                 last = share
+                due: asyncio.Queue[int] = asyncio.Queue()
                 for handle in range(1, share + 1):
-                    await stream.write(submit(handle, share))
+                    due.put_nowait(handle)
+
+                async def write() -> None:
+                    while True:
+                        await stream.write(submit(await due.get(), share))
+
+                writing = asyncio.create_task(write())
                 while (output := await stream.read()) is not grpc.aio.EOF:
                     if output.failed:
                         raise SystemExit(output.failed[0].failure.message)
@@ -107,7 +114,8 @@ async def through_run(running: int, seconds: float, clients: int, options: list[
                     tokens += len(output.token_ids)
                     for _ in output.finished:
                         last += 1
-                        await stream.write(submit(last, share))
+                        due.put_nowait(last)
+                writing.cancel()
 
         share = (
             2 * running + 64
@@ -150,7 +158,10 @@ def main() -> int:
         found = {"scheduler_cpu_ms": scheduler_alone(running), **found, "bound_ms": bound}
         results[str(running)] = {name: round(value, 3) for name, value in found.items()}
         print(f"{running:4} running:", ", ".join(f"{name} {value:g}" for name, value in results[str(running)].items()))
-    held = all(max(found["cpu_ms"], found["wall_ms"]) <= found["bound_ms"] for found in results.values())
+    full = all(found["tokens_per_step"] >= 0.95 * int(running) for running, found in results.items())
+    if not full:
+        print("the clients did not keep the batch full: this says nothing")
+    held = full and all(max(found["cpu_ms"], found["wall_ms"]) <= found["bound_ms"] for found in results.values())
     print("within the bounds" if held else "ABOVE THE BOUNDS")
     if arguments.out:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)

@@ -4,7 +4,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from executor_svc.beams import BeamGroup
@@ -124,6 +124,7 @@ class Sequence:
         num_cached: prompt tokens that the prefix cache had at first admission; None before.
         pending: tokens being sampled by batches in flight. in_flight: batches in flight that hold it.
         emitted: whether a token of it has been emitted. finish: set once; from then on it is in no new batch.
+        most_tokens, most_blocks: that it can come to, and their blocks; set when it is added.
     """
 
     client: int
@@ -156,6 +157,8 @@ class Sequence:
     in_flight: int = 0
     emitted: bool = False
     finish: Finish | None = None
+    most_tokens: int = 0
+    most_blocks: int = 0
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -189,8 +192,7 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
 
-@dataclass(frozen=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """Tokens [start, start + count) of a sequence in a batch; `samples` if the token behind them is to be chosen.
 
     Attributes:
@@ -244,8 +246,7 @@ class Sampled:
     prompt_logprobs: Mapping[int, Logprobs] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Emitted:
+class Emitted(NamedTuple):
     """A new token of a sequence, with its end if it was the last; `first` for the first that is emitted."""
 
     sequence: Sequence

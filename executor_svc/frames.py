@@ -1,10 +1,14 @@
 """Frames between the front and a worker: a little-endian uint32 length, then that many bytes of a protobuf message."""
 
 import asyncio
+import contextlib
+import select
 import socket
 import struct
+from collections.abc import AsyncIterator
 
 _LENGTH = struct.Struct("<I")
+_READ_SIZE = 1 << 18
 
 
 def frame(message: bytes) -> bytes:
@@ -12,41 +16,14 @@ def frame(message: bytes) -> bytes:
     return _LENGTH.pack(len(message)) + message
 
 
-async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
-    """The next message, or None when the other side is gone."""
-    try:
-        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        return await reader.readexactly(length)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+class Frames:
+    """Makes messages of bytes, in whatever pieces they come."""
 
-
-class FrameSocket:
-    """The worker's end: blocking, read in whatever pieces have arrived."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
+    def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def send(self, message: bytes) -> None:
-        """Writes a frame. Raises ConnectionError when the front is gone."""
-        self._socket.sendall(frame(message))
-
-    def receive(self, timeout: float | None) -> list[bytes]:
-        """The messages that are there, waiting up to `timeout` seconds (None: without end) for the first.
-
-        Raises:
-            ConnectionError: the front is gone.
-        """
-        self._socket.settimeout(timeout)
-        try:
-            data = self._socket.recv(1 << 20)
-        except (TimeoutError, BlockingIOError):
-            return []
-        finally:
-            self._socket.settimeout(None)
-        if not data:
-            raise ConnectionError("the front is gone")
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that are whole now."""
         self._buffer += data
         messages, start = [], 0
         while start + _LENGTH.size <= len(self._buffer):
@@ -58,3 +35,41 @@ class FrameSocket:
             start = end
         del self._buffer[:start]
         return messages
+
+
+async def read_frames(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The messages, until the other side is gone."""
+    frames = Frames()
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(_READ_SIZE):
+            for message in frames.feed(data):
+                yield message
+
+
+class FrameSocket:
+    """The worker's end: blocking, read in whatever pieces have arrived."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(True)
+        self._socket = connection
+        self._frames = Frames()
+
+    def send(self, *messages: bytes) -> None:
+        """Writes a frame each. Raises ConnectionError when the front is gone."""
+        self._socket.sendall(b"".join(map(frame, messages)))
+
+    def receive(self, timeout: float | None) -> list[bytes]:
+        """The messages that are there, waiting up to `timeout` seconds (None: without end) for the first.
+
+        Raises:
+            ConnectionError: the front is gone.
+        """
+        if timeout and not select.select([self._socket], [], [], timeout)[0]:
+            return []
+        try:
+            data = self._socket.recv(_READ_SIZE, 0 if timeout is None else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise ConnectionError("the front is gone")
+        return self._frames.feed(data)

@@ -80,7 +80,10 @@ class Outbox:
         )
 
     def _output(self, client: int) -> StepOutput:
-        return self._outputs.setdefault(client, StepOutput())
+        output = self._outputs.get(client)
+        if output is None:
+            output = self._outputs[client] = StepOutput()
+        return output
 
 
 def _finish_info(finish: Finish) -> FinishInfo:

@@ -35,6 +35,7 @@ class Capabilities:
         prefix_cache: whether sequences may share blocks.
         future_tokens: whether it can take as input what a batch in flight is still sampling.
         max_in_flight: batches that may be started before the first is finished.
+        overlaps: whether `start` returns before the batch is computed, so that the worker can do other work meanwhile.
     """
 
     num_blocks: int
@@ -43,6 +44,7 @@ class Capabilities:
     prefix_cache: bool = True
     future_tokens: bool = False
     max_in_flight: int = 1
+    overlaps: bool = False
 
 
 class Runner(Protocol):

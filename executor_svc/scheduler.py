@@ -6,6 +6,7 @@ prompts in chunks, under a budget of tokens a step. When the cache is full, the 
 computed again later. Tokens do not depend on any of this: random numbers are counted by position (see sampler.py).
 """
 
+import bisect
 import time
 from collections import deque
 from collections.abc import Callable
@@ -48,7 +49,9 @@ class Scheduler:
         self._pace = Pace()
         self.cache = KVCache(config.num_blocks, config.block_size)
         self._prefixes = Prefixes(self.cache, enabled=config.prefix_cache)
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # by rank
+        self._growing = 0  # of those that run: they may need more blocks than they have
+        self._queued = 0  # known tokens that are not computed yet
         self.num_preemptions = 0
         self._waiting = Waiting()
         self._leaving: list[Sequence] = []  # ended, but held by a batch in flight
@@ -70,8 +73,7 @@ class Scheduler:
 
     def queued_tokens(self) -> int:
         """Known tokens that are not computed yet."""
-        waiting = sum(len(sequence.token_ids) for sequence in self._waiting.sequences)
-        return waiting + sum(sequence.num_tokens - sequence.num_computed for sequence in self.running)
+        return self._queued
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence.
@@ -89,17 +91,19 @@ class Scheduler:
         self._queue(sequence)
 
     def check_size(self, sequence: Sequence) -> None:
-        """Raises ResourceExhausted for one that the cache could not hold even alone."""
-        longest = self._longest(sequence)
-        if self.cache.blocks_for(longest) > self.config.num_blocks:
+        """Notes what a sequence can come to. Raises ResourceExhausted for one that the cache could not hold even alone."""
+        most_tokens = min(sequence.prompt_len + sequence.max_tokens, self.config.max_seq_len)
+        sequence.most_tokens, sequence.most_blocks = most_tokens, self.cache.blocks_for(most_tokens)
+        if sequence.most_blocks > self.config.num_blocks:
             raise ResourceExhausted(
-                f"prompt and completion may need {longest} tokens of KV cache, this executor has "
+                f"prompt and completion may need {most_tokens} tokens of KV cache, this executor has "
                 f"{self.config.num_blocks * self.config.block_size}: lower max_tokens or start it with more --kv-memory",
                 reason="KV_CACHE_TOO_SMALL",
             )
 
     def go_on(self, sequence: Sequence) -> None:
         """Queues the next step of a group whose first sequence was added, at the place of its `arrival`, in a full queue too."""
+        self.check_size(sequence)
         self._queue(sequence)
 
     def group_ended(self) -> None:
@@ -159,28 +163,30 @@ class Scheduler:
         if not self._in_flight or self._in_flight.popleft() is not batch:
             raise Internal("batches must be committed in the order in which they were scheduled")
         emitted: list[Emitted] = []
-        supply = enumerate(sampled.token_ids)
+        supply, block_size = enumerate(sampled.token_ids), self.config.block_size
         for index, item in enumerate(batch.items):
-            sequence = item.sequence
-            row, token = next(supply) if item.samples else (-1, None)
+            sequence, start, count, samples, rows = item
+            row, token = next(supply) if samples else (-1, None)
             sequence.in_flight -= 1
-            sequence.pending -= item.samples
+            sequence.pending -= samples
             if sequence.finish is not None:
                 if not sequence.in_flight:
                     self._leaving.remove(sequence)
                     self._release(sequence)
                 continue
-            self._prefixes.remember(item)
-            if item.prompt_rows:
-                self._told.append(PromptTold(sequence, item.prompt_rows.start + 1, sampled.prompt_logprobs[index]))
+            if start // block_size != (start + count) // block_size:
+                self._prefixes.remember(item)
+            if rows:
+                self._told.append(PromptTold(sequence, rows.start + 1, sampled.prompt_logprobs[index]))
             if token is not None:
-                sequence.token_ids.append(token)
-                finish = self._finish(sequence, token)
-                first = not sequence.emitted
-                emitted.append(Emitted(sequence, token, finish, first, sampled.logprobs.get(row)))
-                sequence.emitted = True
-                if finish:
+                token_ids = sequence.token_ids
+                token_ids.append(token)
+                finish = None
+                if len(token_ids) >= sequence.most_tokens or token in sequence.eos_ids or token in sequence.stop_ids:
+                    finish = self._finish(sequence, token)
                     self._end(sequence, finish)
+                emitted.append(Emitted(sequence, token, finish, not sequence.emitted, sampled.logprobs.get(row)))
+                sequence.emitted = True
         return emitted
 
     def check_integrity(self) -> None:
@@ -197,6 +203,15 @@ class Scheduler:
         waiting = self._waiting.sequences
         if len(waiting) != len(self._waiting) or any(sequence.blocks or sequence.num_computed for sequence in waiting):
             raise Internal("a waiting sequence is miscounted or holds blocks")
+        queued = sum(len(sequence.token_ids) for sequence in waiting)
+        queued += sum(sequence.num_tokens - sequence.num_computed for sequence in self.running)
+        growing = sum(len(sequence.blocks) < sequence.most_blocks for sequence in self.running)
+        if (queued, growing) != (self._queued, self._growing):
+            raise Internal(
+                f"{queued} tokens are queued and {growing} sequences may grow, {self._queued} and {self._growing} are counted"
+            )
+        if self.running != sorted(self.running, key=_rank):
+            raise Internal("those that run are out of order")
         if len(self.running) > self.config.max_batch_size:
             raise Internal("more sequences run than max_batch_size")
 
@@ -205,6 +220,7 @@ class Scheduler:
     def _queue(self, sequence: Sequence) -> None:
         sequence.serial = self._arrivals
         self._arrivals += 1
+        self._queued += len(sequence.token_ids)
         self._waiting.push(sequence)
         self._deadlines.add(sequence)
 
@@ -220,28 +236,34 @@ class Scheduler:
         )
 
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Running sequences that can be in the next batch: those that lack one token, and those that lack more."""
+        """Running sequences that can be in the next batch, by rank: those that lack one token, and those that lack more."""
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
+        future = self.config.future_tokens
         for sequence in self.running:
-            if sequence.pending and (not self.config.future_tokens or sequence.sampling.needs_tokens):
+            pending = sequence.pending
+            if pending and (not future or sequence.sampling.needs_tokens):
                 continue
-            if (
-                sequence.num_completion + sequence.pending >= sequence.max_tokens
-                or sequence.num_tokens >= self.config.max_seq_len
-            ):
+            num_tokens = len(sequence.token_ids) + pending
+            if num_tokens >= sequence.most_tokens:
                 continue  # its last token is in flight
-            (decodes if sequence.num_tokens - sequence.num_computed == 1 else prompts).append(sequence)
-        return sorted(decodes, key=_rank), sorted(prompts, key=_rank)
+            (decodes if num_tokens - sequence.num_computed == 1 else prompts).append(sequence)
+        return decodes, prompts
 
     def _schedule_decodes(self, decodes: list[Sequence], items: list[Scheduled]) -> None:
+        block_size = self.config.block_size
         for sequence in decodes:
-            if sequence.blocks and self._grow(sequence):  # a sequence without blocks was preempted just now
-                self._take(sequence, 1, items)
+            start, room = sequence.num_computed, len(sequence.blocks) * block_size
+            # A sequence without blocks was preempted just now.
+            if start < room or (room and self._grow(sequence)):
+                items.append(Scheduled(sequence, start, 1, True))
+                sequence.num_computed = start + 1
+                sequence.pending += 1
+                sequence.in_flight += 1
 
     def _schedule_prompts(self, prompts: list[Sequence], items: list[Scheduled]) -> None:
         """Continues prompts, then admits new ones, until the budget is spent."""
-        budget = self.config.max_num_tokens - sum(item.count for item in items)
+        budget = self.config.max_num_tokens - len(items)  # so far they are decodes
         for sequence in prompts:
             if budget and sequence.blocks:
                 budget -= self._take(sequence, budget, items)
@@ -259,6 +281,7 @@ class Scheduler:
             if not count:
                 return 0
             sequence.prompt_told = rows.stop
+        self._queued -= count - (count == left)
         items.append(Scheduled(sequence, start, count, count == left, rows))
         sequence.num_computed += count
         sequence.pending += count == left
@@ -267,29 +290,25 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Gives a decoding sequence the block that its next token needs, at the cost of lower ranks; False if it cannot."""
-        missing = self.cache.blocks_for(sequence.num_computed + 1) - len(sequence.blocks)
-        while missing > 0 and not self.cache.can_allocate(missing):
+        while not self.cache.can_allocate(1):
             victims = [other for other in self.running if not other.in_flight]  # those in this batch count as in flight
             if not victims:
                 return False
-            victim = max(victims, key=_rank)
+            victim = victims[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
-        if missing > 0:
-            sequence.blocks += self.cache.allocate(missing)
+        sequence.blocks += self.cache.allocate(1)
+        self._growing -= len(sequence.blocks) == sequence.most_blocks
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
-        self.running.remove(sequence)
+        self._leave(sequence)
         self._release(sequence)
+        self._queued += len(sequence.token_ids)
         sequence.num_computed = 0
         self._waiting.push(sequence)
-
-    def _longest(self, sequence: Sequence) -> int:
-        """Tokens that it can come to."""
-        return min(sequence.prompt_len + sequence.max_tokens, self.config.max_seq_len)
 
     def _admit(self) -> Sequence | None:
         """The first of those that wait, with blocks for all its tokens, if there is room for it.
@@ -300,10 +319,11 @@ class Scheduler:
         sequence = self._waiting.first()
         if sequence is None or len(self.running) >= self.config.max_batch_size:
             return None
+        if not self.cache.can_allocate(1 + self._growing):  # it needs one at least: spares the look for its prefix
+            return None
         shared = [] if sequence.tells_prompt else self._prefixes.match(sequence)
         fresh = self.cache.blocks_for(len(sequence.token_ids)) - len(shared)
-        growing = sum(len(other.blocks) < self.cache.blocks_for(self._longest(other)) for other in self.running)
-        if not self.cache.can_allocate(fresh + growing, shared):
+        if not self.cache.can_allocate(fresh + self._growing, shared):
             return None
         self._waiting.pop()
         self.cache.share(shared)
@@ -311,30 +331,38 @@ class Scheduler:
         sequence.num_computed = len(shared) * self.config.block_size
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
-        self.running.append(sequence)
+        self._queued -= sequence.num_computed
+        self._growing += len(sequence.blocks) < sequence.most_blocks
+        bisect.insort(self.running, sequence, key=_rank)
         return sequence
 
-    def _finish(self, sequence: Sequence, token: int) -> Finish | None:
+    def _finish(self, sequence: Sequence, token: int) -> Finish:
+        """Why a sequence ends with this token."""
         if token in sequence.eos_ids:
             return Finish(Reason.EOS, token)
         if token in sequence.stop_ids:
             return Finish(Reason.STOP, token)
-        if sequence.num_completion >= sequence.max_tokens or len(sequence.token_ids) >= self.config.max_seq_len:
-            return Finish(Reason.LENGTH)
-        return None
+        return Finish(Reason.LENGTH)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
-        if sequence in self.running:
+        if sequence.blocks:  # it runs
             if sequence.group is None:
                 self._pace.ended(self._clock())
-            self.running.remove(sequence)
+            self._leave(sequence)
             if sequence.in_flight:
                 self._leaving.append(sequence)
             else:
                 self._release(sequence)
         else:
+            self._queued -= len(sequence.token_ids)
             self._waiting.ended()
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Takes a sequence out of those that run."""
+        self.running.remove(sequence)
+        self._queued -= sequence.num_tokens - sequence.num_computed
+        self._growing -= len(sequence.blocks) < sequence.most_blocks
 
     def _release(self, sequence: Sequence) -> None:
         self.cache.free(sequence.blocks)

@@ -5,6 +5,7 @@ the other end closes.
 """
 
 import argparse
+import gc
 import logging
 import signal
 import socket
@@ -33,6 +34,7 @@ from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEn
 from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
 
 _IDLE_CHECK = 1.0  # seconds of idleness after which the scheduler's integrity is checked
+_LOAD_INTERVAL = 0.1  # seconds between reports of the load to the front, while there is work
 _LEAST_WAITING, _WAITING_BATCHES = 1024, 16  # requests that may wait, where nobody says how many: the larger
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,8 @@ class Worker:
         self._batches: deque[Batch] = deque()  # in flight, oldest first
         self._checked = False  # the scheduler's integrity, since something last happened
         self._step = 0
-        self._load = EngineLoad()
+        self._load, self._load_due = EngineLoad(), 0.0  # as the front knows it, and when it may hear again
+        self._overlaps = runner.capabilities.overlaps
 
     def status(self) -> EngineStatus:
         """As the front tells it to callers."""
@@ -98,13 +101,19 @@ class Worker:
         )
 
     def run(self) -> None:
-        """Works until the front is gone, which raises ConnectionError."""
+        """Works until the front is gone, which raises ConnectionError.
+
+        The next batch is scheduled when the last one's tokens are known, and not before: a new request would wait a step
+        longer. A runner that computes behind `start` has its batch before the last one's tokens are sent.
+        """
         while True:
             self._receive()
             while batch := self._scheduler.schedule():
                 self._runner.start(batch)
                 self._batches.append(batch)
             self._expire()
+            if self._overlaps or not self._batches:
+                self._report()
             if self._batches:
                 batch = self._batches.popleft()
                 self._step = batch.step
@@ -118,7 +127,8 @@ class Worker:
                     self._outbox.token(emitted)
                     if emitted.finish:
                         self._forget(emitted.sequence)
-            self._report()
+            if not self._overlaps or self._scheduler.idle:
+                self._report()
 
     def _receive(self) -> None:
         """Takes what has arrived; waits for something if there is nothing else to do."""
@@ -207,16 +217,21 @@ class Worker:
 
     def _report(self) -> None:
         load = self._measure()
+        messages = []
         for client, output in self._outbox.flush(self._step, load):
             if client in self._live:
-                self._front.send(FromWorker(client=client, step_output=output).SerializeToString())
+                messages.append(FromWorker(client=client, step_output=output).SerializeToString())
         for client in [client for client in self._done if not self._live.get(client)]:
             self._done.discard(client)
             self._live.pop(client, None)
-            self._front.send(FromWorker(client=client, drained=Drained()).SerializeToString())
-        if load != self._load:
-            self._load = load
-            self._front.send(FromWorker(load=load).SerializeToString())
+            messages.append(FromWorker(client=client, drained=Drained()).SerializeToString())
+        # Clients hear of the load with every step. The front only tells it to who asks: it need not know each one.
+        now = time.monotonic()
+        if load != self._load and (now >= self._load_due or self._scheduler.idle):
+            self._load, self._load_due = load, now + _LOAD_INTERVAL
+            messages.append(FromWorker(load=load).SerializeToString())
+        if messages:
+            self._front.send(*messages)
 
     def _measure(self) -> EngineLoad:
         scheduler = self._scheduler
@@ -274,6 +289,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         loaded.program, weights, loaded.manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory
     )
     worker = Worker(front, loaded.manifest, runner, arguments.max_waiting)
+    gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     size = loaded.manifest.weight_bytes()
     log.info("engine %s: %.1f MB loaded in %.2f s", engine_id[:12], size / 1e6, time.monotonic() - began)
     ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from engine.errors import EnginehouseError, ResourceExhausted, Unavailable
-from executor_svc.frames import frame, read_frame
+from executor_svc.frames import frame, read_frames
 from executor_svc.launch import Spares
 from protos.rpc import from_failure, to_failure
 from protos.v1.executor_pb2 import (
@@ -164,7 +164,7 @@ class WorkerProcess:
         await asyncio.shield(self.ended)
 
     async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
-        while data := await read_frame(reader):
+        async for data in read_frames(reader):
             self._take(FromWorker.FromString(data))
         status = await asyncio.to_thread(process.wait)  # soon: it has closed its end
         self._end(signal.Signals(-status).name if status < 0 else f"exit status {status}")

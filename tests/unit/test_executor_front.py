@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from engine.errors import ResourceExhausted
-from executor_svc.frames import FrameSocket, frame, read_frame
+from executor_svc.frames import FrameSocket, frame, read_frames
 from executor_svc.workers import MAX_BUFFERED, Client
 
 
@@ -71,9 +71,10 @@ async def test_frames_arrive_whole_however_they_are_cut() -> None:
     assert worker.receive(0) == []
     reader, writer = await asyncio.open_connection(sock=ours)
     worker.send(b"answer")
-    assert await read_frame(reader) == b"answer"
+    answers = read_frames(reader)
+    assert await anext(answers) == b"answer"
     theirs.close()
-    assert await read_frame(reader) is None
+    assert await anext(answers, None) is None
     writer.close()
     await writer.wait_closed()
 

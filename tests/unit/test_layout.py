@@ -40,7 +40,7 @@ def check(batch: Batch, layout: StepLayout) -> None:
     assert layout.slots.dtype == torch.int64
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     extra_blocks=st.integers(0, 8),
     max_batch_size=st.integers(1, 5),
