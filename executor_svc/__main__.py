@@ -6,6 +6,8 @@ import sys
 from engine.trust import Trust
 from executor_svc.server import ExecutorServicer
 from protos import rpc
+from protos.calls import Calls
+from protos.metrics import Metrics
 
 
 async def run(arguments: argparse.Namespace) -> None:
@@ -15,14 +17,19 @@ async def run(arguments: argparse.Namespace) -> None:
     options += ["--trust-native"] if arguments.trust_native else []
     options += ["--kv-memory", str(arguments.kv_memory)] if arguments.kv_memory else []
     options += ["--max-waiting", str(arguments.max_waiting)] if arguments.max_waiting is not None else []
-    servicer = ExecutorServicer(arguments.store, arguments.device, options)
-    try:
-        for engine in arguments.engine:
-            await servicer.open(engine)
-    except BaseException:
-        await servicer.close()
-        raise
-    await rpc.serve("executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close)
+    options += ["--log-format", arguments.log_format, "--log-level", arguments.log_level]
+    metrics = Metrics()
+    calls, servicer = Calls(metrics), ExecutorServicer(arguments.store, arguments.device, options, metrics)
+    with metrics.served("executor", arguments.host, arguments.metrics_port):  # while engines are loaded, too
+        try:
+            for engine in arguments.engine:
+                await servicer.open(engine)
+        except BaseException:
+            await servicer.close()
+            raise
+        await rpc.serve(
+            "executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close, calls=calls
+        )
 
 
 def _count(text: str) -> int:
@@ -66,7 +73,9 @@ def main() -> int:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
-    return rpc.main("executor", run(parser.parse_args()))
+    rpc.add_options(parser)
+    arguments = parser.parse_args()
+    return rpc.main("executor", run(arguments), arguments)
 
 
 if __name__ == "__main__":

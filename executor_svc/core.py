@@ -56,6 +56,22 @@ class SchedulerConfig:
     max_waiting: int = 1024
 
 
+@dataclass(eq=False, slots=True)
+class Track:
+    """What is kept of a request for metrics and logs (see tally.py): times of one clock in seconds, 0 before they come.
+
+    Attributes:
+        request_id: what logs call it.
+        arrived: at the front. begun: its first batch was. first_token, last_token: were emitted.
+    """
+
+    request_id: str
+    arrived: float
+    begun: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request on its way.
@@ -75,6 +91,7 @@ class Sequence:
         num_cached: prompt tokens that the prefix cache had at first admission; None before.
         pending: tokens being sampled by batches in flight. in_flight: batches in flight that hold it.
         emitted: whether a token of it has been emitted. finish: set once; from then on it is in no new batch.
+        track: for metrics and logs, which the worker's tally keeps; nothing else looks at it.
     """
 
     client: int
@@ -98,6 +115,7 @@ class Sequence:
     in_flight: int = 0
     emitted: bool = False
     finish: Finish | None = None
+    track: Track | None = None
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which tokens are computed next. Pure Python: no torch, no clock, no I/O.
+"""Which tokens are computed next. Pure Python: no torch, no clock, no I/O but the log.
 
 `schedule()` gives a batch, `commit()` takes its tokens, in the same order, with up to `max_in_flight` batches between.
 Continuous batching with chunked prefill (Orca, Yu et al. 2022; Sarathi-Serve, Agrawal et al. 2024): decodes first, then
@@ -6,6 +6,7 @@ prompts in chunks, under a budget of tokens a step. When the cache is full, the 
 computed again later. Tokens do not depend on any of this: random numbers are counted by position (see sampler.py).
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from executor_svc.kv_cache import KVCache
 from executor_svc.pace import Pace
 from executor_svc.prefixes import Prefixes
 from executor_svc.waiting import Waiting
+from protos.logs import fields
+
+log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -238,6 +242,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
+        if sequence.track:
+            log.debug("preempted", extra=fields(request_id=sequence.track.request_id, tokens=len(sequence.token_ids)))
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_computed = 0

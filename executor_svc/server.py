@@ -14,7 +14,10 @@ from engine import registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.store import Store
+from executor_svc.telemetry import Telemetry, name_request
 from executor_svc.workers import Client, WorkerProcess
+from protos import logs
+from protos.metrics import Metrics
 from protos.rpc import from_failure, to_failure
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import Usage
@@ -32,11 +35,14 @@ class ExecutorServicer:
         options: of the workers' command line, such as --kv-memory.
     """
 
-    def __init__(self, store_url: str, device: str, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, store_url: str, device: str, options: Sequence[str] = (), metrics: Metrics | None = None
+    ) -> None:
         self._store: Store = open_store(store_url)
         self._device = device
         self._arguments = ["--store", store_url, "--device", device, *options]
         self._workers: dict[str, WorkerProcess] = {}
+        self._telemetry = Telemetry(metrics or Metrics(), lambda: list(self._workers.values()))
         self._clients: dict[int, Client] = {}
         self._wanted: set[str] = set()  # engines that have been loaded and not unloaded
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,7 +81,10 @@ class ExecutorServicer:
         while (worker := self._workers.get(engine_id)) and worker.stopping:
             await asyncio.shield(worker.ended)
         if worker is None:
-            worker = self._workers[engine_id] = WorkerProcess(engine_id, self._clients, self._ended)
+            worker = self._workers[engine_id] = WorkerProcess(
+                engine_id, self._clients, self._ended, lambda news: self._telemetry.add(engine_id, news)
+            )
+            self._telemetry.watch(worker)
             worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
             await worker.start(self._arguments)
         return worker
@@ -112,6 +121,8 @@ class ExecutorServicer:
         return pb.ExecutorStatus(engines=engines, device=self._device, version=version("enginehouse"))
 
     async def Generate(self, request: pb.Submit, _context: Any) -> AsyncIterator[pb.GenerateOutput]:
+        name_request(request)
+        logs.note(engine=request.engine_id[:12])
         worker = self._worker(request.engine_id)
         usage = Usage()
         with self._client() as client:
@@ -156,9 +167,12 @@ class ExecutorServicer:
         async for command in commands:
             kind = command.WhichOneof("command")
             if kind == "submit":
+                command.submit.request_id = command.submit.request_id or logs.new_request_id()
                 try:
                     worker = self._worker(command.submit.engine_id)
                 except FailedPrecondition as error:
+                    about = logs.fields(request_id=command.submit.request_id, reason=error.reason)
+                    log.info("request refused", extra=about)
                     failed = pb.Failed(handle=command.submit.handle, failure=to_failure(error))
                     client.put(pb.StepOutput(failed=[failed]).SerializeToString())
                     continue
@@ -190,6 +204,7 @@ class ExecutorServicer:
         """The worker of an engine that serves. Raises FailedPrecondition."""
         worker = self._workers.get(engine_id)
         if worker is None or not worker.serving:
+            self._telemetry.refused(engine_id, "ENGINE_NOT_LOADED")
             raise self._not_loaded(engine_id)
         return worker
 

@@ -14,7 +14,7 @@ from engine.errors import EnginehouseError, ResourceExhausted, Unavailable
 from executor_svc.frames import frame, read_frame
 from protos.rpc import from_failure, to_failure
 from protos.v1.executor_pb2 import EngineLost, EngineState, EngineStatus, LoadEngineProgress, StepOutput
-from protos.v1.worker_pb2 import FromWorker, ToWorker
+from protos.v1.worker_pb2 import EngineMetrics, FromWorker, ToWorker
 
 MAX_BUFFERED = 16 << 20  # bytes of step outputs that wait for a client to read; a minute or so of a full batch
 
@@ -102,9 +102,16 @@ class WorkerProcess:
     Args:
         clients: all streams of the front, by number.
         on_end: called once, when the process has ended, before any client hears of it.
+        on_metrics: called with what the process has counted.
     """
 
-    def __init__(self, engine_id: str, clients: dict[int, Client], on_end: Callable[["WorkerProcess"], None]) -> None:
+    def __init__(
+        self,
+        engine_id: str,
+        clients: dict[int, Client],
+        on_end: Callable[["WorkerProcess"], None],
+        on_metrics: Callable[[EngineMetrics], None] = lambda _: None,
+    ) -> None:
         self.engine_id = engine_id
         self.status = EngineStatus(engine_id=engine_id, state=EngineState.ENGINE_STATE_LOADING)
         self.progress = LoadEngineProgress()
@@ -113,7 +120,7 @@ class WorkerProcess:
         self.ended: asyncio.Future[EnginehouseError] = loop.create_future()
         self.stopping = False
         self._clients = clients
-        self._on_end = on_end
+        self._on_end, self._on_metrics = on_end, on_metrics
         self._failure: EnginehouseError | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -122,6 +129,11 @@ class WorkerProcess:
     def serving(self) -> bool:
         """Whether requests can be sent to it."""
         return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
+
+    @property
+    def pid(self) -> int:
+        """Of the process; 0 while there is none."""
+        return self._process.pid if self._process else 0
 
     async def start(self, arguments: list[str]) -> None:
         """Starts the process, with the worker's command line apart from --fd and --engine-id.
@@ -192,6 +204,8 @@ class WorkerProcess:
         elif kind == "client_failure":
             if client:
                 client.fail(from_failure(message.client_failure))
+        elif kind == "metrics":
+            self._on_metrics(message.metrics)
         elif kind == "failure":
             self._failure = from_failure(message.failure)
 
