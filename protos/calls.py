@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
+from engine.errors import EnginehouseError, Internal
 from protos import logs
 from protos.histogram import CALL
 
@@ -74,7 +75,7 @@ class Call:
     ) -> None:
         """Does not rely on the task's context: a generator that nobody finishes is closed in another."""
         seconds = time.monotonic() - self._began
-        code = self._code(error)
+        code = status(error, self._context)
         self._calls.ended(self._method, code, seconds)
         level = logging.DEBUG if code == "OK" and self._method.startswith(_POLLED) else logging.INFO
         if log.isEnabledFor(level):
@@ -82,15 +83,19 @@ class Call:
             name = self._method.rpartition(".")[2]
             log.log(level, "%s %s", name, code, extra=logs.fields(**{"request_id": self._request_id, **fields}))
 
-    def _code(self, error: BaseException | None) -> str:
-        if error is None:
-            return "OK"
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
-            remaining = self._context.time_remaining()
-            late = remaining is not None and remaining <= 0
-            return (grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED).name
-        code = self._context.code()
+
+def status(error: BaseException | None, context: Any) -> str:
+    """The name of the gRPC status with which a handler's end by this error, or without one, ends its call."""
+    if error is None:
+        return grpc.StatusCode.OK.name
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):  # the client has left, or its time is over
+        remaining = context.time_remaining()
+        late = remaining is not None and remaining <= 0
+        return (grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED).name
+    if isinstance(error, grpc.aio.AbortError):
+        code = context.code()
         return code.name if isinstance(code, grpc.StatusCode) else _NAMES.get(code, grpc.StatusCode.UNKNOWN.name)
+    return _NAMES[error.code if isinstance(error, EnginehouseError) else Internal.code]
 
 
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
