@@ -203,6 +203,7 @@ def build(
     help="The gateway's port; 0 takes a free one.",
 )
 @click.option("--store", metavar="URL", help="Where engines are kept.  [default: store/ in the data folder]")
+@click.option("--metrics", is_flag=True, help="Give each service a port for Prometheus, and say where.")
 @with_data
 def up(
     models: tuple[str, ...],
@@ -210,6 +211,7 @@ def up(
     host: str,
     port: int,
     store: str | None,
+    metrics: bool,
     data: str | None,
     command: tuple[str, ...] = (),
 ) -> None:
@@ -222,7 +224,9 @@ def up(
     from enginehouse.commands import up as body
     from enginehouse.home import Home
 
-    status = body.run(models, command, home=Home.find(data), store=store, executors=executors, host=host, port=port)
+    status = body.run(
+        models, command, home=Home.find(data), store=store, executors=executors, host=host, port=port, metrics=metrics
+    )
     click.get_current_context().exit(status)
 
 

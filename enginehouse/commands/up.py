@@ -56,13 +56,14 @@ def run(
     executors: int,
     host: str,
     port: int,
+    metrics: bool = False,
 ) -> int:
     """Runs the cluster; returns the exit status."""
     wanted = [Wanted.parse(text) for text in models]
     names = [model.name for model in wanted]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InvalidArgument(f"two models are called {min(twice)!r}: name one with NAME=CHECKPOINT")
-    cluster = LocalCluster(home, store=store, executors=executors, host=host, port=port)
+    cluster = LocalCluster(home, store=store, executors=executors, host=host, port=port, metrics=metrics)
     for model in wanted:
         if model.checkpoint is None:
             _check_known(cluster.store, model.name)  # an error now, not when all have started
@@ -153,6 +154,8 @@ class _Up:
         say(f"  builder    {cluster.builder}")
         say(f"  executors  {', '.join(cluster.executors)}")
         say(f"  logs       {cluster.home.logs}")
+        for name, url in cluster.metrics.items():
+            say(f"  metrics    {url} of {name}")
         if served:
             found = cluster.home == Home.find() or cluster.gateway == DEFAULT_GATEWAY
             say("Try, in another terminal:")

@@ -6,6 +6,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -339,6 +341,28 @@ async def test_counters_do_not_go_back_when_a_worker_dies(cluster: Cluster, stub
         if name.startswith("enginehouse_executor_") and "_total{" in name or "_bucket{" in name:
             assert after[name] >= value, name
     assert scrape(cluster.gateway)["enginehouse_gateway_requests_lost_total{model=tiny}"] == lost
+
+
+FETCH = """
+import json, os, pathlib, urllib.request
+state = json.loads((pathlib.Path(os.environ["ENGINEHOUSE_HOME"]) / "cluster.json").read_text())
+fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+print(json.dumps({name: fetch(url, timeout=10).read().decode() for name, url in state["metrics"].items()}))
+"""
+
+
+def test_up_says_where_its_services_have_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "enginehouse", "up", "--port", "0", "--metrics", "--", sys.executable, "-c", FETCH]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ENGINEHOUSE_")}
+    environment = kept | {"ENGINEHOUSE_HOME": str(tmp_path), "ENGINEHOUSE_LOG_FORMAT": "json"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    texts = json.loads(done.stdout)
+    assert texts.keys() == {"builder", "executor-1", "gateway"}
+    assert "enginehouse_builder_queue_length 0.0" in texts["builder"]
+    assert 'enginehouse_gateway_executor_losses_total{executor="127.0.0.1:' in texts["gateway"]
+    said = (tmp_path / "logs" / "gateway.log").read_text().splitlines()
+    assert any(line.startswith("{") for line in said)
 
 
 def test_the_page_knows_every_label(cluster: Cluster) -> None:
