@@ -11,10 +11,14 @@ from builder_svc.checkpoint import sources
 from builder_svc.jobs import Jobs
 from builder_svc.process import BuildProcess, BuildRequest, Result
 from builder_svc.server import BuilderServicer
+from builder_svc.telemetry import Telemetry
 from engine import signing
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import InvalidArgument
 from protos import rpc
+from protos.calls import Calls
+from protos.metrics import Metrics
+from protos.options import add_options
 from protos.v1 import builder_pb2_grpc
 
 
@@ -39,6 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="sign with this private key every engine that a build here has made, or has made again and found right",
     )
+    add_options(parser)
     parsed = parser.parse_args(arguments)
     if parsed.jobs < 1:
         parser.error(f"--jobs is {parsed.jobs}: it must be at least 1")
@@ -73,11 +78,14 @@ async def run(arguments: argparse.Namespace) -> None:
         if private and result.manifest:
             signing.sign(patient, result.engine_id, private, result.manifest)
 
-    process = BuildProcess(work_dir=arguments.work_dir)
+    metrics = Metrics()
+    telemetry = Telemetry(metrics)
+    process = BuildProcess(work_dir=arguments.work_dir, on_phase=telemetry.phase)
     process.clear()
-    jobs = Jobs(store, process, arguments.jobs, patient=patient, prepare=prepare, finish=finish)
-    servicer = BuilderServicer(jobs, store, root, spool=arguments.work_dir and arguments.work_dir / "uploads")
-    jobs.start()
+    jobs = Jobs(store, process, arguments.jobs, patient=patient, prepare=prepare, finish=finish, ended=telemetry.ended)
+    telemetry.watch(jobs)
+    spool = arguments.work_dir and arguments.work_dir / "uploads"
+    servicer = BuilderServicer(jobs, store, root, spool, telemetry.uploaded_bytes)
 
     def register(server: grpc.aio.Server) -> None:
         builder_pb2_grpc.add_BuilderServicer_to_server(servicer, server)
@@ -85,8 +93,19 @@ async def run(arguments: argparse.Namespace) -> None:
     async def stop() -> None:
         """Nothing is left: builds end before the calls that watch them do."""
 
-    await rpc.serve("builder", register, arguments.host, arguments.port, before_stop=jobs.close, on_stop=stop)
+    with metrics.served("builder", arguments.host, arguments.metrics_port):
+        jobs.start()
+        await rpc.serve(
+            "builder",
+            register,
+            arguments.host,
+            arguments.port,
+            before_stop=jobs.close,
+            on_stop=stop,
+            calls=Calls(metrics),
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(rpc.main("builder", run(parse())))
+    given = parse()
+    sys.exit(rpc.main("builder", run(given), given))

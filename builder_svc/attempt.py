@@ -63,6 +63,7 @@ class Attempt:
     """Runs one job, whose log it writes alone until `run` returns. Must not be cancelled: `cancel` and `release` end it.
 
     Attributes:
+        claimed: the job was this builder's.
         unrecorded: why what came of the job cannot be written, while it cannot; with what it failed with, if it did.
 
     Args:
@@ -75,6 +76,7 @@ class Attempt:
         self._log = job_log
         self._lock = lock
         self._news = news
+        self.claimed = False
         self.unrecorded: EnginehouseError | None = None
         self._work: asyncio.Task[None] | None = None
         self._done = asyncio.Event()  # the work is
@@ -101,6 +103,7 @@ class Attempt:
             job.start()
             if not await self._write("claim", job):
                 return
+        self.claimed = True
         self._news()
         if self._log.cancel_requested:
             self._interrupt("cancel")

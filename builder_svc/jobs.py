@@ -77,6 +77,10 @@ class Jobs:
         patient: the same store, opened to wait longer when it is away: what a finished build needs must not fail soon.
         prepare: makes of a job's request what this builder's process is to do, in a thread; raises what forbids it.
         finish: called in a thread with what a build has made, before the engine gets its name.
+        ended: called when this builder has no longer a job that it had, with the job and the seconds for which it had it.
+
+    Attributes:
+        num_queued: jobs that nobody has, as far as this builder knew when it last looked at the queue.
     """
 
     def __init__(
@@ -88,10 +92,13 @@ class Jobs:
         patient: Store | None = None,
         prepare: Callable[[BuildRequest], BuildRequest] | None = None,
         finish: Callable[[Result], None] = lambda _: None,
+        ended: Callable[[Build, float], None] = lambda *_: None,
         pace: Pace = Pace(),  # noqa: B008  (frozen)
     ) -> None:
         self._store = store
         self._limit = limit
+        self._tell_end = ended
+        self.num_queued = 0
         self._pace = pace
         name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         here = prepare or (lambda request: msgspec.structs.replace(request, store=store.url))
@@ -102,6 +109,11 @@ class Jobs:
         self._look_now = asyncio.Event()
         self._closing = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
+
+    @property
+    def num_running(self) -> int:
+        """Jobs that this builder has."""
+        return len(self._running)
 
     def start(self) -> None:
         """Begins to take jobs."""
@@ -248,6 +260,8 @@ class Jobs:
                 if build_id not in self._damaged:
                     log.error("build %s: %s", build_id, error.message)
                 self._damaged.add(build_id)
+        logs = [self._known[build_id].log for build_id in queue]
+        self.num_queued = sum(not job_log.owner and not job_log.ended for job_log in logs)
         self._forget(set(queue))
 
     async def _attend(self, known: _Known) -> None:
@@ -265,9 +279,10 @@ class Jobs:
                 self._look_now.set()
         elif job_log.number and len(self._running) < self._limit:
             known.attempt = Attempt(self._builder, job_log, known.lock, known.told)
-            task = asyncio.create_task(known.attempt.run(), name=f"build {job_log.build_id}")
+            attempt, began = known.attempt, loop.time()
+            task = asyncio.create_task(attempt.run(), name=f"build {job_log.build_id}")
             self._running[job_log.build_id] = task
-            task.add_done_callback(lambda _: self._ended(known))
+            task.add_done_callback(lambda _: self._ended(known, attempt, loop.time() - began))
 
     def _expire(self, job_log: JobLog) -> None:
         """Gives free a job whose builder has died, or gives it up."""
@@ -288,9 +303,11 @@ class Jobs:
         job.release()
         job_log.append("release", self._builder.name, job.pending())
 
-    def _ended(self, known: _Known) -> None:
+    def _ended(self, known: _Known, attempt: Attempt, seconds: float) -> None:
         task = self._running.pop(known.log.build_id)
         known.attempt = None
+        if attempt.claimed:
+            self._tell_end(known.log.build, seconds)
         if error := task.exception():
             log.error("build %s", known.log.build_id, exc_info=error)
         known.told()

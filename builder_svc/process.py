@@ -27,6 +27,7 @@ from typing import Annotated, cast
 import msgspec
 
 from builder_svc.options import BuildOptions, Progress
+from builder_svc.phases import Phases
 from engine.errors import EnginehouseError, Internal, ResourceExhausted
 from protos.rpc import from_failure
 from protos.v1.common_pb2 import Failure
@@ -96,12 +97,21 @@ class BuildProcess:
         command: the child's command line.
         work_dir: each build gets a directory in it, which is removed with the child; by default the system's.
         grace: seconds that a child has between SIGTERM and SIGKILL.
+        on_phase: called with each phase of a build that is over, and its seconds.
     """
 
-    def __init__(self, command: Sequence[str] = COMMAND, *, work_dir: Path | None = None, grace: float = GRACE) -> None:
+    def __init__(
+        self,
+        command: Sequence[str] = COMMAND,
+        *,
+        work_dir: Path | None = None,
+        grace: float = GRACE,
+        on_phase: Callable[[str, float], None] = lambda *_: None,
+    ) -> None:
         self.command = tuple(command)
         self.work_dir = work_dir
         self.grace = grace
+        self._on_phase = on_phase
 
     async def run(self, request: BuildRequest, progress: Progress, log: Log = lambda _: None) -> Result:
         """Builds. When this returns or raises, the child and all that it started have ended.
@@ -121,9 +131,11 @@ class BuildProcess:
             lock = _lock(directory)
         except OSError as error:
             raise _not_started(error) from None
+        phases = Phases(progress, self._on_phase)
         try:
-            return await self._run(msgspec.structs.replace(request, work_dir=directory), progress, log)
+            return await self._run(msgspec.structs.replace(request, work_dir=directory), phases.progress, log)
         finally:
+            phases.close()
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
             os.close(lock)
 

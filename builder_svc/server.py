@@ -1,7 +1,7 @@
 """The builder's servicer: checks what comes over the wire and hands it to the jobs and the registry."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,18 @@ class BuilderServicer(UploadServicer, RegistryServicer):
     Args:
         checkpoint_root: a directory; of this machine's, only checkpoints in it are built.
         spool: for uploads that are under way; by default in the system's temporary directory.
+        on_upload: called with the bytes that have come.
     """
 
-    def __init__(self, jobs: Jobs, store: Store, checkpoint_root: Path, spool: Path | None = None) -> None:
-        UploadServicer.__init__(self, Uploads(store, spool or default_spool()))
+    def __init__(
+        self,
+        jobs: Jobs,
+        store: Store,
+        checkpoint_root: Path,
+        spool: Path | None = None,
+        on_upload: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        UploadServicer.__init__(self, Uploads(store, spool or default_spool()), on_upload)
         RegistryServicer.__init__(self, store)
         self._jobs = jobs
         self._root = checkpoint_root.resolve(strict=True)

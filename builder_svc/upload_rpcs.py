@@ -23,10 +23,15 @@ _Result = TypeVar("_Result")
 
 
 class UploadServicer:
-    """Takes checkpoints. Nothing blocks the event loop, and of each upload one message is in memory."""
+    """Takes checkpoints. Nothing blocks the event loop, and of each upload one message is in memory.
 
-    def __init__(self, uploads: Uploads) -> None:
+    Args:
+        on_bytes: called with the size of each message's bytes that have come.
+    """
+
+    def __init__(self, uploads: Uploads, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         self._uploads = uploads
+        self._on_bytes = on_bytes
 
     async def OfferCheckpoint(self, request: OfferCheckpointRequest, _context: Context) -> OfferCheckpointResponse:
         files = [OfferedFile(file.name, file.sha256, file.size) for file in request.files]
@@ -46,7 +51,9 @@ class UploadServicer:
         try:
             await self._in_thread(file.open)
             async for message in messages:
-                await self._in_thread(file.write, read_data(message))
+                data = read_data(message)
+                await self._in_thread(file.write, data)
+                self._on_bytes(len(data))
             await self._in_thread(self._uploads.finish, file)
         finally:
             file.break_off()  # what still runs for a call that was lost

@@ -33,12 +33,20 @@ class LocalCluster:
         count: how many executors.
         gateway, builder: host:port as a client on this machine reaches them.
         executors: one host:port each.
+        metrics: URLs by service, if they were asked for.
     """
 
     def __init__(
-        self, home: Home, *, store: str | None = None, executors: int = 1, host: str = _LOOPBACK, port: int = 0
+        self,
+        home: Home,
+        *,
+        store: str | None = None,
+        executors: int = 1,
+        host: str = _LOOPBACK,
+        port: int = 0,
+        metrics: bool = False,
     ) -> None:
-        """`port` is the gateway's; 0 takes a free one, as all other services do."""
+        """`port` is the gateway's; 0 takes a free one, as all other services do. With `metrics` each has a port for them."""
         self.home = home
         self.store = open_store(store or home.store).url
         self.gateway = self.builder = ""
@@ -46,6 +54,8 @@ class LocalCluster:
         self.count = executors
         self._host = host
         self._port = port
+        self.metrics: dict[str, str] = {}
+        self._options = ["--metrics-port", "0"] if metrics else []
         self._stages: list[list[ServiceProcess]] = []  # in the order in which they are stopped
 
     async def __aenter__(self) -> Self:
@@ -132,6 +142,7 @@ class LocalCluster:
             await service.start(environment, self._warden)
         await self.guard(self._listening(services))
         self.builder, self.gateway = builder.address, gateway.address.replace("0.0.0.0:", f"{_LOOPBACK}:")
+        self.metrics = {service.name: service.metrics for service in services if service.metrics}
         state = ClusterState(
             pid=os.getpid(),
             gateway=self.gateway,
@@ -139,11 +150,14 @@ class LocalCluster:
             executors=self.executors,
             store=self.store,
             pids={service.name: service.pid for service in services},
+            metrics=self.metrics,
         )
         self.home.state_file.write_bytes(msgspec.json.format(msgspec.json.encode(state)))
 
     def _service(self, name: str, module: str, arguments: list[str]) -> ServiceProcess:
-        return ServiceProcess(name, module, ["--store", self.store, *arguments], self.home.logs / f"{name}.log")
+        return ServiceProcess(
+            name, module, ["--store", self.store, *self._options, *arguments], self.home.logs / f"{name}.log"
+        )
 
     async def _listening(self, services: Sequence[ServiceProcess]) -> None:
         try:

@@ -24,7 +24,10 @@ DEFAULT_GATEWAY = f"127.0.0.1:{DEFAULT_PORT}"
 
 
 class ClusterState(msgspec.Struct, frozen=True):
-    """What cluster.json says: addresses are host:port as a client on this machine reaches them, pids are by service."""
+    """What cluster.json says: addresses are host:port as a client on this machine reaches them, pids are by service.
+
+    So are the URLs of metrics, if there are any.
+    """
 
     pid: int
     gateway: str
@@ -32,6 +35,7 @@ class ClusterState(msgspec.Struct, frozen=True):
     executors: list[str]
     store: str
     pids: dict[str, int]
+    metrics: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

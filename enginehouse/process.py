@@ -15,6 +15,7 @@ from engine.errors import Unavailable
 from enginehouse.warden import Warden, signal_group
 
 _LISTENING = re.compile(rb"^enginehouse \w+ listening on (\S+:\d+)\s*$", re.MULTILINE)
+_METRICS = re.compile(rb"^enginehouse \w+ metrics on (http://\S+)\s*$", re.MULTILINE)
 _LAST_LINES = 12
 _STOP_GRACE = 10.0  # seconds between SIGTERM and SIGKILL; a service gives its running calls 5 of them
 
@@ -28,12 +29,13 @@ class ServiceProcess:
         name: "builder", "executor-1", "gateway".
         log: what it has printed since it was started.
         address: host:port, once it listens.
+        metrics: URL of its metrics, once it listens, if it was started with --metrics-port.
     """
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], log: Path) -> None:
         self.name = name
         self.log = log
-        self.address = ""
+        self.address = self.metrics = ""
         self._command = [sys.executable, "-m", module, *arguments]
         self._process: asyncio.subprocess.Process | None = None
 
@@ -58,9 +60,11 @@ class ServiceProcess:
 
     async def listening(self) -> None:
         """Returns when the service says that it listens; waits as long as it does not (see `LocalCluster.guard`)."""
-        while not (found := _LISTENING.search(self.log.read_bytes())):  # noqa: ASYNC110
+        while not (found := _LISTENING.search(said := self.log.read_bytes())):  # noqa: ASYNC110
             await asyncio.sleep(0.02)  # a file tells nobody that it has grown
         self.address = found[1].decode()
+        if metrics := _METRICS.search(said):  # said before
+            self.metrics = metrics[1].decode()
 
     async def ended(self) -> None:
         """Returns when the process has ended."""

@@ -34,6 +34,7 @@ class _UpCommand(click.Command):
     help="The gateway's port; 0 takes a free one.",
 )
 @click.option("--store", metavar="URL", help="Where engines are kept.  [default: store/ in the data folder]")
+@click.option("--metrics", is_flag=True, help="Give each service a port for Prometheus, and say where.")
 @with_data
 @with_json
 def up(
@@ -42,6 +43,7 @@ def up(
     host: str,
     port: int,
     store: str | None,
+    metrics: bool,
     data: str | None,
     as_json: bool,
     command: tuple[str, ...] = (),
@@ -68,6 +70,7 @@ def up(
         host=host,
         port=port,
         as_json=as_json,
+        metrics=metrics,
     )
     click.get_current_context().exit(status)
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from executor_svc.launch import Spares
+from protos.options import add_options
 
 
 def worker_arguments(arguments: argparse.Namespace) -> list[str]:
@@ -13,6 +14,7 @@ def worker_arguments(arguments: argparse.Namespace) -> list[str]:
     command += ["--trust-native"] if arguments.trust_native else []
     command += ["--kv-memory", str(arguments.kv_memory)] if arguments.kv_memory else []
     command += ["--max-waiting", str(arguments.max_waiting)] if arguments.max_waiting is not None else []
+    command += ["--log-format", arguments.log_format, "--log-level", arguments.log_level]
     return command
 
 
@@ -21,16 +23,22 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
     from engine.trust import Trust
     from executor_svc.server import ExecutorServicer
     from protos import rpc
+    from protos.calls import Calls
+    from protos.metrics import Metrics
 
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
-    servicer = ExecutorServicer(arguments.store, arguments.device, spares)
-    try:
-        for engine in arguments.engine:
-            await servicer.open(engine)
-    except BaseException:
-        await servicer.close()
-        raise
-    await rpc.serve("executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close)
+    metrics = Metrics()
+    calls, servicer = Calls(metrics), ExecutorServicer(arguments.store, arguments.device, spares, metrics)
+    with metrics.served("executor", arguments.host, arguments.metrics_port):  # while engines are loaded, too
+        try:
+            for engine in arguments.engine:
+                await servicer.open(engine)
+        except BaseException:
+            await servicer.close()
+            raise
+        await rpc.serve(
+            "executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close, calls=calls
+        )
 
 
 def _count(text: str) -> int:
@@ -74,6 +82,7 @@ def main() -> int:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
+    add_options(parser)
     arguments = parser.parse_args()
     spares = Spares(worker_arguments(arguments))
     try:
@@ -86,7 +95,7 @@ def main() -> int:
     try:
         from protos import rpc
 
-        return rpc.main("executor", run(arguments, spares))
+        return rpc.main("executor", run(arguments, spares), arguments)
     finally:
         spares.close()
 

@@ -120,6 +120,7 @@ class BeamGroup:
             deadline=request.deadline,
             arrival=place.arrival,
             min_tokens=request.min_tokens,
+            track=request.track,
             candidates=self.settings.width + len(self._ends),  # so that `width` of them do not end
             group=self,
             hashes=list(hashes),

@@ -97,6 +97,22 @@ class SchedulerConfig:
     max_waiting: int = 1024
 
 
+@dataclass(eq=False, slots=True)
+class Track:
+    """What is kept of a request for metrics and logs (see tally.py): times of one clock in seconds, 0 before they come.
+
+    Attributes:
+        request_id: what logs call it.
+        arrived: at the front. begun: its first batch was. first_token, last_token: were emitted.
+    """
+
+    request_id: str
+    arrived: float
+    begun: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request on its way.
@@ -125,6 +141,7 @@ class Sequence:
         pending: tokens being sampled by batches in flight. in_flight: batches in flight that hold it.
         emitted: whether a token of it has been emitted. finish: set once; from then on it is in no new batch.
         most_tokens, most_blocks: that it can come to, and their blocks; set when it is added.
+        track: for metrics and logs, which the worker's tally keeps; nothing else looks at it.
     """
 
     client: int
@@ -159,6 +176,7 @@ class Sequence:
     finish: Finish | None = None
     most_tokens: int = 0
     most_blocks: int = 0
+    track: Track | None = None
 
     @property
     def rank(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Which tokens are computed next. Pure Python: no torch, no clock, no I/O.
+"""Which tokens are computed next. Pure Python: no torch, no clock, no I/O but the log.
 
 `schedule()` gives a batch, `commit()` takes its tokens, in the same order, with up to `max_in_flight` batches between.
 Continuous batching with chunked prefill (Orca, Yu et al. 2022; Sarathi-Serve, Agrawal et al. 2024): decodes first, then
@@ -7,6 +7,7 @@ computed again later. Tokens do not depend on any of this: random numbers are co
 """
 
 import bisect
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +30,9 @@ from executor_svc.pace import Pace
 from executor_svc.prefixes import Prefixes
 from executor_svc.prompt_rows import prompt_rows
 from executor_svc.waiting import Waiting
+from protos.logs import fields
+
+log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -304,6 +308,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
+        if sequence.track:
+            log.debug("preempted", extra=fields(request_id=sequence.track.request_id, tokens=len(sequence.token_ids)))
         self._leave(sequence)
         self._release(sequence)
         self._queued += len(sequence.token_ids)

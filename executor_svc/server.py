@@ -15,7 +15,10 @@ from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.store import Store
 from executor_svc.launch import Spares
+from executor_svc.telemetry import Telemetry, name_request
 from executor_svc.workers import Client, WorkerProcess
+from protos import logs
+from protos.metrics import Metrics
 from protos.rpc import from_failure, to_failure
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import Logprobs, Usage
@@ -33,11 +36,12 @@ class ExecutorServicer:
         spares: where the workers' processes come from; they are for this store and device.
     """
 
-    def __init__(self, store_url: str, device: str, spares: Spares) -> None:
+    def __init__(self, store_url: str, device: str, spares: Spares, metrics: Metrics | None = None) -> None:
         self._store: Store = open_store(store_url)
         self._device = device
         self._spares = spares
         self._workers: dict[str, WorkerProcess] = {}
+        self._telemetry = Telemetry(metrics or Metrics(), lambda: list(self._workers.values()))
         self._clients: dict[int, Client] = {}
         self._wanted: set[str] = set()  # engines that have been loaded and not unloaded
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,7 +80,10 @@ class ExecutorServicer:
         while (worker := self._workers.get(engine_id)) and worker.stopping:
             await asyncio.shield(worker.ended)
         if worker is None:
-            worker = self._workers[engine_id] = WorkerProcess(engine_id, self._clients, self._ended)
+            worker = self._workers[engine_id] = WorkerProcess(
+                engine_id, self._clients, self._ended, lambda news: self._telemetry.add(engine_id, news)
+            )
+            self._telemetry.watch(worker)
             worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
             await worker.start(self._spares)
         return worker
@@ -114,6 +121,8 @@ class ExecutorServicer:
         return pb.ExecutorStatus(engines=engines, device=self._device, version=version("enginehouse"))
 
     async def Generate(self, request: pb.Submit, _context: Any) -> AsyncIterator[pb.GenerateOutput]:
+        name_request(request)
+        logs.note(engine=request.engine_id[:12])
         worker = self._worker(request.engine_id)
         usage = Usage(prompt_tokens=len(request.token_ids), completion_tokens=len(request.resume_token_ids))
         with self._client() as client:
@@ -165,9 +174,12 @@ class ExecutorServicer:
         async for command in commands:
             kind = command.WhichOneof("command")
             if kind == "submit":
+                command.submit.request_id = command.submit.request_id or logs.new_request_id()
                 try:
                     worker = self._worker(command.submit.engine_id)
                 except FailedPrecondition as error:
+                    about = logs.fields(request_id=command.submit.request_id, reason=error.reason)
+                    log.info("request refused", extra=about)
                     failed = pb.Failed(handle=command.submit.handle, failure=to_failure(error))
                     client.put(pb.StepOutput(failed=[failed]).SerializeToString())
                     continue
@@ -199,6 +211,7 @@ class ExecutorServicer:
         """The worker of an engine that serves. Raises FailedPrecondition."""
         worker = self._workers.get(engine_id)
         if worker is None or not worker.serving:
+            self._telemetry.refused(engine_id, "ENGINE_NOT_LOADED")
             raise self._not_loaded(engine_id)
         return worker
 

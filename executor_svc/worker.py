@@ -29,6 +29,9 @@ from executor_svc.loader import load_engine
 from executor_svc.outbox import Outbox
 from executor_svc.runner import Runner, TorchRunner
 from executor_svc.scheduler import Scheduler
+from executor_svc.tally import Tally
+from protos import logs
+from protos.logs import check_request_id, fields
 from protos.rpc import to_failure
 from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
 from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
@@ -81,6 +84,7 @@ class Worker:
         self._front, self._manifest, self._runner = front, manifest, runner
         self._scheduler = Scheduler(scheduler_config(runner, manifest, max_waiting))
         self._outbox = Outbox()
+        self._tally = Tally(manifest.engine_id, self._scheduler.config.prefix_cache)
         self._live: dict[int, dict[int, Sequence]] = {}  # client -> handle -> sequence, or the request of a group
         self._done: set[int] = set()  # clients that will send no more
         self._batches: deque[Batch] = deque()  # in flight, oldest first
@@ -109,6 +113,7 @@ class Worker:
         while True:
             self._receive()
             while batch := self._scheduler.schedule():
+                self._tally.scheduled(batch)
                 self._runner.start(batch)
                 self._batches.append(batch)
             self._expire()
@@ -120,6 +125,7 @@ class Worker:
                 news = self._scheduler.commit(batch, self._runner.finish())
                 for told in self._scheduler.take_prompt_logprobs():
                     self._outbox.prompt(told)
+                self._tally.emitted(news)
                 for emitted in news:
                     if emitted.sequence.group is not None:
                         self._search(emitted.sequence.group, emitted)
@@ -149,6 +155,7 @@ class Worker:
             elif kind == "client_gone":
                 for sequence in self._live.pop(message.client, {}).values():
                     self._end(sequence, Reason.CANCELLED)
+                    self._tally.ended(sequence)
                 self._done.discard(message.client)
             elif kind == "client_done":
                 self._done.add(message.client)
@@ -161,7 +168,10 @@ class Worker:
             self._front.send(FromWorker(client=client, client_failure=failure).SerializeToString())
             return
         try:
+            if submit.request_id:
+                check_request_id(submit.request_id)
             sequence = to_sequence(client, submit, self._manifest, arrived)
+            self._tally.arrived(sequence, submit, arrived)
             if beam_search := to_beam_search(submit):
                 self._scheduler.check_size(sequence)
                 self._scheduler.add(BeamGroup(sequence, beam_search).first())
@@ -169,7 +179,8 @@ class Worker:
                 self._scheduler.add(sequence)
         except Exception as error:
             if not isinstance(error, EnginehouseError):
-                log.exception("request %d of client %d", submit.handle, client)
+                log.exception("request failed", extra=fields(request_id=submit.request_id))
+            self._tally.refused(submit.request_id, error)
             self._outbox.fail(client, submit.handle, error)
             return
         live[submit.handle] = sequence
@@ -213,6 +224,7 @@ class Worker:
             self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
+        self._tally.ended(sequence)
         self._live.get(sequence.client, {}).pop(sequence.handle, None)
 
     def _report(self) -> None:
@@ -230,6 +242,8 @@ class Worker:
         if load != self._load and (now >= self._load_due or self._scheduler.idle):
             self._load, self._load_due = load, now + _LOAD_INTERVAL
             messages.append(FromWorker(load=load).SerializeToString())
+        if metrics := self._tally.take(self._scheduler.num_preemptions, self._scheduler.idle):
+            messages.append(FromWorker(metrics=metrics).SerializeToString())
         if messages:
             self._front.send(*messages)
 
@@ -255,8 +269,9 @@ def main() -> int:
     parser.add_argument("--trusted-keys", action="append", default=[])
     parser.add_argument("--trust-native", action="store_true")
     parser.add_argument("--max-waiting", type=int)
+    logs.add_options(parser)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr)
+    logs.configure("executor", arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when the end is; it closes the socket
     front = FrameSocket(socket.socket(fileno=arguments.fd))
     try:

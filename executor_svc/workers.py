@@ -1,6 +1,7 @@
 """The front's side: worker processes, and the clients whose streams they feed."""
 
 import asyncio
+import contextvars
 import itertools
 import logging
 import signal
@@ -20,7 +21,7 @@ from protos.v1.executor_pb2 import (
     LoadEngineRequest,
     StepOutput,
 )
-from protos.v1.worker_pb2 import FromWorker, ToWorker
+from protos.v1.worker_pb2 import EngineMetrics, FromWorker, ToWorker
 
 MAX_BUFFERED = 16 << 20  # bytes of step outputs that wait for a client to read; a minute or so of a full batch
 
@@ -108,9 +109,16 @@ class WorkerProcess:
     Args:
         clients: all streams of the front, by number.
         on_end: called once, when the process has ended, before any client hears of it.
+        on_metrics: called with what the process has counted.
     """
 
-    def __init__(self, engine_id: str, clients: dict[int, Client], on_end: Callable[["WorkerProcess"], None]) -> None:
+    def __init__(
+        self,
+        engine_id: str,
+        clients: dict[int, Client],
+        on_end: Callable[["WorkerProcess"], None],
+        on_metrics: Callable[[EngineMetrics], None] = lambda _: None,
+    ) -> None:
         self.engine_id = engine_id
         self.status = EngineStatus(engine_id=engine_id, state=EngineState.ENGINE_STATE_LOADING)
         self.progress = LoadEngineProgress()
@@ -119,7 +127,7 @@ class WorkerProcess:
         self.ended: asyncio.Future[EnginehouseError] = loop.create_future()
         self.stopping = False
         self._clients = clients
-        self._on_end = on_end
+        self._on_end, self._on_metrics = on_end, on_metrics
         self._failure: EnginehouseError | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -128,6 +136,11 @@ class WorkerProcess:
     def serving(self) -> bool:
         """Whether requests can be sent to it."""
         return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
+
+    @property
+    def pid(self) -> int:
+        """Of the process; 0 while there is none."""
+        return self._process.pid if self._process else 0
 
     async def start(self, spares: Spares) -> None:
         """Takes a process and tells it the engine.
@@ -145,7 +158,8 @@ class WorkerProcess:
         self.send(ToWorker(load_engine=LoadEngineRequest(engine_id=self.engine_id)))
         if self.stopping:
             self._writer.close()
-        self._task = asyncio.create_task(self._read(reader, self._process))
+        alone = contextvars.Context()  # it outlives the call that has asked for it, whose id its lines must not have
+        self._task = asyncio.create_task(self._read(reader, self._process), context=alone)
 
     def send(self, message: ToWorker) -> None:
         """Sends a message; into the void if the worker is gone, which its clients learn from EngineLost."""
@@ -188,6 +202,8 @@ class WorkerProcess:
         elif kind == "client_failure":
             if client:
                 client.fail(from_failure(message.client_failure))
+        elif kind == "metrics":
+            self._on_metrics(message.metrics)
         elif kind == "failure":
             self._failure = from_failure(message.failure)
 

@@ -8,6 +8,9 @@ import uvloop
 from engine.backends import open_store
 from gateway.router import Router
 from gateway.server import Gateway
+from protos.calls import Calls
+from protos.metrics import Metrics
+from protos.options import add_options
 from protos.rpc import main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
@@ -36,21 +39,26 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
     parser.add_argument("--port", default=8400, type=int, help="port to listen on, 0 for a free one [%(default)s]")
+    add_options(parser)
     return parser.parse_args()
 
 
 async def _run(arguments: argparse.Namespace) -> None:
     router = Router(arguments.executor)
-    gateway = Gateway(open_store(arguments.store, _PATIENCE), router)
+    metrics = Metrics()
+    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics)
     router.start()
-    await serve(
-        "gateway",
-        lambda server: add_GatewayServicer_to_server(gateway, server),
-        arguments.host,
-        arguments.port,
-        on_stop=router.stop,
-    )
+    with metrics.served("gateway", arguments.host, arguments.metrics_port):
+        await serve(
+            "gateway",
+            lambda server: add_GatewayServicer_to_server(gateway, server),
+            arguments.host,
+            arguments.port,
+            on_stop=router.stop,
+            calls=Calls(metrics),
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(main("gateway", _run(_arguments()), uvloop.new_event_loop))
+    given = _arguments()
+    sys.exit(main("gateway", _run(given), given, uvloop.new_event_loop))

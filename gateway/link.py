@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,10 +58,15 @@ class View:
 
 
 class Link:
-    """Connects, stays connected, sends requests and hands their tokens out; knows how busy the executor is."""
+    """Connects, stays connected, sends requests and hands their tokens out; knows how busy the executor is.
+
+    Attributes:
+        on_loss: called when a connection that stood is lost.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.on_loss: Callable[[], None] = lambda: None
         self._channel = grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, *_RECONNECT])
         self._stub: ExecutorAsyncStub = ExecutorStub(self._channel)
         self._connected = False
@@ -72,13 +77,23 @@ class Link:
         self._live: Counter[str] = Counter()  # requests of this gateway, by engine
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
 
+    @property
+    def connected(self) -> bool:
+        """Whether the executor answers, and the Run stream stands."""
+        return self._connected and self._answers
+
+    @property
+    def num_requests(self) -> int:
+        """Requests of this gateway that it works on."""
+        return len(self._inboxes)
+
     def view(self, engine_id: str) -> View:
         """The executor as it is now. Own requests count from the moment they are sent, others' with its next report."""
         load = self._loads.get(engine_id)
         reported = load.running + load.waiting if load else 0
         return View(
             address=self.address,
-            connected=self._connected and self._answers,
+            connected=self.connected,
             ready=load is not None,
             requests=max(reported, self._live[engine_id]),
             queued_tokens=load.queued_tokens if load else 0,
@@ -111,6 +126,8 @@ class Link:
                 if self._connected or not told:
                     log.warning("executor %s: %s", self.address, reason)
                     told = True
+                if self._connected:
+                    self.on_loss()
                 self._disconnect(reason)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
         finally:

@@ -21,6 +21,11 @@ class Router:
         self._links = [Link(address) for address in dict.fromkeys(addresses)]
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def links(self) -> Sequence[Link]:
+        """One for each executor."""
+        return self._links
+
     def start(self) -> None:
         """Begins to connect; executors that are down are connected when they come up."""
         self._tasks = [asyncio.create_task(link.run(), name=f"link-{link.address}") for link in self._links]

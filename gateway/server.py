@@ -13,9 +13,12 @@ from gateway.generation import Beams, BestOf, Echo, Generation
 from gateway.models import Model, Models
 from gateway.router import Router
 from gateway.submission import check, check_prompt, check_token_ids, num_completions, submission
+from gateway.telemetry import Telemetry, found, observed, timed
 from gateway.tokenizer import Tokenizer
 from gateway.transcript import Transcript
 from gateway.turns import Turns
+from protos.logs import request_id
+from protos.metrics import Metrics
 from protos.v1 import gateway_pb2 as wire
 from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2_grpc import GatewayServicer
@@ -29,14 +32,17 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Gateway(GatewayServicer):
     """Thin: each step of a request has its own module. `transcript.py` makes text, `link.py` speaks with the executor."""
 
-    def __init__(self, store: Store, router: Router) -> None:
+    def __init__(self, store: Store, router: Router, metrics: Metrics | None = None) -> None:
+        self.telemetry = Telemetry(metrics or Metrics(), router)
         self._models = Models(store, router.ready)
         self._router = router
         self._turns = Turns()
 
+    @observed
     async def Generate(self, request: wire.GenerateRequest, context: Context) -> AsyncIterator[wire.GenerateResponse]:
         check(request)
         model = await self._models.get(request.model)
+        found(model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         prompt = await _prompt(request, tokenizer)
         submit = submission(request, model, prompt, tokenizer)
@@ -99,6 +105,7 @@ def _echo(request: wire.GenerateRequest, prompt: list[int], tokenizer: Tokenizer
     return Echo(request.text or tokenizer.decode(prompt, _skip_special(request)), prompt)
 
 
+@timed
 async def _prompt(request: wire.GenerateRequest | wire.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
     """The prompt's token ids, whichever way it was given."""
     if isinstance(request, wire.GenerateRequest) and request.HasField("token_ids"):
@@ -119,7 +126,8 @@ def _skip_special(request: wire.GenerateRequest | wire.DetokenizeRequest) -> boo
 
 
 def _carry_context(submit: Submit, context: Context) -> None:
-    """The call's deadline and trace context, for the executor. Raises DeadlineExceeded if there is no time left."""
+    """The call's id, deadline and trace context, for the executor. Raises DeadlineExceeded if there is no time left."""
+    submit.request_id = request_id()
     remaining = context.time_remaining()
     if remaining is not None:
         if remaining <= 0:

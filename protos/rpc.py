@@ -1,5 +1,6 @@
 """What every service does around its servicer: errors to gRPC status and back, health, binding, an orderly end."""
 
+import argparse
 import asyncio
 import logging
 import os
@@ -16,6 +17,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from engine.errors import EnginehouseError, Internal, InvalidArgument, Unavailable
+from protos import logs
+from protos.calls import Call, Calls
 from protos.v1.common_pb2 import Failure
 
 DOMAIN = "enginehouse"
@@ -88,6 +91,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     if len(text) > _MAX_STATUS_TEXT:
         failure.message = text[:_MAX_STATUS_TEXT].decode(errors="ignore") + " ..."
     metadata = {key: value[:_MAX_METADATA_VALUE] for key, value in failure.metadata.items()}
+    if request_id := logs.request_id():
+        metadata.setdefault("request_id", request_id)
+    logs.note(reason=failure.reason)
     status = status_pb2.Status(code=failure.code, message=failure.message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata=metadata))
     if failure.HasField("retry_delay"):
@@ -96,13 +102,19 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Lets servicers raise EnginehouseError; whatever else they raise is logged and becomes INTERNAL."""
+    """Lets servicers raise EnginehouseError; whatever else they raise is logged and becomes INTERNAL.
+
+    Calls get their request id here, are counted and logged (`protos/calls.py`).
+    """
+
+    def __init__(self, calls: Calls | None = None) -> None:
+        self._calls = calls or Calls()
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        method = handler_call_details.method
+        method, calls = handler_call_details.method, self._calls
 
         async def fail(context: Any, error: Exception) -> None:
             if isinstance(error, grpc.aio.AbortError):
@@ -115,23 +127,26 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         def unary(inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
             async def call(request: Any, context: Any) -> Any:
-                try:
-                    return await inner(read(request), context)
-                except Exception as error:
-                    return await fail(context, error)
+                with Call(calls, method, context) as observed:
+                    try:
+                        await observed.begin()
+                        return await inner(read(request), context)
+                    except Exception as error:
+                        return await fail(context, error)
 
             return call
 
         def stream(inner: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
             async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-                try:
-                    async with aclosing(
-                        inner(read(request), context)
-                    ) as responses:  # a lost call ends the servicer's, too
-                        async for response in responses:
-                            yield response
-                except Exception as error:
-                    await fail(context, error)
+                with Call(calls, method, context) as observed:
+                    try:
+                        await observed.begin()
+                        # a lost call ends the servicer's, too
+                        async with aclosing(inner(read(request), context)) as responses:
+                            async for response in responses:
+                                yield response
+                    except Exception as error:
+                        await fail(context, error)
 
             return call
 
@@ -174,6 +189,7 @@ async def serve(
     on_stop: Callable[[], Awaitable[None]],
     before_stop: Callable[[], Awaitable[None]] | None = None,
     grace: float = 5.0,
+    calls: Calls | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then stops taking calls, lets running ones end within `grace` seconds, and returns.
 
@@ -184,11 +200,12 @@ async def serve(
         register: adds the servicers.
         before_stop: called when the signal has come and calls still run; makes those end that would not by themselves.
         on_stop: called after the last call has ended.
+        calls: what counts them.
 
     Raises:
         Unavailable: the port cannot be bound.
     """
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(calls)], options=_SERVER_OPTIONS)
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -217,15 +234,17 @@ async def serve(
 
 
 def main(
-    service: str, run: Awaitable[None], loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    service: str,
+    run: Awaitable[None],
+    options: argparse.Namespace | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
-    """Runs a service's coroutine as a process; the exit status. An EnginehouseError is one line on stderr, no traceback."""
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s {service} %(levelname)s %(message)s", stream=sys.stderr
-    )
+    """Runs a service's coroutine as a process; the exit status. An EnginehouseError is one line on stderr, no traceback.
 
-    # Errors of servicers are logged above; what is left here is a traceback for every client that leaves during a write.
-    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+    Args:
+        options: as `logs.configure` takes them.
+    """
+    logs.configure(service, options)
 
     async def body() -> None:
         await run
@@ -234,7 +253,10 @@ def main(
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(body())
     except EnginehouseError as error:
-        print(f"{service}: {error.message}", file=sys.stderr)
+        if logs.is_json():
+            log.error("%s", error.message, extra=logs.fields(reason=error.reason))
+        else:
+            print(f"{service}: {error.message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before serve() could handle it
         return 130

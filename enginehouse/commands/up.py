@@ -58,13 +58,14 @@ def run(
     host: str,
     port: int,
     as_json: bool = False,
+    metrics: bool = False,
 ) -> int:
     """Runs the cluster; returns the exit status. With `as_json` a line on stdout says where it is when it serves."""
     wanted = [Wanted.parse(text) for text in models]
     names = [model.name for model in wanted]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InvalidArgument(f"two models are called {min(twice)!r}: name one with NAME=CHECKPOINT")
-    cluster = LocalCluster(home, store=store, executors=executors, host=host, port=port)
+    cluster = LocalCluster(home, store=store, executors=executors, host=host, port=port, metrics=metrics)
     for model in wanted:
         if model.checkpoint is None:
             _check_known(cluster.store, model.name)  # an error now, not when all have started
@@ -161,6 +162,7 @@ class _Up:
             "store": cluster.store,
             "data": str(cluster.home.root),
             "pid": os.getpid(),
+            "metrics": cluster.metrics,
             "models": [{"name": model.name, "engine_id": model.engine_id} for model in served],
         }
 
@@ -170,6 +172,8 @@ class _Up:
         say(f"  builder    {cluster.builder}")
         say(f"  executors  {', '.join(cluster.executors)}")
         say(f"  logs       {cluster.home.logs}")
+        for name, url in cluster.metrics.items():
+            say(f"  metrics    {url} of {name}")
         if served:
             found = cluster.home == Home.find() or cluster.gateway == DEFAULT_GATEWAY
             say("Try, in another terminal:")

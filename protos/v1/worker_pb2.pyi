@@ -5,8 +5,10 @@ Between an executor's front process and its worker, over a socket pair: no contr
 A frame is a little-endian uint32 length and that many bytes of one message.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from protos.v1 import common_pb2 as _common_pb2
 from protos.v1 import executor_pb2 as _executor_pb2
 import builtins as _builtins
@@ -128,6 +130,7 @@ class FromWorker(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
     CLIENT_FAILURE_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     step_output: _builtins.bytes
     """a serialized StepOutput for that client"""
@@ -147,6 +150,10 @@ class FromWorker(_message.Message):
     def client_failure(self) -> _common_pb2.Failure:
         """ends the client's whole stream: it has broken the protocol"""
 
+    @_builtins.property
+    def metrics(self) -> Global___EngineMetrics:
+        """about once a second while there is news, and when the worker becomes idle"""
+
     def __init__(
         self,
         *,
@@ -157,13 +164,145 @@ class FromWorker(_message.Message):
         load: _executor_pb2.EngineLoad | None = ...,
         drained: Global___Drained | None = ...,
         client_failure: _common_pb2.Failure | None = ...,
+        metrics: Global___EngineMetrics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load", "drained", "client_failure"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load", "drained", "client_failure", "metrics"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___FromWorker: _TypeAlias = FromWorker  # noqa: Y015
+
+@_typing.final
+class EngineMetrics(_message.Message):
+    """What has happened since the worker last told: the front adds it up, over the deaths of workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FinishedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class FailedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    QUEUE_TIME_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    INTER_TOKEN_LATENCY_FIELD_NUMBER: _builtins.int
+    REQUEST_DURATION_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    QUERIED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """of requests that were begun"""
+    cached_tokens: _builtins.int
+    """of these, found in the prefix cache"""
+    queried_tokens: _builtins.int
+    """of these, looked up there"""
+    completion_tokens: _builtins.int
+    preemptions: _builtins.int
+    @_builtins.property
+    def queue_time(self) -> Global___Observations:
+        """seconds, as all of them; the bounds of the buckets are in protos/histogram.py"""
+
+    @_builtins.property
+    def time_to_first_token(self) -> Global___Observations: ...
+    @_builtins.property
+    def inter_token_latency(self) -> Global___Observations: ...
+    @_builtins.property
+    def request_duration(self) -> Global___Observations: ...
+    @_builtins.property
+    def finished(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """requests by how they ended"""
+
+    @_builtins.property
+    def failed(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """requests by Failure.reason"""
+
+    def __init__(
+        self,
+        *,
+        queue_time: Global___Observations | None = ...,
+        time_to_first_token: Global___Observations | None = ...,
+        inter_token_latency: Global___Observations | None = ...,
+        request_duration: Global___Observations | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        queried_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        finished: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        failed: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inter_token_latency", b"inter_token_latency", "queue_time", b"queue_time", "request_duration", b"request_duration", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "failed", b"failed", "finished", b"finished", "inter_token_latency", b"inter_token_latency", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "queried_tokens", b"queried_tokens", "queue_time", b"queue_time", "request_duration", b"request_duration", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineMetrics: _TypeAlias = EngineMetrics  # noqa: Y015
+
+@_typing.final
+class Observations(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    SUM_FIELD_NUMBER: _builtins.int
+    sum: _builtins.float
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """in each bucket; nothing if there were none"""
+
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        sum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "sum", b"sum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Observations: _TypeAlias = Observations  # noqa: Y015

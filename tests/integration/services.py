@@ -12,12 +12,13 @@ from pathlib import Path
 
 @dataclass
 class Service:
-    """A running service."""
+    """A running service; `metrics` is the URL of its metrics, if it was started with --metrics-port."""
 
     name: str
     process: subprocess.Popen[str]
     address: str
     log: Path
+    metrics: str = ""
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Ends it; its exit status."""
@@ -57,9 +58,11 @@ def service(
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=everything)
     assert process.stdout is not None
     try:
-        line = process.stdout.readline()
+        line, metrics = process.stdout.readline(), ""
+        if " metrics on " in line:
+            metrics, line = line.split()[-1], process.stdout.readline()
         assert " listening on " in line, f"{package} did not start: {log.read_text()}"
-        yield Service(package, process, line.split()[-1], log)
+        yield Service(package, process, line.split()[-1], log, metrics)
     finally:
         process.terminate()
         try:

@@ -112,6 +112,7 @@ async def test_an_error_goes_through_the_wire_whole(
     error = await failed(builder_pb2_grpc.BuilderStub(channel).GetBuild(builder_pb2.GetBuildRequest()))
     assert type(error) is kind
     assert (error.code, error.reason, error.message) == (kind.code, "SOME_REASON", "what and how, ä\n%")
+    assert re.fullmatch("[0-9a-f]{32}", error.metadata.pop("request_id"))
     assert error.metadata == {"build_id": "7", "ü": "ö"}
 
 
