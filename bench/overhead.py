@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 
 from bench.null_executor import NULL_ENGINE
-from executor_svc.core import Batch, Sampling, SchedulerConfig, Sequence
+from executor_svc.core import Batch, Sampled, Sampling, SchedulerConfig, Sequence
 from executor_svc.scheduler import Scheduler
 from protos.v1 import executor_pb2 as pb
 from protos.v1 import executor_pb2_grpc
@@ -56,7 +56,7 @@ def scheduler_alone(running: int, steps: int = 400) -> float:
     def step() -> None:
         batch: Batch | None = scheduler.schedule()
         assert batch is not None  # noqa: S101
-        scheduler.commit(batch, [1] * sum(item.samples for item in batch.items))
+        scheduler.commit(batch, Sampled([1] * sum(item.samples for item in batch.items)))
         refill()
 
     refill()
