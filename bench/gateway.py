@@ -1,11 +1,11 @@
 """One gateway process: tokens a second to many streaming clients, their gaps, and what it adds to the first token.
 
-python bench/gateway.py [--clients 128] [--rate 66000] [--seconds 10] [--out FILE.json]; status 1 if a bound does not hold.
+python bench/gateway.py [--clients 128] [--rate 63000] [--seconds 10] [--out FILE.json]; status 1 if a bound does not hold.
 
 The gateway is the real one, started by its own command, with the demo model's tokenizer. Before it stands an executor that
 computes nothing: it serves Executor.Run and gives every request the next token of a text at each step, in columns. Clients are
-streams of separate processes, a connection each. The second phase has half of the rate; beside it, single requests are sent
-in turn through the gateway and to the executor itself.
+streams of separate processes, a connection each. The second phase has half of the clients, with as many tokens a second each. Beside
+both, single requests are sent in turn through the gateway and to the executor itself.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def measure(directory: Path, clients: int, rate: float, seconds: float) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=66_000, help="tokens a second that the executor makes")
+    parser.add_argument("--rate", type=float, default=63_000, help="tokens a second that the executor makes")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -152,9 +152,10 @@ def main() -> None:
         "clients": arguments.clients,
         "offered_tokens_per_second": arguments.rate,
     }
-    for name, rate in (("full", arguments.rate), ("half", arguments.rate / 2)):
+    for name, part in (("full", 1), ("half", 2)):
         with tempfile.TemporaryDirectory() as directory:
-            results[name] = measure(Path(directory), arguments.clients, rate, arguments.seconds)
+            clients, rate = arguments.clients // part, arguments.rate / part
+            results[name] = measure(Path(directory), clients, rate, arguments.seconds)
         print(f"{name} load")
         for key, value in results[name].items():
             print(f"  {key:38s} {value:10g}", flush=True)

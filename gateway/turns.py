@@ -16,9 +16,9 @@ class Turns:
     turn for PATIENCE only.
     """
 
-    WIDTH = 8
+    WIDTH = 2
     PATIENCE = 0.01  # seconds
-    INTERVAL = 0.018  # seconds from one write of a stream to its next
+    INTERVAL = 0.016  # seconds from one write of a stream to its next
     IDLE, BUSY = 0.2, 0.5  # of a core that this process uses, between which the interval grows from nothing
 
     _WINDOW = 0.05  # seconds over which that is measured
