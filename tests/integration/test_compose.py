@@ -78,7 +78,7 @@ class Cluster:
         replaced["127.0.0.1:8333"] = replaced["store:8333"]
         replaced["/checkpoints"] = str(ROOT / "examples")
         for name, each in UP.items():
-            for address, outside, inside in each.ports if each.target else ():
+            for address, outside, inside in each.ports[:1] if each.target else ():
                 process = self.running.get(name)
                 replaced[f"{name}:{inside}"] = replaced[f"{address}:{outside}"] = (
                     process.address if process else "127.0.0.1:1"
@@ -108,7 +108,12 @@ class Cluster:
         python, *program = each.image.entrypoint
         assert python == "python"
         arguments = [
-            self.here(part).replace(each.image.environment["HOME"], home) for part in (*program[2:], *each.command)
+            re.sub(
+                r"^--metrics-port=\d+$",
+                "--metrics-port=0",
+                self.here(part).replace(each.image.environment["HOME"], home),
+            )
+            for part in (*program[2:], *each.command)
         ]
         started = processes.service(
             each.package,
@@ -120,6 +125,7 @@ class Cluster:
         )
         with started as running:
             self.running[name] = running
+            assert b"enginehouse_" in urllib3.request("GET", running.metrics).data
             yield running
 
     def healthy(self, name: str) -> bool:

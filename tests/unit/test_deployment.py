@@ -118,8 +118,10 @@ def test_ports_are_the_same_in_code_image_and_compose(name: str) -> None:
     default = re.search(r'"--port",.*default=(\d+)', source)
     assert default
     port = int(default[1])
-    assert each.image.exposed == (port,)
-    assert [inside for _, _, inside in each.ports] == [port]
+    metrics = port + 1000
+    assert each.image.exposed == (port, metrics)
+    assert [inside for _, _, inside in each.ports] == [port, metrics]
+    assert f"--metrics-port={metrics}" in each.command
     assert each.image.health[:4] == ("python", "-m", "protos.probe", f"127.0.0.1:{port}")
     assert each.image.health[5:] == (f"enginehouse.v1.{each.package.removesuffix('_svc').capitalize()}",)
     row = next(line for line in README.splitlines() if line.startswith("|") and name in line)
