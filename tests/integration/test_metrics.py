@@ -214,10 +214,12 @@ async def test_what_runs_shows_while_it_runs(cluster: Cluster, stub: GatewayStub
     label, codes = f"{{engine={cluster.engine}}}", "enginehouse_gateway_requests_total{code=CANCELLED,model=tiny}"
     calls = await busy(stub)
     open_before = scrape(cluster.gateway)["enginehouse_gateway_streams_open{}"]
-    running = scrape(cluster.executor)
+    async with asyncio.timeout(20):  # the worker tells its load ten times a second
+        while not (running := scrape(cluster.executor))[f"enginehouse_executor_requests_running{label}"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     for call in calls:
         call.cancel()
-    assert open_before > 0 and running[f"enginehouse_executor_requests_running{label}"] > 0
+    assert open_before > 0
     used = running[f"enginehouse_executor_kv_blocks_used{label}"]
     assert used > 0
     ratio = used / running[f"enginehouse_executor_kv_blocks{label}"]
