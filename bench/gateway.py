@@ -4,8 +4,8 @@ python bench/gateway.py [--clients 128] [--rate 63000] [--seconds 10] [--out FIL
 
 The gateway is the real one, started by its own command, with the demo model's tokenizer. Before it stands an executor that
 computes nothing: it serves Executor.Run and gives every request the next token of a text at each step, in columns. Clients are
-streams of separate processes, a connection each. The second phase has half of the clients, with as many tokens a second each. Beside
-both, single requests are sent in turn through the gateway and to the executor itself.
+streams of separate processes, a connection each. The second phase has half of the clients, with as many tokens a second each.
+Beside both, single requests are sent in turn through the gateway and to the executor itself.
 """
 
 import argparse
