@@ -94,6 +94,8 @@ class BeamGroup:
         if not going or self._decided(max(found.cumulative_logprob for found in going), length):
             self.request.finish = self.hypotheses[0].finish if self.hypotheses else Finish(Reason.LENGTH)
             self.members = []
+            if self.hypotheses:  # for the log
+                self.request.token_ids = self.request.token_ids + self.hypotheses[0].token_ids
             return []
         arrival = self.members[0]
         self.members, self._found, self._scores = [], {}, {}

@@ -19,6 +19,8 @@ _EARLY_STOPPING = {
     common_pb2.EARLY_STOPPING_NEVER: EarlyStopping.NEVER,
 }
 
+MAX_BEAM_STOPS = 64  # stop ids of a beam search, each of which is one more candidate of every beam
+
 
 def to_sequence(client: int, submit: Submit, manifest: Manifest, arrived: float | None = None) -> Sequence:
     """The request as the scheduler wants it.
@@ -109,6 +111,12 @@ def to_beam_search(submit: Submit) -> BeamSearch | None:
         raise InvalidArgument(
             f"{len(submit.resume_token_ids)} resume_token_ids beside beam_search, which cannot be resumed: send it again whole",
             reason="BEAM_SEARCH_RESUME",
+        )
+    if len(submit.stopping.stop_token_ids) > MAX_BEAM_STOPS:
+        raise InvalidArgument(
+            f"{len(submit.stopping.stop_token_ids)} stop_token_ids beside beam_search, whose beams look beyond all of them: "
+            f"give at most {MAX_BEAM_STOPS}",
+            reason="STOP_TOKEN_IDS_INVALID",
         )
     length_penalty = beam.length_penalty if beam.HasField("length_penalty") else 1.0
     return BeamSearch(beam.width, length_penalty, _EARLY_STOPPING[beam.early_stopping], beam.diversity_rate)

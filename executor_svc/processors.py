@@ -122,6 +122,7 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
         count = torch.from_numpy(np.concatenate(counts)).to(device)
         values = logits[at]
         values = torch.where(values > 0, values / repetition, values * repetition)
+        values = values.clamp(max=torch.finfo(values.dtype).max)  # a tiny penalty must not lead to inf
         logits[at] = values - (presence * (count > 0) + frequency * count)
 
 

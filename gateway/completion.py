@@ -1,7 +1,5 @@
 """One completion: tokens, text, log-probabilities and end, as responses."""
 
-from collections.abc import Sequence
-
 from gateway.inbox import Delta
 from gateway.transcript import Transcript
 from protos.v1.common_pb2 import FINISH_REASON_STOP, FinishInfo, Logprobs, Usage
@@ -60,8 +58,3 @@ def first_rows(logprobs: Logprobs, count: int) -> Logprobs:
         top_token_ids=logprobs.top_token_ids[:end],
         top_logprobs=logprobs.top_logprobs[:end],
     )
-
-
-def prompt_response(index: int, text: str, token_ids: Sequence[int], usage: Usage) -> GenerateResponse:
-    """The prompt, said before a completion."""
-    return GenerateResponse(index=index, text=text, token_ids=token_ids, usage=usage)

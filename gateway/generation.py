@@ -80,7 +80,8 @@ class Generation:
         """All news since the last call. Raises what any of the completions has failed with."""
         self._news.clear()
         first = self._inboxes[0]
-        if len(self._inboxes) < self._num_submits and (first.started or first.closed):
+        # Where the first was refused, the others would be, too: an executor whose queue is full need not hear of them.
+        if len(self._inboxes) < self._num_submits and (first.started or first.closed) and not first.failed:
             while len(self._inboxes) < self._num_submits:
                 self._send()
         self.usage.cached_tokens = first.cached_tokens

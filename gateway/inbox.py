@@ -56,6 +56,11 @@ class Inbox:
         self._error: EnginehouseError | None = None
         self._news = news
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is closed by an error, which `take` raises behind the last tokens."""
+        return self._error is not None
+
     def start(self, cached_tokens: int) -> None:
         """The executor has begun."""
         self.started, self.cached_tokens = True, cached_tokens

@@ -166,7 +166,7 @@ def milliseconds(seconds: float) -> float:
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     given: dict[str, object] = getattr(record, "fields", {})
-    about = given.get("request_id") or request_id()
+    about = str(given.get("request_id") or request_id())[:MAX_REQUEST_ID]  # a refused one may be of any length
     rest = {key: value for key, value in given.items() if key != "request_id" and value is not None}
     return {"request_id": about, **rest} if about else rest
 

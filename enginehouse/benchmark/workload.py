@@ -104,7 +104,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         OSError: the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other separators as they are
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{path} is not UTF-8 text: {error}", reason="PROMPTS_INVALID") from None
     found: list[Prompt] = []

@@ -102,7 +102,10 @@ class Packed:
     def rows(self, token_ids: Tensor) -> Tensor:
         """[T] int32 -> rows of the weight [T, inputs]."""
         found = torch.empty(len(token_ids), self.inputs, dtype=self.data.dtype)
-        ids = token_ids.contiguous()
+        ids = token_ids.to(torch.int32).contiguous()
+        if len(ids):
+            lowest, highest = ids.aminmax()
+            _check(int(lowest) >= 0 and int(highest) < self.outputs, "embedding", ids, self.data)
         _library.enginehouse_rows(
             *(_TYPES[found.dtype], self.data.data_ptr(), self.outputs, self.inputs),
             *(ids.data_ptr(), len(ids), found.data_ptr()),
@@ -138,6 +141,9 @@ def operators(others: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., 
         if not isinstance(weight, Packed):
             result: Tensor = others["linear"](x, weight, bias)
             return result
+        fits = x.shape[1] == weight.inputs and x.dtype in _TYPES
+        fits = fits and (bias is None or (bias.dtype == x.dtype and bias.shape == (weight.outputs,)))
+        _check(fits, "linear", x, weight.data, bias)
         x = _rows(x)
         y = torch.empty(len(x), weight.outputs, dtype=x.dtype)
         call = weight.call
@@ -162,6 +168,10 @@ def operators(others: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., 
         if x.dtype not in _TYPES:
             result: Tensor = others["rope"](x, cos, sin, head_dim=head_dim, interleaved=interleaved)
             return result
+        fits = x.shape[1] % head_dim == 0 and cos.shape == sin.shape == (len(x), cos.shape[1])
+        fits = fits and 2 * cos.shape[1] <= head_dim and cos.dtype == sin.dtype == torch.float32
+        _check(fits, "rope", x, cos, sin)
+        cos, sin = cos.contiguous(), sin.contiguous()
         x, y = _rows(x), torch.empty(x.shape, dtype=x.dtype)
         _library.enginehouse_rope(
             *(_TYPES[x.dtype], x.data_ptr(), x.stride(0), len(x), x.shape[1] // head_dim, head_dim),
@@ -188,12 +198,16 @@ def operators(others: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., 
             settings = {"cache": cache, "head_dim": head_dim, "scale": scale, "window": window}
             result: Tensor = others["attention"](q, k, v, step=step, **settings)
             return result
+        heads, rest = divmod(q.shape[1], head_dim)
+        fits = k_cache.shape[3] == head_dim and k.shape == v.shape == (len(q), groups * head_dim)
+        fits = fits and k.dtype == v.dtype == q.dtype and not rest and heads > 0 and heads % groups == 0
+        _check(fits, "attention", q, k, v, k_cache)
         q, k, v = _rows(q), _rows(k), _rows(v)
         y = torch.empty(q.shape, dtype=q.dtype)
         starts, contexts = step.spans
         call = _Attention(
             type=_TYPES[q.dtype],
-            **{"sequences": len(contexts), "tokens": len(q), "heads": q.shape[1] // head_dim, "groups": groups},
+            **{"sequences": len(contexts), "tokens": len(q), "heads": heads, "groups": groups},
             **{"dim": head_dim, "window": window, "scale": scale, "table_stride": step.block_tables.stride(0)},
             **{"q_stride": q.stride(0), "k_stride": k.stride(0), "v_stride": v.stride(0)},
             **{"q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "y": y.data_ptr()},
@@ -207,12 +221,21 @@ def operators(others: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., 
     return {function.__name__: function for function in own}
 
 
+def _check(fits: bool, operator: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError where torch's operators would: a program is data, and C would read and write what is not its own."""
+    if not fits:
+        given = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors if tensor is not None)
+        raise ValueError(f"{operator}: these do not belong together, or hold a token id that is out of range: {given}")
+
+
 def _rows(x: Tensor) -> Tensor:
     """The matrix with its rows in one piece each; they may lie apart."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    fits = weight.shape == x.shape[1:] and (residual is None or residual.shape == x.shape)
+    _check(fits, "norm", x, residual, weight)
     x, y = _rows(x), torch.empty(x.shape, dtype=x.dtype)
     call = _Norm(
         _TYPES[x.dtype], len(x), x.shape[1], x.stride(0), 0, eps, x.data_ptr(), None, weight.data_ptr(), y.data_ptr()

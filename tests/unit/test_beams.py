@@ -83,7 +83,7 @@ def test_equals_transformers(
 
 def check(group: BeamGroup, reference: Any, ends: list[int], **options: Any) -> None:
     """Against transformers with the same settings."""
-    prompt = group.request.token_ids
+    prompt = group.request.token_ids[: group.request.prompt_len]
     ids = torch.tensor([prompt])
     found = reference.generate(
         ids,
@@ -105,6 +105,7 @@ def check(group: BeamGroup, reference: Any, ends: list[int], **options: Any) -> 
     scores = [hypothesis.score for hypothesis in group.hypotheses]
     assert scores == pytest.approx(found.sequences_scores.tolist(), rel=1e-4)
     assert group.request.finish == group.hypotheses[0].finish
+    assert group.request.num_completion == len(group.hypotheses[0].token_ids)
     for hypothesis in group.hypotheses:
         last = hypothesis.token_ids[-1]
         reason = Reason.EOS if last == ends[0] else Reason.STOP if last in ends else Reason.LENGTH

@@ -125,6 +125,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert read_prompts(text) == ["first", "  second "]
     lines.write_text('"one"\n[1, 2]\n{"prompt": "two"}\n{"text": "three"}\n{"token_ids": [3]}\n')
     assert read_prompts(lines) == ["one", [1, 2], "two", "three", [3]]
+    lines.write_text('"a\u2028b"\n', encoding="utf-8")  # JSON allows it as it is
+    assert read_prompts(lines) == ["a\u2028b"]
     for wrong in ("{}", "[]", "[-1]", "[true]", "7", '{"prompt": ["x"]}', "{"):
         lines.write_text(f'"one"\n{wrong}\n')
         with pytest.raises(InvalidArgument, match=r"a\.jsonl:2"):

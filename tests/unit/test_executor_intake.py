@@ -184,3 +184,10 @@ def test_a_timeout_begins_when_the_request_arrived_not_when_the_worker_looks() -
     assert to_sequence(7, given, MANIFEST, now - 0.2).deadline == pytest.approx(now + 0.3)
     with pytest.raises(DeadlineExceeded, match="before the request was started: give it more time than 0.5 s"):
         to_sequence(7, given, MANIFEST, now - 0.5)
+
+
+def test_a_beam_search_looks_beyond_a_few_stop_ids_only() -> None:
+    few, many = ({"stop_token_ids": list(range(count))} for count in (64, 65))
+    assert to_beam_search(submit(beam_search={"width": 2}, stopping=few))
+    with pytest.raises(InvalidArgument, match="65 stop_token_ids beside beam_search.*at most 64"):
+        to_beam_search(submit(beam_search={"width": 2}, stopping=many))

@@ -148,6 +148,16 @@ async def test_one_that_fails_ends_the_call_and_the_rest(tmp_path: Path) -> None
         await eventually(lambda: not c.router._links[0]._inboxes)
 
 
+async def test_where_the_first_is_refused_the_others_are_not_sent(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as c:
+        call = c.generate(n=16)
+        refused = await c.executor.submitted()
+        c.executor.fail(refused.handle, ResourceExhausted("9 requests are waiting", reason="QUEUE_FULL", retry_after=2))
+        assert (await failure(call)).reason == "QUEUE_FULL"
+        c.generate()
+        assert (await c.executor.submitted()).handle == refused.handle + 1  # no other one was sent in between
+
+
 async def test_an_executor_lost_before_the_others_were_sent(tmp_path: Path) -> None:
     async with cluster(tmp_path) as c:
         call = c.generate(n=2)

@@ -51,6 +51,11 @@ def test_a_field_does_not_replace_what_every_line_has() -> None:
     assert json.loads(line)["request_id"] == "7"
 
 
+def test_a_request_id_that_is_none_is_cut_short() -> None:
+    (line, _) = lines(logs.JsonFormatter("gateway"), request_id="x" * 1_000_000)
+    assert json.loads(line)["request_id"] == "x" * logs.MAX_REQUEST_ID
+
+
 def test_what_is_no_unicode_can_be_logged() -> None:
     (line, _) = lines(logs.JsonFormatter("gateway"), file="\udcff ä")
     assert json.loads(line)["file"] == "\udcff ä"

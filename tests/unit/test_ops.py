@@ -180,6 +180,29 @@ def test_without_the_native_operators_torch_serves() -> None:
     assert run.stdout.startswith("False <function attention at "), run.stderr
 
 
+@needs_native
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda packed: packed.rows(torch.tensor([64], dtype=torch.int32)),
+        lambda packed: packed.rows(torch.tensor([-1], dtype=torch.int32)),
+        lambda packed: NATIVE["linear"](torch.ones(2, 8), packed),
+        lambda packed: NATIVE["linear"](torch.ones(2, 32), packed, torch.ones(8)),
+        lambda packed: NATIVE["rms_norm"](torch.ones(2, 8), torch.ones(4), eps=1e-6),
+        lambda packed: NATIVE["add_rms_norm"](torch.ones(2, 8), torch.ones(1, 8), torch.ones(8), eps=1e-6),
+        lambda packed: NATIVE["rope"](
+            torch.ones(2, 8), torch.ones(1, 4), torch.ones(1, 4), head_dim=8, interleaved=False
+        ),
+        lambda packed: NATIVE["rope"](
+            torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 8), head_dim=8, interleaved=False
+        ),
+    ],
+)
+def test_native_operators_touch_no_memory_but_their_tensors(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match="do not belong together"):
+        call(native.Packed(torch.randn(64, 32)))
+
+
 def test_the_table_and_the_references_have_the_same_signatures() -> None:
     assert set(OPERATORS) == set(REFERENCE)
     for name, operator in OPERATORS.items():

@@ -305,3 +305,9 @@ def test_edits_equal_transformers_processors(seed: int) -> None:
         assert set(drawn) <= kept
         probable = torch.softmax(scores[0], -1) > 0.01
         assert set(probable.nonzero().flatten().tolist()) <= set(drawn)
+
+
+def test_a_tiny_repetition_penalty_leads_to_no_infinity() -> None:
+    sampling = Sampling(temperature=1.0, seed=3, repetition_penalty=1e-45)
+    row = Sequence(client=1, handle=1, token_ids=[1, 2], prompt_len=2, max_tokens=9, sampling=sampling)
+    assert sample(torch.arange(8.0)[None], [row], [2]).token_ids[0] in (1, 2)
