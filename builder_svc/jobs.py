@@ -260,7 +260,7 @@ class Jobs:
                 if build_id not in self._damaged:
                     log.error("build %s: %s", build_id, error.message)
                 self._damaged.add(build_id)
-        logs = [self._known[build_id].log for build_id in queue]
+        logs = [self._known[build_id].log for build_id in queue if build_id in self._known]  # one may be gone meanwhile
         self.num_queued = sum(not job_log.owner and not job_log.ended for job_log in logs)
         self._forget(set(queue))
 

@@ -187,6 +187,20 @@ def several() -> Callable[[_Function], _Function]:
             type=click.FloatRange(min=-10, max=10),
             help="Of a beam search: above 1 favours long texts, below 1 short ones.  [default: 1]",
         ),
+        _option(
+            _SEVERAL,
+            "--early-stopping",
+            type=click.Choice(["enough", "heuristic", "never"]),
+            help="Of a beam search: end with as many hypotheses as beams, when no beam is likely to be better, or when none can "
+            "be.  [default: heuristic]",
+        ),
+        _option(
+            _SEVERAL,
+            "--diversity-rate",
+            metavar="X",
+            type=click.FloatRange(min=0),
+            help="Of a beam search: how much less the next best children of one beam count.  [default: 0]",
+        ),
         _option(_TELLING, "--echo", is_flag=True, help="Print the prompt before its completion."),
         _option(
             _TELLING,

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from executor_svc.core import Logprobs, Scheduled
 
-_SLICE = (
-    1 << 22
-)  # logits that are worked on at a time: 16 MiB, which an allocator gives again without asking the system
+# Logits that are worked on at a time: 16 MiB, which an allocator gives again without asking the system.
+_SLICE = 1 << 22
 
 
 def slices(rows: list[int], vocab_size: int) -> Iterator[list[int]]:

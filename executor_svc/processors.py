@@ -102,7 +102,9 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
             biased.append((row, edits.biased))
             biases.append(edits.biases)
         if bans := edits.banned(sequence, position):
-            banned.append((row, np.array(bans, dtype=np.int64)))
+            tokens = np.unique(bans)
+            if len(tokens) < logits.shape[-1]:  # bans that leave nothing are not kept: a token must be given
+                banned.append((row, tokens))
         if edits.history:
             edits.history.catch_up(sequence.token_ids)
             held.append((row, edits.history.ids))

@@ -41,7 +41,10 @@ class Telemetry:
             "engine",
         )
         self._inter_token = histograms(
-            "executor_inter_token_latency_seconds", "Between two tokens of a request.", INTER_TOKEN, "engine"
+            "executor_inter_token_latency_seconds",
+            "Between two tokens of a request, or two steps of a beam search.",
+            INTER_TOKEN,
+            "engine",
         )
         self._queue = histograms(
             "executor_queue_time_seconds", "From a request's arrival to its first batch.", QUEUE, "engine"
@@ -56,7 +59,9 @@ class Telemetry:
         self._cached = counter(
             "executor_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache.", "engine"
         )
-        self._completion = counter("executor_completion_tokens_total", "Tokens generated.", "engine")
+        self._completion = counter(
+            "executor_completion_tokens_total", "Tokens generated, those of every beam among them.", "engine"
+        )
         self._preemptions = counter(
             "executor_preemptions_total", "Sequences whose KV blocks were taken for others.", "engine"
         )

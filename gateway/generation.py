@@ -164,7 +164,8 @@ class Beams(Generation):
         responses = []
         for completion, found in zip(self._completions, [*delta.hypotheses, *missing], strict=False):
             response = completion.respond(Delta(found.token_ids, found.finish), self.usage)
-            response.cumulative_logprob = found.cumulative_logprob
+            if found in delta.hypotheses:
+                response.cumulative_logprob = found.cumulative_logprob
             responses.append(response)
         for response in responses:
             response.usage.CopyFrom(self.usage)

@@ -1,6 +1,7 @@
 """The Gateway service: names to engines, text to tokens, tokens to an executor and back to text."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -45,7 +46,10 @@ class Gateway(GatewayServicer):
         found(model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         prompt = await _prompt(request, tokenizer)
-        submit = submission(request, model, prompt, tokenizer)
+        make = functools.partial(submission, request, model, prompt, tokenizer)
+        submit = (
+            await asyncio.to_thread(make) if request.bad_words else make()
+        )  # they are tokenized, which takes its time
         generation = _kind(request)(
             request,
             submit,

@@ -10,6 +10,8 @@ MAX_WIDTH = 16
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
 MAX_LENGTH_PENALTY = 10.0
+MAX_TOKENS_NAMED = 1024  # stop ids, biased tokens, bad sequences: each of them is work at every step
+MAX_BAD_LENGTH = 64  # tokens of a bad sequence
 
 
 def check_sampling(params: SamplingParams) -> None:
@@ -44,12 +46,20 @@ def check_sampling(params: SamplingParams) -> None:
             f"{name} is {penalty:g}: give a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g} (0 is none)",
             f"{name.upper()}_INVALID",
         )
+    _check_count("logit_bias", "tokens", len(params.logit_bias))
     for token, bias in params.logit_bias.items():
         _check(
             abs(bias) <= MAX_BIAS,
             f"logit_bias of token {token} is {bias:g}: give a number from -{MAX_BIAS:g} to {MAX_BIAS:g}",
             "LOGIT_BIAS_INVALID",
         )
+    _check_count("bad_token_ids", "sequences", len(params.bad_token_ids))
+    longest = max((len(word.ids) for word in params.bad_token_ids), default=0)
+    _check(
+        longest <= MAX_BAD_LENGTH,
+        f"bad_token_ids holds a sequence of {longest} tokens: give at most {MAX_BAD_LENGTH} in each",
+        "BAD_TOKEN_IDS_INVALID",
+    )
     _check(
         all(word.ids for word in params.bad_token_ids),
         "bad_token_ids holds an empty sequence: give each at least one token id, or leave it out",
@@ -58,7 +68,8 @@ def check_sampling(params: SamplingParams) -> None:
 
 
 def check_stopping(stopping: StoppingCriteria) -> None:
-    """Raises InvalidArgument for a max_tokens of 0, or a min_tokens above it."""
+    """Raises InvalidArgument for a max_tokens of 0, a min_tokens above it, or too many stop ids."""
+    _check_count("stop_token_ids", "tokens", len(stopping.stop_token_ids))
     if not stopping.HasField("max_tokens"):
         return
     _check(
@@ -120,6 +131,14 @@ def check_beam(beam: BeamSearch, output: OutputOptions) -> None:
             f"{name} is asked for beside beam_search, which tells each hypothesis' log-probability only: leave one of both out",
             "BEAM_SEARCH_LOGPROBS",
         )
+
+
+def _check_count(name: str, what: str, count: int) -> None:
+    _check(
+        count <= MAX_TOKENS_NAMED,
+        f"{name} has {count} {what}: give at most {MAX_TOKENS_NAMED}",
+        f"{name.upper()}_INVALID",
+    )
 
 
 def _check(right: bool, message: str, reason: str) -> None:

@@ -11,7 +11,7 @@ from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument,
 from enginehouse.answer import Answer, Completion
 from enginehouse.client import GatewayClient, Prompt
 from enginehouse.commands.logprobs import print_logprobs
-from protos.v1.common_pb2 import BeamSearch, OutputOptions, SamplingParams, StoppingCriteria
+from protos.v1.common_pb2 import BeamSearch, EarlyStopping, OutputOptions, SamplingParams, StoppingCriteria
 from protos.v1.gateway_pb2 import GenerateResponse, Model
 
 DEFAULT_MAX_TOKENS = 128
@@ -41,6 +41,8 @@ class Choices:
     best_of: int | None = None
     beams: int | None = None
     length_penalty: float | None = None
+    early_stopping: str | None = None
+    diversity_rate: float | None = None
     echo: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -61,7 +63,15 @@ class Choices:
         stopping = StoppingCriteria(
             max_tokens=self.max_tokens, min_tokens=self.min_tokens or 0, ignore_eos=self.ignore_eos
         )
-        beams = BeamSearch(width=self.beams, length_penalty=self.length_penalty) if self.beams else None
+        beams = None
+        if self.beams:
+            early = f"EARLY_STOPPING_{(self.early_stopping or 'unspecified').upper()}"
+            beams = BeamSearch(
+                width=self.beams,
+                length_penalty=self.length_penalty,
+                early_stopping=EarlyStopping.Value(early),
+                diversity_rate=self.diversity_rate or 0.0,
+            )
         return {
             "sampling": sampling,
             "stopping": stopping,

@@ -10,6 +10,7 @@ from enginehouse.answer import Answer, TokenLogprob
 from enginehouse.client import GatewayClient
 from enginehouse.tables import print_table
 
+_CALLS = 32  # under way at a time
 _HEAD = ("token", "id", "logprob", "probability", "most probable")
 
 
@@ -22,7 +23,13 @@ async def print_logprobs(gateway: GatewayClient, model: str, answer: Answer) -> 
     rows = [row for _, table in tables for row in table]
     ids = {row.token_id for row in rows if row.token_id is not None} | {i for row in rows for i, _ in row.top}
     order = sorted(ids)
-    said = await asyncio.gather(*(gateway.detokenize(model, [i], skip_special_tokens=False) for i in order))
+    few = asyncio.Semaphore(_CALLS)
+
+    async def text(token_id: int) -> str:
+        async with few:
+            return await gateway.detokenize(model, [token_id], skip_special_tokens=False)
+
+    said = await asyncio.gather(*map(text, order))
     texts = dict(zip(order, said, strict=True))
     for name, table in tables:
         if table:

@@ -172,7 +172,7 @@ async def test_ten_thousand_requests_leave_nothing_behind(demo: tuple[Load, Watc
 
 
 def test_from_start_to_ready_takes_five_seconds_at_most(tmp_path: Path) -> None:
-    """The best of three, for a machine that does other things, too."""
+    """The median of three."""
     url = str(tmp_path / "store")
     manifest = build(Path(__file__).parents[2] / "examples" / "demo-model", open_store(url), BuildOptions()).manifest
     seconds = []
@@ -181,4 +181,4 @@ def test_from_start_to_ready_takes_five_seconds_at_most(tmp_path: Path) -> None:
         with service("executor_svc", tmp_path / "log", "--store", url, "--engine", manifest.engine_id):
             seconds.append(time.monotonic() - began)
     print(f"\nready after {', '.join(f'{took:.2f}' for took in seconds)} s")
-    assert min(seconds) <= 5
+    assert sorted(seconds)[1] <= 5

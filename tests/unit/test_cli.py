@@ -43,6 +43,7 @@ from protos.v1.builder_pb2 import (
 )
 from protos.v1.builder_pb2_grpc import BuilderServicer, add_BuilderServicer_to_server
 from protos.v1.common_pb2 import (
+    EARLY_STOPPING_NEVER,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     BeamSearch,
@@ -268,6 +269,13 @@ def test_generate_passes_all_of_sampling_on(gateway: MockGateway) -> None:
     assert enginehouse("generate", "x", "--beams", "4", "--length-penalty", "0").exit_code == 0
     assert gateway.requests[1].beam_search == BeamSearch(width=4, length_penalty=0)
     assert not any(gateway.requests[1].HasField(name) for name in ("n", "best_of"))
+    gateway.replies.put(answer("x"))
+    assert (
+        enginehouse("generate", "x", "--beams", "2", "--early-stopping", "never", "--diversity-rate", "0.5").exit_code
+        == 0
+    )
+    wanted = BeamSearch(width=2, early_stopping=EARLY_STOPPING_NEVER, diversity_rate=0.5)
+    assert gateway.requests[2].beam_search == wanted
 
 
 def several(*news: tuple[int, str, bool], **fields: Any) -> list[GenerateResponse]:

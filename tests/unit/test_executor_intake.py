@@ -1,6 +1,7 @@
 """Every value of a Submit message is checked before anything is queued."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from executor_svc.beams import BeamSearch, EarlyStopping
 from executor_svc.core import Sampling
 from executor_svc.intake import to_beam_search, to_sequence
 from protos.v1 import common_pb2
+from protos.v1.common_pb2 import TokenIds
 from protos.v1.executor_pb2 import Submit
 
 MANIFEST = Manifest(
@@ -191,3 +193,20 @@ def test_a_beam_search_looks_beyond_a_few_stop_ids_only() -> None:
     assert to_beam_search(submit(beam_search={"width": 2}, stopping=few))
     with pytest.raises(InvalidArgument, match="65 stop_token_ids beside beam_search.*at most 64"):
         to_beam_search(submit(beam_search={"width": 2}, stopping=many))
+
+
+@pytest.mark.parametrize(
+    ("name", "fill"),
+    [
+        ("stop_token_ids", lambda submit: submit.stopping.stop_token_ids.extend([1] * 1025)),
+        ("logit_bias", lambda submit: submit.sampling.logit_bias.update(dict.fromkeys(range(1025), 1.0))),
+        ("bad_token_ids", lambda submit: submit.sampling.bad_token_ids.extend([TokenIds(ids=[1])] * 1025)),
+        ("bad_token_ids", lambda submit: submit.sampling.bad_token_ids.add(ids=[1] * 65)),
+    ],
+)
+def test_what_is_work_at_every_step_is_limited(name: str, fill: Callable[[Submit], None]) -> None:
+    given = submit()
+    fill(given)
+    with pytest.raises(InvalidArgument, match=f"{name} h.*at most") as refused:
+        to_sequence(1, given, MANIFEST)
+    assert refused.value.reason == f"{name.upper()}_INVALID"

@@ -11,9 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executor_svc.core import Sampling, Sequence
+from executor_svc.core import Batch, Sampling, Scheduled, Sequence
 from executor_svc.processors import History, edit
-from executor_svc.sampler import philox, sample, uniform
+from executor_svc.sampler import answer, philox, sample, uniform
 
 COUNT = 10_000
 
@@ -311,3 +311,11 @@ def test_a_tiny_repetition_penalty_leads_to_no_infinity() -> None:
     sampling = Sampling(temperature=1.0, seed=3, repetition_penalty=1e-45)
     row = Sequence(client=1, handle=1, token_ids=[1, 2], prompt_len=2, max_tokens=9, sampling=sampling)
     assert sample(torch.arange(8.0)[None], [row], [2]).token_ids[0] in (1, 2)
+
+
+def test_bans_that_leave_nothing_are_not_kept() -> None:
+    """Longer words are checked as they come: a vocabulary of 4, all of which are banned behind token 3."""
+    words = tuple((3, token) for token in range(4))
+    sequence = Sequence(0, 0, [0, 3], 2, 4, Sampling(0.0, bad_words=words))
+    batch = Batch(1, (Scheduled(sequence, 0, 2, True),))
+    assert answer(torch.tensor([[0.0, 1.0, 3.0, 2.0]]), batch).token_ids == [2]
