@@ -4,10 +4,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from executor_svc.beams import BeamGroup
+from typing import Any, NamedTuple
 
 _NO_ROWS = range(0)
 
@@ -128,7 +125,7 @@ class Sequence:
         min_tokens: completion tokens before which no eos or stop id is chosen.
         logprobs: log-probabilities of the completion's tokens are told, with so many most probable ones; None for none.
         prompt_logprobs: the same of the prompt's tokens, the first excepted.
-        group, candidates: the beam search that it is a step of, which wants the so many best next tokens instead of one.
+        group, candidates: the beam search (`beams.BeamGroup`) that it is a step of, which wants the so many best next tokens instead of one.
 
     Kept for the sampler: edits, what it has made of the sequence (see processors.py).
 
@@ -160,7 +157,7 @@ class Sequence:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     candidates: int = 0
-    group: "BeamGroup | None" = None
+    group: Any = None
 
     edits: Any = None
 

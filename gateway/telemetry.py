@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from engine.errors import EnginehouseError
 from protos import logs
@@ -18,7 +18,6 @@ from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
 if TYPE_CHECKING:
     from gateway.models import Model
     from gateway.router import Router
-    from gateway.server import Context, Gateway
 
 _UNKNOWN = "unknown"  # a name that no model has is anybody's word and becomes no label
 _LOST = ("EXECUTOR_LOST", "ENGINE_LOST", "ENGINE_UNLOADED")
@@ -153,7 +152,7 @@ def found(model: "Model") -> None:
 def observed(generate: Generate) -> Generate:
     """Of the gateway's Generate: keeps a record of each call."""
 
-    async def call(self: "Gateway", request: GenerateRequest, context: "Context") -> AsyncIterator[GenerateResponse]:
+    async def call(self: Any, request: GenerateRequest, context: Any) -> AsyncIterator[GenerateResponse]:
         record = Record(self.telemetry)
         _record.set(record)
         error: BaseException | None = None
