@@ -125,7 +125,8 @@ class Sequence:
         min_tokens: completion tokens before which no eos or stop id is chosen.
         logprobs: log-probabilities of the completion's tokens are told, with so many most probable ones; None for none.
         prompt_logprobs: the same of the prompt's tokens, the first excepted.
-        group, candidates: the beam search (`beams.BeamGroup`) that it is a step of, which wants the so many best next tokens instead of one.
+        group, candidates: the beam search (`beams.BeamGroup`) that it is a step of, which wants the so many best next tokens
+            instead of one.
 
     Kept for the sampler: edits, what it has made of the sequence (see processors.py).
 
