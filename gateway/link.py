@@ -1,6 +1,7 @@
 """The gateway's connection to one executor: one Run stream that carries all requests."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from protos.v1.executor_pb2_grpc import ExecutorAsyncStub
 
 _POLL_INTERVAL = 1.0  # seconds between two GetStatus
-_STATUS_TIMEOUT = 5.0
+_STATUS_TIMEOUT, _LOOK_TIMEOUT = 5.0, 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 3.0  # seconds between attempts to connect
 _RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 3000)]
 
@@ -155,6 +156,12 @@ class Link:
             log.exception("executor %s", self.address)
             return f"{type(error).__name__}: {error}"
         return "it ended the Run stream"
+
+    async def look(self) -> None:
+        """Asks at once what the executor has. One that is not connected, or does not answer soon, stays as it was."""
+        if self._connected:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                self._note(await self._stub.GetStatus(GetStatusRequest(), timeout=_LOOK_TIMEOUT))
 
     async def _poll(self) -> None:
         """Keeps the status fresh. An executor that does not answer gets no new requests; its Run stream may still live."""

@@ -20,6 +20,7 @@ class Router:
     def __init__(self, addresses: Sequence[str]) -> None:
         self._links = [Link(address) for address in dict.fromkeys(addresses)]
         self._tasks: list[asyncio.Task[None]] = []
+        self._looking: asyncio.Future[list[None]] | None = None
 
     @property
     def links(self) -> Sequence[Link]:
@@ -39,6 +40,14 @@ class Router:
     def ready(self, engine_id: str) -> int:
         """How many executors can take a request for the engine."""
         return sum(view.connected and view.ready for view in self._views(engine_id))
+
+    async def find(self, model: str, engine_id: str) -> Link:
+        """As `choose`. Where no executor seems to have the engine, all are asked first: it may have been loaded just now."""
+        if not self.ready(engine_id):
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.gather(*(link.look() for link in self._links))
+            await asyncio.shield(self._looking)  # one that leaves does not end it for the others
+        return self.choose(model, engine_id)
 
     def choose(self, model: str, engine_id: str) -> Link:
         """The link that a request for the engine goes to. Raises Unavailable if no executor can take it."""

@@ -53,7 +53,7 @@ class Gateway(GatewayServicer):
         generation = _kind(request)(
             request,
             submit,
-            self._router.choose(model.name, model.engine_id),
+            await self._router.find(model.name, model.engine_id),
             lambda: Transcript(tokenizer.detokenizer(prompt, _skip_special(request)), request.stop),
             lambda submit: _carry_context(submit, context),
             _echo(request, prompt, tokenizer),

@@ -64,6 +64,19 @@ async def test_an_executor_without_the_engine_gets_nothing(tmp_path: Path) -> No
             call.cancel()
 
 
+async def test_an_engine_that_was_loaded_just_now_serves_at_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("gateway.link._POLL_INTERVAL", 60.0)
+    async with cluster(tmp_path) as c:
+        (executor,) = c.executors
+        loaded, executor.ready = executor.ready, []
+        await c.router._links[0].look()
+        assert c.router.ready(c.engine_id) == 0
+        executor.ready = loaded
+        call = c.generate()
+        executor.tokens((await executor.submitted()).handle, [5], EOS)
+        assert (await collect(call))[1] == [5]
+
+
 async def test_an_executor_that_goes_and_comes_back(tmp_path: Path) -> None:
     async with cluster(tmp_path, executors=2) as c:
         first, second = c.executors
