@@ -244,13 +244,15 @@ def test_the_gateway_runs_from_what_its_build_stage_makes(tmp_path: Path) -> Non
 
     found, each = image("gateway"), UP["gateway"]
     python = str(environment / "bin" / "python")
-    arguments = ["--host", "127.0.0.1", "--port", "0", *each.command]
+    command = [re.sub(r"^--metrics-port=.*", "--metrics-port=0", option) for option in each.command]
+    arguments = ["--host", "127.0.0.1", "--port", "0", *command]
     process = subprocess.Popen(
         [python, *found.entrypoint[1:3], *arguments],
         cwd=tmp_path, env=dict(each.environment), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         assert process.stdout
+        assert "metrics on" in process.stdout.readline()
         address = process.stdout.readline().split()[-1]
         probe = [python, *found.health[1:3], address, *found.health[4:]]
         assert subprocess.run(probe, cwd=tmp_path, env=dict(each.environment), timeout=20).returncode == 0
