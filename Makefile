@@ -26,9 +26,11 @@ check: $(VENV)/.ready
 	  for file in $$(cd $$tmp && find protos -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make protos"; exit 1; }; done && rm -r $$tmp
 
 # CHECKPOINT: a directory in Hugging Face layout; the bounds in bench/cpu.py are for one of half a billion parameters.
+# GGUF: files of the same model for llama.cpp, if llama-cpp-python is installed.
 CHECKPOINT ?= examples/demo-model
+GGUF ?=
 bench: $(VENV)/.ready
-	PYTHONPATH=. $(BIN)/python bench/cpu.py $(CHECKPOINT)
+	PYTHONPATH=. $(BIN)/python bench/cpu.py $(CHECKPOINT) $(GGUF:%=--gguf %)
 	PYTHONPATH=. $(BIN)/python bench/overhead.py
 	PYTHONPATH=. $(BIN)/python bench/gateway.py
 
