@@ -23,9 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine import blobs, manifest, registry
 from engine.directory import DirectoryStore
-from engine.fingerprint import Fingerprint
+from tests import tokenizer_engine
 from tests.integration.services import service
 
 ROOT = Path(__file__).parents[1]
@@ -38,38 +37,9 @@ CLIENT_PROCESSES = 2
 
 def publish(store: DirectoryStore) -> str:
     """An engine with a real tokenizer, whose weights nobody will ask for; its id."""
-    files = [
-        blobs.put_bytes(store, name, (CHECKPOINT / name).read_bytes())
-        for name in ("tokenizer.json", "tokenizer_config.json")
-    ]
-    identity = {"bench": "gateway"}
-    facts: dict[str, Any] = json.loads((CHECKPOINT / "config.json").read_text())
-    engine = manifest.Manifest(
-        engine_id=manifest.engine_id(identity),
-        identity=identity,
-        source="bench",
-        created=datetime.now(UTC).isoformat(),
-        model=manifest.ModelFacts(
-            architecture="llama",
-            vocab_size=facts["vocab_size"],
-            num_layers=1,
-            hidden_size=8,
-            num_heads=1,
-            num_kv_heads=1,
-            dtype="float32",
-            kv_bytes_per_token=64,
-            eos_token_ids=(1,),
-            num_parameters=8,
-        ),
-        limits=manifest.Limits(max_batch_size=256, max_seq_len=MAX_SEQ_LEN, max_num_tokens=2048),
-        mapping=manifest.Parallelism(),
-        fingerprint=Fingerprint("torch", "cpu"),
-        ranks=(manifest.Rank(blobs.put_bytes(store, "program.json", b"{}"), ()),),
-        tokenizer=tuple(files),
-    )
-    registry.publish(store, engine)
-    registry.set_name(store, "demo", engine.engine_id)
-    return engine.engine_id
+    files = {name: (CHECKPOINT / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    vocab_size = json.loads((CHECKPOINT / "config.json").read_text())["vocab_size"]
+    return tokenizer_engine.publish(store, "demo", files, {"bench": "gateway"}, vocab_size, MAX_SEQ_LEN)
 
 
 @contextmanager

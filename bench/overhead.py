@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, cast
 
 import grpc
 
@@ -55,7 +56,8 @@ def scheduler_alone(running: int, steps: int = 400) -> float:
 
     def step() -> None:
         batch: Batch | None = scheduler.schedule()
-        assert batch is not None  # noqa: S101
+        if batch is None:
+            raise SystemExit("nothing to schedule: the batch should be full")
         scheduler.commit(batch, Sampled([1] * sum(item.samples for item in batch.items)))
         refill()
 
@@ -87,9 +89,8 @@ async def through_run(running: int, seconds: float, clients: int, options: list[
     process = await asyncio.to_thread(
         subprocess.Popen, command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    assert process.stdout is not None  # noqa: S101
     try:
-        address = (await asyncio.to_thread(process.stdout.readline)).split()[-1]
+        address = (await asyncio.to_thread(cast(IO[str], process.stdout).readline)).split()[-1]
         (worker,) = children(process.pid)
         tokens, step = 0, 0
 

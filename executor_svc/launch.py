@@ -64,7 +64,8 @@ class Spares:
                     stdin=subprocess.DEVNULL,
                     # Threads that wait for each other by spinning take the cores from whom they wait for, as soon as
                     # anything else runs: measured on two busy cores, a model of 5 million parameters, 9 tokens/s
-                    # spinning and 110 not.
+                    # spinning and 110 not. But to fall asleep between two operators costs a quarter of a step of half a
+                    # billion parameters (bench/LOG.md): so they spin for some 50 us first.
                     env={"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", **os.environ},
                 )
             except OSError:

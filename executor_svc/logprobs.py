@@ -1,5 +1,6 @@
 """Log-probabilities of tokens and of their alternatives, from logits."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -25,17 +26,18 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, ids.gather(-1, order)
 
 
-def log_probabilities(logits: Tensor, token_ids: list[int], top: int) -> list[Logprobs]:
-    """The log-probability of a token and of the `top` most probable ones, a row.
+def log_probabilities(logits: Tensor, rows: list[int], token_ids: list[int], top: int) -> list[Logprobs]:
+    """The log-probability of a token and of the `top` most probable ones, for each of some rows.
 
     Args:
         logits: float32 [N, vocab].
-        token_ids: one a row.
+        token_ids: one for each of the rows.
     """
     found: list[Logprobs] = []
-    for rows in slices(list(range(len(token_ids))), logits.shape[-1]):
-        scores = torch.log_softmax(logits[rows[0] : rows[-1] + 1], -1)
-        chosen = torch.tensor([token_ids[row] for row in rows], device=scores.device)
+    supply = iter(token_ids)
+    for part in slices(rows, logits.shape[-1]):
+        scores = torch.log_softmax(logits[part], -1)
+        chosen = torch.tensor(list(itertools.islice(supply, len(part))), device=scores.device)
         own = scores.gather(-1, chosen[:, None]).squeeze(-1).tolist()
         values, ids = best(scores, top)
         found += [
@@ -58,7 +60,7 @@ def of_prompts(logits: Tensor, items: tuple[Scheduled, ...]) -> dict[int, Logpro
             continue
         end = begin + len(item.prompt_rows)
         behind = item.sequence.token_ids[item.prompt_rows.start + 1 : item.prompt_rows.stop + 1]
-        each = log_probabilities(logits[begin:end], behind, item.sequence.prompt_logprobs or 0)
+        each = log_probabilities(logits, list(range(begin, end)), behind, item.sequence.prompt_logprobs or 0)
         found[index] = Logprobs(
             [row.logprobs[0] for row in each],
             each[0].top,

@@ -110,7 +110,7 @@ def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> S
         if (count := sequences[row].logprobs) is not None:
             wanted.setdefault(count, []).append(row)
     for top, rows in wanted.items():
-        found = log_probabilities(logits[rows], [token_ids[row] for row in rows], top)
+        found = log_probabilities(logits, rows, [token_ids[row] for row in rows], top)
         told.update(zip(rows, found, strict=True))
     return Sampled(token_ids, told)
 

@@ -12,15 +12,14 @@ import grpc
 from mock_executor import MockExecutor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from engine import blobs, manifest, registry
 from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError
-from engine.fingerprint import Fingerprint
 from gateway.router import Router
 from gateway.server import Gateway
 from protos.rpc import ErrorInterceptor, from_rpc_error
 from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
 from protos.v1.gateway_pb2_grpc import GatewayStub, add_GatewayServicer_to_server
+from tests import tokenizer_engine
 
 VOCAB_SIZE, MAX_SEQ_LEN = 512, 100_000
 TEMPLATE = (
@@ -62,38 +61,13 @@ def byte_fallback() -> Tokenizer:
 
 def publish(store: DirectoryStore, name: str, template: str | None = TEMPLATE, tokenizer: str | None = None) -> str:
     """An engine of which nothing is real but the tokenizer; its id."""
-    identity = {"name": name, "template": template}
-    file = tokenizer or byte_level().to_str()
     config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    new = manifest.Manifest(
-        engine_id=manifest.engine_id(identity),
-        identity=identity,
-        source="test",
-        created="2026-01-01T00:00:00Z",
-        model=manifest.ModelFacts(
-            architecture="llama",
-            vocab_size=VOCAB_SIZE,
-            num_layers=1,
-            hidden_size=8,
-            num_heads=1,
-            num_kv_heads=1,
-            dtype="float32",
-            kv_bytes_per_token=64,
-            eos_token_ids=(1,),
-            num_parameters=8,
-        ),
-        limits=manifest.Limits(max_batch_size=8, max_seq_len=MAX_SEQ_LEN, max_num_tokens=64),
-        mapping=manifest.Parallelism(),
-        fingerprint=Fingerprint("torch", "cpu"),
-        ranks=(manifest.Rank(blobs.put_bytes(store, "program.json", b"{}"), ()),),
-        tokenizer=(
-            blobs.put_bytes(store, "tokenizer.json", file.encode()),
-            blobs.put_bytes(store, "tokenizer_config.json", json.dumps(config).encode()),
-        ),
-    )
-    registry.publish(store, new)
-    registry.set_name(store, name, new.engine_id)
-    return new.engine_id
+    files = {
+        "tokenizer.json": (tokenizer or byte_level().to_str()).encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
+    identity = {"name": name, "template": template}
+    return tokenizer_engine.publish(store, name, files, identity, VOCAB_SIZE, MAX_SEQ_LEN)
 
 
 class Cluster:
