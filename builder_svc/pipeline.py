@@ -33,7 +33,7 @@ from engine.pins import pinned
 from engine.program import SCHEMA_VERSION, Program
 from engine.store import Store
 
-RECIPE_VERSION = 1  # raised when the same inputs give another engine than before
+RECIPE_VERSION = 2  # raised when the same inputs give another engine than before
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ def build(
         return Built(found, reused=True, ours=False)
     progress("program", 0, 1, "")
     program, constants = make_program(model)
-    names = model.family.weight_names(model.config)
-    check_weights(model.checkpoint, names, program)
+    sources = model.family.NAMES.sources(model.config, model.checkpoint.shapes)
+    check_weights(model.checkpoint, sources, program)
     progress("program", 1, 1, "")
     with tempfile.TemporaryDirectory(prefix="enginehouse-", dir=work_dir) as directory:
         files = write_weights(
             model.checkpoint,
-            names,
+            sources,
             constants,
             program,
             Path(directory),
@@ -200,7 +200,7 @@ def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
     try:
         with torch.device("meta"):
             decoder = Decoder(model.config)
-        program = lower(decoder, max_num_tokens=model.limits.max_num_tokens)
+        program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
     finally:
         torch.set_default_dtype(default)
     return program, decoder.constants()

@@ -1,18 +1,21 @@
 """A rank's weights: taken from the checkpoint tensor by tensor, written as safetensors, hashed on the way."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from builder_svc.checkpoint.huggingface import HuggingFaceCheckpoint
+from builder_svc.models.sources import Source
 from engine.blobs import Hasher
 from engine.errors import InvalidArgument, ResourceExhausted
 from engine.manifest import FileRef
 from engine.program import ITEM_SIZE, Program
 
-_DERIVED = ("rotary_emb.inv_freq",)  # older checkpoints store what their config implies
+# What older checkpoints store although their config implies it: rotary frequencies and causal masks.
+_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 MAX_FILE_BYTES = 4 * 1024**3
 _NAMES = {
     "float32": "F32",
@@ -25,40 +28,46 @@ _NAMES = {
 }
 
 
-def check_weights(checkpoint: HuggingFaceCheckpoint, names: Mapping[str, tuple[str, ...]], program: Program) -> None:
+def check_weights(checkpoint: HuggingFaceCheckpoint, sources: Mapping[str, Source], program: Program) -> None:
     """Raises InvalidArgument, naming tensor, shape and expected shape, unless the checkpoint has what the program needs.
 
     Args:
-        names: our weight name -> the checkpoint's tensors, stacked along the first dimension.
+        sources: our weight name -> the checkpoint's tensors that form it.
     """
-    for ours, theirs in names.items():
-        expected = tuple(int(size) for size in program.weights[ours].shape)
-        shapes = {name: checkpoint.shapes.get(name) for name in theirs}
-        for name, shape in shapes.items():
-            if shape is None:
-                raise InvalidArgument(
-                    f"{checkpoint.path} has no tensor {name!r}, which its config.json implies: download the weights that belong "
-                    "to it",
-                    reason="TENSOR_MISSING",
-                )
-            if shape[1:] != expected[1:]:
-                raise _mismatch(name, shape, (*((-1,) if len(theirs) > 1 else expected[:1]), *expected[1:]))
-        rows = sum(shape[0] for shape in shapes.values() if shape)
-        if rows != expected[0]:
-            raise _mismatch(" + ".join(theirs), (rows, *expected[1:]), expected)
-
-    used = {name for theirs in names.values() for name in theirs}
+    for ours, source in sources.items():
+        _check_source(checkpoint, source, tuple(int(size) for size in program.weights[ours].shape))
+    used = {name for source in sources.values() for name in source.names}
+    tied = "lm_head.weight" not in sources
     for name in checkpoint.shapes:
-        if (
-            name not in used
-            and not name.endswith(_DERIVED)
-            and not (name == "lm_head.weight" and "lm_head.weight" not in names)
-        ):
+        if name not in used and not name.endswith(_DERIVED) and not (tied and name == "lm_head.weight"):
             raise InvalidArgument(
                 f"{checkpoint.path} holds tensor {name!r}, for which its config.json has no place: take the config.json of these "
                 "weights",
                 reason="TENSOR_UNEXPECTED",
             )
+
+
+def _check_source(checkpoint: HuggingFaceCheckpoint, source: Source, expected: tuple[int, ...]) -> None:
+    """Several tensors have the expected one's columns, and its rows together."""
+    rows, stacked = 0, len(source.names) > 1
+    for name in source.names:
+        shape = checkpoint.shapes.get(name)
+        if shape is None:
+            raise InvalidArgument(
+                f"{checkpoint.path} has no tensor {name!r}, which its config.json implies: download the weights that belong "
+                "to it",
+                reason="TENSOR_MISSING",
+            )
+        turned = shape[::-1] if source.transposed else shape
+        if not stacked and turned != expected:
+            raise _mismatch(name, shape, expected[::-1] if source.transposed else expected)
+        columns = expected[-1:] if len(expected) > 1 else ()
+        if stacked and turned[len(turned) - len(columns) :] != columns:
+            raise _mismatch(name, shape, (-1, *columns))
+        rows += math.prod(turned) // math.prod(columns)
+    if rows != math.prod(expected) // math.prod(columns):
+        together = math.prod(expected) // math.prod(columns)
+        raise _mismatch(" + ".join(source.names), (rows, *columns), (together, *columns))
 
 
 def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> InvalidArgument:
@@ -71,7 +80,7 @@ def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> I
 
 def write_weights(
     checkpoint: HuggingFaceCheckpoint,
-    names: Mapping[str, tuple[str, ...]],
+    sources: Mapping[str, Source],
     constants: Mapping[str, torch.Tensor],
     program: Program,
     directory: Path,
@@ -101,13 +110,15 @@ def write_weights(
                 file.write(header)
                 hasher.update(header)
                 for name in group:
-                    tensor = constants[name] if name in constants else _stack(checkpoint, names[name])
-                    tensor = tensor.to(getattr(torch, program.weights[name].dtype)).contiguous()
-                    data = memoryview(tensor.view(torch.uint8).view(-1).numpy())
-                    file.write(data)
-                    hasher.update(data)
-                    done += tensor.nbytes
-                    progress(done, total)
+                    dtype = getattr(torch, program.weights[name].dtype)
+                    parts = [constants[name]] if name in constants else _parts(checkpoint, sources[name])
+                    for part in parts:
+                        tensor = part.to(dtype).contiguous()
+                        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                        file.write(data)
+                        hasher.update(data)
+                        done += tensor.nbytes
+                        progress(done, total)
         except OSError as error:
             raise ResourceExhausted(
                 f"cannot write {path}: {error.strerror}; choose another --work-dir", reason="WORK_DIR_FULL"
@@ -116,9 +127,15 @@ def write_weights(
     return written
 
 
-def _stack(checkpoint: HuggingFaceCheckpoint, names: tuple[str, ...]) -> torch.Tensor:
-    parts = [checkpoint.read(name) for name in names]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _parts(checkpoint: HuggingFaceCheckpoint, source: Source) -> Iterator[torch.Tensor]:
+    """The tensors that form a weight, one after another, as they lie in it."""
+    for name in source.names:
+        part = checkpoint.read(name)
+        if source.transposed:
+            part = part.T
+        if source.heads:
+            part = source.heads.sorted(part)
+        yield part.float() + source.offset if source.offset else part
 
 
 def _groups(order: list[str], program: Program) -> list[list[str]]:

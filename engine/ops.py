@@ -57,10 +57,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """Each row over its root mean square, times weight (Zhang and Sennrich 2019); the statistic in float32."""
+    """Each row over its root mean square, times weight (Zhang and Sennrich 2019); the statistic in float32.
+
+    The product is in the weight's dtype: a float32 weight keeps its precision beside activations of less.
+    """
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    return (weight * wide.to(weight.dtype)).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -69,10 +72,61 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
     return rms_norm(total, weight, eps=eps), total
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float) -> Tensor:
+    """Each row less its mean, over its standard deviation, times weight, plus bias (Ba et al. 2016), in float32."""
+    wide = F.layer_norm(x.float(), weight.shape, weight.float(), None if bias is None else bias.float(), eps)
+    return wide.to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual)."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps=eps), total
+
+
+def head_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """rms_norm of each head of x [T, heads * D] with one weight [D]."""
+    return rms_norm(x.view(len(x), -1, len(weight)), weight, eps=eps).view_as(x)
+
+
+def head_layer_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """layer_norm of each head of x [T, heads * D], each with a weight of its own [heads, D]."""
+    heads = layer_norm(x.view(len(x), *weight.shape), torch.ones_like(weight[0]), eps=eps)
+    return (heads * weight).view_as(x)
+
+
 def rope_table(positions: Tensor, inv_freq: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """[T] int32, [r/2] float32 -> cosine and sine [T, r/2] float32 of position * frequency, times scale."""
     angles = positions.float()[:, None] * inv_freq[None, :]
     return angles.cos() * scale, angles.sin() * scale
+
+
+def long_rope_table(
+    positions: Tensor, lengths: Tensor, inv_freq: Tensor, long_inv_freq: Tensor, *, original: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """rope_table with long_inv_freq for the tokens of sequences longer than `original` (LongRoPE, Ding et al. 2024).
+
+    lengths [T] int32: what `engine.program.ROPE_LENGTHS` says. All keys of a sequence have to be computed again when it grows
+    past `original`.
+    """
+    angles = positions.float()[:, None] * torch.where(lengths[:, None] > original, long_inv_freq, inv_freq)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def dynamic_rope_table(
+    positions: Tensor, lengths: Tensor, *, rotary_dim: int, theta: float, factor: float, original: int
+) -> tuple[Tensor, Tensor]:
+    """rope_table whose base grows with the sequence's length past `original` ("dynamic NTK").
+
+    lengths as above; keys stay as they were written. [T] -> cosine and sine [T, rotary_dim / 2] float32.
+    """
+    longest = lengths.clamp(min=original).float()[:, None]
+    base = theta * (factor * longest / original - (factor - 1)) ** (rotary_dim / (rotary_dim - 2))
+    exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
+    angles = positions.float()[:, None] * (1.0 / base**exponents)
+    return angles.cos(), angles.sin()
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: bool) -> Tensor:
@@ -91,12 +145,24 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: boo
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, step: Step, cache: int, head_dim: int, scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi: Tensor | None = None,
+    *,
+    step: Step,
+    cache: int,
+    head_dim: int,
+    scale: float,
+    window: int,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Causal attention of each sequence over its cached and new tokens; writes the new keys and values first.
 
     q [T, H * D], k and v [T, G * D], H a multiple of G; query head h reads key head h // (H / G). A query at position p
-    sees positions max(0, p - window + 1) ... p; window 0 is unlimited. Scores and softmax in float32. -> [T, H * D].
+    sees positions max(0, p - window + 1) ... p; window 0 is unlimited. The score of position s is q.k * scale, in
+    soft_cap * tanh(score / soft_cap) unless soft_cap is 0, plus alibi[h] * (s - p) (alibi [H] float32: Press et al. 2022).
+    Scores and softmax in float32. -> [T, H * D].
     """
     k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
     block_size, groups = k_cache.shape[1], k_cache.shape[2]
@@ -111,6 +177,10 @@ def attention(
         scores = torch.einsum("tgmd,sgd->gmts", queries, keys) * scale
         at = torch.arange(context_len - query_len, context_len, device=q.device)[:, None]
         seen = torch.arange(context_len, device=q.device)[None, :]
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        if alibi is not None:
+            scores = scores + alibi.view(groups, -1, 1, 1) * (seen - at)
         visible = (seen <= at) & ((seen > at - window) if window else True)
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         outputs.append(torch.einsum("gmts,sgd->tgmd", weights, values).reshape(query_len, -1).to(q.dtype))
@@ -122,6 +192,54 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """[T, 2 * n], gate first -> silu(gate) * up [T, n]."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def gelu(x: Tensor, *, tanh: bool) -> Tensor:
+    """x * Phi(x), or its approximation by tanh (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh" if tanh else "none")
+
+
+def gelu_mul(gate_up: Tensor, *, tanh: bool) -> Tensor:
+    """[T, 2 * n], gate first -> gelu(gate) * up [T, n]."""
+    gate, up = gate_up.chunk(2, -1)
+    return gelu(gate, tanh=tanh) * up
+
+
+def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
+    """[T, n], [T, 1] -> sigmoid(gate) * x."""
+    return torch.sigmoid(gate) * x
+
+
+def experts(x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, *, top_k: int, normalize: bool) -> Tensor:
+    """Each token through its top_k of E gated feed-forward parts, weighted by the router's softmax (float32).
+
+    x [T, hidden], router_logits [T, E], gate_up [E, 2 * n, hidden] (gate first), down [E, hidden, n]; normalize makes the chosen
+    weights sum to one. -> [T, hidden].
+    """
+    weights, chosen = router_logits.float().softmax(-1).topk(top_k, -1)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for expert in set(chosen.flatten().tolist()):
+        tokens, places = (chosen == expert).nonzero(as_tuple=True)
+        made = F.linear(silu_mul(F.linear(x[tokens], gate_up[expert])), down[expert])
+        y.index_add_(0, tokens, made * weights[tokens, places, None].to(x.dtype))
+    return y
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, of one shape."""
+    return x + y
+
+
+def scale(x: Tensor, *, factor: float) -> Tensor:
+    """x * factor; the factor is rounded to the dtype of x."""
+    return x * torch.tensor(factor, dtype=x.dtype, device=x.device)
+
+
+def soft_cap(x: Tensor, *, cap: float) -> Tensor:
+    """cap * tanh(x / cap)."""
+    return cap * torch.tanh(x / cap)
 
 
 def split(x: Tensor, *, sizes: list[int]) -> list[Tensor]:
@@ -137,9 +255,14 @@ def gather(x: Tensor, indices: Tensor) -> Tensor:
 REFERENCE: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        embedding, linear, rms_norm, add_rms_norm, rope_table, rope, attention, silu_mul, split, gather,
+        embedding, linear, rms_norm, add_rms_norm, layer_norm, add_layer_norm, head_rms_norm, head_layer_norm,
+        rope_table, long_rope_table, dynamic_rope_table, rope, attention, silu_mul, gelu, gelu_mul, sigmoid_mul, experts,
+        add, scale, soft_cap, split, gather,
     )
 }  # fmt: skip
+
+
+_LIKE_X = ("attention", "experts", "scale")  # whose result is like their first input
 
 
 def _schema(name: str, operator: Operator) -> str:
@@ -158,7 +281,7 @@ def _shapes(name: str, operator: Operator) -> Callable[..., Any]:
 
     def fake(*args: Any) -> Any:
         tensors, attrs = args[: len(operator.inputs)], args[len(operator.inputs) :]
-        if operator.uses_step:  # it needs the step's caches, which a trace has not; the result is like the first input
+        if name in _LIKE_X:  # their work depends on what a trace has not, such as caches and values
             return torch.empty_like(tensors[0])
         result = REFERENCE[name](*tensors, **dict(zip(operator.attrs, attrs, strict=True)))
         return [part.clone() for part in result] if isinstance(result, list) else result

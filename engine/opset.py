@@ -3,10 +3,11 @@
 A program that validates against this table runs on every executor with at least its `opset_version`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-OPSET_VERSION = 1
+OPSET_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Operator:
             by the empty name "".
         outputs: names of the results; ("*",) for a list with a result for each entry of attribute "sizes".
         since: the version of the set that the operator came with. Additions raise OPSET_VERSION and old programs stay valid.
+        later: attribute, or optional input at the end, that came after the operator: the version of the set that brought it, and
+            the value that a program means which leaves it out.
         uses_step: whether it takes the runner's view of the step (`engine.ops.Step`) as keyword `step`.
-        attrs: attribute name -> its type; int, float, bool or list (of int). Every attribute is given, none is implied.
+        attrs: attribute name -> its type; int, float, bool or list (of int). All are given but those of `later`.
     """
 
     inputs: tuple[str, ...]
@@ -27,6 +30,7 @@ class Operator:
     attrs: dict[str, type] = field(default_factory=dict)
     uses_step: bool = False
     since: int = 1
+    later: dict[str, tuple[int, Any]] = field(default_factory=dict)
 
     @property
     def variadic(self) -> bool:
@@ -39,15 +43,53 @@ OPERATORS: dict[str, Operator] = {
     "linear": Operator(("x", "weight", "bias?")),
     "rms_norm": Operator(("x", "weight"), attrs={"eps": float}),
     "add_rms_norm": Operator(("x", "residual", "weight"), ("y", "sum"), {"eps": float}),
+    "layer_norm": Operator(("x", "weight", "bias?"), attrs={"eps": float}, since=2),
+    "add_layer_norm": Operator(("x", "residual", "weight", "bias?"), ("y", "sum"), {"eps": float}, since=2),
+    "head_rms_norm": Operator(("x", "weight"), attrs={"eps": float}, since=2),
+    "head_layer_norm": Operator(("x", "weight"), attrs={"eps": float}, since=2),
     "rope_table": Operator(("positions", "inv_freq"), ("cos", "sin"), {"scale": float}),
+    "long_rope_table": Operator(
+        ("positions", "lengths", "inv_freq", "long_inv_freq"),
+        ("cos", "sin"),
+        {"original": int, "scale": float},
+        since=2,
+    ),
+    "dynamic_rope_table": Operator(
+        ("positions", "lengths"),
+        ("cos", "sin"),
+        {"rotary_dim": int, "theta": float, "factor": float, "original": int},
+        since=2,
+    ),
     "rope": Operator(("x", "cos", "sin"), attrs={"head_dim": int, "interleaved": bool}),
     "attention": Operator(
-        ("q", "k", "v"), attrs={"cache": int, "head_dim": int, "scale": float, "window": int}, uses_step=True
+        ("q", "k", "v", "alibi?"),
+        attrs={"cache": int, "head_dim": int, "scale": float, "window": int, "soft_cap": float},
+        uses_step=True,
+        later={"alibi": (2, ""), "soft_cap": (2, 0.0)},
     ),
     "silu_mul": Operator(("gate_up",)),
+    "gelu": Operator(("x",), attrs={"tanh": bool}, since=2),
+    "gelu_mul": Operator(("gate_up",), attrs={"tanh": bool}, since=2),
+    "sigmoid_mul": Operator(("x", "gate"), since=2),
+    "experts": Operator(("x", "router_logits", "gate_up", "down"), attrs={"top_k": int, "normalize": bool}, since=2),
+    "add": Operator(("x", "y"), since=2),
+    "scale": Operator(("x",), attrs={"factor": float}, since=2),
+    "soft_cap": Operator(("x",), attrs={"cap": float}, since=2),
     "split": Operator(("x",), ("*",), {"sizes": list}),
     "gather": Operator(("x", "indices")),
 }
+
+
+def version_of(op: str, inputs: tuple[str, ...], attrs: Collection[str]) -> int:
+    """The first operator set that has what this application of an operator uses.
+
+    Args:
+        inputs: by position, the names of values; a name that is left out or empty is not used.
+        attrs: names of the attributes that are given.
+    """
+    spec = OPERATORS[op]
+    given = {slot.rstrip("?") for slot, name in zip(spec.inputs, inputs, strict=False) if name} | set(attrs)
+    return max([spec.since, *(version for name, (version, _) in spec.later.items() if name in given)])
 
 
 def attr_problem(op: str, name: str, value: Any) -> str | None:

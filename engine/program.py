@@ -10,9 +10,16 @@ from typing import Literal
 import msgspec
 
 from engine.errors import InvalidArgument
-from engine.opset import OPERATORS, OPSET_VERSION, attr_problem
+from engine.opset import OPERATORS, OPSET_VERSION, attr_problem, version_of
 
 SCHEMA_VERSION = 1
+
+ROPE_LENGTHS = "rope_lengths"
+"""The input of programs whose rotary frequencies depend on how long a sequence is, int32 [num_tokens].
+
+For each token the length at which its key was or will be written: that of its sequence when it was begun (prompt, or whatever
+was known when it was computed from its beginning again), or up to this token where that is more.
+"""
 
 DType = Literal["float32", "bfloat16", "float16", "int32", "int64", "int8", "uint8"]
 
@@ -71,8 +78,9 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         dims: named dimension -> its largest value.
         inputs: the tensors that a runner gives: token_ids int32 [num_tokens], positions int32 [num_tokens],
-            logit_indices int32 [num_logits], the rows whose logits are wanted. Attention's view of the batch (which token
-            belongs to which sequence, where its keys lie) is the runner's and has no name in the program.
+            logit_indices int32 [num_logits], the rows whose logits are wanted, and ROPE_LENGTHS where it is used. Attention's
+            view of the batch (which token belongs to which sequence, where its keys lie) is the runner's and has no name in
+            the program.
         weights: name -> type; the engine's safetensors files hold them under the same names.
         caches: the KV caches; attribute "cache" of an attention operator is an index into them.
         outputs: names of the results; the first is the logits [num_logits, vocab_size].
@@ -128,13 +136,16 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if spec is None or spec.since > self.opset_version:
                 known = sorted(name for name, operator in OPERATORS.items() if operator.since <= self.opset_version)
                 raise _invalid(where, f"unknown operator; operator set {self.opset_version} has {', '.join(known)}")
-            if len(op.inputs) != len(spec.inputs):
+            needed = [slot for slot in spec.inputs if slot.rstrip("?") not in spec.later]
+            if not len(needed) <= len(op.inputs) <= len(spec.inputs):
                 raise _invalid(where, f"{len(op.inputs)} inputs, expected {len(spec.inputs)}: {', '.join(spec.inputs)}")
-            for name, slot in zip(op.inputs, spec.inputs, strict=True):
+            for name, slot in zip(op.inputs, spec.inputs, strict=False):
                 if name not in defined and not (name == "" and slot.endswith("?")):
                     raise _invalid(where, f"input {slot.rstrip('?')!r} is {name!r}, which is not defined before")
-            if set(op.attrs) != set(spec.attrs):
+            if not set(spec.attrs) - set(spec.later) <= set(op.attrs) <= set(spec.attrs):
                 raise _invalid(where, f"attributes {sorted(op.attrs)}, expected {sorted(spec.attrs)}")
+            if (version := version_of(op.op, op.inputs, op.attrs)) > self.opset_version:
+                raise _invalid(where, f"used as in operator set {version}, the program says {self.opset_version}")
             for name, value in op.attrs.items():
                 if problem := attr_problem(op.op, name, value):
                     raise _invalid(where, problem)

@@ -81,7 +81,7 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     try:
         with torch.device("meta"):
             decoder = Decoder(replace(config, layers=distinct))
-        program = lower(decoder, max_num_tokens=options.max_num_tokens)
+        program = lower(decoder, max_num_tokens=options.max_num_tokens, rope_lengths=config.rope_lengths)
     finally:
         torch.set_default_dtype(default)
     limits = Limits(options.max_batch_size, config.max_position_embeddings, options.max_num_tokens)

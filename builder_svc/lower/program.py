@@ -8,20 +8,21 @@ from torch import nn
 from torch.fx import Node
 
 from engine.errors import Internal
-from engine.opset import OPERATORS
-from engine.program import KVCache, Op, Program, TensorType, Value
+from engine.opset import OPERATORS, version_of
+from engine.program import ROPE_LENGTHS, KVCache, Op, Program, TensorType, Value
 
 # Sizes for the trace, all different and none 0 or 1, which torch.export would take for constants.
 _NUM_TOKENS, _NUM_LOGITS = 7, 5
 
 
-def lower(module: nn.Module, *, max_num_tokens: int) -> Program:
+def lower(module: nn.Module, *, max_num_tokens: int, rope_lengths: bool = False) -> Program:
     """The program of a module over the operator set.
 
     Args:
         module: on the meta device; takes token_ids int32 [num_tokens], positions int32 [num_tokens] and logit_indices
             int32 [num_logits], and returns logits.
         max_num_tokens: the largest step.
+        rope_lengths: whether the module takes a fourth tensor, `engine.program.ROPE_LENGTHS`.
 
     Raises:
         Internal: the module does something that is no operator of ours; the message names it.
@@ -29,6 +30,8 @@ def lower(module: nn.Module, *, max_num_tokens: int) -> Program:
     dims = {"num_tokens": max_num_tokens, "num_logits": max_num_tokens}
     symbols = {name: torch.export.Dim(name, min=2, max=max(size, 8)) for name, size in dims.items()}
     inputs = {"token_ids": "num_tokens", "positions": "num_tokens", "logit_indices": "num_logits"}
+    if rope_lengths:
+        inputs[ROPE_LENGTHS] = "num_tokens"
     sizes = {"num_tokens": _NUM_TOKENS, "num_logits": _NUM_LOGITS}
     example = tuple(torch.empty(sizes[dim], dtype=torch.int32, device="meta") for dim in inputs.values())
     with torch.no_grad():
@@ -64,7 +67,7 @@ class _Translation:
             else:
                 self._operator(node)
         caches = tuple(self.caches[index] for index in sorted(self.caches))
-        since = max(OPERATORS[op.op].since for op in self.ops)
+        since = max(version_of(op.op, op.inputs, op.attrs) for op in self.ops)
         program = Program(self.dims, self.inputs, self.weights, caches, tuple(self.ops), outputs, opset_version=since)
         program.validate()
         return program
@@ -90,7 +93,10 @@ class _Translation:
         attrs: dict[str, Any] = {
             attr: list(value) if kind is list else value  # type: ignore[arg-type]
             for (attr, kind), value in zip(spec.attrs.items(), values, strict=True)
+            if attr not in spec.later or value != spec.later[attr][1]
         }
+        while spec.inputs[len(tensors) - 1].rstrip("?") in spec.later and tensors[-1] is None:
+            tensors = tensors[:-1]
         results = node.meta["val"] if isinstance(node.meta["val"], list | tuple) else [node.meta["val"]]
         single = len(results) == 1 and not spec.variadic
         names = [f"v{len(self.ops)}" if single else f"v{len(self.ops)}.{index}" for index in range(len(results))]

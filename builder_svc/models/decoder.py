@@ -4,7 +4,16 @@ import torch
 from torch import Tensor, nn
 
 import engine.ops  # noqa: F401  (registers torch.ops.enginehouse)
-from builder_svc.models.config import AttentionSpec, DecoderConfig, MlpSpec, RopeSpec
+from builder_svc.models.config import (
+    AttentionSpec,
+    DecoderConfig,
+    DynamicRope,
+    ExpertsSpec,
+    LongRope,
+    MlpSpec,
+    NormSpec,
+    RopeSpec,
+)
 
 op = torch.ops.enginehouse
 
@@ -22,50 +31,103 @@ class Linear(nn.Module):
         return op.linear(x, self.weight, self.bias)
 
 
+class Norm(nn.Module):
+    """A norm, of the sum with the residual stream where there is one."""
+
+    def __init__(self, size: int, spec: NormSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32 if spec.offset else None))
+        self.bias = nn.Parameter(torch.empty(size)) if spec.bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> (the norm, the residual stream)."""
+        eps, weights = self.spec.eps, (self.weight, self.bias) if self.spec.kind == "layer" else (self.weight,)
+        if residual is None:
+            norm = op.layer_norm if self.spec.kind == "layer" else op.rms_norm
+            return norm(x, *weights, eps), x
+        norm = op.add_layer_norm if self.spec.kind == "layer" else op.add_rms_norm
+        return norm(x, residual, *weights, eps)
+
+
+class HeadNorm(nn.Module):
+    """The norm of queries or keys."""
+
+    def __init__(self, spec: AttentionSpec, heads: int, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = spec.qk_norm, eps
+        shape = {"head": (spec.head_dim,), "heads": (heads, spec.head_dim), "all": (heads * spec.head_dim,)}[self.kind]
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32 if spec.qk_norm_offset else None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, heads * D] -> [T, heads * D]."""
+        norm = {"head": op.head_rms_norm, "heads": op.head_layer_norm, "all": op.rms_norm}[self.kind]
+        return norm(x, self.weight, self.eps)
+
+
 class Attention(nn.Module):
     """Self-attention; queries, keys and values are one product."""
 
-    def __init__(self, spec: AttentionSpec, hidden_size: int, index: int) -> None:
+    def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, index: int) -> None:
         super().__init__()
         self.spec, self.index = spec, index
         self.qkv = Linear(hidden_size, sum(spec.qkv_sizes), spec.qkv_bias)
+        self.q_norm = HeadNorm(spec, spec.num_heads, eps) if spec.qk_norm else None
+        self.k_norm = HeadNorm(spec, spec.num_kv_heads, eps) if spec.qk_norm else None
         self.out = Linear(spec.num_heads * spec.head_dim, hidden_size, spec.out_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, alibi: Tensor | None) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         spec = self.spec
         q, k, v = op.split(self.qkv(x), list(spec.qkv_sizes))
-        q = op.rope(q, cos, sin, spec.head_dim, spec.rope.interleaved)
-        k = op.rope(k, cos, sin, spec.head_dim, spec.rope.interleaved)
-        return self.out(op.attention(q, k, v, self.index, spec.head_dim, spec.head_dim**-0.5, spec.window))
+        if self.q_norm and self.k_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation:
+            q, k = (op.rope(part, *rotation, spec.head_dim, spec.rope.interleaved) for part in (q, k))
+        scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        return self.out(op.attention(q, k, v, alibi, self.index, spec.head_dim, scale, spec.window, spec.soft_cap))
 
 
 class Mlp(nn.Module):
-    """The gated feed-forward part; gate and up are one product."""
+    """The feed-forward part; gate and up, where it is gated, are one product."""
 
     def __init__(self, spec: MlpSpec, hidden_size: int) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden_size, 2 * spec.intermediate_size, spec.bias)
+        self.spec = spec
+        if spec.gated:
+            self.gate_up = Linear(hidden_size, 2 * spec.intermediate_size, spec.bias)
+        else:
+            self.up = Linear(hidden_size, spec.intermediate_size, spec.bias)
         self.down = Linear(spec.intermediate_size, hidden_size, spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        return self.down(op.silu_mul(self.gate_up(x)))
+        tanh = self.spec.activation == "gelu_tanh"
+        if not self.spec.gated:
+            return self.down(op.gelu(self.up(x), tanh))
+        if self.spec.activation == "silu":
+            return self.down(op.silu_mul(self.gate_up(x)))
+        return self.down(op.gelu_mul(self.gate_up(x), tanh))
 
 
-class Norm(nn.Module):
-    """Root mean square norm, of the sum with the residual stream where there is one."""
+class Experts(nn.Module):
+    """Feed-forward parts that a router chooses from, and the one that all tokens share."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, spec: ExpertsSpec, hidden_size: int) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
+        self.spec = spec
+        self.router = Linear(hidden_size, spec.num_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(spec.num_experts, 2 * spec.intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(spec.num_experts, hidden_size, spec.intermediate_size))
+        self.shared = Mlp(spec.shared, hidden_size) if spec.shared else None
+        self.shared_gate = Linear(hidden_size, 1, bias=False) if spec.shared else None
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """-> (the norm, the residual stream)."""
-        if residual is None:
-            return op.rms_norm(x, self.weight, self.eps), x
-        return op.add_rms_norm(x, residual, self.weight, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        y = op.experts(x, self.router(x), self.gate_up, self.down, self.spec.top_k, self.spec.normalize)
+        if self.shared and self.shared_gate:
+            y = op.add(y, op.sigmoid_mul(self.shared(x), self.shared_gate(x)))
+        return y
 
 
 class Rope(nn.Module):
@@ -73,31 +135,87 @@ class Rope(nn.Module):
 
     def __init__(self, spec: RopeSpec) -> None:
         super().__init__()
-        self.scale = spec.scale
-        self.register_buffer("inv_freq", torch.empty(len(spec.inv_freq), dtype=torch.float32))
+        self.spec = spec
+        if not isinstance(spec.by_length, DynamicRope):
+            self.register_buffer("inv_freq", torch.empty(len(spec.inv_freq), dtype=torch.float32))
+        if isinstance(spec.by_length, LongRope):
+            self.register_buffer("long_inv_freq", torch.empty(len(spec.inv_freq), dtype=torch.float32))
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[T] -> twice [T, rotary_dim / 2]."""
-        return op.rope_table(positions, self.inv_freq, self.scale)
+    def forward(self, positions: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[T], [T] -> twice [T, rotary_dim / 2]."""
+        spec, long = self.spec, self.spec.by_length
+        if isinstance(long, LongRope):
+            return op.long_rope_table(positions, lengths, self.inv_freq, self.long_inv_freq, long.original, spec.scale)
+        if isinstance(long, DynamicRope):
+            return op.dynamic_rope_table(
+                positions, lengths, 2 * len(spec.inv_freq), long.theta, long.factor, long.original
+            )
+        return op.rope_table(positions, self.inv_freq, spec.scale)
+
+    def constants(self) -> dict[str, tuple[float, ...]]:
+        """The buffers' values by name."""
+        spec, long = self.spec, self.spec.by_length
+        if isinstance(long, DynamicRope):
+            return {}
+        return {"inv_freq": spec.inv_freq} | ({"long_inv_freq": long.inv_freq} if long else {})
 
 
 class Layer(nn.Module):
-    """Norm, attention, norm, feed-forward."""
+    """Attention and feed-forward around the residual stream, which is the sum of `residual` and what is to be added to it."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        spec = config.layers[index]
-        self.input_norm = Norm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(spec.attention, config.hidden_size, index)
-        self.post_norm = Norm(config.hidden_size, config.norm_eps)
-        self.mlp = Mlp(spec.mlp, config.hidden_size)
+        self.spec = spec = config.layers[index]
+        self.attention_norm = self._norm(config, spec.attention_norm)
+        self.attention = Attention(spec.attention, config.hidden_size, config.final_norm.eps, index)
+        self.attention_out_norm = self._norm(config, spec.attention_out_norm)
+        self.mlp_norm = self._norm(config, spec.mlp_norm)
+        self.mlp = (Mlp if isinstance(spec.mlp, MlpSpec) else Experts)(spec.mlp, config.hidden_size)
+        self.mlp_out_norm = self._norm(config, spec.mlp_out_norm)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(this layer's addition, the residual stream without it)."""
-        x, residual = self.input_norm(x, residual)
-        x = self.attention(x, cos, sin)
-        x, residual = self.post_norm(x, residual)
-        return self.mlp(x), residual
+    @staticmethod
+    def _norm(config: DecoderConfig, spec: NormSpec | None) -> Norm | None:
+        return Norm(config.hidden_size, spec) if spec else None
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotation: tuple[Tensor, Tensor] | None, alibi: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(this layer's last addition, the residual stream without it)."""
+        stream, residual = self._enter(self.attention_norm, x, residual)
+        attended = self._leave(self.attention_out_norm, self.attention(stream, rotation, alibi))
+        if not self.spec.parallel:
+            stream, residual = self._enter(self.mlp_norm, attended, residual)
+        elif self.mlp_norm:
+            stream, _ = self.mlp_norm(residual)
+        made = self._leave(self.mlp_out_norm, self.mlp(stream))
+        return op.add(attended, made) if self.spec.parallel else made, residual
+
+    def _enter(self, norm: Norm | None, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a part reads, and the stream that its result is added to."""
+        if norm:
+            return norm(x, residual)
+        stream = x if residual is None else op.add(x, residual)
+        return stream, stream
+
+    def _leave(self, norm: Norm | None, x: Tensor) -> Tensor:
+        """What is added of a part's result."""
+        if norm:
+            x, _ = norm(x)
+        return x if self.spec.residual_scale == 1 else op.scale(x, self.spec.residual_scale)
+
+
+class Head(nn.Module):
+    """The product that makes logits, with the embedding where both are tied."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab_size]."""
+        return op.linear(x, embedding if self.weight is None else self.weight, self.bias)
 
 
 class Decoder(nn.Module):
@@ -110,24 +228,43 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        if config.learned_positions:
+            self.position_embedding = nn.Parameter(torch.empty(config.learned_positions, config.hidden_size))
         self.rope = nn.ModuleList(Rope(spec) for spec in config.ropes)
+        for index, slopes in enumerate(config.slopes):
+            self.register_buffer(f"alibi_{index}", torch.empty(len(slopes), dtype=torch.float32))
         self.layers = nn.ModuleList(Layer(config, index) for index in range(len(config.layers)))
-        self.final_norm = Norm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.final_norm = Norm(config.hidden_size, config.final_norm)
+        self.lm_head = Head(config)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
-        """int32 [T], int32 [T], int32 [N] -> logits [N, vocab_size]."""
-        tables = {spec: rope(positions) for spec, rope in zip(self.config.ropes, self.rope, strict=True)}
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, logit_indices: Tensor, rope_lengths: Tensor | None = None
+    ) -> Tensor:
+        """int32 [T], int32 [T], int32 [N], int32 [T] where `config.rope_lengths` -> logits [N, vocab_size]."""
+        config = self.config
+        rotations = {spec: rope(positions, rope_lengths) for spec, rope in zip(config.ropes, self.rope, strict=True)}
+        slopes = {found: getattr(self, f"alibi_{index}") for index, found in enumerate(config.slopes)}
         x, residual = op.embedding(token_ids, self.embedding), None
-        for spec, layer in zip(self.config.layers, self.layers, strict=True):
-            x, residual = layer(x, residual, *tables[spec.attention.rope])
+        if config.embedding_scale != 1:
+            x = op.scale(x, config.embedding_scale)
+        if config.learned_positions:
+            x = op.add(x, op.embedding(positions, self.position_embedding))
+        for layer in self.layers:
+            attention = layer.spec.attention
+            x, residual = layer(x, residual, rotations.get(attention.rope), slopes.get(attention.alibi))
         x, residual = op.gather(x, logit_indices), op.gather(residual, logit_indices)
         x, _ = self.final_norm(x, residual)
-        return self.lm_head(x) if self.lm_head else op.linear(x, self.embedding, None)
+        logits = self.lm_head(x, self.embedding)
+        if config.logit_scale != 1:
+            logits = op.scale(logits, config.logit_scale)
+        return op.soft_cap(logits, config.logit_soft_cap) if config.logit_soft_cap else logits
 
     def constants(self) -> dict[str, Tensor]:
-        """The weights that no checkpoint holds, by name: rotary frequencies, float32."""
-        return {
-            f"rope.{index}.inv_freq": torch.tensor(spec.inv_freq, dtype=torch.float32, device="cpu")
-            for index, spec in enumerate(self.config.ropes)
+        """The weights that no checkpoint holds, by name: rotary frequencies and alibi slopes, float32."""
+        values = {
+            f"rope.{index}.{name}": numbers
+            for index, rope in enumerate(self.rope)
+            for name, numbers in rope.constants().items()
         }
+        values |= {f"alibi_{index}": slopes for index, slopes in enumerate(self.config.slopes)}
+        return {name: torch.tensor(numbers, dtype=torch.float32, device="cpu") for name, numbers in values.items()}

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops import Step
+from engine.ops import REFERENCE, Step
+from engine.ops import rms_norm as reference_rms_norm
 
 __all__ = ["add_rms_norm", "attention", "rms_norm"]
 
@@ -14,23 +15,39 @@ _SLACK = 64  # keys by which contexts may differ in one batch, beside half of th
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """torch's fused norm computes in float32 as the reference does."""
+    """torch's fused norm computes in float32 as the reference does, with one dtype."""
+    if weight.dtype != x.dtype:
+        return reference_rms_norm(x, weight, eps=eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """The sum, and its norm as above."""
     total = x + residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
+    return rms_norm(total, weight, eps=eps), total
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, step: Step, cache: int, head_dim: int, scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi: Tensor | None = None,
+    *,
+    step: Step,
+    cache: int,
+    head_dim: int,
+    scale: float,
+    window: int,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """torch's flash attention: sequences with one new token in groups of like length, the others one by one.
 
-    Keys and values are gathered from their blocks.
+    Keys and values are gathered from their blocks. With alibi or a soft cap, the reference serves.
     """
+    if alibi is not None or soft_cap:
+        settings = {"cache": cache, "head_dim": head_dim, "scale": scale, "window": window, "soft_cap": soft_cap}
+        result: Tensor = REFERENCE["attention"](q, k, v, alibi, step=step, **settings)
+        return result
     k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
     block_size, groups = k_cache.shape[1], k_cache.shape[2]
     k_cache.view(-1, groups, head_dim).index_copy_(0, step.slots, k.view(-1, groups, head_dim))

@@ -189,14 +189,30 @@ def operators(others: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., 
         return y
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, step: Step, cache: int, head_dim: int, scale: float, window: int
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alibi: Tensor | None = None,
+        *,
+        step: Step,
+        cache: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+        soft_cap: float = 0.0,
     ) -> Tensor:
         """The caches' memory is taken as keys [blocks, G, D, 16] and values [blocks, G, 16, D]."""
         k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
         block_size, groups = k_cache.shape[1], k_cache.shape[2]
-        if q.dtype not in _TYPES or k_cache.dtype != q.dtype or block_size != KEYS_PER_BLOCK:
-            settings = {"cache": cache, "head_dim": head_dim, "scale": scale, "window": window}
-            result: Tensor = others["attention"](q, k, v, step=step, **settings)
+        if (
+            q.dtype not in _TYPES
+            or k_cache.dtype != q.dtype
+            or block_size != KEYS_PER_BLOCK
+            or alibi is not None
+            or soft_cap
+        ):
+            settings = {"cache": cache, "head_dim": head_dim, "scale": scale, "window": window, "soft_cap": soft_cap}
+            result: Tensor = others["attention"](q, k, v, alibi, step=step, **settings)
             return result
         heads, rest = divmod(q.shape[1], head_dim)
         fits = k_cache.shape[3] == head_dim and k.shape == v.shape == (len(q), groups * head_dim)

@@ -223,12 +223,12 @@ BAD = {
     "architecture": (
         lambda path: change_config(path, architectures=["MambaForCausalLM"]),
         Unimplemented,
-        "MambaForCausalLM is not supported; supported are LlamaForCausalLM, Qwen2ForCausalLM",
+        "MambaForCausalLM is not supported; supported are .*LlamaForCausalLM, .*Qwen2ForCausalLM",
     ),
     "rope": (
-        lambda path: change_config(path, rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}),
+        lambda path: change_config(path, rope_parameters={"rope_type": "mrope", "rope_theta": 1.0}),
         Unimplemented,
-        "rope type 'yarn' is not supported; supported are default, linear, llama3",
+        "rope type 'mrope' is not supported; supported are default, dynamic, linear, llama3, longrope, yarn",
     ),
     "extra tensor": (
         spoil_extra,
@@ -253,7 +253,7 @@ BAD = {
     "odd head_dim": (
         lambda path: change_config(path, head_dim=21),
         InvalidArgument,
-        "head_dim is 21, rotary positions need an even one",
+        "head_dim is 21: rotary positions need an even number",
     ),
     "rope_theta": (
         lambda path: change_config(path, rope_parameters={"rope_theta": 0.0}),
@@ -268,9 +268,9 @@ BAD = {
         "quantization method 'gptq' is not supported",
     ),
     "activation": (
-        lambda path: change_config(path, hidden_act="gelu"),
+        lambda path: change_config(path, hidden_act="xielu"),
         Unimplemented,
-        "hidden_act 'gelu' is not supported",
+        "hidden_act 'xielu' is not supported; supported are gelu, ",
     ),
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), FailedPrecondition, "holds no tokenizer.json"),
     "tokenizer damaged": (

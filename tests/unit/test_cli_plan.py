@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from hub_server import Repository
 
-from builder_svc.models.config import AttentionSpec, DecoderConfig, LayerSpec, MlpSpec, RopeSpec
+from builder_svc.models.config import AttentionSpec, DecoderConfig, LayerSpec, MlpSpec, NormSpec, RopeSpec
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
 from engine import registry
@@ -114,9 +114,10 @@ def test_a_plan_says_what_a_build_writes(dtype: str, tmp_path: Path) -> None:
 
 def test_layers_of_several_kinds_are_each_counted(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
     rope = RopeSpec(inv_freq=(1.0, 0.1))
-    full = LayerSpec(AttentionSpec(4, 2, 8, rope), MlpSpec(32))
-    sliding = LayerSpec(AttentionSpec(4, 1, 8, rope, window=16, qkv_bias=True), MlpSpec(64))
-    mixed = DecoderConfig("LlamaForCausalLM", 100, 32, 1e-5, (full, sliding, sliding, full, sliding), True, 64)
+    norm = NormSpec("rms", 1e-5)
+    full = LayerSpec(AttentionSpec(4, 2, 8, rope), MlpSpec(32), norm, norm)
+    sliding = LayerSpec(AttentionSpec(4, 1, 8, rope, window=16, qkv_bias=True), MlpSpec(64), norm, norm)
+    mixed = DecoderConfig("LlamaForCausalLM", 100, 32, (full, sliding, sliding, full, sliding), norm, True, 64)
     monkeypatch.setattr("builder_svc.models.families.llama.decoder_config", lambda *_: mixed)
     shape = of_checkpoint(str(llama), "float32")
     assert shape.attention == (Attention(2, 4, 2, 8), Attention(3, 4, 1, 8, 16))

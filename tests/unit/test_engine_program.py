@@ -76,7 +76,7 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "another schema": (lambda p: p.update(schema_version=SCHEMA_VERSION + 1), "versions: schema 2"),
     "another operator set": (
         lambda p: p.update(opset_version=OPSET_VERSION + 1),
-        "reads schema 1 and operator sets up to 1",
+        f"reads schema 1 and operator sets up to {OPSET_VERSION}",
     ),
     "an unknown field": (lambda p: p.update(code="x"), "unknown field `code`"),
     "a missing field": (lambda p: p.pop("caches"), "missing required field `caches`"),

@@ -3,8 +3,7 @@
 A page is a module here with
     ARCHITECTURES   the names in config.json's "architectures" that it reads
     decoder_config(config: Fields, architecture: str) -> DecoderConfig
-    weight_names(config: DecoderConfig) -> dict[str, tuple[str, ...]]
-The last maps each weight of our decoder to the checkpoint's tensors that form it, stacked along the first dimension.
+    NAMES: Names    what its checkpoints call their weights
 A module that is put here is found; nothing else has to change.
 """
 
@@ -15,6 +14,7 @@ from typing import Protocol
 
 from builder_svc.models.config import DecoderConfig
 from builder_svc.models.fields import Fields
+from builder_svc.models.sources import Names
 from engine.errors import Unimplemented
 
 
@@ -22,12 +22,10 @@ class Family(Protocol):
     """What a page provides."""
 
     ARCHITECTURES: tuple[str, ...]
+    NAMES: Names
 
     def decoder_config(self, config: Fields, architecture: str) -> DecoderConfig:
         """The decoder of a config.json."""
-
-    def weight_names(self, config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-        """Our weight name -> the checkpoint's tensor names, stacked."""
 
 
 def families() -> Mapping[str, Family]:

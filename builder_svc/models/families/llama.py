@@ -1,11 +1,20 @@
 """LLaMA 1, 2, 3.x, and models with the same layout."""
 
-from builder_svc.models.config import AttentionSpec, DecoderConfig, LayerSpec, MlpSpec
+from typing import Any
+
+from builder_svc.models.config import Activation, AttentionSpec, DecoderConfig, LayerSpec, MlpSpec, NormSpec
 from builder_svc.models.fields import Fields
-from builder_svc.models.rope import rope_spec
-from engine.errors import Unimplemented
+from builder_svc.models.rope import longest_sequence, rope_spec
+from builder_svc.models.sources import Names
+from engine.errors import InvalidArgument, Unimplemented
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+NAMES = Names()
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
 
 
 def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
@@ -14,52 +23,48 @@ def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     return uniform_decoder(config, architecture, qkv_bias=bias, out_bias=bias)
 
 
-def uniform_decoder(config: Fields, architecture: str, *, qkv_bias: bool, out_bias: bool) -> DecoderConfig:
-    """A decoder of equal layers, from the field names that LLaMA set for most families."""
-    activation = config.get("hidden_act", str, "silu")
-    if activation != "silu":
-        raise Unimplemented(f"{config.where}: hidden_act {activation!r} is not supported; supported is silu")
-    hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
-    head_dim = config.size("head_dim", hidden_size // num_heads)
-    attention = AttentionSpec(
-        num_heads=num_heads,
-        num_kv_heads=config.size("num_key_value_heads", num_heads),
-        head_dim=head_dim,
-        rope=rope_spec(config, head_dim),
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
-    )
-    mlp = MlpSpec(config.size("intermediate_size"), bias=config.get("mlp_bias", bool, False))
+def uniform_decoder(config: Fields, architecture: str, *, tie: bool = False, **attention: Any) -> DecoderConfig:
+    """A decoder of equal layers, from the field names that LLaMA set for most families.
+
+    Args:
+        tie: whether embeddings are tied where the config does not say.
+        attention: fields of AttentionSpec that differ from LLaMA's.
+    """
+    norm = NormSpec("rms", config.require("rms_norm_eps", float))
+    mlp = MlpSpec(config.size("intermediate_size"), config.get("mlp_bias", bool, False), activation(config))
+    layer = LayerSpec(attention_spec(config, **attention), mlp, norm, norm)
     return DecoderConfig(
         architecture=architecture,
         vocab_size=config.size("vocab_size"),
-        hidden_size=hidden_size,
-        norm_eps=config.require("rms_norm_eps", float),
-        layers=(LayerSpec(attention, mlp),) * config.size("num_hidden_layers"),
-        tie_embeddings=config.get("tie_word_embeddings", bool, False),
-        max_position_embeddings=config.size("max_position_embeddings"),
+        hidden_size=config.size("hidden_size"),
+        layers=(layer,) * config.size("num_hidden_layers"),
+        final_norm=norm,
+        tie_embeddings=config.get("tie_word_embeddings", bool, tie),
+        max_position_embeddings=longest_sequence(config),
     )
 
 
-def weight_names(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """As in transformers' LlamaForCausalLM."""
-    names: dict[str, tuple[str, ...]] = {
-        "embedding": ("model.embed_tokens.weight",),
-        "final_norm.weight": ("model.norm.weight",),
-    }
-    if not config.tie_embeddings:
-        names["lm_head.weight"] = ("lm_head.weight",)
-    for index, layer in enumerate(config.layers):
-        ours, theirs = f"layers.{index}", f"model.layers.{index}"
-        names[f"{ours}.input_norm.weight"] = (f"{theirs}.input_layernorm.weight",)
-        names[f"{ours}.post_norm.weight"] = (f"{theirs}.post_attention_layernorm.weight",)
-        linears = {
-            "attention.qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.attention.qkv_bias),
-            "attention.out": (("self_attn.o_proj",), layer.attention.out_bias),
-            "mlp.gate_up": (("mlp.gate_proj", "mlp.up_proj"), layer.mlp.bias),
-            "mlp.down": (("mlp.down_proj",), layer.mlp.bias),
-        }
-        for ours_linear, (parts, bias) in linears.items():
-            for kind in ("weight", "bias") if bias else ("weight",):
-                names[f"{ours}.{ours_linear}.{kind}"] = tuple(f"{theirs}.{part}.{kind}" for part in parts)
-    return names
+def attention_spec(config: Fields, **changes: Any) -> AttentionSpec:
+    """Heads and rotary positions by LLaMA's field names, with changes of the spec's fields."""
+    hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
+    head_dim = config.size("head_dim", hidden_size // num_heads)
+    num_kv_heads = config.size("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise InvalidArgument(
+            f"{config.where}: {num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly",
+            reason="CONFIG_FIELD_INVALID",
+        )
+    if "rope" not in changes:
+        changes["rope"] = rope_spec(config, head_dim)
+    return AttentionSpec(num_heads, num_kv_heads, head_dim, **changes)
+
+
+def activation(config: Fields, field: str = "hidden_act", default: str = "silu") -> Activation:
+    """Raises Unimplemented for one that we do not have."""
+    name = config.get(field, str, default)
+    if name not in ACTIVATIONS:
+        raise Unimplemented(
+            f"{config.where}: {field} {name!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}",
+            reason="ACTIVATION_UNSUPPORTED",
+        )
+    return ACTIVATIONS[name]
