@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from families_harness import check_family
 
 import builder_svc.models.families as families_package
 from builder_svc.models.families import families
 from executor_svc.core import Sampling, Sequence
-from tests.conftest import VOCAB_SIZE, save_checkpoint
+from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine
 
 ROPE_LLAMA3 = {
@@ -36,33 +37,10 @@ CASES = {
 def test_equals_transformers(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family, **changes)
-    loaded = make_engine(checkpoint, tmp_path / "store", max_num_tokens=64)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    torch.manual_seed(3)
-    prompts = [torch.randint(2, VOCAB_SIZE, (length,)).tolist() for length in (1, 70, 33)]
-    sequences = [Sequence(0, row, list(prompt), len(prompt), 64, Sampling(0.0)) for row, prompt in enumerate(prompts)]
-
-    engine = Engine(loaded)
-    engine.scheduler.add(Sequence(0, 0, list(prompts[2]), 33, 1, Sampling(0.0)))
-    batch = engine.scheduler.schedule()
-    assert batch is not None
-    with torch.inference_mode():
-        wanted = reference(torch.tensor([prompts[2]])).logits[0, -1]
-    assert (engine.runner._logits(batch)[0] - wanted).abs().max() < 1e-4
-
-    Engine(loaded).run(sequences)
-    for sequence, prompt in zip(sequences, prompts, strict=True):
-        text = reference.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
-            max_new_tokens=64,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert sequence.token_ids == text[0].tolist()
+    )
+    check_family(checkpoint, reference.eval(), tmp_path)
 
 
 def test_half_precision_stays_near_the_reference(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""A family against transformers: the same logits through the program, the same tokens through scheduler and runner."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from executor_svc.core import Batch, Sampling, Sequence
+from tests.conftest import VOCAB_SIZE
+from tests.running import Engine, make_engine
+
+NEW_TOKENS = 64
+
+
+class Reference(Protocol):
+    """A model as transformers has it."""
+
+    def __call__(self, input_ids: Tensor) -> Any: ...
+
+    def generate(self, input_ids: Tensor, **settings: Any) -> Tensor: ...
+
+
+def check_family(
+    checkpoint: Path, reference: Reference, tmp_path: Path, lengths: tuple[int, ...] = (1, 70, 33), **options: Any
+) -> None:
+    """Ragged prompts in chunks of at most 64 tokens: every row's logits within 1e-4 of the reference's, then its greedy tokens.
+
+    Args:
+        lengths: of the prompts.
+        options: of the build.
+    """
+    loaded = make_engine(checkpoint, tmp_path / "store", **{"max_num_tokens": 64, **options})
+    torch.manual_seed(3)
+    prompts = [torch.randint(2, VOCAB_SIZE, (length,)).tolist() for length in lengths]
+    sequences = [
+        Sequence(0, row, list(prompt), len(prompt), NEW_TOKENS, Sampling(0.0)) for row, prompt in enumerate(prompts)
+    ]
+    engine = Engine(loaded)
+    rows = watch(engine)
+    engine.run(sequences)
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        with torch.inference_mode():
+            wanted = reference(torch.tensor([prompt])).logits[0].float()
+        found = torch.stack([rows[sequence.handle, position] for position in range(len(prompt))])
+        assert (found - wanted).abs().max() < 1e-4, f"{len(prompt)} tokens: {(found - wanted).abs().max():.2e}"
+        assert sequence.token_ids == continuation(reference, prompt)
+
+
+def watch(engine: Engine) -> dict[tuple[int, int], Tensor]:
+    """Filled as the engine runs: (handle, position) -> logits [vocab_size], as they were first computed."""
+    rows: dict[tuple[int, int], Tensor] = {}
+    compute = engine.runner._logits
+
+    def watched(batch: Batch) -> Tensor:
+        items = tuple(item._replace(prompt_rows=range(item.start, item.start + item.count)) for item in batch.items)
+        logits = compute(replace(batch, items=items))
+        sampled = sum(item.samples for item in items)
+        at = sampled
+        for item in items:
+            for position in range(item.start, item.start + item.count):
+                rows.setdefault((item.sequence.handle, position), logits[at])
+                at += 1
+        return logits[:sampled]
+
+    engine.runner._logits = watched  # type: ignore[method-assign]
+    return rows
+
+
+def continuation(reference: Reference, prompt: list[int]) -> list[int]:
+    """The prompt and its greedy continuation by transformers."""
+    text = reference.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return text[0].tolist()
