@@ -135,7 +135,7 @@ def build(
                 progress("upload", before + done, total, "bytes")
 
             for ref, path in files:
-                put_file(store, ref, path, uploaded)
+                put_file(store, ref, path, uploaded, move=True)
                 before += ref.size
             progress("publish", 0, 1, "")
             put_bytes(store, "program.json", program_json)

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,6 +20,8 @@ from engine.program import ITEM_SIZE, Program
 # What older checkpoints store although their config implies it: rotary frequencies and causal masks.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 MAX_FILE_BYTES = 4 * 1024**3
+_FLUSH_BYTES = 256 * 1024**2
+_UNDER_WAY = 3  # parts that are being written and hashed
 _NAMES = {
     "float32": "F32",
     "bfloat16": "BF16",
@@ -88,8 +93,8 @@ def write_weights(
 ) -> list[tuple[FileRef, Path]]:
     """Writes the program's weights as safetensors files of at most MAX_FILE_BYTES (or one tensor) into a directory.
 
-    Tensors stand in the order of their first use, wider dtypes first, so that each is aligned to its own size. One of them
-    is in memory at a time, with the parts that it is made of.
+    Tensors stand in the order of their first use, wider dtypes first, so that each is aligned to its own size. A few of
+    the parts that they are made of are in memory at a time.
 
     Args:
         constants: weights that no checkpoint holds.
@@ -101,30 +106,81 @@ def write_weights(
     used = [name for op in program.ops for name in op.inputs if name in program.weights]
     order = sorted(dict.fromkeys(used), key=lambda name: -ITEM_SIZE[program.weights[name].dtype])
     total, done = sum(program.weights[name].nbytes for name in order), 0
+
+    def parts(name: str) -> Iterator[torch.Tensor]:
+        dtype = getattr(torch, program.weights[name].dtype)
+        found = [constants[name]] if name in constants else _parts(checkpoint, sources[name])
+        return (part.to(dtype).contiguous() for part in found)
+
     written = []
-    for number, group in enumerate(_groups(order, program)):
-        hasher, path = Hasher(), directory / f"rank0-{number:05d}.safetensors"
-        try:
-            with path.open("wb") as file:
-                header = _header(group, program)
-                file.write(header)
-                hasher.update(header)
-                for name in group:
-                    dtype = getattr(torch, program.weights[name].dtype)
-                    parts = [constants[name]] if name in constants else _parts(checkpoint, sources[name])
-                    for part in parts:
-                        tensor = part.to(dtype).contiguous()
-                        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-                        file.write(data)
-                        hasher.update(data)
-                        done += tensor.nbytes
+    with ThreadPoolExecutor(1, "weights-read") as reader:
+        for number, group in enumerate(_groups(order, program)):
+            path = directory / f"rank0-{number:05d}.safetensors"
+            try:
+                with _Output(path) as output:
+                    output.write(_header(group, program))
+                    for part in _ahead((part for name in group for part in parts(name)), reader):
+                        output.write(memoryview(part.view(-1).view(torch.uint8).numpy()))
+                        done += part.nbytes
                         progress(done, total)
-        except OSError as error:
-            raise ResourceExhausted(
-                f"cannot write {path}: {error.strerror}; choose another --work-dir", reason="WORK_DIR_FULL"
-            ) from None
-        written.append((hasher.ref(path.name), path))
+                written.append((output.hasher.ref(path.name), path))
+            except OSError as error:
+                raise ResourceExhausted(
+                    f"cannot write {path}: {error.strerror}; choose another --work-dir", reason="WORK_DIR_FULL"
+                ) from None
     return written
+
+
+class _Output:
+    """A file that is hashed as it is written. The two digests, the writing and the disk have a thread each."""
+
+    def __init__(self, path: Path) -> None:
+        self.hasher = Hasher()
+        self._file = path.open("wb", buffering=0)
+        self._takers = [self._write, self.hasher.update_whole, self.hasher.update_chunks]
+        self._threads = [ThreadPoolExecutor(1, "weights-write") for _ in self._takers]
+        self._under_way: deque[list[Future[object]]] = deque()
+        self._disk, self._unflushed = ThreadPoolExecutor(1, "weights-flush"), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Takes the next bytes, which must not change any more; may wait for those before them."""
+        pairs = zip(self._threads, self._takers, strict=True)
+        self._under_way.append([thread.submit(take, data) for thread, take in pairs])
+        if len(self._under_way) > _UNDER_WAY:
+            self._wait()
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while self._under_way and kind is None:
+                self._wait()
+        finally:
+            for thread in (*self._threads, self._disk):
+                thread.shutdown(cancel_futures=kind is not None)
+            self._file.close()
+
+    def _wait(self) -> None:
+        for taken in self._under_way.popleft():
+            taken.result()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+        self._unflushed += len(data)
+        if self._unflushed > _FLUSH_BYTES:  # the disk begins now, so that little is left for the end
+            self._unflushed = 0
+            self._disk.submit(os.fdatasync, self._file.fileno())
+
+
+def _ahead(parts: Iterator[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+    """The same, each read while the one before it is used."""
+    coming = pool.submit(next, parts, None)
+    while (part := coming.result()) is not None:
+        coming = pool.submit(next, parts, None)
+        yield part
 
 
 def _parts(checkpoint: HuggingFaceCheckpoint, source: Source) -> Iterator[torch.Tensor]:

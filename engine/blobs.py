@@ -29,11 +29,19 @@ class Hasher:
 
     def update(self, data: bytes | memoryview) -> None:
         """Takes the next bytes."""
+        self.update_whole(data)
+        self.update_chunks(data)
+
+    def update_whole(self, data: bytes | memoryview) -> None:
+        """One half of `update`; the other may run at the same time, in another thread."""
+        self._whole.update(data)
+
+    def update_chunks(self, data: bytes | memoryview) -> None:
+        """The other half."""
         view = memoryview(data).cast("B")
         while view:
             room = CHUNK_SIZE - self.size % CHUNK_SIZE
             part, view = view[:room], view[room:]
-            self._whole.update(part)
             self._chunk.update(part)
             self.size += len(part)
             if self.size % CHUNK_SIZE == 0:
@@ -61,9 +69,13 @@ def put_bytes(store: Store, name: str, data: bytes) -> FileRef:
     return ref
 
 
-def put_file(store: Store, ref: FileRef, path: Path, progress: Progress | None = None) -> None:
-    """Stores a described file; resumes, and does nothing where it is there already, in its full size."""
-    store.upload(blob_key(ref.digest), path, progress)
+def put_file(store: Store, ref: FileRef, path: Path, progress: Progress | None = None, *, move: bool = False) -> None:
+    """Stores a described file; resumes, and does nothing where it is there already, in its full size.
+
+    Args:
+        move: the file is not needed any more, and may become the blob.
+    """
+    store.upload(blob_key(ref.digest), path, progress, move=move)
 
 
 def read(store: Store, ref: FileRef) -> bytes:

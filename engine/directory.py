@@ -69,13 +69,31 @@ class DirectoryStore(Store):
             temporary.replace(path)
             _sync(path.parent)
 
-    def upload(self, key: str, path: Path, progress: Progress | None = None) -> None:
+    def upload(self, key: str, path: Path, progress: Progress | None = None, *, move: bool = False) -> None:
         total = path.stat().st_size
         report = progress or (lambda *_: None)
         with self._errors(key):
+            if move and self.size(key) != total:
+                self._try_move(key, path)
             while self.size(key) != total and not self._try_upload(key, path, total, report):
                 pass  # its partial was taken away: it begins again
         report(total, total)
+
+    def _try_move(self, key: str, path: Path) -> None:
+        """Does nothing where the file lies on another file system."""
+        final = self._path(key)
+        if path.stat().st_dev != self.root.stat().st_dev:
+            return
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.replace(final)
+        except OSError as error:
+            if error.errno == errno.EXDEV:  # two mounts of one device
+                return
+            raise
+        _sync(final.parent)
 
     def _try_upload(self, key: str, path: Path, total: int, report: Progress) -> bool:
         """An upload under the partial file's lock; False if that file is not at its place any more when it is whole.

@@ -1,7 +1,6 @@
 """What each operator of `engine/opset.py` means: a plain PyTorch reference, which is its specification.
 
-Also registers the operators with torch as `torch.ops.enginehouse.*`, by shape only, so that torch.export can trace a module
-that is written over them. Executors run the references, or implementations of their own that a test holds against them.
+Executors run the references, or implementations of their own that a test holds against them.
 
 Shapes: T tokens of a step (all sequences packed one after another), H query heads, G key/value heads, D head_dim.
 """
@@ -15,8 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from engine.opset import OPERATORS, Operator
 
 
 @dataclass(frozen=True)
@@ -260,36 +257,3 @@ REFERENCE: dict[str, Callable[..., Any]] = {
         add, scale, soft_cap, split, gather,
     )
 }  # fmt: skip
-
-
-_LIKE_X = ("attention", "experts", "scale")  # whose result is like their first input
-
-
-def _schema(name: str, operator: Operator) -> str:
-    kinds = {int: "int", float: "float", bool: "bool", list: "int[]"}
-    tensors = [f"Tensor? {slot[:-1]}" if slot.endswith("?") else f"Tensor {slot}" for slot in operator.inputs]
-    attrs = [f"{kinds[kind]} {attr}" for attr, kind in operator.attrs.items()]
-    if operator.variadic:
-        result = "Tensor[]"
-    else:
-        result = f"({', '.join('Tensor' for _ in operator.outputs)})"
-    return f"{name}({', '.join(tensors + attrs)}) -> {result}"
-
-
-def _shapes(name: str, operator: Operator) -> Callable[..., Any]:
-    """The reference under torch's fake tensors, which compute shapes only."""
-
-    def fake(*args: Any) -> Any:
-        tensors, attrs = args[: len(operator.inputs)], args[len(operator.inputs) :]
-        if name in _LIKE_X:  # their work depends on what a trace has not, such as caches and values
-            return torch.empty_like(tensors[0])
-        result = REFERENCE[name](*tensors, **dict(zip(operator.attrs, attrs, strict=True)))
-        return [part.clone() for part in result] if isinstance(result, list) else result
-
-    return fake
-
-
-_library: Any = torch.library.Library("enginehouse", "DEF")  # type: ignore[no-untyped-call]
-for _name, _operator in OPERATORS.items():
-    _library.define(_schema(_name, _operator))
-    torch.library.register_fake(f"enginehouse::{_name}", _shapes(_name, _operator), lib=_library)

@@ -107,7 +107,7 @@ class S3Store(Store):
     def replace(self, key: str, data: bytes) -> None:
         self._client.request("PUT", self._path(key), body=data)
 
-    def upload(self, key: str, path: Path, progress: Progress | None = None) -> None:
+    def upload(self, key: str, path: Path, progress: Progress | None = None, *, move: bool = False) -> None:  # noqa: ARG002
         address = self._path(key)
         total = path.stat().st_size
         report = progress or (lambda *_: None)

@@ -61,8 +61,11 @@ class Store(abc.ABC):
         """Writes a small object over what may be there. All or nothing."""
 
     @abc.abstractmethod
-    def upload(self, key: str, path: Path, progress: Progress | None = None) -> None:
+    def upload(self, key: str, path: Path, progress: Progress | None = None, *, move: bool = False) -> None:
         """Writes a large object that nobody sees before it is whole.
+
+        Args:
+            move: the file is not needed any more, and may become the object.
 
         For immutable content: where an object of the file's size exists nothing is done (one of another size is damaged and
         replaced), and what an interrupted upload of the same file left is not sent again.

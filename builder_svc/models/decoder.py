@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-import engine.ops  # noqa: F401  (registers torch.ops.enginehouse)
 from builder_svc.models.config import (
     AttentionSpec,
     DecoderConfig,
@@ -14,8 +13,7 @@ from builder_svc.models.config import (
     NormSpec,
     RopeSpec,
 )
-
-op = torch.ops.enginehouse
+from builder_svc.models.operators import op
 
 
 class Linear(nn.Module):

@@ -16,13 +16,22 @@ from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build, build_identity, make_program, read_model
 from engine import gc, inventory
 from engine.blobs import blob_key, put_bytes, read
-from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from engine.errors import (
+    DataLoss,
+    EnginehouseError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unimplemented,
+)
 from engine.fingerprint import Node
 from engine.manifest import engine_id
 from engine.opset import OPERATORS
 from engine.registry import missing_files
 from engine.store import Store
 from executor_svc.loader import load_engine
+from tests.conftest import small_file_system
 
 NODE = Node("cpu", {"torch": torch.__version__})
 
@@ -389,3 +398,11 @@ def test_an_engine_that_somebody_has_put_in_its_place_is_not_ours(checkpoint: Pa
     store.replace(f"engines/{manifest.engine_id}.json", planted.to_json())
     built = build(checkpoint, store, again=lambda _: True)
     assert not built.ours and built.manifest == planted
+
+
+def test_a_work_directory_that_is_full_is_told(checkpoint: Path, store: Store, tmp_path: Path):
+    with small_file_system(tmp_path / "small", "200k") as mount:
+        with pytest.raises(ResourceExhausted, match="No space left on device; choose another --work-dir"):
+            build(checkpoint, store, work_dir=mount)
+        assert list(mount.iterdir()) == []
+    assert keys(store, "engines/") == []

@@ -61,6 +61,24 @@ def test_whatever_an_upload_left_the_next_one_is_right(directory: DirectoryStore
     assert list((directory.root / ".partial").iterdir()) == []
 
 
+def test_a_file_that_may_move_becomes_the_object(directory: DirectoryStore, large_file: Path):
+    data, inode = large_file.read_bytes(), large_file.stat().st_ino
+    directory.upload("blobs/x", large_file, move=True)
+    assert not large_file.exists()
+    assert directory.read("blobs/x") == data
+    assert (directory.root / "blobs/x").stat().st_ino == inode
+    large_file.write_bytes(data)
+    directory.upload("blobs/x", large_file, move=True)  # it is there: nothing to do
+    assert large_file.exists()
+
+
+def test_a_file_of_another_file_system_is_copied_though_it_may_move(directory: DirectoryStore, tmp_path: Path):
+    with small_file_system(tmp_path / "other", "1m") as mount:
+        (mount / "file").write_bytes(b"data")
+        directory.upload("blobs/x", mount / "file", move=True)
+    assert directory.read("blobs/x") == b"data"
+
+
 def test_keys_that_look_alike_share_no_partial_file(directory: DirectoryStore, tmp_path: Path, large_file: Path):
     other = tmp_path / "other"
     other.write_bytes(random.Random(2).randbytes(9 * MIB))

@@ -1,0 +1,127 @@
+"""How fast a checkpoint becomes an engine, beside a plain copy of its files with SHA-256 on the way: python bench/checkpoint.py
+
+Both read files that are in the page cache. The copy reads, hashes and writes 8 MiB at a time; the build hashes what it reads,
+maps it, writes it with two digests (of the file and of its chunks) and puts it into a directory store.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from builder_svc.options import BuildOptions
+from builder_svc.pipeline import build
+from engine.directory import DirectoryStore
+from tests.conftest import save_tokenizer
+
+BOUND = 0.6  # of the copy's speed
+
+
+def make(directory: Path, gigabytes: float) -> None:
+    """A LLaMA of random bfloat16 weights of about that size, in files of at most 1 GB."""
+    hidden, inner, vocab = 2048, 8192, 32000
+    layer = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (512, hidden), "self_attn.v_proj": (512, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    per_layer = 2 * sum(torch.Size(shape).numel() for shape in layer.values())
+    layers = max(1, round((gigabytes * 1e9 - 4 * hidden * vocab) / per_layer))
+    shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,), "lm_head": (vocab, hidden)}
+    shapes |= {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
+    groups: list[dict[str, torch.Tensor]] = [{}]
+    where = {}
+    for name, shape in shapes.items():
+        if sum(tensor.nbytes for tensor in groups[-1].values()) > 9e8:
+            groups.append({})
+        groups[-1][f"{name}.weight"] = torch.randn(shape, dtype=torch.bfloat16)
+        where[f"{name}.weight"] = f"model-{len(groups):05d}.safetensors"
+    directory.mkdir()
+    for number, group in enumerate(groups, 1):
+        save_file(group, directory / f"model-{number:05d}.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "dtype": "bfloat16",
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    save_tokenizer(directory)
+
+
+def copy(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as read, (target / path.name).open("wb", buffering=0) as written:
+            while data := read.read(8 << 20):
+                digest.update(data)
+                written.write(data)
+
+
+def measured(work: Callable[[], object]) -> float:
+    os.sync()  # what earlier work has left to be written is not this one's
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="where 4 times as much room is; by default the system's")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="enginehouse-bench-", dir=arguments.directory) as directory:
+        root = Path(directory)
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        make(root / "checkpoint", arguments.gigabytes)
+        size = sum(path.stat().st_size for path in (root / "checkpoint").iterdir())
+        seconds: dict[str, list[float]] = {"copy": [], "build": []}
+        for _ in range(arguments.rounds):
+            seconds["copy"].append(measured(lambda: copy(root / "checkpoint", root / "copy")))
+            shutil.rmtree(root / "copy")
+            (root / "work").mkdir()
+            seconds["build"].append(
+                measured(
+                    lambda: build(
+                        root / "checkpoint",
+                        DirectoryStore(root / "store"),
+                        BuildOptions(dtype="bfloat16"),
+                        work_dir=root / "work",
+                    )
+                )
+            )
+            for name in ("store", "work", "cache"):
+                shutil.rmtree(root / name)
+    rates = {name: size / 1e9 / statistics.median(times) for name, times in seconds.items()}
+    ratio = rates["build"] / rates["copy"]
+    print(
+        f"{size / 1e9:.2f} GB: copy {rates['copy']:.2f} GB/s, build {rates['build']:.2f} GB/s: {ratio:.2f} (at least {BOUND})"
+    )
+    print(
+        json.dumps(
+            {
+                "machine": platform.processor() or platform.machine(),
+                "bytes": size,
+                "seconds": seconds,
+                "ratio": round(ratio, 3),
+            }
+        )
+    )
+    if ratio < BOUND:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The operator set as functions that a module is written over: they know shapes, and tell a recorder what was applied."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.opset import OPERATORS, Operator
+
+Recorder = Callable[[str, tuple[Any, ...], list[Tensor]], None]
+"""Called with (operator, its inputs and then its attributes in the table's order, its results)."""
+
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+class Operators:
+    """`op.linear(x, weight, bias)`: every operator, its attributes after its inputs, on tensors of the meta device."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in OPERATORS:
+            raise AttributeError(f"{name} is no operator of the set: {', '.join(OPERATORS)}")
+        return _shapes(name, OPERATORS[name])
+
+
+op = Operators()
+
+
+@contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """While it lasts, the recorder is told of every operator that is applied."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def _shapes(name: str, spec: Operator) -> Callable[..., Any]:
+    def apply(*args: Any) -> Any:
+        tensors, attrs = args[: len(spec.inputs)], args[len(spec.inputs) :]
+        types = result_types(name, tensors, dict(zip(spec.attrs, attrs, strict=True)))
+        results = [torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in types]
+        if recorder := _recorder.get():
+            recorder(name, args, results)
+        return results[0] if len(results) == 1 and not spec.variadic else results
+
+    return apply
+
+
+def result_types(
+    name: str, tensors: Sequence[Tensor | None], attrs: dict[str, Any]
+) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each result. By rule: to run the references on shapes takes as long as importing torch's compiler."""
+    x, *others = (tensor for tensor in tensors if tensor is not None)
+    rows = x.shape[0]
+    match name:
+        case "embedding":
+            return [(others[0].dtype, (rows, others[0].shape[1]))]
+        case "linear":
+            return [(x.dtype, (rows, others[0].shape[0]))]
+        case "add_rms_norm" | "add_layer_norm":
+            return [(x.dtype, tuple(x.shape))] * 2
+        case "rope_table":
+            return [(torch.float32, (rows, len(others[0])))] * 2
+        case "long_rope_table":
+            return [(torch.float32, (rows, len(others[1])))] * 2
+        case "dynamic_rope_table":
+            return [(torch.float32, (rows, attrs["rotary_dim"] // 2))] * 2
+        case "silu_mul" | "gelu_mul":
+            return [(x.dtype, (rows, x.shape[1] // 2))]
+        case "split":
+            return [(x.dtype, (rows, size)) for size in attrs["sizes"]]
+        case "gather":
+            return [(x.dtype, (len(others[0]), x.shape[1]))]
+    return [(x.dtype, tuple(x.shape))]
