@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from builder_svc.checkpoint.huggingface import HuggingFaceCheckpoint
+from builder_svc.checkpoint.reader import Checkpoint
 from engine.blobs import Hasher
 from engine.errors import InvalidArgument, ResourceExhausted
 from engine.manifest import FileRef
@@ -25,7 +25,7 @@ _NAMES = {
 }
 
 
-def check_weights(checkpoint: HuggingFaceCheckpoint, names: Mapping[str, tuple[str, ...]], program: Program) -> None:
+def check_weights(checkpoint: Checkpoint, names: Mapping[str, tuple[str, ...]], program: Program) -> None:
     """Raises InvalidArgument, naming tensor, shape and expected shape, unless the checkpoint has what the program needs.
 
     Args:
@@ -70,7 +70,7 @@ def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> I
 
 
 def write_weights(
-    checkpoint: HuggingFaceCheckpoint,
+    checkpoint: Checkpoint,
     names: Mapping[str, tuple[str, ...]],
     constants: Mapping[str, torch.Tensor],
     program: Program,
@@ -116,7 +116,7 @@ def write_weights(
     return written
 
 
-def _stack(checkpoint: HuggingFaceCheckpoint, names: tuple[str, ...]) -> torch.Tensor:
+def _stack(checkpoint: Checkpoint, names: tuple[str, ...]) -> torch.Tensor:
     parts = [checkpoint.read(name) for name in names]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
