@@ -1,4 +1,4 @@
-"""Hugging Face layout: config.json beside files of weights, safetensors, sharded or not."""
+"""Hugging Face layout: config.json beside files of weights, sharded or not."""
 
 import json
 from collections.abc import Mapping
@@ -43,19 +43,32 @@ class SafetensorsFile:
 
 
 def find_weights(path: Path) -> list[Path]:
-    """The files that hold a directory's weights.
+    """The files that hold a directory's weights: *.safetensors, or else pytorch_model.bin and its shards.
 
     Raises:
         NotFound: none, or not all that the index names.
         InvalidArgument: an index that names files elsewhere.
     """
-    names = _shards(path, "model.safetensors") or sorted(file.name for file in path.glob("*.safetensors"))
+    names = _weights(path)
     if not names:
         raise NotFound(
-            f"{path} holds no *.safetensors file: put the model's weights beside its config.json, in that format",
+            f"{path} holds no *.safetensors file and no pytorch_model.bin: put the model's weights beside its config.json",
             reason="WEIGHTS_NOT_FOUND",
         )
     return [path / name for name in names]
+
+
+def has_weights(path: Path) -> bool:
+    """Whether `find_weights` would find some. Raises what it raises of an index."""
+    return bool(_weights(path))
+
+
+def _weights(path: Path) -> list[str]:
+    return (
+        _shards(path, "model.safetensors")
+        or sorted(file.name for file in path.glob("*.safetensors"))
+        or _shards(path, "pytorch_model.bin")
+    )
 
 
 def _shards(path: Path, whole: str) -> list[str]:

@@ -7,7 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
-from builder_svc.checkpoint.huggingface import SafetensorsFile, find_weights, read_json
+from builder_svc.checkpoint import gguf_config
+from builder_svc.checkpoint.gguf_file import GgufFile, Metadata, first_parts
+from builder_svc.checkpoint.gguf_names import GgufWeights
+from builder_svc.checkpoint.huggingface import SafetensorsFile, find_weights, has_weights, read_json
+from builder_svc.checkpoint.pickles import PickleFile
 from builder_svc.models.fields import Fields
 from engine.errors import InvalidArgument, NotFound, Unimplemented
 
@@ -117,28 +121,51 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         NotFound: nothing there, or no config.json or no weights in it.
         InvalidArgument: files that are not what they should be.
-        Unimplemented: quantized weights.
+        Unimplemented: quantized weights, or a GGUF file of an architecture or type that we do not read.
         DataLoss: a file of weights that is damaged or incomplete.
+        PermissionDenied: weights that are a pickle with code.
     """
     if not path.is_dir():
+        if path.suffix == ".gguf" and path.is_file():
+            return _open_gguf(path, path)
         raise NotFound(
-            f"{path} is no directory; give a checkpoint in Hugging Face layout", reason="CHECKPOINT_NOT_FOUND"
+            f"{path} is neither a directory nor a .gguf file; give a checkpoint in Hugging Face layout or in GGUF",
+            reason="CHECKPOINT_NOT_FOUND",
         )
+    models = first_parts([file.name for file in path.glob("*.gguf")])
+    if models and not has_weights(path):
+        if len(models) > 1:
+            raise InvalidArgument(
+                f"{path} holds several GGUF files: give the path of one, {', '.join(models)}",
+                reason="CHECKPOINT_AMBIGUOUS",
+            )
+        return _open_gguf(path, path / models[0])
+    return _open_hugging_face(path)
+
+
+def _open_hugging_face(path: Path) -> Checkpoint:
     config = Fields(read_json(path / "config.json"), str(path / "config.json"))
     if quantization := config.get("quantization_config", dict, {}):
         raise Unimplemented(
             f"{config.where}: quantization method {quantization.get('quant_method')!r} is not supported; "
-            "supported are float32, bfloat16 and float16 weights",
+            "supported are weights in floating point, and GGUF",
             reason="QUANTIZATION_UNSUPPORTED",
         )
     generation = path / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else {}
     weights = find_weights(path)
+    opened = [SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file) for file in weights]
     settings = [path / "config.json", *([generation] if generation_config else [])]
+    return Checkpoint(path, config, generation_config, Shards(opened), (*settings, *weights))
+
+
+def _open_gguf(path: Path, file: Path) -> Checkpoint:
+    meta = Metadata(GgufFile(file))
     return Checkpoint(
         path,
-        config,
-        generation_config,
-        Shards([SafetensorsFile(file) for file in weights]),
-        (*settings, *weights),
+        Fields(gguf_config.config(meta), meta.where),
+        gguf_config.generation_config(meta),
+        GgufWeights(meta),
+        tuple(meta.file.parts),
+        meta.file.path,
     )
