@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from builder_svc.checkpoint.digests import file_digests
-from builder_svc.checkpoint.huggingface import HuggingFaceCheckpoint
+from builder_svc.checkpoint.reader import Checkpoint, open_checkpoint
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
 from builder_svc.models.decoder import Decoder
@@ -25,7 +25,7 @@ from builder_svc.tokenizer import NormalizedTokenizer, normalize
 from builder_svc.weights import check_weights, write_weights
 from engine import registry
 from engine.blobs import describe, put_bytes, put_file
-from engine.errors import InvalidArgument, NotFound, Unimplemented
+from engine.errors import InvalidArgument, Unimplemented
 from engine.fingerprint import Fingerprint
 from engine.manifest import FORMAT_VERSION, Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
 from engine.opset import OPSET_VERSION
@@ -40,7 +40,7 @@ RECIPE_VERSION = 2  # raised when the same inputs give another engine than befor
 class Model:
     """A checkpoint that has been understood, and what will be made of it."""
 
-    checkpoint: HuggingFaceCheckpoint
+    checkpoint: Checkpoint
     family: Family
     config: DecoderConfig
     tokenizer: NormalizedTokenizer
@@ -78,10 +78,10 @@ def build(
     work_dir: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Built:
-    """Builds an engine of a checkpoint directory into a store, or finds it there.
+    """Builds an engine of a checkpoint into a store, or finds it there.
 
     Args:
-        source: where the checkpoint was found, for the manifest; by default the directory.
+        source: where the checkpoint was found, for the manifest; by default its path.
         again: asked with the id of an engine that is in the store, whether to build it all the same, to see that it is right.
         work_dir: for the weights before they are uploaded, as large as the engine; by default the system's.
         progress: called as the phases go on.
@@ -149,11 +149,7 @@ def build(
 
 def read_model(checkpoint: Path, options: BuildOptions) -> Model:
     """Opens a checkpoint, finds its family and resolves what the options leave open. Reads no weights."""
-    if not checkpoint.is_dir():
-        raise NotFound(
-            f"{checkpoint} is no directory; give a checkpoint in Hugging Face layout", reason="CHECKPOINT_NOT_FOUND"
-        )
-    opened = HuggingFaceCheckpoint(checkpoint)
+    opened = open_checkpoint(checkpoint)
     family, architecture = find_family(opened.config)
     config = family.decoder_config(opened.config, architecture)
     longest = config.max_position_embeddings
@@ -171,7 +167,7 @@ def read_model(checkpoint: Path, options: BuildOptions) -> Model:
                 f"{checkpoint} is stored in {dtype}; choose one of {', '.join(DTYPES[1:])} for the engine"
             )
     limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
-    tokenizer = normalize(checkpoint, config.vocab_size)
+    tokenizer = normalize(checkpoint, config.vocab_size, opened.gguf)
     return Model(opened, family, config, tokenizer, dtype, limits, opened.eos_token_ids())
 
 

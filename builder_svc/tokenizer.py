@@ -25,7 +25,7 @@ class NormalizedTokenizer:
     config_json: bytes
 
 
-def normalize(path: Path, vocab_size: int) -> NormalizedTokenizer:
+def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> NormalizedTokenizer:  # noqa: ARG001
     """The tokenizer of a checkpoint directory.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from builder_svc.checkpoint.huggingface import HuggingFaceCheckpoint
+from builder_svc.checkpoint.reader import Checkpoint
 from builder_svc.models.sources import Source
 from engine.blobs import Hasher
 from engine.errors import InvalidArgument, ResourceExhausted
@@ -33,7 +33,7 @@ _NAMES = {
 }
 
 
-def check_weights(checkpoint: HuggingFaceCheckpoint, sources: Mapping[str, Source], program: Program) -> None:
+def check_weights(checkpoint: Checkpoint, sources: Mapping[str, Source], program: Program) -> None:
     """Raises InvalidArgument, naming tensor, shape and expected shape, unless the checkpoint has what the program needs.
 
     Args:
@@ -52,7 +52,7 @@ def check_weights(checkpoint: HuggingFaceCheckpoint, sources: Mapping[str, Sourc
             )
 
 
-def _check_source(checkpoint: HuggingFaceCheckpoint, source: Source, expected: tuple[int, ...]) -> None:
+def _check_source(checkpoint: Checkpoint, source: Source, expected: tuple[int, ...]) -> None:
     """Several tensors have the expected one's columns, and its rows together."""
     rows, stacked = 0, len(source.names) > 1
     for name in source.names:
@@ -84,7 +84,7 @@ def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> I
 
 
 def write_weights(
-    checkpoint: HuggingFaceCheckpoint,
+    checkpoint: Checkpoint,
     sources: Mapping[str, Source],
     constants: Mapping[str, torch.Tensor],
     program: Program,
@@ -183,7 +183,7 @@ def _ahead(parts: Iterator[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[
         yield part
 
 
-def _parts(checkpoint: HuggingFaceCheckpoint, source: Source) -> Iterator[torch.Tensor]:
+def _parts(checkpoint: Checkpoint, source: Source) -> Iterator[torch.Tensor]:
     """The tensors that form a weight, one after another, as they lie in it."""
     for name in source.names:
         part = checkpoint.read(name)

@@ -1,0 +1,171 @@
+"""Opens a checkpoint, whatever its format: its config as Hugging Face writes it, and its tensors by Hugging Face's names."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from builder_svc.checkpoint import gguf_config
+from builder_svc.checkpoint.gguf_file import GgufFile, Metadata, first_parts
+from builder_svc.checkpoint.gguf_names import GgufWeights
+from builder_svc.checkpoint.huggingface import SafetensorsFile, find_weights, has_weights, read_json
+from builder_svc.checkpoint.pickles import PickleFile
+from builder_svc.models.fields import Fields
+from engine.errors import InvalidArgument, NotFound, Unimplemented
+
+
+class Weights(Protocol):
+    """Tensors by name. Nothing large stays in memory between two calls.
+
+    Attributes:
+        shapes: tensor name -> shape, linear layers as [out, in] where the Hugging Face files have them so; made of headers
+            alone.
+    """
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in the checkpoint's dtype, not to be written to. From any thread. Raises KeyError for an unknown name."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been opened.
+
+    Attributes:
+        path: the directory or file.
+        config: in the form of Hugging Face's config.json.
+        generation_config: in the form of generation_config.json, empty if there is none.
+        weights: its tensors.
+        inputs: the files that decide an engine that is made of it, tokenizer apart.
+        gguf: the file that also holds the tokenizer, if it is a GGUF file.
+    """
+
+    path: Path
+    config: Fields
+    generation_config: Mapping[str, Any]
+    weights: Weights
+    inputs: tuple[Path, ...]
+    gguf: Path | None = None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Those of the weights."""
+        return self.weights.shapes
+
+    def files(self) -> list[Path]:
+        """What decides an engine that is made of this checkpoint, tokenizer apart."""
+        return list(self.inputs)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in the checkpoint's dtype, from any thread. Raises KeyError for an unknown name."""
+        return self.weights.read(name)
+
+    def dtype(self) -> str:
+        """The dtype that the config declares, else that of the first tensor, such as "bfloat16"."""
+        declared = self.config.values.get("dtype") or self.config.values.get("torch_dtype")
+        if isinstance(declared, str):
+            return declared
+        return str(self.read(next(iter(self.shapes))).dtype).removeprefix("torch.")
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids, of the generation config or else the config. Raises InvalidArgument for what is no id."""
+        found = self.generation_config.get("eos_token_id", self.config.values.get("eos_token_id"))
+        ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+        vocab_size = self.config.size("vocab_size")
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise InvalidArgument(
+                    f"{self.path}: eos_token_id {token!r} is no id below vocab_size {vocab_size}",
+                    reason="CONFIG_FIELD_INVALID",
+                )
+        return tuple(ids)
+
+
+class _File(Protocol):
+    """One file of weights."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class Shards:
+    """The tensors of several files as one. Raises InvalidArgument when two have the same."""
+
+    def __init__(self, files: Sequence[_File]) -> None:
+        self._where: dict[str, _File] = {}
+        for file in files:
+            for name in file.shapes:
+                if name in self._where:
+                    where = f"{self._where[name].path.name} and in {file.path.name}"
+                    raise InvalidArgument(
+                        f"{file.path.parent}: tensor {name!r} stands in {where}: remove one of both",
+                        reason="TENSOR_TWICE",
+                    )
+                self._where[name] = file
+        self.shapes = {name: file.shapes[name] for name, file in self._where.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, of the file that has it. Raises KeyError."""
+        return self._where[name].read(name)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Finds out what a path is, and opens it. Reads headers only.
+
+    Raises:
+        NotFound: nothing there, or no config.json or no weights in it.
+        InvalidArgument: files that are not what they should be.
+        Unimplemented: quantized weights, or a GGUF file of an architecture or type that we do not read.
+        DataLoss: a file of weights that is damaged or incomplete.
+        PermissionDenied: weights that are a pickle with code.
+    """
+    if not path.is_dir():
+        if path.suffix == ".gguf" and path.is_file():
+            return _open_gguf(path, path)
+        raise NotFound(
+            f"{path} is neither a directory nor a .gguf file; give a checkpoint in Hugging Face layout or in GGUF",
+            reason="CHECKPOINT_NOT_FOUND",
+        )
+    models = first_parts([file.name for file in path.glob("*.gguf")])
+    if models and not has_weights(path):
+        if len(models) > 1:
+            raise InvalidArgument(
+                f"{path} holds several GGUF files: give the path of one, {', '.join(models)}",
+                reason="CHECKPOINT_AMBIGUOUS",
+            )
+        return _open_gguf(path, path / models[0])
+    return _open_hugging_face(path)
+
+
+def _open_hugging_face(path: Path) -> Checkpoint:
+    config = Fields(read_json(path / "config.json"), str(path / "config.json"))
+    if quantization := config.get("quantization_config", dict, {}):
+        raise Unimplemented(
+            f"{config.where}: quantization method {quantization.get('quant_method')!r} is not supported; "
+            "supported are weights in floating point, and GGUF",
+            reason="QUANTIZATION_UNSUPPORTED",
+        )
+    generation = path / "generation_config.json"
+    generation_config = read_json(generation) if generation.exists() else {}
+    weights = find_weights(path)
+    opened = [SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file) for file in weights]
+    settings = [path / "config.json", *([generation] if generation_config else [])]
+    return Checkpoint(path, config, generation_config, Shards(opened), (*settings, *weights))
+
+
+def _open_gguf(path: Path, file: Path) -> Checkpoint:
+    meta = Metadata(GgufFile(file))
+    return Checkpoint(
+        path,
+        Fields(gguf_config.config(meta), meta.where),
+        gguf_config.generation_config(meta),
+        GgufWeights(meta),
+        tuple(meta.file.parts),
+        meta.file.path,
+    )
