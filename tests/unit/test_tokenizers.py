@@ -9,6 +9,7 @@ import pytest
 import regex
 from tokenizer_files import KINDS, MARKERS, QWEN_SPLIT, TEXTS, byte_fallback, byte_level, save, write, write_gguf, write_qwen_tiktoken
 from tokenizers import AddedToken
+from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
 from builder_svc.tokenizer import normalize
@@ -58,6 +59,16 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
     check_equal(served(tmp_path), theirs)
     found = {name: token for name, token in config(tmp_path).items() if name != "chat_template"}
     assert found == theirs.special_tokens_map
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_text_does_not_wait(kind: str, tmp_path: Path) -> None:
+    KINDS[kind](tmp_path)
+    tokenizer = served(tmp_path)
+    ids = tokenizer.encode(TEXTS[0], False)
+    detokenizer = tokenizer.detokenizer([], True)
+    assert all([detokenizer.push([token_id]) or tokenizer.decode([token_id], True).strip() == "" for token_id in ids])
+    assert detokenizer.flush() == ""
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -176,10 +187,15 @@ def test_the_checkpoints_own_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_added_tokens_beyond_the_embedding_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_vocabulary", [False, True])
+def test_added_tokens_beyond_the_embedding_are_left_out(in_vocabulary: bool, tmp_path: Path) -> None:
     tokenizer = byte_fallback(prefix=False)
     size = tokenizer.get_vocab_size()
     without = tokenizer.encode("a <image> b").ids
+    if in_vocabulary:
+        data = json.loads(tokenizer.to_str())
+        data["model"]["vocab"]["<image>"] = size
+        tokenizer = Library.from_str(json.dumps(data))
     tokenizer.add_special_tokens([AddedToken("<image>", special=True)])
     save(tmp_path, tokenizer, "gemma3_text", tokenizer_class="PreTrainedTokenizerFast", image_token="<image>")
     assert served(tmp_path, size + 1).encode("a <image> b", True) != without
