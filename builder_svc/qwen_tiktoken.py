@@ -19,7 +19,8 @@ _PATTERN = (
 )
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 _CHAT_TEMPLATE = """\
-{%- if not messages or messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
+{%- if not messages or messages[0].role != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
 {%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
@@ -63,7 +64,8 @@ def _ranks(file: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise InvalidArgument(
-                f"{file}: line {number} is no token and rank: {line[:40]!r}. Download it again", reason="TOKENIZER_INVALID"
+                f"{file}: line {number} is no token and rank: {line[:40]!r}. Download it again",
+                reason="TOKENIZER_INVALID",
             ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise InvalidArgument(f"{file} is incomplete: download it again", reason="TOKENIZER_INVALID")
@@ -84,7 +86,7 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _printable() -> list[str]:
-    """The character that byte-level vocabularies write for each byte: itself where it is printable Latin-1, else one from U+0100 on."""
+    """What byte-level vocabularies write for each byte: itself where it is printable Latin-1, else a letter from U+0100 on."""
     kept = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]

@@ -24,7 +24,8 @@ TEMPLATES = {
 {%- endfor %}""",
     "llama 3, with today's date": """\
 {%- if not date_string is defined %}
-    {%- if strftime_now is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "1 Jan 2024" %}{% endif %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "1 Jan 2024" %}{% endif %}
 {%- endif %}
 {%- if not tools is defined or tools is none %}{% set tools = none %}{% endif %}
 {%- set head %}{{ '<|start|>' }}{% endset %}
@@ -56,7 +57,8 @@ TEMPLATES = {
 {{- bos_token }}
 {%- for message in loop_messages %}
     {%- if message["role"] == "user" %}
-        {%- if loop.last and messages[0].role == 'system' %}{{- "[INST] " + messages[0].content + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- if loop.last and messages[0].role == 'system' %}
+            {{- "[INST] " + messages[0].content + "\\n\\n" + message["content"] + "[/INST]" }}
         {%- else %}{{- "[INST] " + message["content"] + "[/INST]" }}{% endif %}
     {%- elif message["role"] == "assistant" %}{{- " " + message["content"] | trim + eos_token }}
     {%- else %}{{- raise_exception("Unknown role " ~ message.role) }}{% endif %}
@@ -78,7 +80,8 @@ TEMPLATES = {
 {%- set ns = namespace(last=messages | length - 1, found=false) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages | length - 1) - loop.index0 %}
-    {%- if not ns.found and message.role == "user" and message.content is string and not message.content.startswith('<result>') %}
+    {%- if not ns.found and message.role == "user" and message.content is string
+            and not message.content.startswith('<result>') %}
         {%- set ns.found = true %}{% set ns.last = index %}
     {%- endif %}
 {%- endfor %}
@@ -92,7 +95,8 @@ TEMPLATES = {
             {%- set thoughts = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
-        {%- if loop.index0 > ns.last and (loop.last or thoughts) %}{{- '<think>' ~ thoughts.strip('\\n') ~ '</think>' }}{% endif %}
+        {%- if loop.index0 > ns.last and (loop.last or thoughts) %}
+            {{- '<think>' ~ thoughts.strip('\\n') ~ '</think>' }}{% endif %}
         {{- message.role ~ ': ' ~ content ~ '\\n' }}
     {%- else %}{{- message.role ~ ': ' ~ message.content ~ '\\n' }}{% endif %}
 {%- endfor %}
@@ -114,7 +118,8 @@ TEMPLATES = {
     {% endif %}
     {{ seen is defined }}
 {% endfor %}
-{{ messages | tojson(true) }}{{ messages | tojson(false, none, (',', ':'), true) }}{{ {'b': '<é>', 'a': 1} | tojson(sort_keys=true) }}
+{{ messages | tojson(true) }}{{ messages | tojson(false, none, (',', ':'), true) }}
+{{ {'b': '<é>', 'a': 1} | tojson(sort_keys=true) }}
 {{ dict(a=1) | items | list }} {{ pad_token }} {{ unknown_token }} {{ documents is none }} {{ tools is none }}
 
 """,

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import regex
-from tokenizer_files import KINDS, MARKERS, QWEN_SPLIT, TEXTS, byte_fallback, byte_level, save, write, write_gguf, write_qwen_tiktoken
+from tokenizer_files import (
+    KINDS,
+    MARKERS,
+    QWEN_SPLIT,
+    TEXTS,
+    byte_fallback,
+    byte_level,
+    save,
+    write,
+    write_gguf,
+    write_qwen_tiktoken,
+)
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
@@ -67,7 +78,8 @@ def test_plain_text_does_not_wait(kind: str, tmp_path: Path) -> None:
     tokenizer = served(tmp_path)
     ids = tokenizer.encode(TEXTS[0], False)
     detokenizer = tokenizer.detokenizer([], True)
-    assert all([detokenizer.push([token_id]) or tokenizer.decode([token_id], True).strip() == "" for token_id in ids])
+    for token_id in ids:
+        assert detokenizer.push([token_id]) or not tokenizer.decode([token_id], True).strip()
     assert detokenizer.flush() == ""
 
 
@@ -120,7 +132,11 @@ def test_qwen_tiktoken(tmp_path: Path) -> None:
         for add in (True, False):
             assert tokenizer.encode(text, add) == expected
         check_stream(tokenizer, expected, False, unicodedata.normalize("NFC", text))
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "?"}]
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "?"},
+    ]
     assert tokenizer.render(messages) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"

@@ -28,8 +28,10 @@ TEXTS = [
     "<s>system</s><|im_start|>user\nhi<|im_end|> <|im_start|> x <tool> a<tool>b <TOOL> <mask> y",
 ]
 CORPUS = TEXTS[:7] * 3
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = QWEN_SPLIT.replace("|\\p{N}|", "|\\p{N}{1,3}|")
 NAMED = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 MARKERS = ["<|im_start|>", "<|im_end|>"]
@@ -52,7 +54,9 @@ def byte_level_model(split: str | None = None) -> tuple[dict[str, int], list[tup
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _split(split)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
     return _model(tokenizer)
 
 
@@ -96,7 +100,9 @@ def byte_fallback(prefix: bool) -> Tokenizer:
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     tokenizer.add_special_tokens(NAMED)
     return tokenizer
 
@@ -220,7 +226,12 @@ def older_files_for_tokens(directory: Path) -> None:
 def sentencepiece_model(kind: str) -> bytes:
     """A tokenizer.model of 500 pieces with byte fallback, "bpe" or "unigram"."""
     written = io.BytesIO()
-    options = {"user_defined_symbols": ["<tool>"], "character_coverage": 0.98, "minloglevel": 2, "hard_vocab_limit": False}
+    options = {
+        "user_defined_symbols": ["<tool>"],
+        "character_coverage": 0.98,
+        "minloglevel": 2,
+        "hard_vocab_limit": False,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=itertools.chain.from_iterable([text.splitlines() or [""] for text in CORPUS[:4]]),
         model_writer=written, vocab_size=500, model_type=kind, byte_fallback=True, normalization_rule_name="identity",
@@ -230,14 +241,22 @@ def sentencepiece_model(kind: str) -> bytes:
 
 
 def sentencepiece_bpe(directory: Path) -> None:
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
     save(directory, None, "llama", tokenizer_class="LlamaTokenizer", legacy=False, **names)
     (directory / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
 
 
 def sentencepiece_with_eos(directory: Path) -> None:
     sentencepiece_bpe(directory)
-    save(directory, None, "llama", tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=True, add_eos_token=True)
+    save(
+        directory, None, "llama", tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=True, add_eos_token=True
+    )
 
 
 def sentencepiece_unigram(directory: Path) -> None:
@@ -296,5 +315,11 @@ def write_qwen_tiktoken(directory: Path) -> dict[bytes, int]:
     tokens.append(b"qzxj")  # which no two tokens make
     lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
     (directory / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
-    save(directory, None, "qwen", tokenizer_class="QWenTokenizer", auto_map={"AutoTokenizer": ["tokenization_qwen.Q", None]})
+    save(
+        directory,
+        None,
+        "qwen",
+        tokenizer_class="QWenTokenizer",
+        auto_map={"AutoTokenizer": ["tokenization_qwen.Q", None]},
+    )
     return {token: rank for rank, token in enumerate(tokens)}
