@@ -1,15 +1,29 @@
-"""Tokenizers in one form: tokenizer.json, and a tokenizer_config.json of three fields."""
+"""Tokenizers in one form: tokenizer.json, and a tokenizer_config.json of special tokens and chat template.
+
+transformers' AutoTokenizer says what a checkpoint's files mean, because that is what models are used with: which of its files
+counts, which class reads it, which tokens tokenizer_config.json adds, whether a text begins with bos_token. What it has read
+is written down as tokenizer.json, so that the gateway needs nothing but the `tokenizers` library to encode the same.
+
+`clean_up_tokenization_spaces` is left out. transformers takes the spaces before punctuation out of decoded text where a
+checkpoint asks for it, though not for BPE; a stream would have to take back what it has sent.
+"""
 
 import json
+import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from builder_svc import qwen_tiktoken
 from builder_svc.checkpoint.huggingface import read_json
 from engine.errors import FailedPrecondition, InvalidArgument
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,54 +32,82 @@ class NormalizedTokenizer:
 
     Attributes:
         tokenizer_json: for the `tokenizers` library.
-        config_json: {"bos_token": str or null, "eos_token": str or null, "chat_template": str or null}.
+        config_json: {"chat_template": str or null}, and the text of each special token that a template may name, such as
+            "bos_token".
     """
 
     tokenizer_json: bytes
     config_json: bytes
 
 
-def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> NormalizedTokenizer:  # noqa: ARG001
-    """The tokenizer of a checkpoint directory.
+@dataclass(frozen=True)
+class _Loaded:
+    tokenizer: Tokenizer
+    special_tokens: dict[str, str]
+    chat_template: str | None
+
+
+def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> NormalizedTokenizer:
+    """The tokenizer of a checkpoint directory, or of a GGUF file.
+
+    A tokenizer.json beside a GGUF file counts instead of what the file holds: somebody has put it there, and a GGUF names
+    the rules by which text is split without having them. The chat template is the GGUF's if the directory has none.
+
+    Args:
+        path: the checkpoint's directory.
+        vocab_size: the rows of the model's embedding. Added tokens beyond them, such as Gemma 3's of images in its text models,
+            are left out: their text is then encoded like any other.
+        gguf: the checkpoint's .gguf file.
 
     Raises:
         FailedPrecondition: there is none, or none that can be brought into this form.
         InvalidArgument: its files are damaged, or it makes token ids that the model does not have.
     """
     file = path / "tokenizer.json"
-    data = file.read_bytes() if file.is_file() else _convert(path)
+    if file.is_file():
+        loaded = _read(file)
+        if gguf and loaded.chat_template is None:
+            loaded = _Loaded(loaded.tokenizer, loaded.special_tokens, _convert_gguf(gguf).chat_template)
+    elif gguf:
+        file, loaded = gguf, _convert_gguf(gguf)
+    else:
+        loaded = _convert(path)
+    data = _within(vocab_size, loaded, file)
+    config = {**loaded.special_tokens, "chat_template": loaded.chat_template}
+    return NormalizedTokenizer(data, json.dumps(config, ensure_ascii=False, indent=1).encode())
+
+
+def _read(file: Path) -> _Loaded:
+    """A directory with a tokenizer.json."""
     try:
-        tokenizer = Tokenizer.from_buffer(data)
+        Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise InvalidArgument(
             f"{file} is no tokenizer ({error}): download it again", reason="TOKENIZER_INVALID"
         ) from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise InvalidArgument(
-            f"{file} has token id {largest}, but the model's vocab_size is {vocab_size}: they do not belong together, "
-            "take the tokenizer.json of these weights",
-            reason="TOKENIZER_MISMATCH",
-        )
-    config_file = path / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.exists() else {}
-    fields = {
-        "bos_token": _content(config.get("bos_token")),
-        "eos_token": _content(config.get("eos_token")),
-        "chat_template": _chat_template(path, config),
-    }
-    return NormalizedTokenizer(data, json.dumps(fields, ensure_ascii=False, indent=1).encode())
-
-
-def _convert(path: Path) -> bytes:
-    """tokenizer.json from the older formats that transformers reads."""
-    from transformers import AutoTokenizer
-
+    config = file.parent / "tokenizer_config.json"
+    if config.exists():
+        read_json(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False, local_files_only=True)
-        with tempfile.TemporaryDirectory() as directory:
-            tokenizer.save_pretrained(directory)
-            return (Path(directory) / "tokenizer.json").read_bytes()
+        return _transformers(file.parent)
+    except Exception as error:
+        log.info("transformers has no class for %s (%s): taking it as it stands", file, error)
+    try:  # the class is the checkpoint's own code, or unknown
+        return _transformers(file.parent, generic=True)
+    except Exception as error:
+        raise InvalidArgument(
+            f"the files beside {file} do not fit it ({type(error).__name__}: {error}): download tokenizer_config.json, "
+            "special_tokens_map.json and added_tokens.json again",
+            reason="TOKENIZER_INVALID",
+        ) from None
+
+
+def _convert(path: Path) -> _Loaded:
+    """The older formats."""
+    if (path / qwen_tiktoken.FILE).is_file():
+        return _Loaded(*qwen_tiktoken.read(path))
+    try:
+        return _transformers(path)
     except Exception as error:
         raise FailedPrecondition(
             f"{path} holds no tokenizer.json, and its tokenizer could not be converted ({type(error).__name__}: {error}). "
@@ -74,18 +116,69 @@ def _convert(path: Path) -> bytes:
         ) from None
 
 
-def _content(token: Any) -> str | None:
-    """A special token's text, which configs give as such or within an object."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+def _convert_gguf(gguf: Path) -> _Loaded:
+    with tempfile.TemporaryDirectory() as directory:  # transformers would mix it with other files of its directory
+        (Path(directory) / gguf.name).symlink_to(gguf.resolve())
+        try:
+            return _transformers(Path(directory), generic=True, gguf_file=gguf.name)
+        except Exception as error:
+            raise FailedPrecondition(
+                f"the tokenizer in {gguf} could not be converted ({type(error).__name__}: {error}). Put the tokenizer.json "
+                "and tokenizer_config.json of the model that it was made of beside it",
+                reason="TOKENIZER_NOT_FOUND",
+            ) from None
 
 
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _transformers(path: Path, generic: bool = False, **options: str) -> _Loaded:
+    """What transformers reads, executing no code of the checkpoint's.
+
+    Args:
+        generic: its class for any tokenizer.json or GGUF, not the one that the checkpoint's configs name.
+    """
+    from transformers import AutoTokenizer, TokenizersBackend
+
+    reader = TokenizersBackend if generic else AutoTokenizer
+    with _quiet():
+        tokenizer = reader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
+    if not isinstance(tokenizer, TokenizersBackend):
+        raise TypeError(f"{type(tokenizer).__name__} is written in Python and has no tokenizer.json")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name; the others are for tools and documents
+        template = template.get("default")
+    return _Loaded(tokenizer.backend_tokenizer, tokenizer.special_tokens_map, template)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' advice to its own users."""
+    from transformers.utils import logging as theirs
+
+    level = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+
+
+def _within(vocab_size: int, loaded: _Loaded, file: Path) -> bytes:
+    """tokenizer.json without the added tokens that the model has no rows for."""
+    largest = max(loaded.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    text = loaded.tokenizer.to_str()
+    if largest < vocab_size:
+        return text.encode()
+    data: dict[str, Any] = json.loads(text)
+    beyond = {token["content"] for token in data["added_tokens"] if token["id"] >= vocab_size}
+    needed = {loaded.special_tokens.get("bos_token"), loaded.special_tokens.get("eos_token")}
+    base = {token: i for token, i in loaded.tokenizer.get_vocab(with_added_tokens=False).items() if token not in beyond}
+    if beyond & needed or max(base.values(), default=-1) >= vocab_size:
+        raise InvalidArgument(
+            f"{file} has token id {largest}, but the model's vocab_size is {vocab_size}: they do not belong together, "
+            "take the tokenizer.json of these weights",
+            reason="TOKENIZER_MISMATCH",
+        )
+    log.warning("%s: left out, since the model has no rows for them: %s", file, ", ".join(sorted(beyond)))
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in beyond]
+    if isinstance(data["model"]["vocab"], dict):
+        data["model"]["vocab"] = base
+    return json.dumps(data, ensure_ascii=False).encode()

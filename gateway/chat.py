@@ -28,8 +28,8 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise _broken(error) from error
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt, up to where the assistant speaks.
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt, up to where the assistant speaks or to the end of the last message.
 
         Raises:
             InvalidArgument: the template refuses this conversation.
@@ -37,7 +37,11 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
             )
         except InvalidArgument:
             raise
@@ -58,22 +62,29 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(format: str) -> str:
-    return datetime.now().astimezone().strftime(format)
+    return datetime.now().strftime(format)
 
 
-def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Plain JSON: jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: jinja2's own filter escapes HTML. Templates may give the options by position, in this order."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's part for training; here it is only passed through."""
+    """{% generation %} marks the assistant's part for training; here it is a scope and nothing more."""
 
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

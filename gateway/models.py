@@ -98,7 +98,7 @@ class Models:
         manifest = registry.manifest(self._store, engine_id)
         data = blobs.read(self._store, _tokenizer_file(manifest, "tokenizer_config.json"))
         try:
-            config = msgspec.json.decode(data, type=TokenizerConfig)
+            config = TokenizerConfig.from_json(data)
         except msgspec.MsgspecError as error:
             raise FailedPrecondition(
                 f"tokenizer_config.json of engine {engine_id[:12]} cannot be read ({error}): build the engine again",

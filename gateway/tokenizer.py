@@ -12,11 +12,21 @@ from gateway.detokenize import ByteLevelDetokenizer, Detokenizer, TokenBytes, Wi
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True):
-    """An engine's tokenizer_config.json, as the builder writes it."""
+    """An engine's tokenizer_config.json.
 
-    bos_token: str | None = None
-    eos_token: str | None = None
+    Attributes:
+        special_tokens: the text of each by the name that chat templates know it by, such as "bos_token".
+    """
+
     chat_template: str | None = None
+    special_tokens: dict[str, str] = {}
+
+    @staticmethod
+    def from_json(data: bytes) -> "TokenizerConfig":
+        """Raises msgspec.MsgspecError for what the builder does not write."""
+        fields = msgspec.json.decode(data, type=dict[str, str | None])
+        template = fields.pop("chat_template", None)
+        return TokenizerConfig(template, {name: token for name, token in fields.items() if token is not None})
 
 
 class _Decoder(msgspec.Struct):
@@ -86,5 +96,4 @@ class Tokenizer:
                 "the model has no chat template: send text or token ids instead of a chat",
                 reason="CHAT_TEMPLATE_MISSING",
             )
-        known = {"bos_token": config.bos_token, "eos_token": config.eos_token}
-        return ChatTemplate(config.chat_template, {name: token for name, token in known.items() if token is not None})
+        return ChatTemplate(config.chat_template, config.special_tokens)

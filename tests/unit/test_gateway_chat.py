@@ -3,16 +3,53 @@
 from datetime import datetime
 from typing import Any
 
+import jinja2
 import pytest
+from chat_templates import TEMPLATES
+from tokenizer_files import byte_level
+from transformers import TokenizersBackend
 
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from gateway.chat import ChatTemplate
 
 HELLO = [{"role": "user", "content": "héllo <b>"}]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+LATER = [
+    *HELLO,
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\n 你好 "},
+    {"role": "user", "content": "<result> 'quoted' & \"so\"\n"},
+    {"role": "assistant", "content": "<think>more</think>\nyes"},
+    {"role": "user", "content": " 🙂 "},
+]
+CHATS = {
+    "one question": HELLO,
+    "several turns": LATER,
+    "ends with the assistant": LATER[:4],
+    "system first": [{"role": "system", "content": " Be brief. "}, *LATER],
+    "two users": HELLO * 2,
+    "an unknown role": [{"role": "critic", "content": "no"}],
+}
 
 
 def render(source: str, messages: list[dict[str, str]] = HELLO, **special: Any) -> str:
     return ChatTemplate(source, special).render(messages)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_equals_transformers(style: str, chat: str) -> None:
+    """The same text, or the same refusal."""
+    template = ChatTemplate(TEMPLATES[style], SPECIAL)
+    theirs = TokenizersBackend(tokenizer_object=byte_level(), chat_template=TEMPLATES[style], **SPECIAL)
+    for prompt in (True, False):
+        try:
+            expected = theirs.apply_chat_template(CHATS[chat], tokenize=False, add_generation_prompt=prompt)
+        except jinja2.TemplateError as refusal:
+            with pytest.raises(InvalidArgument, match="refuses this conversation") as error:
+                template.render(CHATS[chat], prompt)
+            assert error.value.message.endswith(str(refusal))
+        else:
+            assert template.render(CHATS[chat], prompt) == expected
 
 
 def test_what_templates_are_written_for() -> None:
