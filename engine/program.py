@@ -17,8 +17,9 @@ SCHEMA_VERSION = 1
 ROPE_LENGTHS = "rope_lengths"
 """The input of programs whose rotary frequencies depend on how long a sequence is, int32 [num_tokens].
 
-For each token the length at which its key was or will be written: that of its sequence when it was begun (prompt, or whatever
-was known when it was computed from its beginning again), or up to this token where that is more.
+For each token how long its sequence was or will be when its key is written: the prompt, or up to this token where that is more.
+Where a longer sequence needs other keys (`long_rope_table`), every length beyond `original` once it has that many tokens, because
+its keys are computed again then.
 """
 
 DType = Literal["float32", "bfloat16", "float16", "int32", "int64", "int8", "uint8"]

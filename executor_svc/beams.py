@@ -126,6 +126,7 @@ class BeamGroup:
             candidates=self.settings.width + len(self._ends),  # so that `width` of them do not end
             group=self,
             hashes=list(hashes),
+            rope_length=place.rope_length,
             num_cached=request.num_cached,
         )
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from executor_svc.rope_lengths import RopeLengths
+
 _NO_ROWS = range(0)
 
 
@@ -80,6 +82,7 @@ class SchedulerConfig:
         mixed_batches: whether one batch may hold prompts and decodes.
         prefix_cache: whether blocks may be shared between sequences.
         max_waiting: sequences beside the max_batch_size that can run; one more is refused.
+        rope: where a sequence's length decides on its keys.
     """
 
     num_blocks: int
@@ -92,6 +95,7 @@ class SchedulerConfig:
     mixed_batches: bool = True
     prefix_cache: bool = True
     max_waiting: int = 1024
+    rope: RopeLengths | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -134,6 +138,8 @@ class Sequence:
         serial: of its addition, unique.
         prompt_told: prompt tokens, behind the first, whose log-probabilities have been asked of a runner.
         blocks: cache blocks that hold its keys, in order. hashes: the chain of its full blocks' hashes, as far as known.
+        rope_length: tokens that its keys' rotary frequencies go by at least, if those are more than the program's `original`,
+            else 0 (see rope_lengths.py). It only changes while no batch in flight holds the sequence.
         num_computed: tokens whose keys are in the cache, counting those of batches in flight.
         num_cached: prompt tokens that the prefix cache had at first admission; None before.
         pending: tokens being sampled by batches in flight. in_flight: batches in flight that hold it.
@@ -166,6 +172,7 @@ class Sequence:
     prompt_told: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    rope_length: int = 0
     num_computed: int = 0
     num_cached: int | None = None
     pending: int = 0
@@ -180,6 +187,11 @@ class Sequence:
     def rank(self) -> tuple[int, int, int]:
         """The smaller runs first."""
         return (-self.priority, self.arrival, self.serial)
+
+    @property
+    def root(self) -> bytes:
+        """What the first of its blocks' hashes begins with: equal tokens have equal keys where it is equal."""
+        return self.salt + self.rope_length.to_bytes(8, "little") if self.rope_length else self.salt
 
     @cached_property
     def plain(self) -> bool:

@@ -14,7 +14,7 @@ HASH_BYTES = 16  # blake2b-128
 
 
 def block_hash(previous: bytes, token_ids: list[int]) -> bytes:
-    """The hash of a full block, given the one before it (or the salt, for the first)."""
+    """The hash of a full block, given the one before it (or `Sequence.root`, for the first)."""
     return hashlib.blake2b(previous + array("I", token_ids).tobytes(), digest_size=HASH_BYTES).digest()
 
 

@@ -22,6 +22,7 @@ class StepLayout:
         block_tables: int32 [num_seqs, max_blocks], as wide as the longest context needs; row i is the i-th sequence's
             table. Entries past a sequence's blocks are 0 or some other block: valid indices, to be masked by context_lens.
         slots: int64 [T]; token t's row in the flattened cache.
+        rope_lengths: int32 [T], `engine.program.ROPE_LENGTHS` of programs that have this input.
     """
 
     token_ids: Tensor
@@ -31,6 +32,7 @@ class StepLayout:
     context_lens: list[int]
     block_tables: Tensor
     slots: Tensor
+    rope_lengths: Tensor | None = None
 
 
 class Layout:
@@ -42,10 +44,12 @@ class Layout:
     Args:
         max_batch_size: sequences that run at once; more in one batch cannot be laid out.
         max_blocks: of one sequence.
+        rope_lengths: whether they are wanted.
     """
 
-    def __init__(self, max_batch_size: int, max_blocks: int, block_size: int) -> None:
+    def __init__(self, max_batch_size: int, max_blocks: int, block_size: int, *, rope_lengths: bool = False) -> None:
         self._block_size = block_size
+        self._rope_lengths = rope_lengths
         self._tables = np.zeros((max_batch_size, max_blocks), dtype=np.int32)
         self._made_of: list[list[int]] = [[] for _ in range(max_batch_size)]  # by row: the list
         self._filled = [0] * max_batch_size  # by row: the entries that have been taken over
@@ -80,6 +84,10 @@ class Layout:
         else:
             owner = np.repeat(np.arange(len(counts)), query_lens)
             positions = np.arange(len(token_ids)) + (context_lens - ends)[owner]
+        lengths = None
+        if self._rope_lengths:
+            least = np.array([item.sequence.rope_length for item in batch.items])
+            lengths = torch.from_numpy(np.maximum(least[owner], positions + 1).astype(np.int32))
         slots = tables[owner, positions // self._block_size] * np.int64(self._block_size) + positions % self._block_size
         return StepLayout(
             token_ids=torch.tensor(token_ids, dtype=torch.int32),
@@ -89,6 +97,7 @@ class Layout:
             context_lens=context_lens.tolist(),
             block_tables=torch.from_numpy(tables),
             slots=torch.from_numpy(slots),
+            rope_lengths=lengths,
         )
 
     def _rows_of(self, batch: Batch) -> list[int]:

@@ -36,5 +36,5 @@ class Prefixes:
     def _extend(self, sequence: Sequence, count: int) -> None:
         size = self._cache.block_size
         for index in range(len(sequence.hashes), count):
-            previous = sequence.hashes[-1] if sequence.hashes else sequence.salt
+            previous = sequence.hashes[-1] if sequence.hashes else sequence.root
             sequence.hashes.append(block_hash(previous, sequence.token_ids[index * size : (index + 1) * size]))

@@ -13,12 +13,13 @@ from torch import Tensor
 from engine.errors import FailedPrecondition
 from engine.manifest import Limits
 from engine.ops import Step
-from engine.program import KVCache, Program
+from engine.program import ROPE_LENGTHS, KVCache, Program
 from executor_svc import memory
 from executor_svc.core import Batch, Sampled
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
 from executor_svc.layout import Layout
+from executor_svc.rope_lengths import RopeLengths, rope_lengths
 from executor_svc.sampler import answer
 
 BLOCK_SIZE = 16
@@ -36,6 +37,7 @@ class Capabilities:
         future_tokens: whether it can take as input what a batch in flight is still sampling.
         max_in_flight: batches that may be started before the first is finished.
         overlaps: whether `start` returns before the batch is computed, so that the worker can do other work meanwhile.
+        rope: what its program says of rotary frequencies that depend on a sequence's length.
     """
 
     num_blocks: int
@@ -45,6 +47,7 @@ class Capabilities:
     future_tokens: bool = False
     max_in_flight: int = 1
     overlaps: bool = False
+    rope: RopeLengths | None = None
 
 
 class Runner(Protocol):
@@ -82,7 +85,9 @@ class TorchRunner:
 
         Raises:
             FailedPrecondition: that is too little for one sequence of max_seq_len.
+            Unimplemented: the program's layers differ in what a sequence's length does to them.
         """
+        rope = rope_lengths(program)
         self._interpreter = Interpreter(program, weights, operators or implementations(device))
         self._device = torch.device(device)
         self._finished: deque[Sampled] = deque()
@@ -99,8 +104,11 @@ class TorchRunner:
                 reason="KV_MEMORY_TOO_SMALL",
             )
         self._k, self._v = ([_cache(spec, num_blocks, device) for spec in program.caches] for _ in range(2))
-        self._layout = Layout(limits.max_batch_size, per_sequence, BLOCK_SIZE)
-        self.capabilities = Capabilities(num_blocks, BLOCK_SIZE)
+        self._inputs = tuple(program.inputs)
+        self._layout = Layout(
+            limits.max_batch_size, per_sequence, BLOCK_SIZE, rope_lengths=ROPE_LENGTHS in program.inputs
+        )
+        self.capabilities = Capabilities(num_blocks, BLOCK_SIZE, rope=rope)
 
     def start(self, batch: Batch) -> None:
         self._finished.append(answer(self._logits(batch), batch))
@@ -120,7 +128,7 @@ class TorchRunner:
             k_caches=self._k,
             v_caches=self._v,
         )
-        inputs = {name: getattr(layout, name).to(self._device) for name in ("token_ids", "positions", "logit_indices")}
+        inputs = {name: getattr(layout, name).to(self._device) for name in self._inputs}
         (logits,) = self._interpreter.run(inputs, step)
         return logits.float()
 

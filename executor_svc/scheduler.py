@@ -3,11 +3,13 @@
 `schedule()` gives a batch, `commit()` takes its tokens, in the same order, with up to `max_in_flight` batches between.
 Continuous batching with chunked prefill (Orca, Yu et al. 2022; Sarathi-Serve, Agrawal et al. 2024): decodes first, then
 prompts in chunks, under a budget of tokens a step. When the cache is full, the lowest in rank gives its blocks back and is
-computed again later. Tokens do not depend on any of this: random numbers are counted by position (see sampler.py).
+computed again later; so does a sequence that grows to where all its keys are rotated differently (`RopeLengths`). Tokens do not
+depend on any of this: random numbers are counted by position (see sampler.py).
 """
 
 import bisect
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -53,6 +55,8 @@ class Scheduler:
         self._pace = Pace()
         self.cache = KVCache(config.num_blocks, config.block_size)
         self._prefixes = Prefixes(self.cache, enabled=config.prefix_cache)
+        rope = config.rope
+        self._switch = rope.original if rope and rope.begins_again else math.inf  # tokens beyond which keys are others
         self.running: list[Sequence] = []  # by rank
         self._growing = 0  # of those that run: they may need more blocks than they have
         self._queued = 0  # known tokens that are not computed yet
@@ -130,6 +134,8 @@ class Scheduler:
             return None
         items: list[Scheduled] = []
         decodes, prompts = self._ready()
+        if self._switch < math.inf:
+            decodes = self._begin_grown_again(decodes)
         if self.config.mixed_batches:
             self._schedule_decodes(decodes, items)
             self._schedule_prompts(prompts, items)
@@ -204,6 +210,8 @@ class Scheduler:
                 sequence.num_computed > sequence.num_tokens and sequence.finish is None
             ):  # an ended one gets no more tokens
                 raise Internal("a sequence has computed tokens that it does not have")
+            if not sequence.rope_length and sequence.num_computed > self._switch:
+                raise Internal("a sequence has outgrown the rotary frequencies of its keys")
         waiting = self._waiting.sequences
         if len(waiting) != len(self._waiting) or any(sequence.blocks or sequence.num_computed for sequence in waiting):
             raise Internal("a waiting sequence is miscounted or holds blocks")
@@ -224,9 +232,17 @@ class Scheduler:
     def _queue(self, sequence: Sequence) -> None:
         sequence.serial = self._arrivals
         self._arrivals += 1
+        self._wait(sequence)
+        self._deadlines.add(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        """Lets a sequence wait of which nothing is computed."""
+        if self.config.rope:
+            rope_length = self.config.rope.least(sequence.prompt_len, len(sequence.token_ids))
+            if rope_length != sequence.rope_length:
+                sequence.rope_length, sequence.hashes = rope_length, []
         self._queued += len(sequence.token_ids)
         self._waiting.push(sequence)
-        self._deadlines.add(sequence)
 
     def _queue_full(self) -> ResourceExhausted:
         waiting, limit = len(self._waiting), self.config.max_waiting
@@ -253,6 +269,16 @@ class Scheduler:
                 continue  # its last token is in flight
             (decodes if num_tokens - sequence.num_computed == 1 else prompts).append(sequence)
         return decodes, prompts
+
+    def _begin_grown_again(self, decodes: list[Sequence]) -> list[Sequence]:
+        """Those that may go on. Those that outgrow their keys begin again, as soon as their last token is known."""
+        stay = []
+        for sequence in decodes:
+            if sequence.num_computed < self._switch or sequence.rope_length:
+                stay.append(sequence)
+            elif not sequence.in_flight:
+                self._begin_again(sequence)
+        return stay
 
     def _schedule_decodes(self, decodes: list[Sequence], items: list[Scheduled]) -> None:
         block_size = self.config.block_size
@@ -310,11 +336,14 @@ class Scheduler:
         self.num_preemptions += 1
         if sequence.track:
             log.debug("preempted", extra=fields(request_id=sequence.track.request_id, tokens=len(sequence.token_ids)))
+        self._begin_again(sequence)
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """Takes a sequence that no batch in flight holds back to those that wait, at its old place, without its keys."""
         self._leave(sequence)
         self._release(sequence)
-        self._queued += len(sequence.token_ids)
         sequence.num_computed = 0
-        self._waiting.push(sequence)
+        self._wait(sequence)
 
     def _admit(self) -> Sequence | None:
         """The first of those that wait, with blocks for all its tokens, if there is room for it.

@@ -74,6 +74,7 @@ def scheduler_config(runner: Runner, manifest: Manifest, max_waiting: int | None
         max_waiting=(
             max(_LEAST_WAITING, _WAITING_BATCHES * limits.max_batch_size) if max_waiting is None else max_waiting
         ),
+        rope=can.rope,
     )
 
 

@@ -6,6 +6,7 @@ that the scheduler says hold them. So a wrong block, a lost token or a doubled o
 
 import hashlib
 import math
+from array import array
 from collections import deque
 from contextlib import suppress
 
@@ -17,15 +18,23 @@ from engine.errors import Internal, ResourceExhausted
 from executor_svc.core import Batch, Reason, Sampled, Sampling, SchedulerConfig, Sequence
 from executor_svc.kv_cache import KVCache
 from executor_svc.pace import Pace
+from executor_svc.rope_lengths import RopeLengths
 from executor_svc.scheduler import Scheduler
 
 VOCAB = 50
 EOS = 0
 
 
-def next_token(token_ids: list[int]) -> int:
-    digest = hashlib.blake2b(bytes(token_ids), digest_size=2).digest()
+def next_token(cells: list[int]) -> int:
+    digest = hashlib.blake2b(array("H", cells).tobytes(), digest_size=2).digest()
     return int.from_bytes(digest, "big") % VOCAB
+
+
+def cell(config: SchedulerConfig, token: int, length: int) -> int:
+    """What a key is, of a token that was computed at this length of its sequence: a number that no other key has."""
+    if config.rope is None or length <= config.rope.original:
+        return token
+    return token + VOCAB * (1 if config.rope.begins_again else length)
 
 
 class BlockRunner:
@@ -49,7 +58,8 @@ class BlockRunner:
             assert self.config.future_tokens or not unknown, "its last token is not known yet"
             known = sequence.token_ids + unknown
             for at in range(item.start, item.start + item.count):
-                self.memory[sequence.blocks[at // size]][at % size] = known[at]
+                key = cell(self.config, known[at], max(sequence.rope_length, at + 1))
+                self.memory[sequence.blocks[at // size]][at % size] = key
             if item.samples:
                 end = item.start + item.count
                 seen = [self.memory[sequence.blocks[at // size]][at % size] for at in range(end)]
@@ -65,10 +75,12 @@ class BlockRunner:
         return self.results.popleft()
 
 
-def expected(prompt: list[int], max_tokens: int, max_seq_len: int) -> list[int]:
+def expected(prompt: list[int], max_tokens: int, config: SchedulerConfig) -> list[int]:
     tokens = list(prompt)
-    while len(tokens) - len(prompt) < max_tokens and len(tokens) < max_seq_len:
-        tokens.append(next_token(tokens))
+    while len(tokens) - len(prompt) < max_tokens and len(tokens) < config.max_seq_len:
+        again = config.rope and config.rope.begins_again
+        lengths = [len(tokens) if again else max(len(prompt), at + 1) for at in range(len(tokens))]
+        tokens.append(next_token([cell(config, token, length) for token, length in zip(tokens, lengths, strict=True)]))
         if tokens[-1] == EOS:
             break
     return tokens
@@ -88,6 +100,7 @@ def tight_configs(draw: st.DrawFn) -> SchedulerConfig:
         future_tokens=draw(st.booleans()),
         mixed_batches=draw(st.booleans()),
         prefix_cache=draw(st.booleans()),
+        rope=draw(st.none() | st.builds(RopeLengths, st.integers(1, 23), st.booleans())),
     )
 
 
@@ -153,7 +166,7 @@ def test_every_sequence_gets_its_own_text_and_every_block_comes_back(config: Sch
             except ResourceExhausted:
                 assert -(-(len(prompt) + max_tokens) // config.block_size) > config.num_blocks
                 continue
-            sequences.append((sequence, expected(prompt, max_tokens, config.max_seq_len)))
+            sequences.append((sequence, expected(prompt, max_tokens, config)))
         elif action[0] == "step":
             for _ in range(action[1]):
                 step()
