@@ -52,3 +52,13 @@ class Fields:
                 f"{self.where}: {name!r} is {value}, expected at least 1", reason="CONFIG_FIELD_INVALID"
             )
         return value
+
+    def renamed(self, names: Mapping[str, str]) -> "Fields":
+        """The same with fields under other names (theirs -> ours), unless ours is there, too."""
+        theirs = {ours: self.values[name] for name, ours in names.items() if name in self.values}
+        return Fields({**theirs, **self.values}, self.where)
+
+    def filled(self, **defaults: Any) -> "Fields":
+        """The same with defaults for fields that are missing or null."""
+        given = {name: value for name, value in self.values.items() if value is not None or name not in defaults}
+        return Fields({**defaults, **given}, self.where)

@@ -37,8 +37,8 @@ def rope_spec(
     """
     scaling = scaling_fields(config, layer_type)
     theta = scaling.get("rope_theta", float, config.get("rope_theta", float, theta))
-    if theta <= 0:
-        raise _invalid(config, f"rope_theta is {theta}, expected more than 0")
+    if theta <= 1:
+        raise _invalid(config, f"rope_theta is {theta}, expected more than 1")
     partial = scaling.get("partial_rotary_factor", float, config.get("partial_rotary_factor", float, partial))
     rotary_dim = int(head_dim * partial)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
@@ -50,13 +50,13 @@ def rope_spec(
     if kind == "default":
         return _spec(1.0 / periods, interleaved=interleaved)
     if kind == "linear":
-        return _spec(1.0 / periods / scaling.require("factor", float), interleaved=interleaved)
+        return _spec(1.0 / periods / _factor(scaling), interleaved=interleaved)
     if kind == "llama3":
         return _spec(_llama3(1.0 / periods, scaling, original_length(config, scaling)), interleaved=interleaved)
     if kind == "yarn":
         return _yarn(periods, theta, config, scaling, interleaved)
     if kind == "dynamic":
-        by_length = DynamicRope(theta, scaling.require("factor", float), config.size("max_position_embeddings"))
+        by_length = DynamicRope(theta, _factor(scaling), config.size("max_position_embeddings"))
         if rotary_dim == 2:
             raise _invalid(config, "dynamic rope scaling needs more than two rotated dimensions")
         return _spec(1.0 / periods, interleaved=interleaved, by_length=by_length)
@@ -83,7 +83,7 @@ def rope_type(scaling: Fields, aliases: Mapping[str, str] = _ALIASES) -> str:
 
 def original_length(config: Fields, scaling: Fields) -> int:
     """Tokens that the model was trained for before its context was extended."""
-    inner = scaling.get("original_max_position_embeddings", int, config.size("max_position_embeddings"))
+    inner = scaling.size("original_max_position_embeddings", config.size("max_position_embeddings"))
     return config.size("original_max_position_embeddings", inner)
 
 
@@ -102,8 +102,10 @@ def _spec(inv_freq: Tensor, **others: Any) -> RopeSpec:
 
 def _llama3(inv_freq: Tensor, scaling: Fields, original: int) -> Tensor:
     """Long wavelengths slowed by `factor`, short ones kept, those between interpolated (Llama 3.1)."""
-    factor = scaling.require("factor", float)
+    factor = _factor(scaling)
     low, high = scaling.require("low_freq_factor", float), scaling.require("high_freq_factor", float)
+    if not 0 < low < high:
+        raise _invalid(scaling, f"low_freq_factor {low} must be above 0 and below high_freq_factor {high}")
     wavelength = 2 * math.pi / inv_freq
     smooth = (original / wavelength - low) / (high - low)
     between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
@@ -115,7 +117,7 @@ def _llama3(inv_freq: Tensor, scaling: Fields, original: int) -> Tensor:
 def _yarn(periods: Tensor, theta: float, config: Fields, scaling: Fields, interleaved: bool) -> RopeSpec:
     """Dimensions that turn often within the original length are kept, the others slowed (Peng et al. 2023)."""
     rotary_dim, original = 2 * len(periods), original_length(config, scaling)
-    factor = scaling.get("factor", float, config.size("max_position_embeddings") / original)
+    factor = _factor(scaling, config.size("max_position_embeddings") / original)
 
     def dimension(turns: float) -> float:
         """The one that turns so often within the original length."""
@@ -141,7 +143,7 @@ def _yarn(periods: Tensor, theta: float, config: Fields, scaling: Fields, interl
 def _longrope(periods: Tensor, config: Fields, scaling: Fields, interleaved: bool) -> RopeSpec:
     """A factor for each frequency, found by search; another set of them for long sequences (Ding et al. 2024)."""
     original = original_length(config, scaling)
-    factor = scaling.get("factor", float, config.size("max_position_embeddings") / original)
+    factor = _factor(scaling, config.size("max_position_embeddings") / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     short, long = (_factors(scaling, name, len(periods)) for name in ("short_factor", "long_factor"))
     return _spec(
@@ -150,6 +152,14 @@ def _longrope(periods: Tensor, config: Fields, scaling: Fields, interleaved: boo
         interleaved=interleaved,
         by_length=LongRope(tuple((1.0 / (long * periods)).tolist()), original),
     )
+
+
+def _factor(scaling: Fields, default: float | None = None) -> float:
+    """By how much the context is extended; required unless there is a default."""
+    factor = scaling.require("factor", float) if default is None else scaling.get("factor", float, default)
+    if factor <= 0:
+        raise _invalid(scaling, f"factor is {factor}, expected more than 0")
+    return factor
 
 
 def _factors(scaling: Fields, name: str, count: int) -> Tensor:

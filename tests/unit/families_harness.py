@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor
 
 from executor_svc.core import Batch, Sampling, Sequence
@@ -46,6 +47,14 @@ def check_family(
         found = torch.stack([rows[sequence.handle, position] for position in range(len(prompt))])
         assert (found - wanted).abs().max() < 1e-4, f"{len(prompt)} tokens: {(found - wanted).abs().max():.2e}"
         assert sequence.token_ids == continuation(reference, prompt)
+
+
+def reference_of(checkpoint: Path, attention: str = "eager") -> Reference:
+    """The model as transformers reads it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation=attention
+    )
+    return model.eval()
 
 
 def watch(engine: Engine) -> dict[tuple[int, int], Tensor]:

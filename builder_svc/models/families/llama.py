@@ -1,5 +1,6 @@
 """LLaMA 1, 2, 3.x, and models with the same layout."""
 
+from collections.abc import Collection
 from typing import Any
 
 from builder_svc.models.config import Activation, AttentionSpec, DecoderConfig, LayerSpec, MlpSpec, NormSpec
@@ -9,6 +10,7 @@ from builder_svc.models.sources import Names
 from engine.errors import InvalidArgument, Unimplemented
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+CLASS_NAME = "LLaMAForCausalLM"
 NAMES = Names()
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -46,8 +48,7 @@ def uniform_decoder(config: Fields, architecture: str, *, tie: bool = False, **a
 
 def attention_spec(config: Fields, **changes: Any) -> AttentionSpec:
     """Heads and rotary positions by LLaMA's field names, with changes of the spec's fields."""
-    hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
-    head_dim = config.size("head_dim", hidden_size // num_heads)
+    num_heads, size = config.size("num_attention_heads"), head_dim(config)
     num_kv_heads = config.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise InvalidArgument(
@@ -55,16 +56,33 @@ def attention_spec(config: Fields, **changes: Any) -> AttentionSpec:
             reason="CONFIG_FIELD_INVALID",
         )
     if "rope" not in changes:
-        changes["rope"] = rope_spec(config, head_dim)
-    return AttentionSpec(num_heads, num_kv_heads, head_dim, **changes)
+        changes["rope"] = rope_spec(config, size)
+    return AttentionSpec(num_heads, num_kv_heads, size, **changes)
 
 
-def activation(config: Fields, field: str = "hidden_act", default: str = "silu") -> Activation:
-    """Raises Unimplemented for one that we do not have."""
+def head_dim(config: Fields) -> int:
+    """`head_dim`, by default the hidden size over the heads."""
+    hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
+    if config.values.get("head_dim") is None and hidden_size % num_heads:
+        raise InvalidArgument(
+            f"{config.where}: hidden_size {hidden_size} is no multiple of {num_heads} attention heads, and there is no head_dim",
+            reason="CONFIG_FIELD_INVALID",
+        )
+    return config.size("head_dim", hidden_size // num_heads)
+
+
+def activation(
+    config: Fields,
+    field: str = "hidden_act",
+    default: str = "silu",
+    among: Collection[Activation] = ACTIVATIONS.values(),
+) -> Activation:
+    """Raises Unimplemented for one that is not among those that there are."""
     name = config.get(field, str, default)
-    if name not in ACTIVATIONS:
+    if ACTIVATIONS.get(name) not in among:
+        known = (name for name, found in sorted(ACTIVATIONS.items()) if found in among)
         raise Unimplemented(
-            f"{config.where}: {field} {name!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}",
+            f"{config.where}: {field} {name!r} is not supported; supported are {', '.join(known)}",
             reason="ACTIVATION_UNSUPPORTED",
         )
     return ACTIVATIONS[name]

@@ -7,6 +7,7 @@ from builder_svc.models.sources import Names
 from builder_svc.models.windows import with_windows
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
+CLASS_NAME = "QWenForCausalLM"
 NAMES = Names()
 
 
@@ -21,6 +22,6 @@ def with_upper_windows(config: Fields, decoder: DecoderConfig) -> DecoderConfig:
     if not config.get("use_sliding_window", bool, False):
         return decoder
     count = len(decoder.layers)
-    first = config.get("max_window_layers", int, count)
+    first = min(config.get("max_window_layers", int, 28), count)
     kinds = ["full_attention"] * first + ["sliding_attention"] * (count - first)
     return with_windows(config, decoder, config.get("layer_types", list, kinds))
