@@ -32,24 +32,27 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def save_checkpoint(directory: Path, family: str = "llama", **changes: Any) -> Path:
-    """A random model of a family in Hugging Face layout, float32."""
+    """A random model in Hugging Face layout, float32.
+
+    Args:
+        family: a model_type of transformers.
+        changes: of its config.
+    """
     import torch
     import transformers
 
-    config_class, model_class = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    }[family]
     settings = {
         "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2,
         **changes,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = model_class(config_class(**settings))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # transformers begins with zeros, which would hide a bias that is left out
-            torch.nn.init.normal_(parameter, std=0.2)
+    config = transformers.AutoConfig.for_model(family, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases begin as zeros and norms as ones, which would hide one that is left out
+                parameter += torch.randn_like(parameter) * 0.2
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
