@@ -88,12 +88,12 @@ def add_layer_norm(
 
 def head_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """rms_norm of each head of x [T, heads * D] with one weight [D]."""
-    return rms_norm(x.view(len(x), -1, len(weight)), weight, eps=eps).view_as(x)
+    return rms_norm(x.view(x.shape[0], -1, len(weight)), weight, eps=eps).view_as(x)
 
 
 def head_layer_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """layer_norm of each head of x [T, heads * D], each with a weight of its own [heads, D]."""
-    heads = layer_norm(x.view(len(x), *weight.shape), torch.ones_like(weight[0]), eps=eps)
+    heads = layer_norm(x.view(x.shape[0], *weight.shape), torch.ones_like(weight[0]), eps=eps)
     return (heads * weight).view_as(x)
 
 
