@@ -1,5 +1,6 @@
 """LLaMA 1, 2, 3.x, and models with the same layout."""
 
+from collections.abc import Collection
 from typing import Any
 
 from builder_svc.models.config import Activation, AttentionSpec, DecoderConfig, LayerSpec, MlpSpec, NormSpec
@@ -9,6 +10,7 @@ from builder_svc.models.sources import Names
 from engine.errors import InvalidArgument, Unimplemented
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+CLASS_NAME = "LLaMAForCausalLM"
 NAMES = Names()
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -59,12 +61,18 @@ def attention_spec(config: Fields, **changes: Any) -> AttentionSpec:
     return AttentionSpec(num_heads, num_kv_heads, head_dim, **changes)
 
 
-def activation(config: Fields, field: str = "hidden_act", default: str = "silu") -> Activation:
-    """Raises Unimplemented for one that we do not have."""
+def activation(
+    config: Fields,
+    field: str = "hidden_act",
+    default: str = "silu",
+    among: Collection[Activation] = ACTIVATIONS.values(),
+) -> Activation:
+    """Raises Unimplemented for one that is not among those that there are."""
     name = config.get(field, str, default)
-    if name not in ACTIVATIONS:
+    if ACTIVATIONS.get(name) not in among:
+        known = (name for name, found in sorted(ACTIVATIONS.items()) if found in among)
         raise Unimplemented(
-            f"{config.where}: {field} {name!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}",
+            f"{config.where}: {field} {name!r} is not supported; supported are {', '.join(known)}",
             reason="ACTIVATION_UNSUPPORTED",
         )
     return ACTIVATIONS[name]
