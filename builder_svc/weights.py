@@ -37,9 +37,9 @@ def check_weights(checkpoint: HuggingFaceCheckpoint, sources: Mapping[str, Sourc
     for ours, source in sources.items():
         _check_source(checkpoint, source, tuple(int(size) for size in program.weights[ours].shape))
     used = {name for source in sources.values() for name in source.names}
-    tied = "lm_head.weight" not in sources
+    tied = () if "lm_head.weight" in sources else ("lm_head.weight", "embed_out.weight")
     for name in checkpoint.shapes:
-        if name not in used and not name.endswith(_DERIVED) and not (tied and name == "lm_head.weight"):
+        if name not in used and not name.endswith(_DERIVED) and name not in tied:
             raise InvalidArgument(
                 f"{checkpoint.path} holds tensor {name!r}, for which its config.json has no place: take the config.json of these "
                 "weights",
@@ -88,8 +88,8 @@ def write_weights(
 ) -> list[tuple[FileRef, Path]]:
     """Writes the program's weights as safetensors files of at most MAX_FILE_BYTES (or one tensor) into a directory.
 
-    Tensors stand in the order of their first use, wider dtypes first, so that each is aligned to its own size. One of them
-    is in memory at a time, with the parts that it is made of.
+    Tensors stand in the order of their first use, wider dtypes first, so that each is aligned to its own size. One part of one
+    is in memory at a time.
 
     Args:
         constants: weights that no checkpoint holds.
@@ -130,12 +130,12 @@ def write_weights(
 def _parts(checkpoint: HuggingFaceCheckpoint, source: Source) -> Iterator[torch.Tensor]:
     """The tensors that form a weight, one after another, as they lie in it."""
     for name in source.names:
-        part = checkpoint.read(name)
-        if source.transposed:
-            part = part.T
-        if source.heads:
-            part = source.heads.sorted(part)
-        yield part.float() + source.offset if source.offset else part
+        for part in checkpoint.read_parts(name):
+            if source.transposed:
+                part = part.T
+            if source.heads:
+                part = source.heads.sorted(part)
+            yield part.float() + source.offset if source.offset else part
 
 
 def _groups(order: list[str], program: Program) -> list[list[str]]:

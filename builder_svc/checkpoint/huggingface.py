@@ -1,6 +1,7 @@
 """A checkpoint in Hugging Face layout: config.json beside safetensors, sharded or not."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ class HuggingFaceCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """One tensor in the checkpoint's dtype. Raises KeyError for an unknown name."""
         return self._files[self._where[name]].get_tensor(name)
+
+    def read_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """What `read` gives; of a tensor of three dimensions one matrix after another, of which one is in memory at a time."""
+        if len(self.shapes[name]) != 3:
+            yield self.read(name)
+            return
+        stacked = self._files[self._where[name]].get_slice(name)
+        for index in range(self.shapes[name][0]):
+            yield stacked[index]
 
     def dtype(self) -> str:
         """The dtype that the config declares, else that of the first tensor, such as "bfloat16"."""
