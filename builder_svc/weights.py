@@ -42,9 +42,9 @@ def check_weights(checkpoint: Checkpoint, sources: Mapping[str, Source], program
     for ours, source in sources.items():
         _check_source(checkpoint, source, tuple(int(size) for size in program.weights[ours].shape))
     used = {name for source in sources.values() for name in source.names}
-    tied = "lm_head.weight" not in sources
+    tied = () if "lm_head.weight" in sources else ("lm_head.weight", "embed_out.weight")
     for name in checkpoint.shapes:
-        if name not in used and not name.endswith(_DERIVED) and not (tied and name == "lm_head.weight"):
+        if name not in used and not name.endswith(_DERIVED) and name not in tied:
             raise InvalidArgument(
                 f"{checkpoint.path} holds tensor {name!r}, for which its config.json has no place: take the config.json of these "
                 "weights",
@@ -186,12 +186,13 @@ def _ahead(parts: Iterator[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[
 def _parts(checkpoint: Checkpoint, source: Source) -> Iterator[torch.Tensor]:
     """The tensors that form a weight, one after another, as they lie in it."""
     for name in source.names:
-        part = checkpoint.read(name)
-        if source.transposed:
-            part = part.T
-        if source.heads:
-            part = source.heads.sorted(part)
-        yield part.float() + source.offset if source.offset else part
+        tensor = checkpoint.read(name)
+        for part in tensor if tensor.dim() == 3 else (tensor,):  # experts one by one: they are mapped, not read
+            if source.transposed:
+                part = part.T
+            if source.heads:
+                part = source.heads.sorted(part)
+            yield part.float() + source.offset if source.offset else part
 
 
 def _groups(order: list[str], program: Program) -> list[list[str]]:

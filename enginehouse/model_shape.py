@@ -13,7 +13,7 @@ from engine.errors import FailedPrecondition, InvalidArgument, NotFound
 from engine.manifest import Limits
 from engine.program import Program
 from engine.store import Store
-from enginehouse.roofline import Attention, Shape
+from enginehouse.roofline import Attention, Experts, Shape
 
 
 def of_engine(store: Store, engine: str) -> Shape:
@@ -89,7 +89,7 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
 
 
 def of_program(program: Program, limits: Limits, *, name: str, repeats: list[int] | None = None) -> Shape:
-    """Counts a program's weights and attention.
+    """Counts a program's weights, attention and experts.
 
     Args:
         repeats: how many layers each layer of the program stands for; by default one. Weights of a layer are called
@@ -104,12 +104,15 @@ def of_program(program: Program, limits: Limits, *, name: str, repeats: list[int
     for weight, declared in program.weights.items():
         sizes[declared.dtype] = sizes.get(declared.dtype, 0) + declared.nbytes * times(weight)
     layers: dict[str, int] = {}  # matrix -> how often it is there
-    head = tables = ""
+    head, tables = "", set()
     attention: dict[Attention, int] = {}
+    experts: dict[Experts, int] = {}
     for op in program.ops:
         matrices = [used for used in op.inputs if used in program.weights and len(program.weights[used].shape) > 1]
+        if op.op not in ("embedding", "attention", "linear", "experts"):
+            continue  # such as a norm that has a row of weights for each head
         if op.op == "embedding":
-            tables = matrices[0]
+            tables.add(matrices[0])
         elif op.op == "attention":
             cache, head_dim = program.caches[_int(op.attrs["cache"])], _int(op.attrs["head_dim"])
             heads = _int(op.outputs[0].type.shape[-1]) // head_dim
@@ -120,7 +123,12 @@ def of_program(program: Program, limits: Limits, *, name: str, repeats: list[int
             head = matrices[0]
         else:
             layers |= {matrix: times(matrix) for matrix in matrices}
-    divided = {head, tables, *layers} - {""}
+        if op.op == "experts":
+            num_experts = _int(program.weights[matrices[0]].shape[0])
+            size = sum(program.weights[matrix].size for matrix in matrices) // num_experts
+            alike = Experts(0, num_experts, _int(op.attrs["top_k"]), size)
+            experts[alike] = experts.get(alike, 0) + times(matrices[0])
+    divided = {head, *tables, *layers}
     return Shape(
         name=name,
         dtype=program.weights[head].dtype,
@@ -134,6 +142,7 @@ def of_program(program: Program, limits: Limits, *, name: str, repeats: list[int
             declared.nbytes * times(weight) for weight, declared in program.weights.items() if weight not in divided
         ),
         attention=tuple(replace(kind, layers=count) for kind, count in attention.items()),
+        experts=tuple(replace(kind, layers=count) for kind, count in experts.items()),
         kv_dtype=program.caches[0].dtype,
         num_parameters=sum(declared.size * times(weight) for weight, declared in program.weights.items()),
         max_seq_len=limits.max_seq_len,
@@ -177,6 +186,7 @@ def to_json(shape: Shape) -> dict[str, object]:
     return {
         "name": shape.name,
         "parameters": shape.num_parameters,
+        "active_parameters": shape.active_parameters,
         "dtype": shape.layer_dtype,
         "weight_bytes": shape.total_bytes,
         "weight_bytes_by_dtype": dict(shape.weight_bytes),
@@ -184,4 +194,5 @@ def to_json(shape: Shape) -> dict[str, object]:
         "kv_bytes_per_token": shape.kv_bytes(1),
         "max_seq_len": shape.max_seq_len,
         "attention": [asdict(kind) for kind in shape.attention],
+        "experts": [asdict(kind) for kind in shape.experts],
     }

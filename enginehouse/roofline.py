@@ -8,9 +8,12 @@ takes the longer of the two times
 
 With T tokens in a step, R rows of logits, and sequence i that has t_i tokens in the step and c_i in its context:
 
-    layers     reads all their weights once;            2 x parameters x T operations
+    layers     reads their weights once;                2 x parameters x T operations
     head       reads its matrix once;                   2 x parameters x R operations
     attention  reads kv_bytes x sum(c_i);               4 x heads x head_dim x (pairs of a query and a key) operations
+
+Of a layer with E experts, a token computes with the k that its router chooses. T tokens that choose at random, each on its own,
+reach E x (1 - (1 - k / E)^T) of them on average; only these are read. Tokens of one text choose alike, and then it is fewer.
 
 The embedding is a table of which T rows are read: that, norms, activations and the writing of the KV cache are some tenths
 of a percent and are left out, as are launches and the scheduler's work. So this is an upper bound of what an executor can
@@ -42,6 +45,20 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Layers whose experts are alike: `parameters` in each of `num_experts`, of which a token goes through `top_k`."""
+
+    layers: int
+    num_experts: int
+    top_k: int
+    parameters: int
+
+    def idle(self, tokens: int) -> float:
+        """Parameters of all these layers that a step of so many tokens is expected not to reach."""
+        return self.layers * self.num_experts * self.parameters * (1 - self.top_k / self.num_experts) ** tokens
+
+
+@dataclass(frozen=True)
 class Shape:
     """What matters of a model here.
 
@@ -49,10 +66,10 @@ class Shape:
         dtype: of activations, and of weights that are not quantized.
         layer_dtype: of the layers' matrices.
         weight_bytes: dtype -> bytes of all weights that have it.
-        layer_parameters, layer_bytes: of the matrices in the layers.
+        layer_parameters, layer_bytes: of the matrices in the layers, all experts included.
         head_parameters, head_bytes: of the matrix that makes logits, which may be the embedding.
         replicated_bytes: of what every rank keeps whole: norms, biases, rotary frequencies.
-        attention: the layers' attention.
+        attention, experts: of the layers, by kind.
         kv_dtype: of the KV cache.
         max_seq_len: tokens in a sequence at most.
         max_num_tokens: tokens in a step at most; longer prompts take several.
@@ -74,6 +91,26 @@ class Shape:
     max_seq_len: int
     max_num_tokens: int
     max_batch_size: int | None = None
+    experts: tuple[Experts, ...] = ()
+
+    @property
+    def active_parameters(self) -> int:
+        """All parameters but those of the experts that a token does not go through."""
+        return self.num_parameters - self._unused
+
+    @property
+    def _unused(self) -> int:
+        """Parameters of the experts that one token does not go through."""
+        return sum(kind.layers * (kind.num_experts - kind.top_k) * kind.parameters for kind in self.experts)
+
+    def layer_operations(self, tokens: int) -> float:
+        """Of the products with the layers' matrices, in a step of so many tokens."""
+        return 2.0 * (self.layer_parameters - self._unused) * tokens
+
+    def layer_read(self, tokens: int) -> float:
+        """Bytes of the layers' matrices that a step of so many tokens is expected to read."""
+        idle = sum(kind.idle(tokens) for kind in self.experts)
+        return self.layer_bytes * (1 - idle / self.layer_parameters)
 
     @property
     def total_bytes(self) -> int:
@@ -213,7 +250,11 @@ def _step(shape: Shape, device: Device, tokens: int, rows: int, pairs: list[floa
         4 * a.layers * a.num_heads * a.head_dim * seen for a, seen in zip(shape.attention, pairs, strict=True)
     )
     parts = (
-        (shape.layer_bytes / tp + shape.replicated_bytes, 2 * shape.layer_parameters * tokens / tp, shape.layer_dtype),
+        (
+            shape.layer_read(tokens) / tp + shape.replicated_bytes,
+            shape.layer_operations(tokens) / tp,
+            shape.layer_dtype,
+        ),
         (shape.head_bytes / tp, 2 * shape.head_parameters * rows / tp, shape.dtype),
         (kv_read, attention / tp, shape.dtype),
     )

@@ -68,6 +68,16 @@ def rope_spec(
     )
 
 
+def local_rope_spec(config: Fields, head_dim: int, layer_type: str, theta: float) -> RopeSpec:
+    """The rotary spec of a type of layer that older configs leave out of `rope_theta` and `rope_scaling`, and newer ones list.
+
+    Args:
+        theta: the base, where `rope_parameters` gives none.
+    """
+    local = Fields({**config.values, "rope_theta": theta, "rope_scaling": None}, config.where)
+    return rope_spec(local, head_dim, layer_type=layer_type)
+
+
 def scaling_fields(config: Fields, layer_type: str = "") -> Fields:
     """The config's rope scaling, of one type of layer where it has several."""
     found: Mapping[str, Any] = config.get("rope_parameters", dict, {}) or config.get("rope_scaling", dict, {})

@@ -41,11 +41,25 @@ class Source:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """What a family calls the tensors of its experts. `{}` is an expert's number; a name without it holds all of them."""
+
+    router: str = "mlp.gate"
+    gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight")
+    down: tuple[str, ...] = ("mlp.experts.{}.down_proj.weight",)
+
+
+# How transformers holds experts in memory, which a person may have saved: [E, 2n, hidden] and [E, hidden, n].
+TOGETHER = ExpertNames("mlp.gate", ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",))
+
+
+@dataclass(frozen=True)
 class Names:
     """What a family calls its modules, by default as LLaMA does. `{}` is a layer's, head's or expert's number.
 
     Attributes:
         prefix: of all but the head; checkpoints of a model without its head have none.
+        head: or lm_head, as transformers has it in memory.
         transposed: its linears are [in, out].
         heads_together: its fused projection lies by key head (`Heads`).
     """
@@ -67,11 +81,9 @@ class Names:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
-    router: str = "mlp.gate"
-    expert: str = "mlp.experts.{}"
-    expert_gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
-    expert_down: str = "down_proj"
-    shared: str = "mlp.shared_expert"
+    experts: ExpertNames = ExpertNames()
+    shared_gate_up: tuple[str, ...] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    shared_down: str = "mlp.shared_expert.down_proj"
     shared_gate: str = "mlp.shared_expert_gate"
     transposed: bool = False
     heads_together: bool = False
@@ -82,6 +94,7 @@ class Names:
         Args:
             tensors: the checkpoint's names.
         """
+        head = "lm_head" if "lm_head.weight" in tensors else self.head
         prefix = self.prefix if any(name.startswith(self.prefix) for name in tensors) else ""
         found = {
             "embedding": Source((f"{prefix}{self.embedding}.weight",)),
@@ -90,15 +103,15 @@ class Names:
         if config.learned_positions:
             found["position_embedding"] = Source((f"{prefix}{self.positions}.weight",))
         if not config.tie_embeddings:
-            found["lm_head.weight"] = Source((f"{self.head}.weight",))
+            found["lm_head.weight"] = Source((f"{head}.weight",))
         if config.head_bias:
-            found["lm_head.bias"] = Source((f"{self.head}.bias",))
+            found["lm_head.bias"] = Source((f"{head}.bias",))
         for index, layer in enumerate(config.layers):
-            inner = self._layer(layer, f"{prefix}{self.layer.format(index)}.")
+            inner = self._layer(layer, f"{prefix}{self.layer.format(index)}.", tensors)
             found |= {f"layers.{index}.{name}": source for name, source in inner.items()}
         return found
 
-    def _layer(self, layer: LayerSpec, theirs: str) -> dict[str, Source]:
+    def _layer(self, layer: LayerSpec, theirs: str, tensors: Collection[str]) -> dict[str, Source]:
         attention, mlp = layer.attention, layer.mlp
         found: dict[str, Source] = {}
         for name in ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm"):
@@ -114,22 +127,22 @@ class Names:
                 parts = tuple(f"{theirs}{getattr(self, name).format(head)}.weight" for head in each)
                 found[f"attention.{name}.weight"] = Source(parts, offset=attention.qk_norm_offset)
         if isinstance(mlp, ExpertsSpec):
-            return found | self._experts(mlp, theirs)
+            return found | self._experts(mlp, theirs, tensors)
         if mlp.gated:
             found |= self._linear("mlp.gate_up", theirs, self.gate_up, mlp.bias)
         else:
             found |= self._linear("mlp.up", theirs, (self.up,), mlp.bias)
         return found | self._linear("mlp.down", theirs, (self.down,), mlp.bias)
 
-    def _experts(self, spec: ExpertsSpec, theirs: str) -> dict[str, Source]:
-        each = [theirs + self.expert.format(number) for number in range(spec.num_experts)]
-        found = self._linear("mlp.router", theirs, (self.router,), bias=False)
-        found["mlp.gate_up"] = Source(tuple(f"{one}.{part}.weight" for one in each for part in self.expert_gate_up))
-        found["mlp.down"] = Source(tuple(f"{one}.{self.expert_down}.weight" for one in each))
+    def _experts(self, spec: ExpertsSpec, theirs: str, tensors: Collection[str]) -> dict[str, Source]:
+        names = TOGETHER if theirs + TOGETHER.down[0] in tensors else self.experts
+        found = self._linear("mlp.router", theirs, (names.router,), bias=False)
+        for ours, parts in (("gate_up", names.gate_up), ("down", names.down)):
+            each = (part.format(number) for number in range(spec.num_experts) for part in parts)
+            found[f"mlp.{ours}"] = Source(tuple(dict.fromkeys(theirs + name for name in each)))
         if spec.shared:
-            shared = f"{theirs}{self.shared}."
-            found |= self._linear("mlp.shared.gate_up", shared, self.expert_gate_up, spec.shared.bias)
-            found |= self._linear("mlp.shared.down", shared, (self.expert_down,), spec.shared.bias)
+            found |= self._linear("mlp.shared.gate_up", theirs, self.shared_gate_up, spec.shared.bias)
+            found |= self._linear("mlp.shared.down", theirs, (self.shared_down,), spec.shared.bias)
             found |= self._linear("mlp.shared_gate", theirs, (self.shared_gate,), bias=False)
         return found
 

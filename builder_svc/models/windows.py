@@ -10,15 +10,18 @@ from engine.errors import InvalidArgument
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def with_windows(config: Fields, decoder: DecoderConfig, types: list[Any]) -> DecoderConfig:
+def with_windows(config: Fields, decoder: DecoderConfig, types: list[Any], **changes: Any) -> DecoderConfig:
     """The decoder with the config's `sliding_window` in the layers of type SLIDING.
+
+    Args:
+        changes: what else is different in the attention of these layers: fields of AttentionSpec.
 
     Raises:
         InvalidArgument: not a type for each layer, or another one than SLIDING and FULL.
     """
     check_types(config, types, len(decoder.layers))
     layers = tuple(
-        _windowed(layer, config.size("sliding_window")) if kind == SLIDING else layer
+        _windowed(layer, window=config.size("sliding_window"), **changes) if kind == SLIDING else layer
         for layer, kind in zip(decoder.layers, types, strict=True)
     )
     return replace(decoder, layers=layers)
@@ -33,5 +36,5 @@ def check_types(config: Fields, types: list[Any], count: int) -> None:
         )
 
 
-def _windowed(layer: LayerSpec, window: int) -> LayerSpec:
-    return replace(layer, attention=replace(layer.attention, window=window))
+def _windowed(layer: LayerSpec, **changes: Any) -> LayerSpec:
+    return replace(layer, attention=replace(layer.attention, **changes))

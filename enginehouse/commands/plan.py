@@ -204,15 +204,21 @@ def _speeds(
 
 def _say(shape: Shape, choices: Choices, told: dict[str, Any]) -> None:
     sizes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in shape.weight_bytes.items())
+    active = f" ({_count(shape.active_parameters)} a token)" if shape.experts else ""
     streamed = shape.layer_bytes + shape.head_bytes + shape.replicated_bytes
     length = told["input_len"] + told["output_len"]
     lines = {
-        "model": f"{shape.name}, {_count(shape.num_parameters)} parameters, {shape.layer_dtype}",
+        "model": f"{shape.name}, {_count(shape.num_parameters)} parameters{active}, {shape.layer_dtype}",
         "weights": f"{format_bytes(shape.total_bytes)} ({sizes})",
         "KV cache": f"{shape.kv_bytes(1):,} bytes a token in {shape.kv_dtype}; a sequence of {length} tokens "
         f"{format_bytes(told['kv_bytes_per_sequence'])}",
     }
-    if streamed < shape.total_bytes:
+    if shape.experts:
+        least = shape.layer_read(1) + shape.head_bytes + shape.replicated_bytes
+        lines["a step reads"] = (
+            f"{format_bytes(round(least))} of them for one token, {format_bytes(streamed)} for many, which reach all experts"
+        )
+    elif streamed < shape.total_bytes:
         lines["a step reads"] = f"{format_bytes(streamed)} of them: of the input embedding only some rows"
     if choices.tp > 1:
         lines["tp"] = f"{choices.tp} cards, {format_bytes(told['weight_bytes_per_gpu'])} of weights on each"

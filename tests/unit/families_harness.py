@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 from executor_svc.core import Batch, Sampling, Sequence
+from executor_svc.loader import LoadedEngine
 from tests.conftest import VOCAB_SIZE
 from tests.running import Engine, make_engine
 
@@ -55,6 +56,19 @@ def reference_of(checkpoint: Path, attention: str = "eager") -> Reference:
         checkpoint, dtype=torch.float32, attn_implementation=attention
     )
     return model.eval()
+
+
+def check_half_precision(checkpoint: Path, tmp_path: Path) -> LoadedEngine:
+    """Teacher-forced, in bfloat16: each greedy token's reference logit is within 0.02 of the largest magnitude of the best."""
+    loaded = make_engine(checkpoint, tmp_path / "half", dtype="bfloat16")
+    reference = reference_of(checkpoint)
+    sequence = Sequence(0, 0, list(range(2, 30)), 28, 40, Sampling(0.0))
+    Engine(loaded).run([sequence])
+    with torch.inference_mode():
+        logits = reference(torch.tensor([sequence.token_ids])).logits[0, 27:-1]
+    for row, token in zip(logits, sequence.token_ids[28:], strict=True):
+        assert row[token] >= row.max() - 0.02 * row.abs().max()
+    return loaded
 
 
 def watch(engine: Engine) -> dict[tuple[int, int], Tensor]:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from hub_server import Repository
 
-from builder_svc.models.config import AttentionSpec, DecoderConfig, LayerSpec, MlpSpec, NormSpec, RopeSpec
+from builder_svc.models.config import AttentionSpec, DecoderConfig, ExpertsSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
 from engine import registry
@@ -25,7 +25,7 @@ from enginehouse.cli import main
 from enginehouse.gpus import GPUS, find_gpu
 from enginehouse.home import Home
 from enginehouse.model_shape import of_checkpoint, of_engine
-from enginehouse.roofline import Attention, Device, Shape
+from enginehouse.roofline import Attention, Device, Experts, Shape
 from executor_svc.runner import BLOCK_SIZE
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
@@ -128,6 +128,67 @@ def test_layers_of_several_kinds_are_each_counted(monkeypatch: pytest.MonkeyPatc
     assert shape.total_bytes == 4 * (shape.layer_parameters + 100 * 32) + shape.replicated_bytes
 
 
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+
+
+def test_mixtral_as_everybody_knows_it(tmp_path: Path) -> None:
+    """46.7 billion parameters, of which a token goes through 12.9."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    shape = of_checkpoint(str(tmp_path), None)
+    assert shape.experts == (Experts(32, 8, 2, 3 * 4096 * 14336),)
+    assert shape.num_parameters == 46_702_792_704 + 64  # and the rotary frequencies
+    assert shape.active_parameters == shape.num_parameters - 32 * 6 * 3 * 4096 * 14336
+    assert shape.active_parameters == pytest.approx(12.9e9, rel=2e-3)
+    assert plan(tmp_path)["model"]["experts"] == [
+        {"layers": 32, "num_experts": 8, "top_k": 2, "parameters": 176_160_768}
+    ]
+    printed = CliRunner().invoke(main, ["plan", str(tmp_path)]).stdout
+    assert "46.70 billion parameters (12.88 billion a token), bfloat16" in printed
+    assert "25.5 GB of them for one token, 93.1 GB for many, which reach all experts" in printed
+
+
+def test_experts_in_some_layers_and_one_that_all_tokens_share(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
+    attention, norm = AttentionSpec(4, 2, 8, RopeSpec(inv_freq=(1.0, 0.1))), NormSpec("rms", 1e-5)
+    dense = LayerSpec(attention, MlpSpec(32), norm, norm)
+    sparse = LayerSpec(attention, ExpertsSpec(5, 2, 16, False, MlpSpec(24)), norm, norm)
+    mixed = DecoderConfig("LlamaForCausalLM", 100, 32, (sparse, dense, sparse, sparse), norm, False, 64)
+    monkeypatch.setattr("builder_svc.models.families.llama.decoder_config", lambda *_: mixed)
+    shape = of_checkpoint(str(llama), "float32")
+    each = 3 * 32 * 16
+    assert shape.experts == (Experts(3, 5, 2, each),)
+    projections = 32 * 64 + 32 * 32
+    assert shape.layer_parameters == 4 * projections + 3 * 32 * 32 + 3 * (5 * each + 3 * 32 * 24 + 5 * 32 + 32)
+    assert shape.total_bytes == 4 * (shape.layer_parameters + 2 * 100 * 32) + shape.replicated_bytes
+    assert shape.quantized("int8").layer_read(1) == shape.layer_read(1) / 4
+
+
+def test_tables_of_positions_are_read_by_rows_and_norms_of_heads_are_no_matrices(
+    monkeypatch: pytest.MonkeyPatch, llama: Path
+) -> None:
+    attention, norm = AttentionSpec(4, 2, 8, None, qk_norm="heads"), NormSpec("layer", 1e-5, bias=True)
+    layer = LayerSpec(attention, MlpSpec(32, activation="gelu", gated=False), norm, norm)
+    learned = DecoderConfig("LlamaForCausalLM", 100, 32, (layer,), norm, False, 64, learned_positions=64)
+    monkeypatch.setattr("builder_svc.models.families.llama.decoder_config", lambda *_: learned)
+    shape = of_checkpoint(str(llama), "float32")
+    assert shape.layer_parameters == 32 * 64 + 32 * 32 + 2 * 32 * 32
+    assert shape.replicated_bytes == 4 * (3 * 2 * 32 + 6 * 8)
+    assert shape.total_bytes == 4 * (shape.layer_parameters + 2 * 100 * 32 + 64 * 32) + shape.replicated_bytes
+
+
 def test_an_engine_is_planned_without_torch(home: Path) -> None:
     code = (
         "import sys; from enginehouse.cli import main\n"
@@ -161,6 +222,25 @@ def test_large_batches_are_bound_by_arithmetic(shape: Shape) -> None:
         2 * (shape.layer_parameters + shape.head_parameters) * batch / 989.4e12, rel=1e-9
     )
     assert step.bound == "compute"
+
+
+def test_a_step_reads_the_experts_that_its_tokens_reach(shape: Shape) -> None:
+    """Computing grows with the tokens alone; reading begins at top_k experts and ends at all of them."""
+    one = 1_000_000
+    sparse = replace(shape, experts=(Experts(10, 8, 2, one),))
+    assert sparse.layer_read(1) == pytest.approx(shape.layer_bytes - 2 * 10 * 6 * one)
+    assert sparse.layer_read(2) == pytest.approx(shape.layer_bytes - 2 * 10 * 8 * one * 0.75**2)
+    assert sparse.layer_read(1000) == pytest.approx(shape.layer_bytes)
+    for tokens in (1, 2, 3, 50):  # what random choices reach
+        reached = 8 - sparse.experts[0].idle(tokens) / (10 * one)
+        assert 2 <= reached <= min(8, 2 * tokens)
+    for tokens in (1, 7, 4096):
+        assert sparse.layer_operations(tokens) == 2 * tokens * (shape.layer_parameters - 10 * 6 * one)
+    step, whole = (roofline.decode_step(kind, H100, 1, 0) for kind in (sparse, shape))
+    assert whole.seconds - step.seconds == pytest.approx(2 * 10 * 6 * one / 3.35e12)
+    slow = replace(H100, flops={"bfloat16": 1e9})
+    computed = roofline.decode_step(sparse, slow, 3, 0).compute
+    assert computed == pytest.approx((sparse.layer_operations(3) + 2 * 3 * shape.head_parameters) / 1e9)
 
 
 def test_prefill_by_hand(shape: Shape) -> None:

@@ -5,15 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from families_harness import check_family, reference_of
+from families_harness import check_family, check_half_precision, reference_of
 
 import builder_svc.models.families as families_package
 from builder_svc.models.families import families
-from executor_svc.core import Sampling, Sequence
 from tests.conftest import save_checkpoint
-from tests.running import Engine, make_engine
+from tests.running import make_engine
 
 ROPE_LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -89,15 +86,7 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
 
 
 def test_half_precision_stays_near_the_reference(checkpoint: Path, tmp_path: Path) -> None:
-    """Teacher-forced: each greedy token's reference logit is within 0.02 of the largest magnitude of the best."""
-    loaded = make_engine(checkpoint, tmp_path / "store", dtype="bfloat16")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    sequence = Sequence(0, 0, list(range(2, 30)), 28, 40, Sampling(0.0))
-    Engine(loaded).run([sequence])
-    with torch.inference_mode():
-        logits = reference(torch.tensor([sequence.token_ids])).logits[0, 27:-1]
-    for row, token in zip(logits, sequence.token_ids[28:], strict=True):
-        assert row[token] >= row.max() - 0.02 * row.abs().max()
+    check_half_precision(checkpoint, tmp_path)
 
 
 def test_a_new_family_is_one_new_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
