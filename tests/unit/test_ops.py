@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from engine.ops import REFERENCE, Step, attention
 from engine.opset import OPERATORS
+from engine.program import Op, Program, TensorType, Value
 from executor_svc import kernels
+from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import native
 
 BLOCK_SIZE = 16
@@ -65,7 +68,9 @@ def attention_case(draw: st.DrawFn, dtype: torch.dtype) -> tuple[list[Tensor], d
     fused = torch.randn(sum(sum(step.query_lens) for step in steps), heads * head_dim, dtype=dtype)
     sizes = [groups * per_group * head_dim, groups * head_dim, groups * head_dim]
     settings_ = {"cache": 0, "head_dim": head_dim, "scale": 0.3, "window": draw(st.sampled_from([0, 0, 1, 5, 64, 150]))}
-    return list(torch.split(fused, sizes, -1)), settings_, steps
+    settings_["soft_cap"] = draw(st.sampled_from([0.0, 0.0, 0.5, 30.0]))
+    alibi = draw(st.sampled_from([[], [], [torch.rand(groups * per_group)]]))
+    return [*torch.split(fused, sizes, -1), *alibi], settings_, steps
 
 
 def attend(operator: Implementation, tensors: list[Tensor], attrs: dict[str, Any], steps: list[Step]) -> Tensor:
@@ -73,7 +78,7 @@ def attend(operator: Implementation, tensors: list[Tensor], attrs: dict[str, Any
     caches = [torch.zeros_like(steps[0].k_caches[0])], [torch.zeros_like(steps[0].v_caches[0])]
     done, outputs = 0, []
     for step in steps:
-        part = [tensor[done : done + sum(step.query_lens)] for tensor in tensors]
+        part = [tensor[done : done + sum(step.query_lens)] for tensor in tensors[:3]] + tensors[3:]
         outputs.append(operator(*part, **attrs, step=replace(step, k_caches=caches[0], v_caches=caches[1])))
         done += sum(step.query_lens)
     return torch.cat(outputs)
@@ -83,7 +88,11 @@ def attend(operator: Implementation, tensors: list[Tensor], attrs: dict[str, Any
 def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     torch.manual_seed(draw(st.integers(0, 10_000)))
-    rows, size, outputs = draw(st.integers(op == "rope", 40)), draw(st.integers(1, 70)), draw(st.integers(1, 140))
+    rows, size, outputs = (
+        draw(st.integers(op in ("rope", "head_rms_norm"), 40)),
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 140)),
+    )
     x, y, weight = (
         torch.randn(rows, size, dtype=dtype),
         torch.randn(rows, size, dtype=dtype),
@@ -94,13 +103,33 @@ def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
     angles = torch.randn(rows, half)
     wide = torch.randn(rows, heads * (2 * half + rest) + 3, dtype=dtype)[:, 3:]
     turn = {"head_dim": 2 * half + rest, "interleaved": draw(st.booleans())}
+    precise = draw(st.sampled_from([dtype, torch.float32]))  # a norm's weight may have more than its activations
+    norm = [weight.to(precise), draw(st.sampled_from([None, torch.randn(size).to(precise)]))]
+    apart, tanh = torch.randn(rows, heads * size + 3, dtype=dtype)[:, 3:], {"tanh": draw(st.booleans())}
+    count, inner = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    choice = {"top_k": draw(st.integers(1, count)), "normalize": draw(st.booleans())}
     made: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "embedding": ([torch.randint(0, outputs, (rows,), dtype=torch.int32), matrix], {}),
         "linear": ([x, matrix, draw(st.sampled_from([None, bias]))], {}),
-        "rms_norm": ([x, weight], {"eps": 1e-5}),
-        "add_rms_norm": ([x, y, weight], {"eps": 1e-5}),
+        "rms_norm": ([x, norm[0]], {"eps": 1e-5}),
+        "add_rms_norm": ([x, y, norm[0]], {"eps": 1e-5}),
+        "layer_norm": ([x + 3, *norm], {"eps": 1e-5}),
+        "add_layer_norm": ([x, y, *norm], {"eps": 1e-5}),
+        "head_rms_norm": ([apart, norm[0]], {"eps": 1e-5}),
         "rope": ([wide, angles.cos(), angles.sin()], turn),
         "silu_mul": ([torch.cat((x * 5, y), -1)], {}),
+        "gelu": ([x * 3], tanh),
+        "gelu_mul": ([torch.cat((x * 3, y), -1)], tanh),
+        "scale": ([x], {"factor": draw(st.floats(-3, 3))}),
+        "experts": (
+            [
+                x,
+                torch.randn(rows, count, dtype=dtype) * 2,
+                torch.randn(count, 2 * inner, size, dtype=dtype) / size**0.5,
+                torch.randn(count, size, inner, dtype=dtype),
+            ],
+            choice,
+        ),
     }
     return made[op]
 
@@ -126,8 +155,9 @@ def test_implementation_agrees_with_the_reference(kind: str, op: str) -> None:
             return
         tensors, attrs = data.draw(cases(op))
         wanted = REFERENCE[op](*tensors, **attrs)
-        if kind == "native" and op in ("linear", "embedding"):
-            tensors[1] = native.Packed(tensors[1].clone())
+        if kind == "native":
+            packed = {"linear": [1], "embedding": [1], "experts": [2, 3]}.get(op, [])
+            tensors = [native.Packed(part.clone()) if at in packed else part for at, part in enumerate(tensors)]
         compare(wanted, implementation(*tensors, **attrs))
 
     agree()
@@ -141,6 +171,88 @@ def test_a_row_of_a_native_product_does_not_depend_on_the_others(dtype: torch.dt
     together = linear(x, weight)
     for rows in (1, 2, 7, 13, 40):
         assert torch.equal(linear(x[:rows], weight), together[:rows])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_token_goes_through_native_experts_as_it_would_alone(dtype: torch.dtype) -> None:
+    """Many tokens are computed in several turns; experts that nobody chooses are not read."""
+    tokens, count, hidden, inner = 300, 4, 48, 40
+    x, logits = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, count, dtype=dtype)
+    logits[:, 3] = -100
+    gate_up, down = (
+        torch.randn(count, 2 * inner, hidden, dtype=dtype) / 7,
+        torch.randn(count, hidden, inner, dtype=dtype),
+    )
+    gate_up[3], down[3] = torch.nan, torch.nan
+    attrs = {"top_k": 2, "normalize": True}
+    wanted = REFERENCE["experts"](x, logits, gate_up, down, **attrs)
+    packed = native.Packed(gate_up), native.Packed(down)
+    together = NATIVE["experts"](x, logits, *packed, **attrs)
+    compare(wanted, together)
+    for rows in (1, 2, 7, 13, 190):
+        assert torch.equal(NATIVE["experts"](x[:rows], logits[:rows], *packed, **attrs), together[:rows])
+
+
+@needs_native
+@pytest.mark.parametrize("tanh", [False, True])
+def test_native_gelu_is_exact_in_both_tails(tanh: bool) -> None:
+    x = torch.linspace(-9, 9, 4001).view(1, -1)
+    wide = x.double()
+    inner = 2 * (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)
+    wanted = wide * (inner.sigmoid() if tanh else torch.special.erfc(-wide / 2**0.5) / 2)
+    difference = (NATIVE["gelu"](x, tanh=tanh) - wanted).abs()
+    # In the far tail, the exponent is rounded: to an accuracy relative to its own size.
+    assert (difference <= 1e-6 * wanted.abs() * (wide.square() / 4).clamp(min=1) + 1e-37).all()
+
+
+def _experts_program(dtype: str) -> Program:
+    """A router, its experts, and a last product with the router's weight: what a mixture of experts has."""
+    types = {"router": (6, 8), "gate_up": (6, 32, 8), "down": (6, 8, 16)}
+
+    def value(name: str, *shape: int | str) -> Value:
+        return Value(name, TensorType(dtype, shape))
+
+    return Program(
+        dims={"num_tokens": 64},
+        inputs={"x": TensorType(dtype, ("num_tokens", 8))},
+        weights={name: TensorType(dtype, shape) for name, shape in types.items()},
+        caches=(),
+        ops=(
+            Op("linear", ("x", "router", ""), (value("logits", "num_tokens", 6),)),
+            Op(
+                "experts",
+                ("x", "logits", "gate_up", "down"),
+                (value("y", "num_tokens", 8),),
+                {"top_k": 3, "normalize": False},
+            ),
+        ),
+        outputs=("y",),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_experts_of_a_program_run_on_prepared_weights(dtype: str) -> None:
+    program = _experts_program(dtype)
+    program.validate()
+    weights = {name: torch.randn(kind.shape).to(getattr(torch, dtype)) for name, kind in program.weights.items()}
+    x = torch.randn(5, 8, dtype=getattr(torch, dtype))
+    step = Step([], [], torch.zeros(0, 0), torch.zeros(0), [], [])
+    wanted = Interpreter(program, weights, REFERENCE).run({"x": x}, step)
+    prepared = kernels.prepare("cpu", program, {name: weight.clone() for name, weight in weights.items()})
+    packed = native.available and dtype != "float16"
+    assert [isinstance(weight, native.Packed) for weight in prepared.values()] == [packed] * 3
+    got = Interpreter(program, prepared, kernels.implementations("cpu")).run({"x": x}, step)
+    assert (got[0].float() - wanted[0].float()).norm() <= 2e-2 * wanted[0].float().norm()
+
+
+@needs_native
+def test_experts_weights_that_others_take_too_are_left_as_they_are() -> None:
+    program = _experts_program("float32")
+    program = msgspec.structs.replace(program, outputs=("y", "down"))
+    weights = {name: torch.randn(kind.shape) for name, kind in program.weights.items()}
+    prepared = kernels.prepare("cpu", program, weights)
+    assert [name for name, weight in prepared.items() if isinstance(weight, native.Packed)] == ["router"]
 
 
 @needs_native
@@ -160,14 +272,15 @@ def test_native_operators_of_lesser_processors_agree_too(level: str) -> None:
         f"({names}) and reference",
     ]
     run = subprocess.run(command, env={**os.environ, "ENGINEHOUSE_CPU": level}, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.startswith("." * 7), run.stdout[-3000:]
+    assert run.returncode == 0 and run.stdout.startswith("." * len(NATIVE)), run.stdout[-3000:]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here: torch's operators are used")
 def test_the_native_operators_are_there_where_there_is_a_compiler() -> None:
     assert native.available
     chosen = kernels.implementations("cpu")
-    assert all(chosen[op] is not REFERENCE[op] for op in ("linear", "attention", "rope", "silu_mul"))
+    for op in ("linear", "attention", "rope", "silu_mul", "layer_norm", "head_rms_norm", "gelu", "gelu_mul", "experts"):
+        assert chosen[op] is not REFERENCE[op]
 
 
 def test_without_the_native_operators_torch_serves() -> None:
@@ -178,6 +291,22 @@ def test_without_the_native_operators_torch_serves() -> None:
     environment = {**os.environ, "ENGINEHOUSE_NATIVE": "0"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.stdout.startswith("False <function attention at "), run.stderr
+
+
+def bad_experts(top_k: int = 2, **changed: Any) -> None:
+    given = {"x": torch.ones(2, 32), "logits": torch.ones(2, 4), "gate_up": None, "down": None} | changed
+    if given["gate_up"] is None:
+        given["gate_up"] = native.Packed(torch.ones(4, 16, 32))
+    if given["down"] is None:
+        given["down"] = native.Packed(torch.ones(4, 32, 8))
+    NATIVE["experts"](*given.values(), top_k=top_k, normalize=False)
+
+
+def bad_attention(alibi: Tensor) -> None:
+    caches = [torch.zeros(1, BLOCK_SIZE, 1, 8)], [torch.zeros(1, BLOCK_SIZE, 1, 8)]
+    step = Step([1], [1], torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0]), *caches)
+    q, k = torch.ones(1, 16), torch.ones(1, 8)
+    NATIVE["attention"](q, k, k, alibi, step=step, cache=0, head_dim=8, scale=1.0, window=0)
 
 
 @needs_native
@@ -196,6 +325,30 @@ def test_without_the_native_operators_torch_serves() -> None:
         lambda packed: NATIVE["rope"](
             torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 8), head_dim=8, interleaved=False
         ),
+        lambda packed: NATIVE["rms_norm"](torch.ones(2, 8, 0), torch.ones(8), eps=1e-6),
+        lambda packed: NATIVE["layer_norm"](torch.ones(2, 8), torch.ones(8), torch.ones(4), eps=1e-6),
+        lambda packed: NATIVE["layer_norm"](torch.ones(2, 8), torch.ones(4), eps=1e-6),
+        lambda packed: NATIVE["add_layer_norm"](torch.ones(2, 8), torch.ones(2, 4), torch.ones(8), eps=1e-6),
+        lambda packed: NATIVE["head_rms_norm"](torch.ones(2, 8), torch.ones(3), eps=1e-6),
+        lambda packed: NATIVE["head_rms_norm"](torch.ones(2, 8), torch.ones(0), eps=1e-6),
+        lambda packed: NATIVE["head_rms_norm"](torch.ones(2, 8), torch.ones(16), eps=1e-6),
+        lambda packed: NATIVE["gelu"](torch.ones(8), tanh=True),
+        lambda packed: NATIVE["gelu_mul"](torch.ones(2, 7), tanh=False),
+        lambda packed: NATIVE["silu_mul"](torch.ones(2, 7)),
+        lambda packed: bad_experts(x=torch.ones(2, 16)),
+        lambda packed: bad_experts(x=torch.ones(2, 32, dtype=torch.float16)),
+        lambda packed: bad_experts(logits=torch.ones(2, 5)),
+        lambda packed: bad_experts(logits=torch.ones(1, 4)),
+        lambda packed: bad_experts(top_k=5),
+        lambda packed: bad_experts(top_k=0),
+        lambda packed: bad_experts(down=native.Packed(torch.ones(4, 32, 9))),
+        lambda packed: bad_experts(down=native.Packed(torch.ones(3, 32, 8))),
+        lambda packed: bad_experts(down=native.Packed(torch.ones(4, 32, 8, dtype=torch.bfloat16))),
+        lambda packed: bad_experts(down=torch.ones(4, 32, 8)),
+        lambda packed: bad_experts(gate_up=packed),
+        lambda packed: bad_attention(torch.ones(3)),
+        lambda packed: bad_attention(torch.ones(1)),
+        lambda packed: bad_attention(torch.ones(2, dtype=torch.bfloat16)),
     ],
 )
 def test_native_operators_touch_no_memory_but_their_tensors(call: Callable[[Any], Any]) -> None:
@@ -235,3 +388,96 @@ def test_rope_reference_interleaved_is_the_other_order_of_the_same_rotation() ->
     halves = REFERENCE["rope"](x.view(5, 2, 12)[..., order].reshape(5, 24), cos, sin, head_dim=12, interleaved=False)
     assert torch.allclose(flat.reshape(5, 24), halves, atol=1e-6)
     assert torch.allclose(halves.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+
+
+def test_norm_references_by_torch_in_float64() -> None:
+    x, residual, weight, bias = torch.randn(5, 24) + 2, torch.randn(5, 24), torch.randn(24), torch.randn(24)
+    wanted = torch.nn.functional.layer_norm(x.double(), [24], weight.double(), bias.double(), 1e-5)
+    assert torch.allclose(REFERENCE["layer_norm"](x, weight, bias, eps=1e-5).double(), wanted, atol=1e-5)
+    normed, total = REFERENCE["add_layer_norm"](x, residual, weight, eps=1e-5)
+    wanted = torch.nn.functional.layer_norm((x + residual).double(), [24], weight.double(), None, 1e-5)
+    assert torch.equal(total, x + residual) and torch.allclose(normed.double(), wanted, atol=1e-5)
+    heads, weights = x.double().view(5, 3, 8), weight.double().view(3, 8)
+    wanted = heads / (heads.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[0]
+    assert torch.allclose(REFERENCE["head_rms_norm"](x, weight[:8], eps=1e-5).double(), wanted.view(5, 24), atol=1e-5)
+    wanted = torch.nn.functional.layer_norm(heads, [8], None, None, 1e-5) * weights
+    got = REFERENCE["head_layer_norm"](x, weight.view(3, 8), eps=1e-5)
+    assert torch.allclose(got.double(), wanted.view(5, 24), atol=1e-5)
+
+
+def test_a_norm_in_bfloat16_keeps_a_float32_weights_precision() -> None:
+    x, weight = torch.randn(4, 32, dtype=torch.bfloat16), 1 + torch.randn(32) / 1000
+    wide = x.double()
+    wanted = (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight).to(torch.bfloat16)
+    for op in [REFERENCE, *([NATIVE] if NATIVE else [])]:
+        assert (
+            op["rms_norm"](x, weight, eps=1e-6) == wanted
+        ).float().mean() > 0.98  # but for sums that fall between two
+
+
+def test_activation_references_by_their_formulas_in_float64() -> None:
+    x, gate = torch.linspace(-4, 4, 24).view(3, 8), torch.randn(3, 1)
+    wide = x.double()
+    exact = wide * (1 + torch.erf(wide / 2**0.5)) / 2
+    by_tanh = wide / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)))
+    for tanh, wanted in ((False, exact), (True, by_tanh)):
+        assert torch.allclose(REFERENCE["gelu"](x, tanh=tanh).double(), wanted, atol=1e-6)
+        got = REFERENCE["gelu_mul"](torch.cat((x, x + 1), -1), tanh=tanh)
+        assert torch.allclose(got.double(), wanted * (wide + 1), atol=1e-5)
+    wanted = wide / (1 + torch.exp(-gate.double()))
+    assert torch.allclose(REFERENCE["sigmoid_mul"](x, gate).double(), wanted, atol=1e-6)
+    assert torch.allclose(REFERENCE["soft_cap"](x, cap=2.5).double(), 2.5 * torch.tanh(wide / 2.5), atol=1e-6)
+    assert torch.equal(REFERENCE["add"](x, x), 2 * x) and torch.equal(REFERENCE["scale"](x, factor=0.5), x / 2)
+    half = x.to(torch.bfloat16)
+    assert torch.equal(REFERENCE["scale"](half, factor=0.1), half * torch.tensor(0.1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_experts_reference_by_a_dense_loop_in_float64(normalize: bool) -> None:
+    tokens, count, top_k, hidden, inner = 9, 6, 3, 16, 12
+    x, logits = torch.randn(tokens, hidden), torch.randn(tokens, count)
+    gate_up, down = torch.randn(count, 2 * inner, hidden), torch.randn(count, hidden, inner)
+    wanted = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for token in range(tokens):
+        shares = [float(share) for share in torch.exp(logits[token].double())]
+        chosen = sorted(range(count), key=lambda expert: -shares[expert])[:top_k]
+        whole = sum(shares[expert] for expert in (chosen if normalize else range(count)))
+        for expert in chosen:
+            both = gate_up[expert].double() @ x[token].double()
+            gate, up = both[:inner], both[inner:]
+            made = down[expert].double() @ (gate / (1 + torch.exp(-gate)) * up)
+            wanted[token] += shares[expert] / whole * made
+    got = REFERENCE["experts"](x, logits, gate_up, down, top_k=top_k, normalize=normalize)
+    assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["reference", "native"])
+def test_alibi_and_soft_cap_by_hand(kind: str) -> None:
+    """Two heads of one key head, three positions; the last query's weights from its scores."""
+    if kind == "native" and not NATIVE:
+        pytest.skip("compiled without a C compiler")
+    caches = [torch.zeros(1, BLOCK_SIZE, 1, 1)], [torch.zeros(1, BLOCK_SIZE, 1, 1)]
+    step = Step([3], [3], torch.zeros(1, 1, dtype=torch.int32), torch.arange(3), *caches)
+    q, k, v = torch.ones(3, 2), torch.tensor([[1.0], [-2.0], [3.0]]), torch.tensor([[1.0], [10.0], [100.0]])
+    operator = {"reference": attention, "native": NATIVE.get("attention")}[kind]
+    slopes, capped = [0.5, 0.25], 2 * torch.tanh(k.flatten().double() / 2)
+    out = operator(q, k, v, torch.tensor(slopes), step=step, cache=0, head_dim=1, scale=1.0, window=0, soft_cap=2.0)
+    for head, slope in enumerate(slopes):
+        weights = (capped + slope * torch.tensor([-2.0, -1.0, 0.0])).softmax(-1)
+        assert float(out[2, head]) == pytest.approx(float(weights @ v.flatten().double()), rel=1e-5)
+
+
+def test_rope_tables_by_length_are_tables_of_other_frequencies() -> None:
+    positions, lengths = torch.tensor([0, 7, 90], dtype=torch.int32), torch.tensor([64, 65, 100], dtype=torch.int32)
+    short, long = torch.tensor([1.0, 0.1]), torch.tensor([0.5, 0.02])
+    table, attrs = REFERENCE["rope_table"], {"original": 64, "scale": 1.2}
+    got = REFERENCE["long_rope_table"](positions, lengths, short, long, **attrs)
+    for at, frequencies in enumerate((short, long, long)):
+        for have, want in zip(got, table(positions[at : at + 1], frequencies, scale=1.2), strict=True):
+            assert torch.allclose(have[at], want[0], atol=1e-6)
+    got = REFERENCE["dynamic_rope_table"](positions, lengths, rotary_dim=8, theta=1000.0, factor=2.0, original=64)
+    for at, length in enumerate(lengths.tolist()):
+        base = 1000.0 * (2.0 * max(length, 64) / 64 - 1) ** (8 / 6)
+        frequencies = torch.tensor([base ** (-pair / 4) for pair in range(4)])
+        for have, want in zip(got, table(positions[at : at + 1], frequencies, scale=1.0), strict=True):
+            assert torch.allclose(have[at], want[0], atol=1e-5)

@@ -13,8 +13,10 @@
 #include <string.h>
 
 enum { FP32 = 0, BF16 = 1 };
+enum { SILU = 0, GELU = 1, GELU_TANH = 2 };
 enum { PANEL = 32, KEYS = 16, CHUNK = 128, QUERY_ROWS = 48, CACHE = 512 << 10, AHEAD = 8 << 10 };
 enum { ALONE = 1 << 14 }; /* elements up to which one thread is quicker than two */
+enum { EACH = 48 }; /* rows of an expert, on average, that are computed at a time: enough to pay for reading its weights */
 
 #define SIZE(type) ((type) == BF16 ? 2 : 4)
 #define INLINE static inline __attribute__((always_inline))
@@ -25,21 +27,41 @@ struct linear {
     long rows, inputs, outputs, stride;
     const void *x, *weight, *bias;
     void *y;
+    const int32_t *order; /* which row of x each row of the product is made of; 0: the rows as they come */
 };
 
 struct norm {
-    int type;
-    long rows, size, stride, residual_stride;
+    int type, weight_type, layer; /* of x, residual, y and sum; of weight and bias; whether the mean is taken away */
+    long rows, pieces, size, stride, residual_stride; /* each row's pieces, of this size, are normed by themselves */
     float eps;
-    const void *x, *residual, *weight;
+    const void *x, *residual, *weight, *bias;
     void *y, *sum;
+};
+
+struct experts {
+    int type, weight_type;
+    long tokens, count, top_k, hidden, size, stride; /* size: columns of an expert's gate */
+    const void *x, *gate_up, *down;
+    const int64_t *chosen; /* [tokens][top_k], each less than count */
+    const float *weights; /* of the chosen */
+    void *y;
+};
+
+/* What the experts' kernel works in. */
+struct experts_memory {
+    float *packed;
+    void *made, *out; /* gate and up, then the activations; what the experts give */
+    int32_t *order, *places; /* a pair's token by place, a pair's place */
+    long *starts, *first, *blocks, *ups, *downs; /* by expert; then by used expert: its first place, ends of its pieces */
+    struct linear *up, *down; /* by used expert */
 };
 
 struct attention {
     int type; /* of all tensors, the caches among them */
     long sequences, tokens, heads, groups, dim, window, table_stride, q_stride, k_stride, v_stride;
-    float scale;
+    float scale, cap;
     const void *q, *k, *v;
+    const float *alibi; /* [heads], or 0 */
     void *k_cache, *v_cache, *y;
     const int64_t *starts, *contexts, *slots; /* a sequence's first token [sequences + 1], its visible keys, a token's place */
     const int32_t *tables;
@@ -82,7 +104,7 @@ INLINE float through(int type, float value) {
 #define LANES 16
 #define SPLAT(x) ((vf)SPLAT_16(x))
 #define ROWS 12
-#include "tiles.h"
+#include "level.h"
 #undef NAME
 #undef LANES
 #undef SPLAT
@@ -94,7 +116,7 @@ INLINE float through(int type, float value) {
 #define LANES 8
 #define SPLAT(x) ((vf)SPLAT_8(x))
 #define ROWS 6
-#include "tiles.h"
+#include "level.h"
 #undef NAME
 #undef LANES
 #undef SPLAT
@@ -105,7 +127,7 @@ INLINE float through(int type, float value) {
 #define LANES 4
 #define SPLAT(x) ((vf)SPLAT_4(x))
 #define ROWS 6
-#include "tiles.h"
+#include "level.h"
 
 #if defined(__x86_64__)
 static int level(void) {
@@ -168,13 +190,54 @@ void enginehouse_rows(int type, const void *weight, long outputs, long inputs, c
 }
 
 void enginehouse_linear(const struct linear *a) {
-    if (a->rows) CALL(linear, a, scratch((size_t)a->rows * a->inputs));
+    if (a->rows && a->outputs) CALL(linear, a, scratch((size_t)a->rows * a->inputs));
 }
 
 void enginehouse_norm(const struct norm *a) { CALL(norm, a); }
 
-void enginehouse_silu_mul(int type, const void *x, long stride, long rows, long size, void *y) {
-    CALL(silu_mul, type, x, stride, rows, size, y);
+void enginehouse_activation(int type, int kind, int gated, const void *x, long stride, long rows, long size, void *y) {
+    CALL(activations, type, kind, gated, x, stride, rows, size, y);
+}
+
+/* The next `bytes` of memory, in whole cache lines. */
+static void *carve(uintptr_t *memory, size_t bytes) {
+    uintptr_t piece = *memory;
+    *memory += (bytes + 63) / 64 * 64;
+    return (void *)piece;
+}
+
+static struct experts_memory carve_experts(const struct experts *a, uintptr_t *memory) {
+    size_t pairs = a->tokens * a->top_k, numbers = (a->count + 1) * sizeof(long), widest = a->hidden > a->size ? a->hidden : a->size;
+    return (struct experts_memory){
+        .packed = carve(memory, pairs * widest * sizeof(float)),
+        .made = carve(memory, pairs * 2 * a->size * SIZE(a->type)),
+        .out = carve(memory, pairs * a->hidden * SIZE(a->type)),
+        .order = carve(memory, pairs * sizeof(int32_t)),
+        .places = carve(memory, pairs * sizeof(int32_t)),
+        .starts = carve(memory, numbers),
+        .first = carve(memory, numbers),
+        .blocks = carve(memory, numbers),
+        .ups = carve(memory, numbers),
+        .downs = carve(memory, numbers),
+        .up = carve(memory, a->count * sizeof(struct linear)),
+        .down = carve(memory, a->count * sizeof(struct linear)),
+    };
+}
+
+void enginehouse_experts(const struct experts *a) {
+    struct experts part = *a;
+    long most = a->count * EACH / a->top_k;
+    for (long first = 0; first < a->tokens; first += most) {
+        uintptr_t bytes = 0;
+        part.tokens = a->tokens - first < most ? a->tokens - first : most;
+        carve_experts(&part, &bytes); /* counts them */
+        uintptr_t memory = (uintptr_t)scratch(bytes / sizeof(float));
+        struct experts_memory pieces = carve_experts(&part, &memory);
+        part.x = (const char *)a->x + first * a->stride * SIZE(a->type);
+        part.y = (char *)a->y + first * a->hidden * SIZE(a->type);
+        part.chosen = a->chosen + first * a->top_k, part.weights = a->weights + first * a->top_k;
+        CALL(experts, &part, &pieces);
+    }
 }
 
 void enginehouse_rope(int type, const void *x, long stride, long rows, long heads, long dim, const float *cosines,
