@@ -29,6 +29,8 @@ def save_tokenizer(directory: Path) -> None:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
+    # some families' own tokenizer classes would add tokens of theirs
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def save_checkpoint(directory: Path, family: str = "llama", **changes: Any) -> Path:
