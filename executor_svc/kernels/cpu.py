@@ -1,5 +1,6 @@
 """Operators on the CPU."""
 
+import functools
 import itertools
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from engine.ops import REFERENCE, Step
 from engine.ops import rms_norm as reference_rms_norm
 
-__all__ = ["add_rms_norm", "attention", "rms_norm"]
+__all__ = ["add_rms_norm", "attention", "rms_norm", "scale"]
 
 _SLACK = 64  # keys by which contexts may differ in one batch, beside half of their length
 
@@ -25,6 +26,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
     """The sum, and its norm as above."""
     total = x + residual
     return rms_norm(total, weight, eps=eps), total
+
+
+def scale(x: Tensor, *, factor: float) -> Tensor:
+    """A number instead of a tensor that is made each time."""
+    return x * _rounded(factor, x.dtype)
+
+
+@functools.cache
+def _rounded(factor: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(factor, dtype=dtype))
 
 
 def attention(

@@ -132,7 +132,7 @@ INLINE void NAME(attend_typed)(const int type, const struct attention *a, long s
                 STORE(line + key, weight);
                 mass += weight;
             }
-            float shrink = highest[row] == most ? 1 : expf(highest[row] - most);
+            float shrink = highest[row] == most ? 1 : highest[row] < most - 80 ? 0 : expf(highest[row] - most);
             total[row] = total[row] * shrink + NAME(sum)(mass);
             if (shrink != 1)
                 for (long d = 0; d < dim; d++) sums[row * dim + d] *= shrink;

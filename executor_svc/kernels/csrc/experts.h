@@ -62,12 +62,11 @@ static void NAME(experts)(const struct experts *a, const struct experts_memory *
         }
 #pragma omp for schedule(static) nowait
         for (long token = 0; token < a->tokens; token++)
-            for (long i = 0; i < a->hidden; i += LANES) {
+            VECTORS(a->hidden, {
                 vf total = SPLAT(0);
                 for (long pair = token * a->top_k; pair < (token + 1) * a->top_k; pair++)
-                    total += NAME(load_some)(a->type, m->out, m->places[pair] * a->hidden + i, a->hidden - i) *
-                             through(a->type, a->weights[pair]);
-                NAME(store_some)(a->type, a->y, token * a->hidden + i, total, a->hidden - i);
-            }
+                    total += NAME(load_some)(a->type, m->out, m->places[pair] * a->hidden + i, n) * through(a->type, a->weights[pair]);
+                NAME(store_some)(a->type, a->y, token * a->hidden + i, total, n);
+            });
     }
 }

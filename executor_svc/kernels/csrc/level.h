@@ -15,3 +15,4 @@
 #undef vh
 #undef LOAD
 #undef STORE
+#undef VECTORS

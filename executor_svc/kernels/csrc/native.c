@@ -16,7 +16,7 @@ enum { FP32 = 0, BF16 = 1 };
 enum { SILU = 0, GELU = 1, GELU_TANH = 2 };
 enum { PANEL = 32, KEYS = 16, CHUNK = 128, QUERY_ROWS = 48, CACHE = 512 << 10, AHEAD = 8 << 10 };
 enum { ALONE = 1 << 14 }; /* elements up to which one thread is quicker than two */
-enum { EACH = 48 }; /* rows of an expert, on average, that are computed at a time: enough to pay for reading its weights */
+enum { EACH = 128 }; /* rows of an expert, on average, that are computed at a time: they pay for reading its weights once more */
 
 #define SIZE(type) ((type) == BF16 ? 2 : 4)
 #define INLINE static inline __attribute__((always_inline))

@@ -8,29 +8,29 @@ INLINE void NAME(norm_piece)(const int type, const int weight_type, const int la
     long at = (row * a->pieces + piece) * a->size * SIZE(type);
     char *sum = (char *)a->sum + at, *y = (char *)a->y + at;
     vf total = SPLAT(0), squares = SPLAT(0);
-    for (long i = 0; i < a->size; i += LANES) {
-        vf v = NAME(load_some)(type, x, i, a->size - i);
+    VECTORS(a->size, {
+        vf v = NAME(load_some)(type, x, i, n);
         if (residual) {
-            v = NAME(through)(type, v + NAME(load_some)(type, residual, i, a->size - i));
-            NAME(store_some)(type, sum, i, v, a->size - i);
+            v = NAME(through)(type, v + NAME(load_some)(type, residual, i, n));
+            NAME(store_some)(type, sum, i, v, n);
         }
         if (layer) total += v;
         else squares += v * v;
-    }
+    });
     const char *from = residual ? sum : x;
     float mean = layer ? NAME(sum)(total) / a->size : 0;
-    for (long i = 0; layer && i < a->size; i += LANES) {
-        vf v = NAME(keep)(NAME(load_some)(type, from, i, a->size - i) - mean, a->size - i);
-        squares += v * v;
-    }
+    if (layer)
+        VECTORS(a->size, {
+            vf v = NAME(keep)(NAME(load_some)(type, from, i, n) - mean, n);
+            squares += v * v;
+        });
     float scale = 1.0f / sqrtf(NAME(sum)(squares) / a->size + a->eps);
-    for (long i = 0; i < a->size; i += LANES) {
-        long left = a->size - i;
-        vf v = NAME(load_some)(type, from, i, left), weight = NAME(load_some)(weight_type, a->weight, i, left);
+    VECTORS(a->size, {
+        vf v = NAME(load_some)(type, from, i, n), weight = NAME(load_some)(weight_type, a->weight, i, n);
         v = layer ? (v - mean) * scale * weight : NAME(through)(weight_type, v * scale) * weight;
-        if (layer && a->bias) v += NAME(load_some)(weight_type, a->bias, i, left);
-        NAME(store_some)(type, y, i, v, left);
-    }
+        if (layer && a->bias) v += NAME(load_some)(weight_type, a->bias, i, n);
+        NAME(store_some)(type, y, i, v, n);
+    });
 }
 
 INLINE void NAME(norm_row)(const int layer, const struct norm *a, long row) {
@@ -48,18 +48,18 @@ static void NAME(norm)(const struct norm *a) {
 }
 
 INLINE vf NAME(activation)(const int kind, vf v) {
-    if (kind == SILU) return v * NAME(sigmoid)(v);
+    if (kind == SILU) return v / NAME(below_sigmoid)(v);
     if (kind == GELU) return v * NAME(phi)(v);
-    return v * NAME(sigmoid)(v * (1.595769122f + 0.071354816f * v * v)); /* (1 + tanh(u)) / 2 is the sigmoid of 2u */
+    return v / NAME(below_sigmoid)(v * (1.595769122f + 0.071354816f * v * v)); /* (1 + tanh(u)) / 2 is the sigmoid of 2u */
 }
 
 /* y = activation(x), times `up` where there is one. y may be x. */
 INLINE void NAME(activate_row)(const int type, const int kind, const char *x, const char *up, long size, char *y) {
-    for (long i = 0; i < size; i += LANES) {
-        vf v = NAME(activation)(kind, NAME(load_some)(type, x, i, size - i));
-        if (up) v = NAME(through)(type, v) * NAME(load_some)(type, up, i, size - i);
-        NAME(store_some)(type, y, i, v, size - i);
-    }
+    VECTORS(size, {
+        vf v = NAME(activation)(kind, NAME(load_some)(type, x, i, n));
+        if (up) v = NAME(through)(type, v) * NAME(load_some)(type, up, i, n);
+        NAME(store_some)(type, y, i, v, n);
+    });
 }
 
 /* A row's first `size` elements; those behind them are `up` if `gated`. */

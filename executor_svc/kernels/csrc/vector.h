@@ -14,6 +14,19 @@ typedef uint16_t NAME(vh_any) __attribute__((vector_size(2 * LANES), aligned(2))
 #define vh NAME(vh)
 #define LOAD(p) ((vf) * (const NAME(vf_any) *)(p))
 #define STORE(p, v) (*(NAME(vf_any) *)(p) = (v))
+/* The statement for each vector of a row: i is its first element, n what is left of the row if that is less than a vector. */
+#define VECTORS(size, ...)                      \
+    do {                                        \
+        long i = 0;                             \
+        for (; i + LANES <= (size); i += LANES) { \
+            const long n = LANES;               \
+            __VA_ARGS__                         \
+        }                                       \
+        if (i < (size)) {                       \
+            const long n = (size) - i;          \
+            __VA_ARGS__                         \
+        }                                       \
+    } while (0)
 
 INLINE vf NAME(widen)(const uint16_t *p) {
 #if LANES == 16 && defined(__x86_64__) /* the compiler would take two halves */
@@ -59,7 +72,7 @@ INLINE vf NAME(keep)(vf v, long count) {
     return count >= LANES ? v : NAME(choose)((vu)(NAME(ramp)() < (float)count), v, SPLAT(0));
 }
 
-/* Where a row may end within a vector, of which `count` lanes are left. */
+/* Of a vector in which a row may end, the `count` lanes that are left of it. */
 INLINE vf NAME(load_some)(int type, const void *p, long at, long count) {
     if (count >= LANES) return NAME(load)(type, p, at);
     vf v = SPLAT(0);
@@ -97,8 +110,8 @@ INLINE vf NAME(exp)(vf v) {
     return (vf)((vu)(p * (vf)((k + 127) << 23)) & ~low);
 }
 
-/* 1 / (1 + e^-v). */
-INLINE vf NAME(sigmoid)(vf v) { return 1.0f / (1.0f + NAME(exp)(NAME(choose)((vu)(v < -88.0f), SPLAT(88.0f), -v))); }
+/* 1 + e^-v, over which 1 is the sigmoid. */
+INLINE vf NAME(below_sigmoid)(vf v) { return 1.0f + NAME(exp)(NAME(choose)((vu)(v < -88.0f), SPLAT(88.0f), -v)); }
 
 /* Near 0 a polynomial (coefficients of Cephes' tanhf), elsewhere by e^-2|v|, which keeps a NaN. */
 INLINE vf NAME(tanh)(vf v) {
