@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from tqdm import tqdm
 
 from builder_svc.options import Progress
-from engine.checkpoints import choose_files, gguf_models, gguf_parts
+from engine.checkpoints import NOT_FILES, SETTINGS, WEIGHTS, choose_files, gguf_models, gguf_parts
 from engine.errors import (
     EnginehouseError,
     FailedPrecondition,
@@ -80,16 +80,34 @@ def _snapshot(repo: str, revision: str | None, file: str | None, bars: type[Any]
     except Exception as error:
         if not isinstance(explain(error, repo, repo), (Unavailable, FailedPrecondition)):
             raise
-        try:
-            path = Path(snapshot_download(repo, revision=revision, local_files_only=True)) / (file or "")
-        except errors.LocalEntryNotFoundError:
-            raise error from None
-        if not path.exists():
+        path = _cached(repo, revision, file)
+        if path is None:
             raise
         return path
     chosen = [glob.escape(name) for name in _choose(repo, names, file)]
     path = Path(snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bars))
     return path / file if file else path
+
+
+def _cached(repo: str, revision: str | None, file: str | None) -> Path | None:
+    """What is in the cache as a whole, of the first format that is."""
+    formats = [gguf_parts(file)] if file else [[*SETTINGS, weights] for weights in WEIGHTS]
+    for patterns in formats:
+        try:
+            path = Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    ignore_patterns=None if file else list(NOT_FILES),
+                    local_files_only=True,
+                )
+            )
+        except errors.LocalEntryNotFoundError:
+            continue
+        if any(path.glob(patterns[-1])):
+            return path / file if file else path
+    return None
 
 
 def _choose(repo: str, names: list[str], file: str | None) -> list[str]:
