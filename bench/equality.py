@@ -1,7 +1,7 @@
 """Greedy decoding in float32 against transformers, token for token, on a real checkpoint.
 
-python bench/equality.py CHECKPOINT: 64 tokens of each prompt alone, among 32 requests of mixed lengths, with and without
-prefix-cache hits, and across forced preemption; and one seed in every one of these situations.
+python bench/equality.py CHECKPOINT, a directory or a .gguf file: 64 tokens of each prompt alone, among 32 requests of mixed
+lengths, with and without prefix-cache hits, and across forced preemption; and one seed in every one of these situations.
 Prints what was equal; the exit status is 1 if anything was not.
 """
 
@@ -33,9 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     checkpoint = parser.parse_args().checkpoint
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    is_gguf = checkpoint.is_file()
+    place, options = (checkpoint.parent, {"gguf_file": checkpoint.name}) if is_gguf else (checkpoint, {})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options).eval()
     settings = {
         "max_new_tokens": LENGTH,
         "do_sample": False,

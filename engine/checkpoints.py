@@ -4,6 +4,7 @@ checkpoints/<id>.json     which files it has; the files are blobs. Garbage colle
 """
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import msgspec
@@ -12,11 +13,14 @@ from engine.errors import DataLoss, InvalidArgument, NotFound
 from engine.manifest import FileRef, engine_id
 from engine.store import Store
 
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
-"""Patterns of what a build may read, in the checkpoint's directory itself. No pickles among them."""
-NOT_FILES = ("*/*", ".*", "consolidated*.safetensors")
-"""What the patterns above would take too: folders, and the same weights once more in another layout (Mistral's)."""
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+"""Patterns of what a build reads beside the weights, in the checkpoint's directory itself."""
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+"""Patterns of weights. A build reads those of the first that a checkpoint has."""
+NOT_FILES = ("*/*", ".*", "consolidated*.safetensors", "mmproj*.gguf")
+"""What the patterns above would take too: folders, the same weights in another layout (Mistral's), image encoders."""
 
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,7 +37,54 @@ class UploadedCheckpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 def is_read(name: str) -> bool:
     """Whether a build may read the checkpoint's file of this name."""
-    return any(fnmatchcase(name, pattern) for pattern in FILES) and not any(
+    return _matches(name, (*SETTINGS, *WEIGHTS))
+
+
+def choose_files(names: Iterable[str]) -> list[str]:
+    """Which files of a checkpoint a build reads, sorted.
+
+    Raises InvalidArgument when they are no checkpoint, or several: config.json and weights, or one model in GGUF, make one.
+    """
+    names = sorted(name for name in names if is_read(name))
+    kinds = [[name for name in names if _matches(name, (pattern,))] for pattern in WEIGHTS]
+    weights = next((kind for kind in kinds if kind), [])
+    if weights and weights[0].endswith(".gguf"):
+        if len(models := gguf_models(weights)) > 1:
+            raise InvalidArgument(
+                f"there are several GGUF files, {', '.join(models)}: choose one", reason="GGUF_AMBIGUOUS"
+            )
+    elif "config.json" not in names or not weights:
+        missing = "*.safetensors or pytorch_model.bin" if "config.json" in names else "config.json"
+        raise InvalidArgument(
+            f"there is no {missing} among the files: a checkpoint in Hugging Face layout has one, or give a .gguf file",
+            reason="CHECKPOINT_INCOMPLETE",
+        )
+    return sorted([*(name for name in names if _matches(name, SETTINGS)), *weights])
+
+
+def gguf_models(names: Iterable[str]) -> list[str]:
+    """The models among names of GGUF files, with or without folders: parts of one count once, by the first."""
+    found = sorted(name for name in names if name.endswith(".gguf") and _matches(name.rpartition("/")[2], WEIGHTS))
+    return [name for name in found if gguf_parts(name)[0] == name]
+
+
+def gguf_parts(name: str) -> list[str]:
+    """The names of all parts of the model that a GGUF file, named with or without folders, belongs to."""
+    part = _PART.fullmatch(name)
+    if not part:
+        return [name]
+    count = int(part["count"])
+    return [f"{part['stem']}-{number:05d}-of-{part['count']}.gguf" for number in range(1, count + 1)]
+
+
+def model_name(file: str) -> str:
+    """A GGUF file's name without its ending and its part's number."""
+    part = _PART.fullmatch(file)
+    return part["stem"] if part else file.removesuffix(".gguf")
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns) and not any(
         fnmatchcase(name, pattern) for pattern in NOT_FILES
     )
 

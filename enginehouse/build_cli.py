@@ -64,10 +64,10 @@ def build(
 ) -> None:
     """Build an engine from a checkpoint.
 
-    CHECKPOINT is a directory in Hugging Face layout or a repository of the hub (ORG/NAME[@REVISION]). A directory is
-    sent to a builder on another machine; after an interruption the same command goes on where it was. What is no
-    directory here and begins with . or / is a path on the builder's machine. $HF_TOKEN opens private and gated
-    repositories.
+    CHECKPOINT is a directory in Hugging Face layout, a .gguf file, or a repository of the hub (ORG/NAME[@REVISION], and
+    ORG/NAME/FILE.gguf where it has several). What is on this machine is sent to a builder on another one; after an
+    interruption the same command goes on where it was. What is not here and begins with . or / is a path on the
+    builder's machine. $HF_TOKEN opens private and gated repositories.
 
     The same checkpoint and options give the same engine: a second build finds it in the store.
     """

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from engine.checkpoints import is_read
+from engine.checkpoints import choose_files, gguf_parts
 from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from protos.v1.builder_pb2 import CheckpointFile, OfferCheckpointResponse, UploadFileHeader
 
@@ -56,17 +56,17 @@ class Receiver(Protocol):
         """Sends a file's bytes from the header's offset on."""
 
 
-async def upload(builder: Receiver, directory: Path, progress: Progress) -> str:
-    """Brings what a build reads of a checkpoint directory to a builder; gives BuildSpec.checkpoint for it.
+async def upload(builder: Receiver, path: Path, progress: Progress) -> str:
+    """Brings what a build reads of a checkpoint directory or GGUF file to a builder; gives BuildSpec.checkpoint for it.
 
     Goes on after a connection that broke, and where an earlier call, of whatever process, has ended.
 
     Raises:
-        NotFound, InvalidArgument: no directory, or no checkpoint in it.
+        NotFound, InvalidArgument: nothing there, or no checkpoint in it, or several.
         FailedPrecondition: a file was changed meanwhile.
         EnginehouseError: the builder's own error; Unavailable when it cannot be reached, or stays away.
     """
-    files = await hash_files(find_files(directory), progress)
+    files = await hash_files(find_files(path), progress)
     offered = [CheckpointFile(name=file.path.name, size=file.size, sha256=file.digest) for file in files]
     by_digest = {file.digest: file for file in files}
     total = sum(file.size for file in by_digest.values())
@@ -106,26 +106,27 @@ async def upload(builder: Receiver, directory: Path, progress: Progress) -> str:
                 delay = DELAYS[-1]
             if delay is None:
                 raise problem or Unavailable(
-                    f"the builder at {builder.address} loses files of {directory} that it has taken",
+                    f"the builder at {builder.address} loses files of {path} that it has taken",
                     reason="UPLOAD_LOST",
                 )
             await asyncio.sleep(delay)
 
 
-def find_files(directory: Path) -> list[Path]:
-    """What a build reads of a checkpoint, sorted. Raises NotFound and InvalidArgument."""
-    if not directory.is_dir():
+def find_files(path: Path) -> list[Path]:
+    """What a build reads of a directory or of a GGUF file, sorted. Raises NotFound and InvalidArgument."""
+    if path.is_dir():
+        try:
+            return [path / name for name in choose_files(file.name for file in path.iterdir() if file.is_file())]
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{path}: {error.message}", reason=error.reason) from None
+    parts = [path.with_name(name) for name in gguf_parts(path.name)]
+    if path.suffix != ".gguf" or not all(part.is_file() for part in parts):
+        missing = next((part for part in parts if not part.is_file()), path)
         raise NotFound(
-            f"{directory} is no directory; give a checkpoint in Hugging Face layout", reason="CHECKPOINT_NOT_FOUND"
+            f"{missing} is no directory and no .gguf file; give a checkpoint in Hugging Face layout or in GGUF",
+            reason="CHECKPOINT_NOT_FOUND",
         )
-    found = sorted(path for path in directory.iterdir() if is_read(path.name) and path.is_file())
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(path.match(pattern) for path in found):
-            raise InvalidArgument(
-                f"{directory} holds no {pattern}; give a checkpoint in Hugging Face layout",
-                reason="CHECKPOINT_INCOMPLETE",
-            )
-    return found
+    return parts
 
 
 async def hash_files(paths: list[Path], progress: Progress = lambda *_: None) -> list[LocalFile]:

@@ -4,7 +4,6 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf pack
 the header takes seconds for a vocabulary.
 """
 
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from builder_svc.models.fields import Fields
+from engine.checkpoints import gguf_parts
 from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 
 _SCALARS = {
@@ -28,7 +28,6 @@ _QUANTIZED = (
     "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
 )  # fmt: skip
 _SLICE = 256 * 1024  # elements that are dequantized at a time: what numpy makes on the way stays in the cache
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.parts = gguf_parts(path)
+        self.parts = _parts(path)
         headers = [_read_header(part) for part in self.parts]
         self.metadata = headers[0][0]
         self._entries = {name: entry for _, entries in headers for name, entry in entries.items()}
@@ -236,29 +235,14 @@ class _Cursor:
         return self._data[self.at - count : self.at]
 
 
-def gguf_parts(path: Path) -> list[Path]:
-    """All files of the model that a GGUF file belongs to. Raises NotFound when one is missing."""
-    found = _PART.fullmatch(path.name)
-    if not found:
-        return [path]
-    count = int(found["count"])
-    parts = [path.with_name(f"{found['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+def _parts(path: Path) -> list[Path]:
+    parts = [path.with_name(name) for name in gguf_parts(path.name)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise NotFound(
-            f"{path.parent} lacks {', '.join(missing[:5])} of {count} parts: download that, too",
+            f"{path.parent} lacks {', '.join(missing[:5])} of {len(parts)} parts: download that, too",
             reason="WEIGHTS_NOT_FOUND",
         )
     return parts
-
-
-def first_parts(names: list[str]) -> list[str]:
-    """Of names of GGUF files, the models that they are: parts of one model count once, image encoders do not count."""
-    models = []
-    for name in sorted(names):
-        part = _PART.fullmatch(name.rpartition("/")[2])
-        if not (part and int(part["number"]) != 1) and not name.rpartition("/")[2].startswith("mmproj"):
-            models.append(name)
-    return models
 
 
 def _num_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:

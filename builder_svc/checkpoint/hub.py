@@ -4,6 +4,7 @@ That library's settings hold: HF_HOME, HF_TOKEN or a saved login, HF_ENDPOINT, H
 """
 
 import errno
+import glob
 import logging
 import re
 import threading
@@ -11,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 from tqdm import tqdm
 
 from builder_svc.options import Progress
-from engine.checkpoints import FILES, NOT_FILES
+from engine.checkpoints import NOT_FILES, SETTINGS, WEIGHTS, choose_files, gguf_models, gguf_parts
 from engine.errors import (
     EnginehouseError,
     FailedPrecondition,
@@ -33,13 +34,17 @@ _QUERY = re.compile(r"\?[^\s\"'<>]+")  # also of a path without a host, as some 
 log = logging.getLogger(__name__)
 
 
-def download(repo: str, revision: str | None, progress: Progress) -> Path:
+def download(repo: str, revision: str | None, progress: Progress, file: str | None = None) -> Path:
     """The directory of a repository's snapshot, with what a build reads; files that are in the cache are not loaded again.
 
     Where the hub cannot be reached, a whole snapshot in the cache will do.
 
+    Args:
+        file: a GGUF file of the repository, whose path is then given; all its parts are loaded, and nothing else.
+
     Raises:
-        NotFound: no such repository or revision.
+        NotFound: no such repository, revision or file.
+        InvalidArgument: no checkpoint in it, or several.
         PermissionDenied: gated or private, and no token that may read it.
         FailedPrecondition: not in the cache while HF_HUB_OFFLINE is set, or no cache that can be written.
         ResourceExhausted: the disk of the cache is full.
@@ -53,13 +58,9 @@ def download(repo: str, revision: str | None, progress: Progress) -> Path:
     delays = iter(DELAYS)
     while True:
         try:
-            path = snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=list(FILES),
-                ignore_patterns=list(NOT_FILES),
-                tqdm_class=bytes_done.bars(),
-            )
+            path = _snapshot(repo, revision, file, bytes_done.bars())
+        except EnginehouseError:
+            raise
         except Exception as error:
             known = explain(error, repo, name)
             delay = next(delays, None) if isinstance(known, Unavailable) else None
@@ -69,7 +70,62 @@ def download(repo: str, revision: str | None, progress: Progress) -> Path:
             time.sleep(delay)
         else:
             bytes_done.end()
-            return Path(path)
+            return path
+
+
+def _snapshot(repo: str, revision: str | None, file: str | None, bars: type[Any]) -> Path:
+    try:
+        info = HfApi().model_info(repo, revision=revision or constants.DEFAULT_REVISION)
+        names = [file.rfilename for file in info.siblings or []]
+    except Exception as error:
+        if not isinstance(explain(error, repo, repo), (Unavailable, FailedPrecondition)):
+            raise
+        path = _cached(repo, revision, file)
+        if path is None:
+            raise
+        return path
+    chosen = [glob.escape(name) for name in _choose(repo, names, file)]
+    path = Path(snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bars))
+    return path / file if file else path
+
+
+def _cached(repo: str, revision: str | None, file: str | None) -> Path | None:
+    """What is in the cache as a whole, of the first format that is."""
+    formats = [gguf_parts(file)] if file else [[*SETTINGS, weights] for weights in WEIGHTS]
+    for patterns in formats:
+        try:
+            path = Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    ignore_patterns=None if file else list(NOT_FILES),
+                    local_files_only=True,
+                )
+            )
+        except errors.LocalEntryNotFoundError:
+            continue
+        if any(path.glob(patterns[-1])):
+            return path / file if file else path
+    return None
+
+
+def _choose(repo: str, names: list[str], file: str | None) -> list[str]:
+    """Which files of a repository are downloaded."""
+    models = gguf_models(names)
+    if file:
+        if file not in names:
+            there = f"its GGUF files are {', '.join(models)}" if models else "it has no GGUF files"
+            raise NotFound(f"{repo} has no file {file!r}: {there}", reason="FILE_NOT_FOUND")
+        return gguf_parts(file)
+    try:
+        return choose_files(names)
+    except InvalidArgument as error:
+        hint = ""
+        if models:
+            named = "\n  ".join(f"hf://{repo}/{model}" for model in models)
+            hint = f". Of the GGUF files, name one (before an @REVISION):\n  {named}"
+        raise InvalidArgument(f"{repo}: {error.message}{hint}", reason=error.reason) from None
 
 
 def without_queries(text: str) -> str:

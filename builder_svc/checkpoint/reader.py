@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 
 from builder_svc.checkpoint import gguf_config
-from builder_svc.checkpoint.gguf_file import GgufFile, Metadata, first_parts
+from builder_svc.checkpoint.gguf_file import GgufFile, Metadata
 from builder_svc.checkpoint.gguf_names import GgufWeights
 from builder_svc.checkpoint.huggingface import SafetensorsFile, find_weights, has_weights, read_json
 from builder_svc.checkpoint.pickles import PickleFile
 from builder_svc.models.fields import Fields
+from engine.checkpoints import gguf_models
 from engine.errors import InvalidArgument, NotFound, Unimplemented
 
 
@@ -129,15 +130,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if path.suffix == ".gguf" and path.is_file():
             return _open_gguf(path, path)
         raise NotFound(
-            f"{path} is neither a directory nor a .gguf file; give a checkpoint in Hugging Face layout or in GGUF",
+            f"{path} is no directory and no .gguf file; give a checkpoint in Hugging Face layout or in GGUF",
             reason="CHECKPOINT_NOT_FOUND",
         )
-    models = first_parts([file.name for file in path.glob("*.gguf")])
+    models = gguf_models([file.name for file in path.glob("*.gguf")])
     if models and not has_weights(path):
         if len(models) > 1:
             raise InvalidArgument(
                 f"{path} holds several GGUF files: give the path of one, {', '.join(models)}",
-                reason="CHECKPOINT_AMBIGUOUS",
+                reason="GGUF_AMBIGUOUS",
             )
         return _open_gguf(path, path / models[0])
     return _open_hugging_face(path)

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a directory, the Hugging Face hub, or an upload. The service parses, the build opens."""
+"""Where a checkpoint comes from: this machine, the Hugging Face hub, or an upload. The service parses, the build opens."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,11 @@ from engine.store import Store
 HUB, UPLOAD = "hf://", "upload://"
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
-_HUB = re.compile(rf"(?P<repo>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/+-]{{0,254}}))?")
+_HUB = re.compile(
+    rf"(?P<repo>{_NAME}(?:/{_NAME}(?:/(?P<file>(?:[\w.+-]+/)*[\w.+-]+\.gguf))?)?)"
+    r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/+-]{0,254}))?",
+    re.ASCII,
+)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -25,7 +29,7 @@ class Source(Protocol):
         """Raises NotFound if the store is to have it and does not. Asks nobody else."""
 
     def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:
-        """A directory in Hugging Face layout, downloaded first where it must be.
+        """A directory or GGUF file, downloaded first where it must be.
 
         Args:
             store: which has what was uploaded.
@@ -35,8 +39,8 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class DirectorySource:
-    """A directory of this machine."""
+class LocalSource:
+    """A directory or GGUF file of this machine."""
 
     path: Path
 
@@ -52,13 +56,18 @@ class DirectorySource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the Hugging Face hub at a branch, tag or commit."""
+    """A repository of the Hugging Face hub at a branch, tag or commit, or one GGUF file of it."""
 
     repo: str
     revision: str | None = None
+    file: str | None = None
 
     def __str__(self) -> str:
-        return f"{HUB}{self.repo}" + (f"@{self.revision}" if self.revision else "")
+        return (
+            f"{HUB}{self.repo}"
+            + (f"/{self.file}" if self.file else "")
+            + (f"@{self.revision}" if self.revision else "")
+        )
 
     def check(self, store: Store) -> None:
         """The hub is asked when the build begins."""
@@ -66,7 +75,7 @@ class HubSource:
     def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:  # noqa: ARG002
         from builder_svc.checkpoint import hub  # the service does without what it imports
 
-        return hub.download(self.repo, self.revision, progress)
+        return hub.download(self.repo, self.revision, progress, self.file)
 
 
 @dataclass(frozen=True)
@@ -90,37 +99,41 @@ class UploadedSource:
 
 
 def parse(text: str, root: Path | None) -> Source:
-    """What a text stands for: a directory, hf://ORG/NAME[@REVISION] or upload://ID.
+    """What a text stands for: a directory or GGUF file, hf://ORG/NAME[/FILE.gguf][@REVISION] or upload://ID.
 
     Args:
-        root: resolved; directories are looked for in it and must not be outside. None takes any directory.
+        root: resolved; paths are looked for in it and must not be outside. None takes any path.
 
     Raises:
         InvalidArgument: none of these forms, or one that is malformed.
-        PermissionDenied, NotFound: a directory that is not in the root, or not there.
+        PermissionDenied, NotFound: a path that is not in the root, or not there.
     """
     if text.startswith(HUB):
         found = _HUB.fullmatch(text.removeprefix(HUB))
-        repo, revision = found.group("repo", "revision") if found else ("", None)
+        repo, revision, file = found.group("repo", "revision", "file") if found else ("", None, None)
+        repo = repo.removesuffix(f"/{file}")
         # ".." would lead out of the cache's folder; the others are the hub's own rules
-        if not repo or len(repo) > 96 or ".." in text or "--" in repo or repo.endswith(".git"):
+        misplaced = (revision or "").endswith(".gguf")
+        if not repo or len(repo) > 96 or ".." in text or "--" in repo or repo.endswith(".git") or misplaced:
             raise InvalidArgument(
-                f"checkpoint {text[:200]!r} is no repository of the hub: write hf://ORG/NAME or hf://ORG/NAME@REVISION",
+                f"checkpoint {text[:200]!r} is no repository of the hub: write hf://ORG/NAME, with /FILE.gguf "
+                "for one of its GGUF files, and with @REVISION",
                 reason="CHECKPOINT_INVALID",
             )
-        return HubSource(repo, revision)
+        return HubSource(repo, revision, file)
     if text.startswith(UPLOAD):
         return UploadedSource(checkpoints.check_id(text.removeprefix(UPLOAD)))
     if _SCHEME.match(text):
         raise InvalidArgument(
-            f"checkpoint {text[:200]!r}: give a directory, hf://ORG/NAME[@REVISION], or upload://ID as an upload gave it",
+            f"checkpoint {text[:200]!r}: give a directory or GGUF file, hf://ORG/NAME[/FILE.gguf][@REVISION], or upload://ID "
+            "as an upload gave it",
             reason="CHECKPOINT_INVALID",
         )
-    return DirectorySource(find_checkpoint(root, text) if root else Path(text))
+    return LocalSource(find_checkpoint(root, text) if root else Path(text))
 
 
 def is_repository(text: str) -> bool:
-    """Whether it looks like ORG/NAME or ORG/NAME@REVISION, which may be a path as well."""
+    """Whether it looks like ORG/NAME[/FILE.gguf][@REVISION], which may be a path as well."""
     return _HUB.fullmatch(text) is not None and "/" in text.partition("@")[0]
 
 
@@ -132,12 +145,17 @@ def accept(text: str, root: Path, store: Store) -> str:
 
 
 def fetch(text: str, store: Store, work_dir: Path | None, progress: Progress) -> Path:
-    """The directory of what `accept` has accepted, downloaded if need be. Raises the source's own errors."""
+    """The directory or file of what `accept` has accepted, downloaded if need be. Raises the source's own errors."""
     return parse(text, None).open(store, work_dir, progress)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path may be one: a directory, or a file that is called .gguf."""
+    return path.is_dir() or (path.suffix == ".gguf" and path.is_file())
+
+
 def find_checkpoint(root: Path, checkpoint: str) -> Path:
-    """The directory that a client means, without symbolic links.
+    """The directory or GGUF file that a client means, its directory without symbolic links.
 
     Args:
         root: resolved; relative paths are relative to it.
@@ -145,14 +163,18 @@ def find_checkpoint(root: Path, checkpoint: str) -> Path:
     Raises:
         InvalidArgument: no path at all.
         PermissionDenied: not in the root, whether it exists or not.
-        NotFound: no directory there.
+        NotFound: no directory or GGUF file there.
     """
     if not checkpoint or "\0" in checkpoint:
-        raise InvalidArgument(f"checkpoint {checkpoint!r}: give a directory under the builder's checkpoint root")
+        raise InvalidArgument(
+            f"checkpoint {checkpoint!r}: give a directory or GGUF file under the builder's checkpoint root"
+        )
+    path = root / checkpoint
     try:
-        path = (root / checkpoint).resolve()
-        inside = path.is_relative_to(root)
-        found = inside and path.is_dir()
+        inside = path.resolve().is_relative_to(root)
+        # a link keeps its name, which the file behind it may not have
+        path = path.parent.resolve() / path.name if path.suffix == ".gguf" and path.is_file() else path.resolve()
+        found = inside and is_checkpoint(path)
     except (OSError, RuntimeError):  # a name too long, a circle of links
         inside, found = True, False
     if not inside:
@@ -163,6 +185,7 @@ def find_checkpoint(root: Path, checkpoint: str) -> Path:
         )
     if not found:
         raise NotFound(
-            f"no directory {checkpoint!r} under the builder's checkpoint root {root}", reason="CHECKPOINT_NOT_FOUND"
+            f"no directory {checkpoint!r} and no such .gguf file under the builder's checkpoint root {root}",
+            reason="CHECKPOINT_NOT_FOUND",
         )
     return path

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from builder_svc.checkpoint.sources import HUB, UPLOAD, is_repository
+from builder_svc.checkpoint.sources import HUB, UPLOAD, is_checkpoint, is_repository
 from engine import registry, signing
 from engine.backends import TRANSFER_PATIENCE, open_store
+from engine.checkpoints import model_name
 from engine.errors import FailedPrecondition, InvalidArgument, NotFound
 from enginehouse.client import BuilderClient, is_loopback, not_unicode
 from enginehouse.commands.follow import follow
@@ -77,19 +78,20 @@ def run(
     """Builds, or has it built when `builder` is given, and says what came of it.
 
     Args:
-        checkpoint: a directory, or a repository of the hub as ORG/NAME[@REVISION] or hf://ORG/NAME[@REVISION].
+        checkpoint: a directory, a GGUF file, or a repository of the hub as ORG/NAME[/FILE.gguf][@REVISION], with or without
+            hf:// before it.
         revision: of the hub's repository.
-        upload: send a local directory to the builder even if that could see it.
+        upload: send a local directory or file to the builder even if that could see it.
         sign_with: a private key, with which an engine that is built here is signed.
     """
     console = stderr()
     source = find_source(checkpoint, revision)
     if source != checkpoint and not checkpoint.startswith(HUB):
-        console.print(f"{checkpoint}: no such directory here, so the repository of the Hugging Face hub is meant")
+        console.print(f"{checkpoint}: nothing of that name here, so the repository of the Hugging Face hub is meant")
     name = registry.check_name(name) if name else default_name(source)
     if builder:
-        there, directory = _place(source, builder, upload)
-        result = asyncio.run(_build_there(there, directory, choices, name, builder, console))
+        there, local = _place(source, builder, upload)
+        result = asyncio.run(_build_there(there, local, choices, name, builder, console))
     elif upload:
         raise InvalidArgument("--upload sends the checkpoint to a builder: say to which with --builder HOST:PORT")
     else:
@@ -114,12 +116,12 @@ def run(
 
 
 def find_source(checkpoint: str, revision: str | None = None) -> str:
-    """What a person means: a path stays one, and what is no directory and looks like a repository becomes hf://....
+    """What a person means: a path stays one, and what is not there and looks like a repository becomes hf://....
 
     Raises:
         InvalidArgument: a revision for what is not of the hub, or a second one.
     """
-    is_path = checkpoint[:1] in (".", "/", "~") or Path(checkpoint).is_dir()
+    is_path = checkpoint[:1] in (".", "/", "~") or is_checkpoint(Path(checkpoint))
     source = checkpoint
     if not is_path and is_repository(checkpoint):
         source = HUB + checkpoint
@@ -133,47 +135,50 @@ def find_source(checkpoint: str, revision: str | None = None) -> str:
 
 
 def default_name(checkpoint: str) -> str:
-    """The name of the checkpoint's directory or repository. Raises InvalidArgument when it cannot be a model's name."""
+    """The name of the checkpoint's directory, file or repository. Raises InvalidArgument when it cannot be a model's name."""
     if checkpoint.startswith(HUB):
         name = checkpoint.removeprefix(HUB).partition("@")[0].rpartition("/")[2]
+    elif checkpoint.endswith(".gguf"):  # a link keeps its name
+        name = Path(checkpoint).name
     else:
         name = Path(checkpoint).expanduser().resolve().name
+    name = model_name(name)
     try:
         return registry.check_name(name)
     except InvalidArgument:
         raise InvalidArgument(
-            f"the directory's name {name!r} cannot name a model (1 to 128 letters, digits and . _ -): "
+            f"the checkpoint's name {name!r} cannot name a model (1 to 128 letters, digits and . _ -): "
             "`build` takes one with --name, `up` as NAME=CHECKPOINT",
             reason="MODEL_NAME_INVALID",
         ) from None
 
 
 async def _build_there(
-    checkpoint: str, directory: Path | None, choices: Choices, name: str, address: str, console: Console
+    checkpoint: str, local: Path | None, choices: Choices, name: str, address: str, console: Console
 ) -> Result:
-    """`directory`: the one to upload; None where the builder has the checkpoint or gets it by itself."""
+    """`local`: what to upload; None where the builder has the checkpoint or gets it by itself."""
     began = time.monotonic()
     async with BuilderClient(address) as builder:
         with Bars(console, name) as bars:
-            if directory:
-                checkpoint = await builder.upload(directory, bars.update)
+            if local:
+                checkpoint = await builder.upload(local, bars.update)
             job = await follow(builder, choices.spec(checkpoint), name, bars, console)
     return Result(name, job.engine_id, job.reused, time.monotonic() - began)
 
 
 def _place(source: str, address: str, upload: bool) -> tuple[str, Path | None]:
-    """The checkpoint as the builder is to be asked for it, or the directory to upload before.
+    """The checkpoint as the builder is to be asked for it, or what to upload before.
 
-    A builder on this machine sees the same files. What is no directory here is a path on the builder's machine.
+    A builder on this machine sees the same files. What is not here is a path on the builder's machine.
     """
     local = Path(source).expanduser()
-    if source.startswith((HUB, UPLOAD)) or not local.is_dir():
+    if source.startswith((HUB, UPLOAD)) or not is_checkpoint(local):
         if upload:
-            raise NotFound(f"--upload sends a directory of this machine, and {source} is none")
+            raise NotFound(f"--upload sends a directory or .gguf file of this machine, and {source} is none")
         return source, None
     if upload or not is_loopback(address):
         return source, local
-    return str(local.resolve()), None
+    return str(local.absolute() if local.is_file() else local.resolve()), None
 
 
 def _build_here(
@@ -188,9 +193,10 @@ def _build_here(
     private = signing.load_private(sign_with) if sign_with else None  # a bad key file is told before the work
     began = time.monotonic()  # with the seconds that the import of torch takes: the person waits for them, too
     source = checkpoint if checkpoint.startswith((HUB, UPLOAD)) else str(Path(checkpoint).expanduser())
-    if not source.startswith((HUB, UPLOAD)) and not Path(source).is_dir():
+    if not source.startswith((HUB, UPLOAD)) and not is_checkpoint(Path(source)):
         raise NotFound(
-            f"{source} is no directory; give a checkpoint in Hugging Face layout, or ORG/NAME of the hub",
+            f"{source} is no directory and no .gguf file; give a checkpoint in Hugging Face layout or in GGUF, or "
+            "ORG/NAME of the hub",
             reason="CHECKPOINT_NOT_FOUND",
         )
     try:

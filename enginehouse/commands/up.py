@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from builder_svc.checkpoint.sources import is_checkpoint
 from engine import registry
 from engine.backends import open_store
 from engine.errors import InvalidArgument, NotFound, Unavailable
@@ -36,7 +37,7 @@ class Wanted:
 
     @staticmethod
     def parse(text: str) -> "Wanted":
-        """NAME=CHECKPOINT, the path of a checkpoint directory (named like it), or a name in the store.
+        """NAME=CHECKPOINT, the path of a checkpoint (named like it), or a name in the store.
 
         A bare word is always a name, so that a folder that happens to be called like a model does not hide the model.
         """
@@ -213,17 +214,19 @@ def _check_known(store: str, name: str) -> None:
     try:
         registry.resolve(open_store(store), name)
     except NotFound as error:
-        if not Path(name).is_dir():
+        if not is_checkpoint(Path(name)):
             raise
         hint = f"{error.message}. For the checkpoint in this folder: ./{name}"
         raise NotFound(hint, reason=error.reason, metadata=error.metadata) from None
 
 
 def _checkpoint(path: str) -> Path:
-    checkpoint = Path(path).expanduser().resolve()
-    if not path or not checkpoint.is_dir():
+    checkpoint = Path(path).expanduser()
+    checkpoint = checkpoint.absolute() if checkpoint.is_file() else checkpoint.resolve()
+    if not path or not is_checkpoint(checkpoint):
         raise NotFound(
-            f"{path or 'an empty path'} is no directory: give a checkpoint in Hugging Face layout",
+            f"{path or 'an empty path'} is no directory and no .gguf file: give a checkpoint in Hugging Face layout or "
+            "in GGUF",
             reason="CHECKPOINT_NOT_FOUND",
         )
     return checkpoint

@@ -99,8 +99,8 @@ class BuildSpec(_message.Message):
     MAX_SEQ_LEN_FIELD_NUMBER: _builtins.int
     MAX_NUM_TOKENS_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
-    """A directory under the builder's checkpoint root, "hf://ORG/NAME" or "hf://ORG/NAME@REVISION" of the Hugging Face hub, or
-    what OfferCheckpoint gave.
+    """A directory or .gguf file under the builder's checkpoint root, "hf://ORG/NAME[/FILE.gguf][@REVISION]" of the Hugging Face
+    hub, or what OfferCheckpoint gave.
     """
     dtype: _builtins.str
     """"auto" (or empty), "float32", "bfloat16", "float16" """

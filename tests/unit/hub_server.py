@@ -63,9 +63,12 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.signature and self.command == "GET" and not found["signature"]:
                 return self._send(302, b"", {"Location": f"{self.hub.url}{self.path}?{self.hub.signature}"})
             return self._file(repository.directory / found["name"], commit)
-        if found["what"] == "revision":
-            return self._answer(200, {"id": found["repo"], "sha": commit, "private": False, "tags": [], "siblings": []})
         files = [path for path in sorted(repository.directory.rglob("*")) if path.is_file()]
+        if found["what"] == "revision":
+            siblings = [{"rfilename": path.relative_to(repository.directory).as_posix()} for path in files]
+            return self._answer(
+                200, {"id": found["repo"], "sha": commit, "private": False, "tags": [], "siblings": siblings}
+            )
         return self._answer(
             200,
             [

@@ -155,7 +155,7 @@ def test_bad_pickles(copy: Path, kind: str) -> None:
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path / "file.bin"):
-        with pytest.raises(NotFound, match="is neither a directory nor a .gguf file"):
+        with pytest.raises(NotFound, match="is no directory and no .gguf file"):
             open_checkpoint(path)
         (tmp_path / "file.bin").write_bytes(b"")
 

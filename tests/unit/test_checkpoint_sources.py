@@ -18,8 +18,8 @@ import pytest
 from hub_server import Hub, Repository
 
 from builder_svc.checkpoint.sources import (
-    DirectorySource,
     HubSource,
+    LocalSource,
     UploadedSource,
     accept,
     fetch,
@@ -46,8 +46,11 @@ ID = "ab" * 32
         ("hf://Org-1/Name_2.5-it@main", HubSource("Org-1/Name_2.5-it", "main")),
         ("hf://org/name@refs/pr/3", HubSource("org/name", "refs/pr/3")),
         ("hf://_org/name@a--b", HubSource("_org/name", "a--b")),
+        ("hf://org/name/x-Q4_K_M.gguf", HubSource("org/name", None, "x-Q4_K_M.gguf")),
+        ("hf://org/name/Q8/x-00001-of-00002.gguf@v1", HubSource("org/name", "v1", "Q8/x-00001-of-00002.gguf")),
+        ("/models/x.gguf", LocalSource(Path("/models/x.gguf"))),
         (f"upload://{ID}", UploadedSource(ID)),
-        ("/models/x", DirectorySource(Path("/models/x"))),
+        ("/models/x", LocalSource(Path("/models/x"))),
     ],
 )
 def test_forms(text: str, source: Any) -> None:
@@ -62,6 +65,10 @@ def test_forms(text: str, source: Any) -> None:
         "hf://org/",
         "hf:///name",
         "hf://a/b/c",
+        "hf://a/b/c.bin",
+        "hf://a/b/../c.gguf",
+        "hf://a/b//c.gguf",
+        "hf://a/b@v1/c.gguf",
         "hf://org/name@",
         "hf://org/name@../../etc",
         "hf://org/name@/etc",
@@ -98,7 +105,25 @@ def test_a_root_bounds_directories_only(tmp_path: Path, store: Store) -> None:
         accept(f"upload://{ID}", root, store)
 
 
+def test_gguf_files_in_a_root(tmp_path: Path, store: Store) -> None:
+    """A link into the root keeps its name; one that leads out of it is refused."""
+    root = tmp_path.resolve() / "root"
+    (root / "blobs").mkdir(parents=True)
+    (root / "blobs/0123").write_bytes(b"GGUF")
+    (tmp_path / "outside.gguf").write_bytes(b"GGUF")
+    (root / "in.gguf").symlink_to(root / "blobs/0123")
+    (root / "out.gguf").symlink_to(tmp_path / "outside.gguf")
+    assert accept("in.gguf", root, store) == accept("blobs/../in.gguf", root, store) == str(root / "in.gguf")
+    for outside in ("out.gguf", "../outside.gguf"):
+        with pytest.raises(PermissionDenied):
+            accept(outside, root, store)
+    for nothing in ("blobs/0123", "no.gguf"):
+        with pytest.raises(NotFound, match="no such .gguf file"):
+            accept(nothing, root, store)
+
+
 def test_what_looks_like_a_repository() -> None:
+    assert is_repository("org/name/x.gguf") and is_repository("org/name/x.gguf@v1")
     assert [is_repository(text) for text in ("org/name", "org/name@v1", "name", "org/name/", "a/b/c", "name@a/b")] == [
         True, True, False, False, False, False,
     ]  # fmt: skip
@@ -107,7 +132,18 @@ def test_what_looks_like_a_repository() -> None:
 def test_files_that_a_build_reads() -> None:
     names = ["config.json", "model-00001-of-2.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"]
     assert all(is_read(name) for name in names)
-    others = ["pytorch_model.bin", "README.md", "original/x.safetensors", ".x.json", "consolidated.safetensors", "x.pt"]
+    assert all(is_read(name) for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "a.gguf"))
+    others = [
+        "training_args.bin",
+        "optimizer.bin",
+        "README.md",
+        "mmproj-a.gguf",
+        "Q8/a.gguf",
+        "original/x.safetensors",
+        ".x.json",
+        "consolidated.safetensors",
+        "x.pt",
+    ]
     assert not any(is_read(name) for name in others)
 
 
@@ -221,6 +257,17 @@ def hub(checkpoint: Path, tmp_path: Path) -> Iterator[Hub]:
         "org/private": Repository(directory, token="hf_right", refusal=(401, "RepoNotFound")),
         "org/denied": Repository(directory, token="hf_right", refusal=(403, "")),
     }
+    files = {
+        "old": ["config.json", "pytorch_model-1.bin", "pytorch_model.bin.index.json", "optimizer.bin", "x.gguf"],
+        "one": ["a.gguf", "config.json", "mmproj-a.gguf", "README.md"],
+        "many": ["a-Q4_0.gguf", "a-Q8_0.gguf", "F16/a-00001-of-00002.gguf", "F16/a-00002-of-00002.gguf", "config.json"],
+        "empty": ["config.json", "README.md"],
+    }
+    for name, paths in files.items():
+        for path in paths:
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_bytes(path.encode())
+        repositories[f"org/{name}"] = Repository(tmp_path / name)
     with hub_server.serve(repositories) as served:
         yield served
 
@@ -281,6 +328,40 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path, text: str, code: int, re
     assert (error["code"], error["reason"]) == (code, reason)
     assert re.search(said, error["message"])
     assert not hub.downloaded()
+
+
+def test_formats_of_repositories(hub: Hub, tmp_path: Path) -> None:
+    """Weights of one format are loaded, and one model of many."""
+    for name, wanted in {
+        "old": {"config.json", "pytorch_model-1.bin", "pytorch_model.bin.index.json"},
+        "one": {"config.json", "a.gguf"},
+    }.items():
+        hub.requests.clear()
+        path = Path(download(f"hf://org/{name}", hub.url, tmp_path / "home")["path"])
+        assert hub.downloaded() == {file.name for file in path.iterdir()} == wanted
+    error = download("hf://org/many@main", hub.url, tmp_path / "home")
+    assert (error["code"], error["reason"]) == (3, "GGUF_AMBIGUOUS")
+    for file in ("F16/a-00001-of-00002.gguf", "a-Q4_0.gguf", "a-Q8_0.gguf"):
+        assert f"\n  hf://org/many/{file}" in error["message"]
+    assert "F16/a-00002" not in error["message"]
+    error = download("hf://org/empty", hub.url, tmp_path / "home")
+    assert (error["code"], error["reason"]) == (3, "CHECKPOINT_INCOMPLETE")
+    assert "org/empty: there is no *.safetensors or pytorch_model.bin" in error["message"]
+
+
+def test_one_gguf_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    found = Path(download("hf://org/many/F16/a-00001-of-00002.gguf", hub.url, tmp_path / "home")["path"])
+    assert found.name == "a-00001-of-00002.gguf" and found.read_bytes() == b"F16/a-00001-of-00002.gguf"
+    assert hub.downloaded() == {"a-00001-of-00002.gguf", "a-00002-of-00002.gguf"}
+    hub.requests.clear()
+    text = "hf://org/many/a-Q8_0.gguf"
+    assert download(text, hub.url, tmp_path / "home", HF_HUB_OFFLINE="1")["reason"] == "HUB_OFFLINE"
+    online = download(text, hub.url, tmp_path / "home")["path"]
+    assert hub.downloaded() == {"a-Q8_0.gguf"}
+    assert download(text, hub.url, tmp_path / "home", HF_HUB_OFFLINE="1")["path"] == online
+    error = download("hf://org/many/a-Q5_0.gguf", hub.url, tmp_path / "home")
+    assert (error["code"], error["reason"]) == (5, "FILE_NOT_FOUND")
+    assert "has no file 'a-Q5_0.gguf': its GGUF files are F16/a-00001-of-00002.gguf, a-Q4_0.gguf" in error["message"]
 
 
 def test_a_token_opens(hub: Hub, tmp_path: Path) -> None:

@@ -732,7 +732,7 @@ def test_a_directory_goes_before_a_repository(
     [
         (["./org/tiny", "--revision", "v1"], "--revision is of a repository"),
         (["org/tiny@v1", "--revision", "v2"], "give the revision once"),
-        (["./no", "--upload"], "--upload sends a directory of this machine, and ./no is none"),
+        (["./no", "--upload"], "--upload sends a directory or .gguf file of this machine, and ./no is none"),
         (["org/tiny", "--upload"], "hf://org/tiny is none"),
     ],
 )
@@ -751,31 +751,59 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     assert "../no/no is no directory" in enginehouse("build", "../no/no").stderr
 
 
+CHECKPOINTS = {  # what is built -> the files beside it, and those that a build reads
+    "tiny": (["README.md", "config.json", "model.gguf", "model.safetensors"], ["config.json", "model.safetensors"]),
+    "old": (["config.json", "pytorch_model.bin", "training_args.bin"], ["config.json", "pytorch_model.bin"]),
+    "one": (["model.gguf", "notes.txt", "tokenizer.json"], ["model.gguf", "tokenizer.json"]),
+    "many/b.gguf": (["a.gguf", "b.gguf", "tokenizer.json"], ["b.gguf"]),
+    "split/c-00002-of-00002.gguf": (
+        ["c-00001-of-00002.gguf", "c-00002-of-00002.gguf", "d.gguf"],
+        ["c-00001-of-00002.gguf", "c-00002-of-00002.gguf"],
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("elsewhere", [True, False])
-def test_a_builder_elsewhere_gets_the_directory(
-    builder: MockBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+def test_a_builder_elsewhere_gets_the_files(
+    builder: MockBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool, checkpoint: str
 ) -> None:
-    directory = tmp_path / "tiny"
+    there, wanted = CHECKPOINTS[checkpoint]
+    path = tmp_path / checkpoint
+    directory = path.parent if path.suffix else path
     directory.mkdir()
-    for name in ("config.json", "model.safetensors", "README.md"):
+    for name in there:
         (directory / name).write_bytes(b"x" * 10)
     if elsewhere:
         monkeypatch.setattr("enginehouse.commands.build.is_loopback", lambda _: False)
     builder.events = [BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, engine_id="ef" * 32))]
-    result = enginehouse("build", str(directory))
+    result = enginehouse("build", str(path))
     assert result.exit_code == 0, result.stderr
     offered, request = (builder.requests if elsewhere else [None, *builder.requests])  # fmt: skip
-    assert request.spec.checkpoint == ("upload://kept" if elsewhere else str(directory))
+    assert request.spec.checkpoint == ("upload://kept" if elsewhere else str(path))
+    assert request.model == {"many/b.gguf": "b", "split/c-00002-of-00002.gguf": "c"}.get(checkpoint, checkpoint)
     if elsewhere:
-        assert [(file.name, file.size) for file in offered.files] == [("config.json", 10), ("model.safetensors", 10)]
-        assert "tiny: hash 20 / 20 B" in result.stderr and "tiny: send 10 / 10 B" in result.stderr
+        assert [(file.name, file.size) for file in offered.files] == [(name, 10) for name in wanted]
+        hashed = 10 * len(wanted)
+        assert f"{request.model}: hash {hashed} / {hashed} B" in result.stderr
+        assert f"{request.model}: send 10 / 10 B" in result.stderr
+
+
+def test_what_an_upload_cannot_choose(builder: MockBuilder, tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf", "c-00001-of-00002.gguf"):
+        (tmp_path / name).write_bytes(b"x")
+    result = enginehouse("build", str(tmp_path), "--upload", "--name", "n")
+    assert "there are several GGUF files, a.gguf, b.gguf, c-00001-of-00002.gguf: choose one" in result.stderr
+    result = enginehouse("build", str(tmp_path / "c-00001-of-00002.gguf"), "--upload", "--name", "n")
+    assert "c-00002-of-00002.gguf is no directory and no .gguf file" in result.stderr
+    assert builder.requests == []
 
 
 def test_build_names(tmp_path: Path) -> None:
     (tmp_path / "a b").mkdir()
     result = enginehouse("build", str(tmp_path / "a b"))
     assert result.exit_code == 1
-    assert "the directory's name 'a b' cannot name a model" in result.stderr
+    assert "the checkpoint's name 'a b' cannot name a model" in result.stderr
     assert "--name" in result.stderr
     assert "error: model name 'x/y'" in enginehouse("build", str(tmp_path), "--name", "x/y").stderr
 

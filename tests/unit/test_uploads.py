@@ -181,7 +181,11 @@ CONFIG = OfferedFile("config.json", "cd" * 32, 2)
     [
         ([], "no config.json"),
         ([GOOD], "no config.json"),
-        ([CONFIG], "no \\*.safetensors"),
+        ([CONFIG], "no \\*.safetensors or pytorch_model.bin"),
+        (
+            [OfferedFile("a.gguf", "ab" * 32, 5), OfferedFile("b.gguf", "ef" * 32, 5)],
+            "several GGUF files, a.gguf, b.gguf",
+        ),
         ([CONFIG, GOOD, OfferedFile("a/b.json", "ef" * 32, 1)], "'a/b.json'"),
         ([CONFIG, GOOD, OfferedFile("..", "ef" * 32, 1)], "'..'"),
         ([CONFIG, GOOD, OfferedFile(".hidden", "ef" * 32, 1)], "'.hidden'"),
@@ -199,6 +203,20 @@ CONFIG = OfferedFile("config.json", "cd" * 32, 2)
 def test_what_is_no_checkpoint(uploads: Uploads, files: list[OfferedFile], said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
         uploads.offer(files)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json", "pytorch_model.bin"],
+        ["config.json", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"],
+        ["model.gguf"],
+        ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf", "tokenizer.json"],
+    ],
+)
+def test_every_format_may_be_offered(uploads: Uploads, names: list[str]) -> None:
+    files = [OfferedFile(name, f"{number:064x}", 1) for number, name in enumerate(names)]
+    assert uploads.offer(files).missing == {file.digest: 0 for file in files}
 
 
 # What comes in pieces
