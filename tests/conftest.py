@@ -1,6 +1,7 @@
 """Checkpoints that transformers makes, small and odd; engines built of them."""
 
 import contextlib
+import copy
 import os
 import subprocess
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def save_checkpoint(directory: Path, family: str = "llama", **changes: Any) -> P
     settings = {
         "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2,
-        **changes,
+        **copy.deepcopy(changes),  # in which configs write their defaults
     }  # fmt: skip
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **settings)

@@ -37,8 +37,8 @@ def rope_spec(
     """
     scaling = scaling_fields(config, layer_type)
     theta = scaling.get("rope_theta", float, config.get("rope_theta", float, theta))
-    if theta <= 1:
-        raise _invalid(config, f"rope_theta is {theta}, expected more than 1")
+    if theta <= 0:
+        raise _invalid(config, f"rope_theta is {theta}, expected more than 0")
     partial = scaling.get("partial_rotary_factor", float, config.get("partial_rotary_factor", float, partial))
     rotary_dim = int(head_dim * partial)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
@@ -127,6 +127,8 @@ def _llama3(inv_freq: Tensor, scaling: Fields, original: int) -> Tensor:
 def _yarn(periods: Tensor, theta: float, config: Fields, scaling: Fields, interleaved: bool) -> RopeSpec:
     """Dimensions that turn often within the original length are kept, the others slowed (Peng et al. 2023)."""
     rotary_dim, original = 2 * len(periods), original_length(config, scaling)
+    if theta <= 1:
+        raise _invalid(config, f"rope_theta is {theta}, expected more than 1 for yarn")
     factor = _factor(scaling, config.size("max_position_embeddings") / original)
 
     def dimension(turns: float) -> float:
@@ -153,6 +155,8 @@ def _yarn(periods: Tensor, theta: float, config: Fields, scaling: Fields, interl
 def _longrope(periods: Tensor, config: Fields, scaling: Fields, interleaved: bool) -> RopeSpec:
     """A factor for each frequency, found by search; another set of them for long sequences (Ding et al. 2024)."""
     original = original_length(config, scaling)
+    if original < 2:
+        raise _invalid(scaling, f"original_max_position_embeddings is {original}, expected at least 2")
     factor = _factor(scaling, config.size("max_position_embeddings") / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     short, long = (_factors(scaling, name, len(periods)) for name in ("short_factor", "long_factor"))
