@@ -16,6 +16,8 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.
 """Patterns of what a build may read, in the checkpoint's directory itself. No pickles among them."""
 NOT_FILES = ("*/*", ".*", "consolidated*.safetensors")
 """What the patterns above would take too: folders, and the same weights once more in another layout (Mistral's)."""
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+"""Those of them that dummy weights do without."""
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -31,8 +33,10 @@ class UploadedCheckpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         return engine_id({file.name: file.digest for file in self.files})
 
 
-def is_read(name: str) -> bool:
-    """Whether a build may read the checkpoint's file of this name."""
+def is_read(name: str, weights: bool = True) -> bool:
+    """Whether a build may read the checkpoint's file of this name; one with dummy weights reads no weights."""
+    if not weights and any(fnmatchcase(name, pattern) for pattern in WEIGHTS):
+        return False
     return any(fnmatchcase(name, pattern) for pattern in FILES) and not any(
         fnmatchcase(name, pattern) for pattern in NOT_FILES
     )

@@ -56,17 +56,20 @@ class Receiver(Protocol):
         """Sends a file's bytes from the header's offset on."""
 
 
-async def upload(builder: Receiver, directory: Path, progress: Progress) -> str:
+async def upload(builder: Receiver, directory: Path, progress: Progress, weights: bool = True) -> str:
     """Brings what a build reads of a checkpoint directory to a builder; gives BuildSpec.checkpoint for it.
 
     Goes on after a connection that broke, and where an earlier call, of whatever process, has ended.
+
+    Args:
+        weights: send them, too; a build with dummy weights does without.
 
     Raises:
         NotFound, InvalidArgument: no directory, or no checkpoint in it.
         FailedPrecondition: a file was changed meanwhile.
         EnginehouseError: the builder's own error; Unavailable when it cannot be reached, or stays away.
     """
-    files = await hash_files(find_files(directory), progress)
+    files = await hash_files(find_files(directory, weights), progress)
     offered = [CheckpointFile(name=file.path.name, size=file.size, sha256=file.digest) for file in files]
     by_digest = {file.digest: file for file in files}
     total = sum(file.size for file in by_digest.values())
@@ -112,14 +115,14 @@ async def upload(builder: Receiver, directory: Path, progress: Progress) -> str:
             await asyncio.sleep(delay)
 
 
-def find_files(directory: Path) -> list[Path]:
-    """What a build reads of a checkpoint, sorted. Raises NotFound and InvalidArgument."""
+def find_files(directory: Path, weights: bool = True) -> list[Path]:
+    """What a build reads of a checkpoint, with its weights or without, sorted. Raises NotFound and InvalidArgument."""
     if not directory.is_dir():
         raise NotFound(
             f"{directory} is no directory; give a checkpoint in Hugging Face layout", reason="CHECKPOINT_NOT_FOUND"
         )
-    found = sorted(path for path in directory.iterdir() if is_read(path.name) and path.is_file())
-    for pattern in ("config.json", "*.safetensors"):
+    found = sorted(path for path in directory.iterdir() if is_read(path.name, weights) and path.is_file())
+    for pattern in ("config.json", *(["*.safetensors"] if weights else [])):
         if not any(path.match(pattern) for path in found):
             raise InvalidArgument(
                 f"{directory} holds no {pattern}; give a checkpoint in Hugging Face layout",

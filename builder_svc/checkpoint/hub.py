@@ -15,7 +15,7 @@ from huggingface_hub import constants, errors, snapshot_download
 from tqdm import tqdm
 
 from builder_svc.options import Progress
-from engine.checkpoints import FILES, NOT_FILES
+from engine.checkpoints import FILES, NOT_FILES, WEIGHTS
 from engine.errors import (
     EnginehouseError,
     FailedPrecondition,
@@ -33,8 +33,10 @@ _QUERY = re.compile(r"\?[^\s\"'<>]+")  # also of a path without a host, as some 
 log = logging.getLogger(__name__)
 
 
-def download(repo: str, revision: str | None, progress: Progress) -> Path:
+def download(repo: str, revision: str | None, progress: Progress, weights: bool = True) -> Path:
     """The directory of a repository's snapshot, with what a build reads; files that are in the cache are not loaded again.
+
+    Without weights, only the others are downloaded; whether weights are in the directory is then left to chance.
 
     Where the hub cannot be reached, a whole snapshot in the cache will do.
 
@@ -57,7 +59,7 @@ def download(repo: str, revision: str | None, progress: Progress) -> Path:
                 repo,
                 revision=revision,
                 allow_patterns=list(FILES),
-                ignore_patterns=list(NOT_FILES),
+                ignore_patterns=[*NOT_FILES, *([] if weights else WEIGHTS)],
                 tqdm_class=bytes_done.bars(),
             )
         except Exception as error:

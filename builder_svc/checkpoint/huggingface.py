@@ -1,6 +1,7 @@
 """A checkpoint in Hugging Face layout: config.json beside safetensors, sharded or not."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,7 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = Fields(read_json(path / "config.json"), str(path / "config.json"))
-        if quantization := self.config.get("quantization_config", dict, {}):
-            raise Unimplemented(
-                f"{self.config.where}: quantization method {quantization.get('quant_method')!r} is not supported; "
-                "supported are float32, bfloat16 and float16 weights",
-                reason="QUANTIZATION_UNSUPPORTED",
-            )
+        refuse_quantized(self.config)
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
         self._files = {name: self._open(name) for name in self._file_names()}
@@ -61,23 +57,8 @@ class HuggingFaceCheckpoint:
 
     def dtype(self) -> str:
         """The dtype that the config declares, else that of the first tensor, such as "bfloat16"."""
-        declared = self.config.values.get("dtype") or self.config.values.get("torch_dtype")
-        if isinstance(declared, str):
-            return declared
-        return str(self.read(next(iter(self._where))).dtype).removeprefix("torch.")
-
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids, of generation_config.json or else config.json."""
-        found = self.generation_config.get("eos_token_id", self.config.values.get("eos_token_id"))
-        ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
-        vocab_size = self.config.size("vocab_size")
-        for token in ids:
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise InvalidArgument(
-                    f"{self.path}: eos_token_id {token!r} is no id below vocab_size {vocab_size}",
-                    reason="CONFIG_FIELD_INVALID",
-                )
-        return tuple(ids)
+        declared = declared_dtype(self.config.values)
+        return declared or str(self.read(next(iter(self._where))).dtype).removeprefix("torch.")
 
     def _file_names(self) -> list[str]:
         index = self.path / "model.safetensors.index.json"
@@ -108,6 +89,36 @@ class HuggingFaceCheckpoint:
             raise DataLoss(
                 f"{file} is damaged or incomplete ({error}): download it again", reason="WEIGHTS_DAMAGED"
             ) from None
+
+
+def refuse_quantized(config: Fields) -> None:
+    """Raises Unimplemented if a config.json says that its weights are quantized."""
+    if quantization := config.get("quantization_config", dict, {}):
+        raise Unimplemented(
+            f"{config.where}: quantization method {quantization.get('quant_method')!r} is not supported; "
+            "supported are float32, bfloat16 and float16 weights",
+            reason="QUANTIZATION_UNSUPPORTED",
+        )
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json declares, such as "bfloat16"."""
+    declared = config.get("dtype") or config.get("torch_dtype")
+    return declared if isinstance(declared, str) else None
+
+
+def eos_token_ids(config: Fields, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """End-of-sequence ids, of generation_config.json or else config.json. Raises InvalidArgument for what is no id."""
+    found = generation_config.get("eos_token_id", config.values.get("eos_token_id"))
+    ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+    vocab_size = config.size("vocab_size")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise InvalidArgument(
+                f"{config.where}: eos_token_id {token!r} is no id below vocab_size {vocab_size}",
+                reason="CONFIG_FIELD_INVALID",
+            )
+    return tuple(ids)
 
 
 def read_json(path: Path) -> dict[str, Any]:

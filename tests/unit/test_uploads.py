@@ -181,7 +181,6 @@ CONFIG = OfferedFile("config.json", "cd" * 32, 2)
     [
         ([], "no config.json"),
         ([GOOD], "no config.json"),
-        ([CONFIG], "no \\*.safetensors"),
         ([CONFIG, GOOD, OfferedFile("a/b.json", "ef" * 32, 1)], "'a/b.json'"),
         ([CONFIG, GOOD, OfferedFile("..", "ef" * 32, 1)], "'..'"),
         ([CONFIG, GOOD, OfferedFile(".hidden", "ef" * 32, 1)], "'.hidden'"),

@@ -9,6 +9,7 @@ from builder_svc.models.sources import Names
 from engine.errors import InvalidArgument, Unimplemented
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+CLASS_NAME = "LLaMAForCausalLM"
 NAMES = Names()
 
 ACTIVATIONS: dict[str, Activation] = {

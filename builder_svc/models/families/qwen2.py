@@ -7,6 +7,7 @@ from builder_svc.models.sources import Names
 from builder_svc.models.windows import with_windows
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
+CLASS_NAME = "QWenForCausalLM"
 NAMES = Names()
 
 
