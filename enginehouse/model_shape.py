@@ -46,6 +46,8 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
         EnginehouseError: no config.json, one that no family reads, or one without a dtype.
     """
     try:
+        import torch  # noqa: F401  (what the extra lacks first)
+
         from builder_svc.checkpoint.huggingface import read_json
         from builder_svc.checkpoint.sources import HUB
         from builder_svc.lower.program import lower
