@@ -38,7 +38,7 @@ def build(request: BuildRequest, progress: Progress) -> Result:
         progress(phase, done, total, unit)
 
     log.info("building %s into %s", request.checkpoint, request.store)
-    checkpoint = sources.fetch(request.checkpoint, store, work_dir, logged)
+    checkpoint = sources.fetch(request.checkpoint, store, work_dir, logged, not request.options.dummy_weights)
     from builder_svc import pipeline  # imports torch, which takes seconds
 
     def unsigned(engine_id: str) -> bool:

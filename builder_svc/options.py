@@ -28,6 +28,7 @@ class BuildOptions:
         max_batch_size: requests in one step.
         max_seq_len: tokens of a prompt and its completion together; None takes the checkpoint's limit.
         max_num_tokens: tokens in one step over all requests; longer prompts are computed in chunks.
+        dummy_weights: read no weights; executors make random ones.
 
     Raises:
         InvalidArgument: names the value and what is allowed.
@@ -39,6 +40,7 @@ class BuildOptions:
     max_batch_size: int = 64
     max_seq_len: int | None = None
     max_num_tokens: int = 2048
+    dummy_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -5,7 +5,7 @@ checkpoint -> config + named weights -> module -> program -> blobs + manifest ->
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,18 +14,17 @@ from typing import Any
 import msgspec
 import torch
 
-from builder_svc.checkpoint.digests import file_digests
-from builder_svc.checkpoint.reader import Checkpoint, open_checkpoint
+from builder_svc.causal_lm import DUMMY_SEED, CausalLM, open_model
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
-from builder_svc.models.decoder import Decoder
-from builder_svc.models.families import Family, find_family
-from builder_svc.options import DTYPES, BuildOptions, Progress
-from builder_svc.tokenizer import NormalizedTokenizer, normalize
-from builder_svc.weights import check_weights, write_weights
+from builder_svc.models.decoder import Decoder, default_dtype
+from builder_svc.options import BuildOptions, Progress
+from builder_svc.pretrained import PretrainedConfig
+from builder_svc.tokenizer import NormalizedTokenizer
+from builder_svc.weights import check_weights, read_parts, write_weights
 from engine import registry
 from engine.blobs import describe, put_bytes, put_file
-from engine.errors import InvalidArgument, Unimplemented
+from engine.errors import InvalidArgument
 from engine.fingerprint import Fingerprint
 from engine.manifest import FORMAT_VERSION, Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
 from engine.opset import OPSET_VERSION
@@ -38,15 +37,17 @@ RECIPE_VERSION = 2  # raised when the same inputs give another engine than befor
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint that has been understood, and what will be made of it."""
+    """A model, and what will be made of it."""
 
-    checkpoint: Checkpoint
-    family: Family
-    config: DecoderConfig
-    tokenizer: NormalizedTokenizer
+    pretrained: CausalLM
+    tokenizer: NormalizedTokenizer | None
     dtype: str
     limits: Limits
-    eos_token_ids: tuple[int, ...]
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Its decoder."""
+        return self.pretrained.config.decoder
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Built:
 
 
 def build(
-    checkpoint: Path,
+    model: Path | CausalLM,
     store: Store,
     options: BuildOptions = BuildOptions(),  # noqa: B008  (frozen)
     *,
@@ -78,10 +79,11 @@ def build(
     work_dir: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Built:
-    """Builds an engine of a checkpoint into a store, or finds it there.
+    """Builds an engine of a model into a store, or finds it there.
 
     Args:
-        source: where the checkpoint was found, for the manifest; by default its path.
+        model: a checkpoint, in Hugging Face layout, in GGUF or saved by `save_checkpoint`; or a model of the Python API.
+        source: where the checkpoint was found, for the manifest; by default the directory or repository.
         again: asked with the id of an engine that is in the store, whether to build it all the same, to see that it is right.
         work_dir: for the weights before they are uploaded, as large as the engine; by default the system's.
         progress: called as the phases go on.
@@ -91,41 +93,45 @@ def build(
         Unimplemented: a known kind of model that we do not support.
         ResourceExhausted, Unavailable, PermissionDenied: the store or the work directory.
     """
-    model = read_model(checkpoint, options)
-    identity = build_identity(model, options, progress)
+    resolved = read_model(model, options)
+    pretrained = resolved.pretrained
+    identity = build_identity(resolved, options, progress)
     found = registry.find_manifest(store, engine_id(identity))
     if found and not registry.missing_files(store, found) and not again(found.engine_id):
         return Built(found, reused=True, ours=False)
     progress("program", 0, 1, "")
-    program, constants = make_program(model)
-    sources = model.family.NAMES.sources(model.config, model.checkpoint.shapes)
-    check_weights(model.checkpoint, sources, program)
+    program, constants = make_program(resolved)
+    checkpoint, sources = pretrained.checkpoint, pretrained.sources()
+    if checkpoint:
+        check_weights(checkpoint, sources, program.weights)
+
+    def parts(name: str) -> Iterable[torch.Tensor]:
+        return [constants[name]] if name in constants else read_parts(checkpoint, sources[name])
+
     progress("program", 1, 1, "")
     with tempfile.TemporaryDirectory(prefix="enginehouse-", dir=work_dir) as directory:
         files = write_weights(
-            model.checkpoint,
-            sources,
-            constants,
             program,
+            parts,
+            {*constants, *sources},
             Path(directory),
             lambda done, total: progress("weights", done, total, "bytes"),
         )
         program_json = program.to_json()
-        rank = Rank(describe("program.json", program_json), tuple(ref for ref, _ in files))
+        seed = DUMMY_SEED if pretrained.dummy else None
+        rank = Rank(describe("program.json", program_json), tuple(ref for ref, _ in files), random_seed=seed)
+        tokenizer = resolved.tokenizer.files() if resolved.tokenizer else {}
         manifest = Manifest(
             engine_id=engine_id(identity),
             identity=identity,
-            source=source or str(checkpoint),
+            source=source or pretrained.config.source,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            model=model_facts(model, program),
-            limits=model.limits,
+            model=model_facts(resolved, program),
+            limits=resolved.limits,
             mapping=Parallelism(),
             fingerprint=Fingerprint("torch", options.device, program.opset_version, options.compute_capability),
             ranks=(rank,),
-            tokenizer=(
-                describe("tokenizer.json", model.tokenizer.tokenizer_json),
-                describe("tokenizer_config.json", model.tokenizer.config_json),
-            ),
+            tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
         )
         with pinned(store, [file.digest for file in manifest.files()]) as pin:
             before, total = 0, sum(ref.size for ref, _ in files)
@@ -139,19 +145,22 @@ def build(
                 before += ref.size
             progress("publish", 0, 1, "")
             put_bytes(store, "program.json", program_json)
-            put_bytes(store, "tokenizer.json", model.tokenizer.tokenizer_json)
-            put_bytes(store, "tokenizer_config.json", model.tokenizer.config_json)
+            for name, data in tokenizer.items():
+                put_bytes(store, name, data)
             published = registry.publish(store, manifest)
     progress("publish", 1, 1, "")
     as_ours = msgspec.structs.replace(manifest, created=published.created, source=published.source)
     return Built(published, reused=False, ours=published == as_ours)
 
 
-def read_model(checkpoint: Path, options: BuildOptions) -> Model:
-    """Opens a checkpoint, finds its family and resolves what the options leave open. Reads no weights."""
-    opened = open_checkpoint(checkpoint)
-    family, architecture = find_family(opened.config)
-    config = family.decoder_config(opened.config, architecture)
+def read_model(model: Path | CausalLM, options: BuildOptions) -> Model:
+    """Opens a checkpoint, if it is not open, and resolves what the options leave open. Reads no weights."""
+    if isinstance(model, Path):
+        model = open_model(model, options.dummy_weights)
+    elif options.dummy_weights and not model.dummy:
+        model = type(model)(model.config)
+    config = model.config
+    config.mapping.check_one_rank()
     longest = config.max_position_embeddings
     max_seq_len = options.max_seq_len or longest
     if max_seq_len > longest:
@@ -159,26 +168,28 @@ def read_model(checkpoint: Path, options: BuildOptions) -> Model:
             f"max_seq_len is {max_seq_len}, more than the model's {longest} positions: give at most {longest}",
             reason="MAX_SEQ_LEN_INVALID",
         )
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if options.device == "cpu" else opened.dtype()
-        if dtype not in DTYPES[1:]:
-            raise Unimplemented(
-                f"{checkpoint} is stored in {dtype}; choose one of {', '.join(DTYPES[1:])} for the engine"
-            )
     limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
-    tokenizer = normalize(checkpoint, config.vocab_size, opened.gguf)
-    return Model(opened, family, config, tokenizer, dtype, limits, opened.eos_token_ids())
+    return Model(model, model.tokenizer(), _dtype(config, options), limits)
+
+
+def _dtype(config: PretrainedConfig, options: BuildOptions) -> str:
+    """The options' dtype, the model's, or what its checkpoint has."""
+    if config.auto_dtype and options.dtype == "auto":
+        return "float32" if options.device == "cpu" else config.checked_dtype
+    if config.auto_dtype or options.dtype in ("auto", config.dtype):
+        return config.dtype if options.dtype == "auto" else options.dtype
+    raise InvalidArgument(
+        f"dtype: the model is {config.dtype}, the options say {options.dtype}: choose one of both, or dtype='auto' here",
+        reason="DTYPE_AMBIGUOUS",
+    )
 
 
 def build_identity(model: Model, options: BuildOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Everything that decides the engine, as JSON values; its digest is the engine id."""
-    digests = file_digests(model.checkpoint.files(), lambda done, total: progress("checkpoint", done, total, "bytes"))
-    return {
-        "checkpoint": digests,
-        "tokenizer": [
-            describe("", data).digest for data in (model.tokenizer.tokenizer_json, model.tokenizer.config_json)
-        ],
+    tokenizer = model.tokenizer.files() if model.tokenizer else {}
+    identity = {
+        "checkpoint": model.pretrained.digests(progress),
+        "tokenizer": [describe("", data).digest for data in tokenizer.values()],
         "dtype": model.dtype,
         "limits": msgspec.to_builtins(model.limits),
         "quantization": None,
@@ -187,18 +198,14 @@ def build_identity(model: Model, options: BuildOptions, progress: Progress = lam
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
         "recipe_version": RECIPE_VERSION,
     }
+    return identity | ({"random_seed": DUMMY_SEED} if model.pretrained.dummy else {})
 
 
 def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
     """The model's program, and the weights that no checkpoint holds."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, model.dtype))
-    try:
-        with torch.device("meta"):
-            decoder = Decoder(model.config)
+    decoder = Decoder.on_meta(model.config, model.dtype)
+    with default_dtype(model.dtype):
         program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
-    finally:
-        torch.set_default_dtype(default)
     return program, decoder.constants()
 
 
@@ -214,6 +221,6 @@ def model_facts(model: Model, program: Program) -> ModelFacts:
         num_kv_heads=attention.num_kv_heads,
         dtype=model.dtype,
         kv_bytes_per_token=sum(cache.bytes_per_token for cache in program.caches),
-        eos_token_ids=model.eos_token_ids,
+        eos_token_ids=model.pretrained.config.eos_token_ids,
         num_parameters=sum(declared.size for declared in program.weights.values()),
     )

@@ -93,6 +93,7 @@ def _engine(summary: Summary) -> Engine:
         size=summary.size,
         models=summary.models,
         signers=summary.signers,
+        dummy_weights=summary.dummy_weights,
     )
 
 

@@ -93,5 +93,6 @@ def read_options(spec: BuildSpec) -> BuildOptions:
         dtype=spec.dtype or "auto",
         device=device,
         compute_capability=spec.target.compute_capability or None,
+        dummy_weights=spec.dummy_weights,
         **{field.name: value for field, value in spec.ListFields() if field.name in _LIMITS},
     )

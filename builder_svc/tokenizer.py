@@ -39,6 +39,18 @@ class NormalizedTokenizer:
     tokenizer_json: bytes
     config_json: bytes
 
+    def files(self) -> dict[str, bytes]:
+        """By name, as engines and saved checkpoints have them."""
+        return {"tokenizer.json": self.tokenizer_json, "tokenizer_config.json": self.config_json}
+
+
+_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory has files of a tokenizer, whatever they are worth."""
+    return any(file.is_file() for pattern in _FILES for file in path.glob(pattern))
+
 
 @dataclass(frozen=True)
 class _Loaded:

@@ -4,18 +4,18 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from builder_svc.checkpoint.reader import Checkpoint
 from builder_svc.models.sources import Source
 from engine.blobs import Hasher
 from engine.errors import InvalidArgument, ResourceExhausted
 from engine.manifest import FileRef
-from engine.program import ITEM_SIZE, Program
+from engine.program import ITEM_SIZE, Program, TensorType
 
 # What older checkpoints store although their config implies it: rotary frequencies and causal masks.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -33,14 +33,33 @@ _NAMES = {
 }
 
 
-def check_weights(checkpoint: Checkpoint, sources: Mapping[str, Source], program: Program) -> None:
-    """Raises InvalidArgument, naming tensor, shape and expected shape, unless the checkpoint has what the program needs.
+class Weights(Protocol):
+    """Tensors by name, such as a checkpoint's.
+
+    Attributes:
+        path: where they are, for errors.
+        shapes: name -> shape.
+    """
+
+    @property
+    def path(self) -> Path | str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor. Raises KeyError for an unknown name."""
+
+
+def check_weights(checkpoint: Weights, sources: Mapping[str, Source], declared: Mapping[str, TensorType]) -> None:
+    """Raises InvalidArgument, naming tensor, shape and expected shape, unless the checkpoint has what is declared.
 
     Args:
         sources: our weight name -> the checkpoint's tensors that form it.
+        declared: our weight name -> type.
     """
     for ours, source in sources.items():
-        _check_source(checkpoint, source, tuple(int(size) for size in program.weights[ours].shape))
+        _check_source(checkpoint, source, tuple(int(size) for size in declared[ours].shape))
     used = {name for source in sources.values() for name in source.names}
     tied = () if "lm_head.weight" in sources else ("lm_head.weight", "embed_out.weight")
     for name in checkpoint.shapes:
@@ -52,7 +71,7 @@ def check_weights(checkpoint: Checkpoint, sources: Mapping[str, Source], program
             )
 
 
-def _check_source(checkpoint: Checkpoint, source: Source, expected: tuple[int, ...]) -> None:
+def _check_source(checkpoint: Weights, source: Source, expected: tuple[int, ...]) -> None:
     """Several tensors have the expected one's columns, and its rows together."""
     rows, stacked = 0, len(source.names) > 1
     for name in source.names:
@@ -84,51 +103,71 @@ def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> I
 
 
 def write_weights(
-    checkpoint: Checkpoint,
-    sources: Mapping[str, Source],
-    constants: Mapping[str, torch.Tensor],
     program: Program,
+    parts: Callable[[str], Iterable[torch.Tensor]],
+    names: Collection[str],
     directory: Path,
     progress: Callable[[int, int], None],
 ) -> list[tuple[FileRef, Path]]:
-    """Writes the program's weights as safetensors files of at most MAX_FILE_BYTES (or one tensor) into a directory.
+    """Writes a program's weights as safetensors files of at most MAX_FILE_BYTES (or one tensor) into a directory.
 
     Tensors stand in the order of their first use, wider dtypes first, so that each is aligned to its own size. A few of
     the parts that they are made of are in memory at a time.
 
     Args:
-        constants: weights that no checkpoint holds.
+        parts: the tensors that form a weight, one after another.
+        names: the weights to write; the others are in no file.
         progress: called with (bytes done, bytes in all).
 
     Returns:
         Each file's description and path.
     """
-    used = [name for op in program.ops for name in op.inputs if name in program.weights]
+    used = [name for op in program.ops for name in op.inputs if name in program.weights and name in names]
     order = sorted(dict.fromkeys(used), key=lambda name: -ITEM_SIZE[program.weights[name].dtype])
     total, done = sum(program.weights[name].nbytes for name in order), 0
 
-    def parts(name: str) -> Iterator[torch.Tensor]:
-        dtype = getattr(torch, program.weights[name].dtype)
-        found = [constants[name]] if name in constants else _parts(checkpoint, sources[name])
-        return (part.to(dtype).contiguous() for part in found)
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
 
     written = []
-    with ThreadPoolExecutor(1, "weights-read") as reader:
-        for number, group in enumerate(_groups(order, program)):
-            path = directory / f"rank0-{number:05d}.safetensors"
-            try:
-                with _Output(path) as output:
-                    output.write(_header(group, program))
-                    for part in _ahead((part for name in group for part in parts(name)), reader):
-                        output.write(memoryview(part.view(-1).view(torch.uint8).numpy()))
-                        done += part.nbytes
-                        progress(done, total)
-                written.append((output.hasher.ref(path.name), path))
-            except OSError as error:
-                raise ResourceExhausted(
-                    f"cannot write {path}: {error.strerror}; choose another --work-dir", reason="WORK_DIR_FULL"
-                ) from None
+    for number, group in enumerate(_groups(order, program)):
+        path = directory / f"rank0-{number:05d}.safetensors"
+        try:
+            ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
+        except ResourceExhausted as error:
+            raise ResourceExhausted(f"{error.message}; choose another --work-dir", reason=error.reason) from None
+        written.append((ref, path))
     return written
+
+
+def write_file(
+    path: Path,
+    declared: Mapping[str, TensorType],
+    parts: Callable[[str], Iterable[torch.Tensor]],
+    wrote: Callable[[int], None] = lambda _: None,
+) -> FileRef:
+    """Writes one safetensors file, each weight in its declared dtype, and describes it.
+
+    Args:
+        declared: in the order of the file.
+        parts: the tensors that form a weight, one after another.
+        wrote: called with the bytes of each part.
+
+    Raises:
+        ResourceExhausted: the disk is full, or there is another reason why it cannot be written.
+    """
+    cast = (part.to(getattr(torch, type.dtype)).contiguous() for name, type in declared.items() for part in parts(name))
+    try:
+        with ThreadPoolExecutor(1, "weights-read") as reader, _Output(path) as output:
+            output.write(_header(declared))
+            for part in _ahead(cast, reader):
+                output.write(memoryview(part.view(-1).view(torch.uint8).numpy()))
+                wrote(part.nbytes)
+    except OSError as error:
+        raise ResourceExhausted(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_FULL") from None
+    return output.hasher.ref(path.name)
 
 
 class _Output:
@@ -183,7 +222,7 @@ def _ahead(parts: Iterator[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[
         yield part
 
 
-def _parts(checkpoint: Checkpoint, source: Source) -> Iterator[torch.Tensor]:
+def read_parts(checkpoint: Weights, source: Source) -> Iterator[torch.Tensor]:
     """The tensors that form a weight, one after another, as they lie in it."""
     for name in source.names:
         tensor = checkpoint.read(name)
@@ -196,11 +235,11 @@ def _parts(checkpoint: Checkpoint, source: Source) -> Iterator[torch.Tensor]:
 
 
 def _groups(order: list[str], program: Program) -> list[list[str]]:
-    groups: list[list[str]] = [[]]
+    groups: list[list[str]] = []
     filled = 0
     for name in order:
         size = program.weights[name].nbytes
-        if groups[-1] and filled + size > MAX_FILE_BYTES:
+        if not groups or filled + size > MAX_FILE_BYTES:
             groups.append([])
             filled = 0
         groups[-1].append(name)
@@ -208,13 +247,12 @@ def _groups(order: list[str], program: Program) -> list[list[str]]:
     return groups
 
 
-def _header(group: list[str], program: Program) -> bytes:
+def _header(declared: Mapping[str, TensorType]) -> bytes:
     """The safetensors header, padded so that the data begins at a multiple of 64 bytes."""
     entries, offset = {}, 0
-    for name in group:
-        declared = program.weights[name]
-        end = offset + declared.nbytes
-        entries[name] = {"dtype": _NAMES[declared.dtype], "shape": list(declared.shape), "data_offsets": [offset, end]}
+    for name, type in declared.items():
+        end = offset + type.nbytes
+        entries[name] = {"dtype": _NAMES[type.dtype], "shape": list(type.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)

@@ -40,26 +40,34 @@ def is_read(name: str) -> bool:
     return _matches(name, (*SETTINGS, *WEIGHTS))
 
 
-def choose_files(names: Iterable[str]) -> list[str]:
+def is_setting(name: str) -> bool:
+    """Whether it is one of them that holds no weights."""
+    return _matches(name, SETTINGS)
+
+
+def choose_files(names: Iterable[str], weights: bool = True) -> list[str]:
     """Which files of a checkpoint a build reads, sorted.
+
+    Args:
+        weights: whether there must be some beside a config.json: builds with dummy weights do without.
 
     Raises InvalidArgument when they are no checkpoint, or several: config.json and weights, or one model in GGUF, make one.
     """
     names = sorted(name for name in names if is_read(name))
     kinds = [[name for name in names if _matches(name, (pattern,))] for pattern in WEIGHTS]
-    weights = next((kind for kind in kinds if kind), [])
-    if weights and weights[0].endswith(".gguf"):
-        if len(models := gguf_models(weights)) > 1:
+    found = next((kind for kind in kinds if kind), [])
+    if found and found[0].endswith(".gguf"):
+        if len(models := gguf_models(found)) > 1:
             raise InvalidArgument(
                 f"there are several GGUF files, {', '.join(models)}: choose one", reason="GGUF_AMBIGUOUS"
             )
-    elif "config.json" not in names or not weights:
+    elif "config.json" not in names or (weights and not found):
         missing = "*.safetensors or pytorch_model.bin" if "config.json" in names else "config.json"
         raise InvalidArgument(
             f"there is no {missing} among the files: a checkpoint in Hugging Face layout has one, or give a .gguf file",
             reason="CHECKPOINT_INCOMPLETE",
         )
-    return sorted([*(name for name in names if _matches(name, SETTINGS)), *weights])
+    return sorted([*filter(is_setting, names), *found])
 
 
 def gguf_models(names: Iterable[str]) -> list[str]:

@@ -60,16 +60,20 @@ def mismatches(needs: Fingerprint, node: Node) -> list[str]:
     return found
 
 
-def check(engine_id: str, source: str, needs: Fingerprint, node: Node, store: str = "") -> None:
+def check(
+    engine_id: str, source: str, needs: Fingerprint, node: Node, store: str = "", *, dummy_weights: bool = False
+) -> None:
     """Raises FailedPrecondition that says what the engine needs, what the node has and which build would fit.
 
     Args:
         source: the checkpoint that the engine was built of.
         store: the URL of the store that the node loads from.
+        dummy_weights: whether the engine has them.
     """
     found = mismatches(needs, node)
     if found:
         command = ["enginehouse", "build", source, "--device", node.device, *(["--store", store] if store else [])]
+        command += ["--dummy-weights"] if dummy_weights else []
         raise FailedPrecondition(
             f"engine {engine_id[:12]} cannot run here: {'; '.join(found)}. Build one that fits: {shlex.join(command)}",
             reason="ENGINE_FINGERPRINT_MISMATCH",

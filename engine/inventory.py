@@ -22,6 +22,7 @@ class Summary:
         size: bytes of all its files.
         models: names that stand for it now.
         signers: ids of the keys under which it is signed; not verified.
+        dummy_weights: its weights are random.
     """
 
     engine_id: str
@@ -34,6 +35,7 @@ class Summary:
     size: int
     models: tuple[str, ...]
     signers: tuple[str, ...]
+    dummy_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def summary(manifest: Manifest, models: list[str], signers: list[str]) -> Summar
         size=sum(file.size for file in manifest.files()),
         models=tuple(models),
         signers=tuple(signers),
+        dummy_weights=manifest.dummy_weights,
     )
 
 

@@ -72,6 +72,7 @@ class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     Attributes:
         native: compiled kernels and plans, which are code and not data: `engine/trust.py` says who may load them.
+        random_seed: of dummy weights: those that are in no file, which a loader makes at random. None where all are in files.
     """
 
     program: FileRef
@@ -79,6 +80,7 @@ class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     native: tuple[
         FileRef, ...
     ] = ()  # omitted where empty: manifests without keep their bytes, over which signatures are
+    random_seed: int | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,7 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         identity: everything that decided the result; `engine_id` is its digest.
         source: where the checkpoint was found, for people.
-        tokenizer: tokenizer.json, and tokenizer_config.json with the chat template.
+        tokenizer: tokenizer.json, and tokenizer_config.json with the chat template; empty for a model of token ids alone.
     """
 
     engine_id: str
@@ -107,6 +109,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Every file of the engine."""
         ranks = [file for rank in self.ranks for file in (rank.program, *rank.weights, *rank.native)]
         return ranks + list(self.tokenizer)
+
+    @property
+    def dummy_weights(self) -> bool:
+        """Whether its weights are random, made where it is loaded."""
+        return any(rank.random_seed is not None for rank in self.ranks)
 
     def weight_bytes(self) -> int:
         """Bytes of weights over all ranks."""

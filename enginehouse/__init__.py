@@ -7,45 +7,75 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from builder_svc.causal_lm import AutoConfig, AutoModelForCausalLM, CausalLM
+    from builder_svc.mapping import Mapping
     from builder_svc.options import BuildOptions
     from builder_svc.pipeline import Built, build
+    from builder_svc.pretrained import PretrainedConfig
     from engine.errors import EnginehouseError
     from enginehouse.client import BuilderClient, ExecutorClient, GatewayClient
     from enginehouse.cluster import LocalCluster
     from enginehouse.home import Home
 
+    # What editors and type checkers know of `model_classes()`; another one is Any to them.
+    LLaMAForCausalLM: type[CausalLM]
+    QWenForCausalLM: type[CausalLM]
+
 __all__ = [
+    "AutoConfig",
+    "AutoModelForCausalLM",
     "BuildOptions",
     "BuilderClient",
     "Built",
+    "CausalLM",
     "EnginehouseError",
     "ExecutorClient",
     "GatewayClient",
     "Home",
     "LocalCluster",
+    "Mapping",
+    "PretrainedConfig",
     "build",
 ]
 
 _HOMES = {
+    "AutoConfig": "builder_svc.causal_lm",
+    "AutoModelForCausalLM": "builder_svc.causal_lm",
     "BuildOptions": "builder_svc.options",
     "BuilderClient": "enginehouse.client",
     "Built": "builder_svc.pipeline",
+    "CausalLM": "builder_svc.causal_lm",
     "EnginehouseError": "engine.errors",
     "ExecutorClient": "enginehouse.client",
     "GatewayClient": "enginehouse.client",
     "Home": "enginehouse.home",
     "LocalCluster": "enginehouse.cluster",
+    "Mapping": "builder_svc.mapping",
+    "PretrainedConfig": "builder_svc.pretrained",
     "build": "builder_svc.pipeline",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name.endswith("ForCausalLM") and (found := _model_classes().get(name)):
+        value = found
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return __all__
+    """With the classes of models where the builder is installed; they are one for each of the families' pages."""
+    try:
+        return sorted({*__all__, *_model_classes()})
+    except ModuleNotFoundError:
+        return __all__
+
+
+def _model_classes() -> "dict[str, type[CausalLM]]":
+    from builder_svc.causal_lm import model_classes
+
+    return model_classes()

@@ -43,6 +43,11 @@ from enginehouse.options import MOST, check_address, with_data, with_json
 )
 @click.option("--max-num-tokens", type=click.IntRange(1, MOST), help="Tokens in one step.  [default: 2048]")
 @click.option(
+    "--dummy-weights",
+    is_flag=True,
+    help="Read no weights: config.json is enough. Executors make random ones, the engine is some megabytes.",
+)
+@click.option(
     "--sign-with",
     metavar="FILE",
     type=click.Path(path_type=Path),

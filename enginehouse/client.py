@@ -205,12 +205,13 @@ class BuilderClient(_Client):
                 reason="CANCEL_PENDING",
             ) from None
 
-    async def upload(self, path: Path, progress: Progress = lambda *_: None) -> str:
+    async def upload(self, path: Path, progress: Progress = lambda *_: None, weights: bool = True) -> str:
         """Brings a checkpoint, a directory or a GGUF file, to the builder; gives what stands for it in `BuildSpec.checkpoint`.
 
-        What is there already is not sent again: after an interruption, repeat the call. Raises what `enginehouse.upload` says.
+        What is there already is not sent again: after an interruption, repeat the call. A build with dummy weights needs no
+        weights. Raises what `enginehouse.upload` says.
         """
-        return await upload(self, path, progress)
+        return await upload(self, path, progress, weights)
 
     async def offer(self, files: Sequence[builder_pb2.CheckpointFile]) -> builder_pb2.OfferCheckpointResponse:
         """Says what a checkpoint consists of; the answer, what of it is missing."""

@@ -23,6 +23,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "enginehouse build examples/demo-model --name demo",
         "enginehouse build Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16",
         "enginehouse build examples/demo-model --builder 127.0.0.1:8401 --upload",
+        "enginehouse build bench/models/llama-3.1-8b --dummy-weights     # measure a model without its weights",
     ),
     "builds": (
         "enginehouse builds ls",

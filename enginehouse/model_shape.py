@@ -31,7 +31,7 @@ def of_engine(store: Store, engine: str) -> Shape:
         )
     program = Program.from_json(blobs.read(store, manifest.ranks[0].program))
     label = f"engine {manifest.engine_id[:12]}" if manifest.engine_id.startswith(engine) else engine
-    return of_program(program, manifest.limits, name=label)
+    return replace(of_program(program, manifest.limits, name=label), dummy_weights=manifest.dummy_weights)
 
 
 def of_checkpoint(source: str, dtype: str | None) -> Shape:
@@ -46,15 +46,16 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
         EnginehouseError: no config.json, one that no family reads, or one without a dtype.
     """
     try:
-        import torch
+        import torch  # noqa: F401  (what the extra lacks first)
 
         from builder_svc.checkpoint.huggingface import read_json
         from builder_svc.checkpoint.sources import HUB
         from builder_svc.lower.program import lower
-        from builder_svc.models.decoder import Decoder
+        from builder_svc.models.decoder import Decoder, default_dtype
         from builder_svc.models.families import find_family
         from builder_svc.models.fields import Fields
         from builder_svc.options import BuildOptions
+        from builder_svc.pretrained import hugging_face_config
     except ModuleNotFoundError as error:
         raise FailedPrecondition(
             f"planning for a checkpoint needs {error.name}: pip install 'enginehouse[builder]'; for an engine in a store it "
@@ -67,7 +68,7 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     else:
         directory = Path(source).expanduser()
         name = directory.resolve().name
-    fields = Fields(read_json(directory / "config.json"), str(directory / "config.json"))
+    fields = Fields(hugging_face_config(read_json(directory / "config.json")), str(directory / "config.json"))
     family, architecture = find_family(fields)
     config = family.decoder_config(fields, architecture)
     chosen = dtype or _declared(fields.values, fields.where)
@@ -76,14 +77,9 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     distinct = tuple(dict.fromkeys(config.layers))
     repeats = [config.layers.count(layer) for layer in distinct]
     options = BuildOptions()
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, chosen))
-    try:
-        with torch.device("meta"):
-            decoder = Decoder(replace(config, layers=distinct))
+    decoder = Decoder.on_meta(replace(config, layers=distinct), chosen)
+    with default_dtype(chosen):
         program = lower(decoder, max_num_tokens=options.max_num_tokens, rope_lengths=config.rope_lengths)
-    finally:
-        torch.set_default_dtype(default)
     limits = Limits(options.max_batch_size, config.max_position_embeddings, options.max_num_tokens)
     return replace(of_program(program, limits, name=name, repeats=repeats), max_batch_size=None)
 
@@ -187,6 +183,7 @@ def to_json(shape: Shape) -> dict[str, object]:
         "name": shape.name,
         "parameters": shape.num_parameters,
         "active_parameters": shape.active_parameters,
+        "dummy_weights": shape.dummy_weights,
         "dtype": shape.layer_dtype,
         "weight_bytes": shape.total_bytes,
         "weight_bytes_by_dtype": dict(shape.weight_bytes),

@@ -74,6 +74,7 @@ class Shape:
         max_seq_len: tokens in a sequence at most.
         max_num_tokens: tokens in a step at most; longer prompts take several.
         max_batch_size: sequences in a step at most; None for a checkpoint, whose build decides.
+        dummy_weights: whether an engine has them: they are in no file, and in memory as large as real ones.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Shape:
     max_seq_len: int
     max_num_tokens: int
     max_batch_size: int | None = None
+    dummy_weights: bool = False
     experts: tuple[Experts, ...] = ()
 
     @property

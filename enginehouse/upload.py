@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from engine.checkpoints import choose_files, gguf_parts
+from engine.checkpoints import choose_files, gguf_parts, is_setting
 from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from protos.v1.builder_pb2 import CheckpointFile, OfferCheckpointResponse, UploadFileHeader
 
@@ -56,17 +56,20 @@ class Receiver(Protocol):
         """Sends a file's bytes from the header's offset on."""
 
 
-async def upload(builder: Receiver, path: Path, progress: Progress) -> str:
+async def upload(builder: Receiver, path: Path, progress: Progress, weights: bool = True) -> str:
     """Brings what a build reads of a checkpoint directory or GGUF file to a builder; gives BuildSpec.checkpoint for it.
 
     Goes on after a connection that broke, and where an earlier call, of whatever process, has ended.
+
+    Args:
+        weights: send them, too; a build with dummy weights does without.
 
     Raises:
         NotFound, InvalidArgument: nothing there, or no checkpoint in it, or several.
         FailedPrecondition: a file was changed meanwhile.
         EnginehouseError: the builder's own error; Unavailable when it cannot be reached, or stays away.
     """
-    files = await hash_files(find_files(path), progress)
+    files = await hash_files(find_files(path, weights), progress)
     offered = [CheckpointFile(name=file.path.name, size=file.size, sha256=file.digest) for file in files]
     by_digest = {file.digest: file for file in files}
     total = sum(file.size for file in by_digest.values())
@@ -112,13 +115,14 @@ async def upload(builder: Receiver, path: Path, progress: Progress) -> str:
             await asyncio.sleep(delay)
 
 
-def find_files(path: Path) -> list[Path]:
-    """What a build reads of a directory or of a GGUF file, sorted. Raises NotFound and InvalidArgument."""
+def find_files(path: Path, weights: bool = True) -> list[Path]:
+    """What a build reads of a directory, with its weights or without, or of a GGUF file. Raises NotFound and InvalidArgument."""
     if path.is_dir():
         try:
-            return [path / name for name in choose_files(file.name for file in path.iterdir() if file.is_file())]
+            names = choose_files((file.name for file in path.iterdir() if file.is_file()), weights)
         except InvalidArgument as error:
             raise InvalidArgument(f"{path}: {error.message}", reason=error.reason) from None
+        return [path / name for name in names if weights or is_setting(name)]
     parts = [path.with_name(name) for name in gguf_parts(path.name)]
     if path.suffix != ".gguf" or not all(part.is_file() for part in parts):
         missing = next((part for part in parts if not part.is_file()), path)

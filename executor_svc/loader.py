@@ -14,7 +14,7 @@ from engine.manifest import Manifest
 from engine.program import Program
 from engine.store import Store
 from engine.trust import Trust
-from executor_svc import memory
+from executor_svc import memory, random_weights
 
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64,
@@ -24,11 +24,17 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """A rank of an engine, in memory."""
+    """A rank of an engine, in memory.
+
+    Attributes:
+        weights: by the program's names; dummy weights are on the node's device, others in main memory.
+        size: bytes that were read or made.
+    """
 
     manifest: Manifest
     program: Program
     weights: dict[str, Tensor]
+    size: int
 
 
 def load_engine(
@@ -42,7 +48,7 @@ def load_engine(
 
     Args:
         node: what is here; an engine that needs something else is refused before a byte of it is read.
-        progress: called with (bytes done, bytes in all) of weights.
+        progress: called with (bytes done, bytes in all) of weights, read or made at random.
         trust: whose engines may be used; by default everybody's that hold no native code.
 
     Raises:
@@ -51,7 +57,9 @@ def load_engine(
         DataLoss: stored bytes do not match their digest; nothing of them is used.
     """
     manifest = trust.admit(store, engine_id)
-    fingerprint.check(engine_id, manifest.source, manifest.fingerprint, node, store.url)
+    fingerprint.check(
+        engine_id, manifest.source, manifest.fingerprint, node, store.url, dummy_weights=manifest.dummy_weights
+    )
     if len(manifest.ranks) != 1:
         raise FailedPrecondition(
             f"engine {engine_id[:12]} is for {len(manifest.ranks)} ranks; this executor runs engines of one",
@@ -61,6 +69,8 @@ def load_engine(
     program = Program.from_json(blobs.read(store, rank.program))
     buffers = [memory.zeros(file.size) for file in rank.weights]
     total, done = sum(file.size for file in rank.weights), 0
+    if rank.random_seed is not None:
+        total = sum(declared.nbytes for declared in program.weights.values())
 
     def arrived(count: int) -> None:
         nonlocal done
@@ -73,6 +83,10 @@ def load_engine(
     weights: dict[str, Tensor] = {}
     for buffer in buffers:
         weights.update(_tensors(buffer))
+    if rank.random_seed is not None:
+        random = [name for name in program.weights if name not in weights]
+        total = done + sum(program.weights[name].nbytes for name in random)
+        weights |= random_weights.make(program, random, rank.random_seed, node.device, arrived)
     for name, declared in program.weights.items():
         found = weights.get(name)
         if found is None or (str(found.dtype), tuple(found.shape)) != (f"torch.{declared.dtype}", declared.shape):
@@ -80,7 +94,7 @@ def load_engine(
                 f"engine {engine_id[:12]}: weight {name!r} is missing or not what the program declares",
                 reason="WEIGHTS_INVALID",
             )
-    return LoadedEngine(manifest, program, weights)
+    return LoadedEngine(manifest, program, weights, done)
 
 
 def _tensors(buffer: Tensor) -> dict[str, Tensor]:

@@ -306,7 +306,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     )
     worker = Worker(front, loaded.manifest, runner, arguments.max_waiting)
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
-    size = loaded.manifest.weight_bytes()
+    size = loaded.size
     log.info("engine %s: %.1f MB loaded in %.2f s", engine_id[:12], size / 1e6, time.monotonic() - began)
     ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=ready).SerializeToString())

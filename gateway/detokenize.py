@@ -26,6 +26,16 @@ class Detokenizer(Protocol):
         """What still waited for its other half, as U+FFFD. Nothing may be pushed afterwards."""
 
 
+class Silent:
+    """For tokens that have no text."""
+
+    def push(self, token_ids: Sequence[int]) -> str:  # noqa: ARG002
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
 class TokenBytes(dict[int, bytes]):
     """The bytes of each token of a byte-level vocabulary, filled as they are asked for; b"" for one that is left out."""
 

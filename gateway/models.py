@@ -12,7 +12,7 @@ from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.manifest import FileRef, Manifest
 from engine.store import Store
 from gateway.cache import Cache
-from gateway.tokenizer import Tokenizer, TokenizerConfig
+from gateway.tokenizer import NoTokenizer, Tokenizer, TokenizerConfig
 
 _NAME_TTL = 2.0  # seconds until a name that was given to another engine is noticed
 _KEPT_HISTORY = 3  # of a name's engines
@@ -28,7 +28,7 @@ class _Engine:
 
     vocab_size: int
     max_seq_len: int
-    tokenizer: FileRef
+    tokenizer: FileRef | None
     config: TokenizerConfig
 
 
@@ -41,6 +41,7 @@ class Model:
     vocab_size: int
     max_seq_len: int
     has_chat_template: bool
+    has_tokenizer: bool = True
 
 
 class Models:
@@ -73,10 +74,11 @@ class Models:
             vocab_size=engine.vocab_size,
             max_seq_len=engine.max_seq_len,
             has_chat_template=engine.config.chat_template is not None,
+            has_tokenizer=engine.tokenizer is not None,
         )
 
     async def tokenizer(self, engine_id: str) -> Tokenizer:
-        """The engine's tokenizer. Raises FailedPrecondition if it has none that can be read."""
+        """The engine's tokenizer. Raises FailedPrecondition if it cannot be read."""
         return await self._tokenizers.get(engine_id)
 
     async def list(self) -> list[Model]:
@@ -96,6 +98,9 @@ class Models:
 
     def _read_engine(self, engine_id: str) -> _Engine:
         manifest = registry.manifest(self._store, engine_id)
+        vocab_size, max_seq_len = manifest.model.vocab_size, manifest.limits.max_seq_len
+        if not manifest.tokenizer:
+            return _Engine(vocab_size, max_seq_len, None, TokenizerConfig())
         data = blobs.read(self._store, _tokenizer_file(manifest, "tokenizer_config.json"))
         try:
             config = TokenizerConfig.from_json(data)
@@ -104,15 +109,12 @@ class Models:
                 f"tokenizer_config.json of engine {engine_id[:12]} cannot be read ({error}): build the engine again",
                 reason="TOKENIZER_INVALID",
             ) from None
-        return _Engine(
-            vocab_size=manifest.model.vocab_size,
-            max_seq_len=manifest.limits.max_seq_len,
-            tokenizer=_tokenizer_file(manifest, "tokenizer.json"),
-            config=config,
-        )
+        return _Engine(vocab_size, max_seq_len, _tokenizer_file(manifest, "tokenizer.json"), config)
 
     def _read_tokenizer(self, engine_id: str) -> Tokenizer:
         engine = self._read_engine(engine_id)
+        if engine.tokenizer is None:
+            return NoTokenizer(engine_id)
         return Tokenizer(blobs.read(self._store, engine.tokenizer), engine.config)
 
 

@@ -92,6 +92,8 @@ class Gateway(GatewayServicer):
             ready_executors=self._router.ready(model.engine_id),
             max_seq_len=model.max_seq_len,
             has_chat_template=model.has_chat_template,
+            has_tokenizer=model.has_tokenizer,
+            vocab_size=model.vocab_size,
         )
 
 

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Sequence
 
-from engine.errors import InvalidArgument
+from engine.errors import FailedPrecondition, InvalidArgument
 from gateway.bad_words import bad_token_ids, check_bad_words
 from gateway.models import Model
 from gateway.tokenizer import Tokenizer
@@ -65,13 +65,18 @@ def submission(request: GenerateRequest, model: Model, prompt: Sequence[int], to
 
     Of several completions, the first: `sibling` makes the others.
 
-    Raises InvalidArgument for what does not fit the model.
+    Raises InvalidArgument for what does not fit the model, FailedPrecondition for what needs a tokenizer that is not there.
     """
     if not prompt:
         raise InvalidArgument(
             f"the prompt gives no tokens with the tokenizer of model {model.name!r}: {_shown(request)}. "
             "Give other text, or as token_ids the token to begin with",
             reason="PROMPT_EMPTY",
+        )
+    if request.stop and not model.has_tokenizer:
+        raise FailedPrecondition(
+            f"model {model.name!r} has no tokenizer, so that no stop string can be found: give stop_token_ids",
+            reason="TOKENIZER_MISSING",
         )
     max_tokens = _max_tokens(request.stopping, model, len(prompt))  # first: what is far too long is not looked through
     check_min_tokens(request.stopping.min_tokens, max_tokens)

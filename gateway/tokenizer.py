@@ -8,7 +8,7 @@ import tokenizers
 
 from engine.errors import FailedPrecondition
 from gateway.chat import ChatTemplate
-from gateway.detokenize import ByteLevelDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
+from gateway.detokenize import ByteLevelDetokenizer, Detokenizer, Silent, TokenBytes, WindowDetokenizer
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True):
@@ -97,3 +97,32 @@ class Tokenizer:
                 reason="CHAT_TEMPLATE_MISSING",
             )
         return ChatTemplate(config.chat_template, config.special_tokens)
+
+
+class NoTokenizer(Tokenizer):
+    """Of an engine without one: token ids go in and out, and there is no text."""
+
+    def __init__(self, engine_id: str) -> None:
+        self._engine_id = engine_id
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:  # noqa: ARG002
+        """Raises FailedPrecondition."""
+        raise self._missing("send the prompt as token ids, and no bad words")
+
+    def render(self, messages: Sequence[dict[str, str]], *_: bool) -> str:  # noqa: ARG002
+        """Raises FailedPrecondition."""
+        raise self._missing("send the prompt as token ids")
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:  # noqa: ARG002
+        """Raises FailedPrecondition."""
+        raise self._missing("its token ids have no text")
+
+    def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer:  # noqa: ARG002
+        """Gives no text."""
+        return Silent()
+
+    def _missing(self, remedy: str) -> FailedPrecondition:
+        return FailedPrecondition(
+            f"engine {self._engine_id[:12]} has no tokenizer: {remedy}; or build it of a directory that holds one",
+            reason="TOKENIZER_MISSING",
+        )

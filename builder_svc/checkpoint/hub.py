@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from tqdm import tqdm
 
 from builder_svc.options import Progress
-from engine.checkpoints import NOT_FILES, SETTINGS, WEIGHTS, choose_files, gguf_models, gguf_parts
+from engine.checkpoints import NOT_FILES, SETTINGS, WEIGHTS, choose_files, gguf_models, gguf_parts, is_setting
 from engine.errors import (
     EnginehouseError,
     FailedPrecondition,
@@ -34,13 +34,16 @@ _QUERY = re.compile(r"\?[^\s\"'<>]+")  # also of a path without a host, as some 
 log = logging.getLogger(__name__)
 
 
-def download(repo: str, revision: str | None, progress: Progress, file: str | None = None) -> Path:
+def download(
+    repo: str, revision: str | None, progress: Progress, file: str | None = None, *, weights: bool = True
+) -> Path:
     """The directory of a repository's snapshot, with what a build reads; files that are in the cache are not loaded again.
 
     Where the hub cannot be reached, a whole snapshot in the cache will do.
 
     Args:
         file: a GGUF file of the repository, whose path is then given; all its parts are loaded, and nothing else.
+        weights: without, the files beside them are enough; whether weights are in the directory is then left to chance.
 
     Raises:
         NotFound: no such repository, revision or file.
@@ -58,7 +61,7 @@ def download(repo: str, revision: str | None, progress: Progress, file: str | No
     delays = iter(DELAYS)
     while True:
         try:
-            path = _snapshot(repo, revision, file, bytes_done.bars())
+            path = _snapshot(repo, revision, file, weights, bytes_done.bars())
         except EnginehouseError:
             raise
         except Exception as error:
@@ -73,25 +76,27 @@ def download(repo: str, revision: str | None, progress: Progress, file: str | No
             return path
 
 
-def _snapshot(repo: str, revision: str | None, file: str | None, bars: type[Any]) -> Path:
+def _snapshot(repo: str, revision: str | None, file: str | None, weights: bool, bars: type[Any]) -> Path:
     try:
         info = HfApi().model_info(repo, revision=revision or constants.DEFAULT_REVISION)
         names = [file.rfilename for file in info.siblings or []]
     except Exception as error:
         if not isinstance(explain(error, repo, repo), (Unavailable, FailedPrecondition)):
             raise
-        path = _cached(repo, revision, file)
+        path = _cached(repo, revision, file, weights)
         if path is None:
             raise
         return path
-    chosen = [glob.escape(name) for name in _choose(repo, names, file)]
+    chosen = [glob.escape(name) for name in _choose(repo, names, file, weights)]
     path = Path(snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bars))
     return path / file if file else path
 
 
-def _cached(repo: str, revision: str | None, file: str | None) -> Path | None:
+def _cached(repo: str, revision: str | None, file: str | None, weights: bool) -> Path | None:
     """What is in the cache as a whole, of the first format that is."""
-    formats = [gguf_parts(file)] if file else [[*SETTINGS, weights] for weights in WEIGHTS]
+    formats = [gguf_parts(file)] if file else [[*SETTINGS, pattern] for pattern in WEIGHTS]
+    if not weights and not file:
+        formats.insert(0, [*SETTINGS, "config.json"])
     for patterns in formats:
         try:
             path = Path(
@@ -110,7 +115,7 @@ def _cached(repo: str, revision: str | None, file: str | None) -> Path | None:
     return None
 
 
-def _choose(repo: str, names: list[str], file: str | None) -> list[str]:
+def _choose(repo: str, names: list[str], file: str | None, weights: bool) -> list[str]:
     """Which files of a repository are downloaded."""
     models = gguf_models(names)
     if file:
@@ -119,7 +124,8 @@ def _choose(repo: str, names: list[str], file: str | None) -> list[str]:
             raise NotFound(f"{repo} has no file {file!r}: {there}", reason="FILE_NOT_FOUND")
         return gguf_parts(file)
     try:
-        return choose_files(names)
+        chosen = choose_files(names, weights)
+        return chosen if weights or "config.json" not in chosen else list(filter(is_setting, chosen))
     except InvalidArgument as error:
         hint = ""
         if models:

@@ -88,6 +88,26 @@ def _shards(path: Path, whole: str) -> list[str]:
     return names
 
 
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json declares, such as "bfloat16"."""
+    declared = config.get("dtype") or config.get("torch_dtype")
+    return declared if isinstance(declared, str) else None
+
+
+def eos_token_ids(config: Fields, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """End-of-sequence ids, of generation_config.json or else config.json. Raises InvalidArgument for what is no id."""
+    found = generation_config.get("eos_token_id", config.values.get("eos_token_id"))
+    ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+    vocab_size = config.size("vocab_size")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise InvalidArgument(
+                f"{config.where}: eos_token_id {token!r} is no id below vocab_size {vocab_size}",
+                reason="CONFIG_FIELD_INVALID",
+            )
+    return tuple(ids)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises NotFound and InvalidArgument, naming the file."""
     try:

@@ -10,7 +10,7 @@ import torch
 from builder_svc.checkpoint import gguf_config
 from builder_svc.checkpoint.gguf_file import GgufFile, Metadata
 from builder_svc.checkpoint.gguf_names import GgufWeights
-from builder_svc.checkpoint.huggingface import SafetensorsFile, find_weights, has_weights, read_json
+from builder_svc.checkpoint.huggingface import SafetensorsFile, declared_dtype, find_weights, has_weights, read_json
 from builder_svc.checkpoint.pickles import PickleFile
 from builder_svc.models.fields import Fields
 from engine.checkpoints import gguf_models
@@ -67,23 +67,8 @@ class Checkpoint:
 
     def dtype(self) -> str:
         """The dtype that the config declares, else that of the first tensor, such as "bfloat16"."""
-        declared = self.config.values.get("dtype") or self.config.values.get("torch_dtype")
-        if isinstance(declared, str):
-            return declared
-        return str(self.read(next(iter(self.shapes))).dtype).removeprefix("torch.")
-
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids, of the generation config or else the config. Raises InvalidArgument for what is no id."""
-        found = self.generation_config.get("eos_token_id", self.config.values.get("eos_token_id"))
-        ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
-        vocab_size = self.config.size("vocab_size")
-        for token in ids:
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise InvalidArgument(
-                    f"{self.path}: eos_token_id {token!r} is no id below vocab_size {vocab_size}",
-                    reason="CONFIG_FIELD_INVALID",
-                )
-        return tuple(ids)
+        declared = declared_dtype(self.config.values)
+        return declared or str(self.read(next(iter(self.shapes))).dtype).removeprefix("torch.")
 
 
 class _File(Protocol):
@@ -116,6 +101,21 @@ class Shards:
         return self._where[name].read(name)
 
 
+def read_configs(path: Path) -> tuple[Fields, Mapping[str, Any], Path | None]:
+    """config.json, generation_config.json (empty if there is none) and the GGUF file, if both come out of one; no weights.
+
+    Raises:
+        NotFound: nothing there, or no config.json in it.
+        InvalidArgument, Unimplemented: as `open_checkpoint`.
+    """
+    if file := find_gguf(path):
+        meta = Metadata(GgufFile(file))
+        return Fields(gguf_config.config(meta), meta.where), gguf_config.generation_config(meta), meta.file.path
+    generation = path / "generation_config.json"
+    config = Fields(read_json(path / "config.json"), str(path / "config.json"))
+    return config, read_json(generation) if generation.exists() else {}, None
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Finds out what a path is, and opens it. Reads headers only.
 
@@ -126,47 +126,42 @@ def open_checkpoint(path: Path) -> Checkpoint:
         DataLoss: a file of weights that is damaged or incomplete.
         PermissionDenied: weights that are a pickle with code.
     """
+    if file := find_gguf(path):
+        meta = Metadata(GgufFile(file))
+        config, generation = Fields(gguf_config.config(meta), meta.where), gguf_config.generation_config(meta)
+        return Checkpoint(path, config, generation, GgufWeights(meta), tuple(meta.file.parts), meta.file.path)
+    return _open_hugging_face(path)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that its directory holds instead of other weights."""
     if not path.is_dir():
         if path.suffix == ".gguf" and path.is_file():
-            return _open_gguf(path, path)
+            return path
         raise NotFound(
             f"{path} is no directory and no .gguf file; give a checkpoint in Hugging Face layout or in GGUF",
             reason="CHECKPOINT_NOT_FOUND",
         )
     models = gguf_models([file.name for file in path.glob("*.gguf")])
-    if models and not has_weights(path):
-        if len(models) > 1:
-            raise InvalidArgument(
-                f"{path} holds several GGUF files: give the path of one, {', '.join(models)}",
-                reason="GGUF_AMBIGUOUS",
-            )
-        return _open_gguf(path, path / models[0])
-    return _open_hugging_face(path)
+    if not models or has_weights(path):
+        return None
+    if len(models) > 1:
+        raise InvalidArgument(
+            f"{path} holds several GGUF files: give the path of one, {', '.join(models)}",
+            reason="GGUF_AMBIGUOUS",
+        )
+    return path / models[0]
 
 
 def _open_hugging_face(path: Path) -> Checkpoint:
-    config = Fields(read_json(path / "config.json"), str(path / "config.json"))
+    config, generation_config, _ = read_configs(path)
     if quantization := config.get("quantization_config", dict, {}):
         raise Unimplemented(
             f"{config.where}: quantization method {quantization.get('quant_method')!r} is not supported; "
             "supported are weights in floating point, and GGUF",
             reason="QUANTIZATION_UNSUPPORTED",
         )
-    generation = path / "generation_config.json"
-    generation_config = read_json(generation) if generation.exists() else {}
     weights = find_weights(path)
     opened = [SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file) for file in weights]
-    settings = [path / "config.json", *([generation] if generation_config else [])]
+    settings = [path / "config.json", *([path / "generation_config.json"] if generation_config else [])]
     return Checkpoint(path, config, generation_config, Shards(opened), (*settings, *weights))
-
-
-def _open_gguf(path: Path, file: Path) -> Checkpoint:
-    meta = Metadata(GgufFile(file))
-    return Checkpoint(
-        path,
-        Fields(gguf_config.config(meta), meta.where),
-        gguf_config.generation_config(meta),
-        GgufWeights(meta),
-        tuple(meta.file.parts),
-        meta.file.path,
-    )

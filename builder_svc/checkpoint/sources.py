@@ -28,13 +28,14 @@ class Source(Protocol):
     def check(self, store: Store) -> None:
         """Raises NotFound if the store is to have it and does not. Asks nobody else."""
 
-    def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:
+    def open(self, store: Store, work_dir: Path | None, progress: Progress, weights: bool = True) -> Path:
         """A directory or GGUF file, downloaded first where it must be.
 
         Args:
             store: which has what was uploaded.
             work_dir: may be filled and is the caller's to remove; by default the system's temporary directory is used.
             progress: called with phase "download".
+            weights: whether they are wanted.
         """
 
 
@@ -50,7 +51,7 @@ class LocalSource:
     def check(self, store: Store) -> None:
         """Whoever reads it says what is wrong with it."""
 
-    def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:  # noqa: ARG002
+    def open(self, store: Store, work_dir: Path | None, progress: Progress, weights: bool = True) -> Path:  # noqa: ARG002
         return self.path
 
 
@@ -72,10 +73,10 @@ class HubSource:
     def check(self, store: Store) -> None:
         """The hub is asked when the build begins."""
 
-    def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:  # noqa: ARG002
+    def open(self, store: Store, work_dir: Path | None, progress: Progress, weights: bool = True) -> Path:  # noqa: ARG002
         from builder_svc.checkpoint import hub  # the service does without what it imports
 
-        return hub.download(self.repo, self.revision, progress, self.file)
+        return hub.download(self.repo, self.revision, progress, self.file, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,12 @@ class UploadedSource:
     def check(self, store: Store) -> None:
         checkpoints.get(store, self.checkpoint_id)
 
-    def open(self, store: Store, work_dir: Path | None, progress: Progress) -> Path:
+    def open(self, store: Store, work_dir: Path | None, progress: Progress, weights: bool = True) -> Path:
         named = checkpoints.get(store, self.checkpoint_id)
         pins.hold(store, [file.digest for file in named.files])
         # A garbage collection may have dropped the record, and then the files, until the pin counted: what is still named
         # now is still there.
-        return uploaded.download(store, checkpoints.get(store, self.checkpoint_id), work_dir, progress)
+        return uploaded.download(store, checkpoints.get(store, self.checkpoint_id), work_dir, progress, weights)
 
 
 def parse(text: str, root: Path | None) -> Source:
@@ -144,9 +145,54 @@ def accept(text: str, root: Path, store: Store) -> str:
     return str(source)
 
 
-def fetch(text: str, store: Store, work_dir: Path | None, progress: Progress) -> Path:
+def fetch(text: str, store: Store, work_dir: Path | None, progress: Progress, weights: bool = True) -> Path:
     """The directory or file of what `accept` has accepted, downloaded if need be. Raises the source's own errors."""
-    return parse(text, None).open(store, work_dir, progress)
+    return parse(text, None).open(store, work_dir, progress, weights)
+
+
+def find_source(checkpoint: str, revision: str | None = None) -> str:
+    """What a person means: a path stays one, and what is not there and looks like a repository becomes hf://....
+
+    Raises:
+        InvalidArgument: a revision for what is not of the hub, or a second one.
+    """
+    is_path = checkpoint[:1] in (".", "/", "~") or is_checkpoint(Path(checkpoint))
+    source = checkpoint
+    if not is_path and is_repository(checkpoint):
+        source = HUB + checkpoint
+    if revision is None:
+        return source
+    if not source.startswith(HUB):
+        raise InvalidArgument(f"a revision is of a repository of the hub, ORG/NAME: {checkpoint!r} is none")
+    if "@" in source:
+        raise InvalidArgument(f"revision {revision} and {checkpoint}: give the revision once")
+    return f"{source}@{revision}"
+
+
+def fetch_here(
+    place: str | Path, revision: str | None = None, *, weights: bool = True, progress: Progress = lambda *_: None
+) -> tuple[Path, str]:
+    """The directory or GGUF file that a person means, downloaded if it is a repository of the hub, and its source as a text.
+
+    Raises:
+        NotFound: no such directory, file or repository.
+        InvalidArgument: what `find_source` and `parse` raise.
+        EnginehouseError: what the hub's download raises.
+    """
+    text = find_source(str(place), revision)
+    if text.startswith(HUB):
+        from builder_svc.checkpoint import hub
+
+        found = parse(text, None)
+        return hub.download(found.repo, found.revision, progress, found.file, weights=weights), text
+    path = Path(text).expanduser()
+    if not is_checkpoint(path):
+        raise NotFound(
+            f"{path} is no directory and no .gguf file; give a checkpoint in Hugging Face layout or in GGUF, or "
+            "ORG/NAME of the hub",
+            reason="CHECKPOINT_NOT_FOUND",
+        )
+    return path, str(path)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from builder_svc.options import Progress
 from engine import blobs
-from engine.checkpoints import UploadedCheckpoint, check_file_name
+from engine.checkpoints import UploadedCheckpoint, check_file_name, is_setting
 from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.manifest import CHUNK_SIZE, FileRef
 from engine.store import Store
@@ -19,8 +19,10 @@ _THREADS = 8
 _PART_SIZE = 4 * 1024 * 1024  # bytes read at a time on each thread: all of them hold 32 MiB
 
 
-def download(store: Store, checkpoint: UploadedCheckpoint, work_dir: Path | None, progress: Progress) -> Path:
-    """Writes all files into a new directory, chunks in parallel and each verified; memory stays at 32 MiB.
+def download(
+    store: Store, checkpoint: UploadedCheckpoint, work_dir: Path | None, progress: Progress, weights: bool = True
+) -> Path:
+    """Writes all files, or all but weights, into a new directory, chunks in parallel and each verified; memory stays at 32 MiB.
 
     Raises:
         NotFound: a file is not in the store any more.
@@ -29,7 +31,10 @@ def download(store: Store, checkpoint: UploadedCheckpoint, work_dir: Path | None
     """
     for ref in checkpoint.files:
         _check(ref)
-    total, done, lock = sum(ref.size for ref in checkpoint.files), 0, threading.Lock()
+    beside = [ref for ref in checkpoint.files if is_setting(ref.name)]
+    whole = weights or all(ref.name != "config.json" for ref in beside)  # a GGUF file holds its config
+    wanted = checkpoint.files if whole else beside
+    total, done, lock = sum(ref.size for ref in wanted), 0, threading.Lock()
 
     def arrived(count: int) -> None:
         nonlocal done
@@ -39,7 +44,7 @@ def download(store: Store, checkpoint: UploadedCheckpoint, work_dir: Path | None
 
     try:
         directory = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=work_dir))
-        files = [(ref, (directory / ref.name).open("wb", buffering=0)) for ref in checkpoint.files]
+        files = [(ref, (directory / ref.name).open("wb", buffering=0)) for ref in wanted]
         try:
             with ThreadPoolExecutor(_THREADS, "download") as pool:
                 chunks = [

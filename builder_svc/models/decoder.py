@@ -1,5 +1,8 @@
 """THE decoder: a module over the operator set, traced on the meta device and never run as it stands."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,18 @@ from builder_svc.models.config import (
     RopeSpec,
 )
 from builder_svc.models.operators import op
+from engine.program import TensorType
+
+
+@contextmanager
+def default_dtype(dtype: str) -> Iterator[None]:
+    """torch's default dtype, such as "bfloat16", for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Linear(nn.Module):
@@ -219,7 +234,7 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """token ids -> logits of the rows that are asked for.
 
-    Build it under `torch.device("meta")` with the engine's default dtype: it is there to be traced.
+    It is there to be traced: `on_meta` makes it without memory for weights.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -256,6 +271,19 @@ class Decoder(nn.Module):
         if config.logit_scale != 1:
             logits = op.scale(logits, config.logit_scale)
         return op.soft_cap(logits, config.logit_soft_cap) if config.logit_soft_cap else logits
+
+    @classmethod
+    def on_meta(cls, config: DecoderConfig, dtype: str) -> "Decoder":
+        """The decoder on the meta device, its weights of this dtype where the config does not say otherwise."""
+        with torch.device("meta"), default_dtype(dtype):
+            return cls(config)
+
+    def declared(self) -> dict[str, TensorType]:
+        """Name and type of each weight that a checkpoint holds."""
+        return {
+            name: TensorType(str(weight.dtype).removeprefix("torch."), tuple(weight.shape))  # type: ignore[arg-type]
+            for name, weight in self.named_parameters()
+        }
 
     def constants(self) -> dict[str, Tensor]:
         """The weights that no checkpoint holds, by name: rotary frequencies and alibi slopes, float32."""

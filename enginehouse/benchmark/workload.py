@@ -10,7 +10,7 @@ from engine.errors import InvalidArgument
 
 Prompt = str | list[int]
 
-# Shown to the model's own tokenizer, to learn ids that are certainly the model's: the wire has no size of its vocabulary.
+# Shown to the model's own tokenizer, to learn ids that text has.
 SAMPLE_TEXT = (
     "".join(map(chr, range(32, 127)))
     + " the of and to in that was his he it with is for as had you not be her on at by which have or from this him but all"

@@ -144,7 +144,7 @@ class _Bench:
                     f"{longest} tokens of prompt and completion together",
                     reason="CONTEXT_TOO_LONG",
                 )
-            ids = sorted(set(await gateway.tokenize(self.model.name, SAMPLE_TEXT, special_tokens=False)))
+            ids = await self._ids(gateway)
             if len(ids) < 2:
                 raise FailedPrecondition(
                     f"the tokenizer of {self.model.name} knows too few of our characters to make prompts: give some with "
@@ -152,6 +152,12 @@ class _Bench:
                     reason="NO_SYNTHETIC_PROMPTS",
                 )
         return Workload(self._seed, settings.input_len, settings.output_len, ids, settings.shared_prefix, self._prompts)
+
+    async def _ids(self, gateway: GatewayClient) -> list[int]:
+        """Token ids to make prompts of: of a text, or any where the model has no tokenizer."""
+        if self.model.vocab_size and not self.model.has_tokenizer:
+            return list(range(self.model.vocab_size))
+        return sorted(set(await gateway.tokenize(self.model.name, SAMPLE_TEXT, special_tokens=False)))
 
 
 def _choose(models: list[Model], wanted: str | None) -> Model:

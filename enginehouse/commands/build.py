@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from builder_svc.checkpoint.sources import HUB, UPLOAD, is_checkpoint, is_repository
+from builder_svc.checkpoint.sources import HUB, UPLOAD, find_source, is_checkpoint
 from engine import registry, signing
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.checkpoints import model_name
@@ -32,6 +32,7 @@ class Choices:
     max_batch_size: int | None = None
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
+    dummy_weights: bool = False
 
     def spec(self, checkpoint: str) -> BuildSpec:
         """The same on the wire. Raises InvalidArgument for a path that is not valid Unicode."""
@@ -46,6 +47,7 @@ class Choices:
                 max_batch_size=self.max_batch_size,
                 max_seq_len=self.max_seq_len,
                 max_num_tokens=self.max_num_tokens,
+                dummy_weights=self.dummy_weights,
             )
         except UnicodeEncodeError as error:
             raise not_unicode(error) from None
@@ -102,6 +104,7 @@ def run(
                 "name": result.name,
                 "engine_id": result.engine_id,
                 "reused": result.reused,
+                "dummy_weights": choices.dummy_weights,
                 "seconds": round(result.seconds, 3),
                 "size": result.size,
             }
@@ -109,29 +112,11 @@ def run(
         return
     verb = "found, nothing to build" if result.reused else "built"
     size = f", {format_bytes(result.size)}" if result.size is not None else ""
-    print(f"{result.name}: engine {result.engine_id[:12]}{size}, {verb} in {result.seconds:.1f} s")
+    dummy = ", dummy weights" if choices.dummy_weights else ""
+    print(f"{result.name}: engine {result.engine_id[:12]}{size}{dummy}, {verb} in {result.seconds:.1f} s")
     print(f"engine id: {result.engine_id}")
     if not builder:
         print(f"next:      enginehouse up {result.name}{same_place(home, store)}")
-
-
-def find_source(checkpoint: str, revision: str | None = None) -> str:
-    """What a person means: a path stays one, and what is not there and looks like a repository becomes hf://....
-
-    Raises:
-        InvalidArgument: a revision for what is not of the hub, or a second one.
-    """
-    is_path = checkpoint[:1] in (".", "/", "~") or is_checkpoint(Path(checkpoint))
-    source = checkpoint
-    if not is_path and is_repository(checkpoint):
-        source = HUB + checkpoint
-    if revision is None:
-        return source
-    if not source.startswith(HUB):
-        raise InvalidArgument(f"--revision is of a repository of the hub, ORG/NAME: {checkpoint!r} is none")
-    if "@" in source:
-        raise InvalidArgument(f"--revision {revision} and {checkpoint}: give the revision once")
-    return f"{source}@{revision}"
 
 
 def default_name(checkpoint: str) -> str:
@@ -161,7 +146,7 @@ async def _build_there(
     async with BuilderClient(address) as builder:
         with Bars(console, name) as bars:
             if local:
-                checkpoint = await builder.upload(local, bars.update)
+                checkpoint = await builder.upload(local, bars.update, not choices.dummy_weights)
             job = await follow(builder, choices.spec(checkpoint), name, bars, console)
     return Result(name, job.engine_id, job.reused, time.monotonic() - began)
 
@@ -223,7 +208,7 @@ def _build_here(
             tempfile.TemporaryDirectory(prefix="enginehouse-", dir=home.work) as directory,
         ):
             work = Path(directory)
-            path = fetch(source, store, work, bars.update)
+            path = fetch(source, store, work, bars.update, not options.dummy_weights)
             built = build(path, store, options, source=source, again=unsigned, work_dir=work, progress=bars.update)
     except KeyboardInterrupt:
         console.print("interrupted")

@@ -11,6 +11,7 @@ from engine import verify as verification
 from engine.backends import open_store
 from engine.blobs import blob_key
 from engine.errors import DataLoss
+from engine.manifest import Manifest
 from engine.trust import Trust
 from enginehouse.progress import Bars, format_bytes, stderr
 from enginehouse.tables import print_json, print_table
@@ -30,7 +31,7 @@ def ls(store_url: str, *, as_json: bool) -> None:
             engine.engine_id[:12],
             ", ".join(engine.models) or "-",
             engine.architecture,
-            f"{engine.dtype} {engine.device}",
+            f"{engine.dtype} {engine.device}" + (", dummy weights" if engine.dummy_weights else ""),
             format_bytes(engine.size),
             engine.created[:16].replace("T", " "),
             ", ".join(engine.signers) or "-",
@@ -62,6 +63,8 @@ def inspect(engine: str, store_url: str, *, as_json: bool) -> None:
         "architecture": f"{summary.architecture}, {summary.num_parameters:,} parameters, {summary.dtype}",
         "needs": ", ".join(part for part in wanted if part),
         "limits": f"{limits.max_batch_size} requests, {limits.max_seq_len} tokens each, {limits.max_num_tokens} a step",
+        "weights": _weights(manifest),
+        "tokenizer": "yes" if manifest.tokenizer else "none: token ids in and out",
         "ranks": str(len(manifest.ranks)),
         "size": format_bytes(summary.size),
     }
@@ -156,6 +159,13 @@ def gc(store_url: str, grace: float, *, dry_run: bool, as_json: bool) -> None:
     for what, count in others.items():
         if count:
             print(f"{verb} {what}: {count}")
+
+
+def _weights(manifest: Manifest) -> str:
+    if not manifest.dummy_weights:
+        return "in files"
+    seeds = ", ".join(str(rank.random_seed) for rank in manifest.ranks)
+    return f"dummy: random, made where it is loaded from seed {seeds}"
 
 
 def _amount(amount: collection.Amount) -> str:

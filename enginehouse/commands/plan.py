@@ -208,7 +208,8 @@ def _say(shape: Shape, choices: Choices, told: dict[str, Any]) -> None:
     streamed = shape.layer_bytes + shape.head_bytes + shape.replicated_bytes
     length = told["input_len"] + told["output_len"]
     lines = {
-        "model": f"{shape.name}, {_count(shape.num_parameters)} parameters{active}, {shape.layer_dtype}",
+        "model": f"{shape.name}, {_count(shape.num_parameters)} parameters{active}, {shape.layer_dtype}"
+        + (", dummy weights" if shape.dummy_weights else ""),
         "weights": f"{format_bytes(shape.total_bytes)} ({sizes})",
         "KV cache": f"{shape.kv_bytes(1):,} bytes a token in {shape.kv_dtype}; a sequence of {length} tokens "
         f"{format_bytes(told['kv_bytes_per_sequence'])}",

@@ -98,6 +98,7 @@ class BuildSpec(_message.Message):
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     MAX_SEQ_LEN_FIELD_NUMBER: _builtins.int
     MAX_NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    DUMMY_WEIGHTS_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     """A directory or .gguf file under the builder's checkpoint root, "hf://ORG/NAME[/FILE.gguf][@REVISION]" of the Hugging Face
     hub, or what OfferCheckpoint gave.
@@ -110,6 +111,8 @@ class BuildSpec(_message.Message):
     """[the checkpoint's] prompt and completion together"""
     max_num_tokens: _builtins.int
     """[2048] tokens in one step"""
+    dummy_weights: _builtins.bool
+    """read no weights: executors make random ones"""
     @_builtins.property
     def target(self) -> Global___Target: ...
     def __init__(
@@ -121,10 +124,11 @@ class BuildSpec(_message.Message):
         max_batch_size: _builtins.int | None = ...,
         max_seq_len: _builtins.int | None = ...,
         max_num_tokens: _builtins.int | None = ...,
+        dummy_weights: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "checkpoint", b"checkpoint", "dtype", b"dtype", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_batch_size: _TypeAlias = _typing.Literal["max_batch_size"]  # noqa: Y015
     _WhichOneofArgType__max_batch_size: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size"]  # noqa: Y015
@@ -569,6 +573,7 @@ class Engine(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     SIGNERS_FIELD_NUMBER: _builtins.int
+    DUMMY_WEIGHTS_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     source: _builtins.str
     """where the checkpoint was found"""
@@ -580,6 +585,8 @@ class Engine(_message.Message):
     num_parameters: _builtins.int
     size: _builtins.int
     """bytes of all its files"""
+    dummy_weights: _builtins.bool
+    """its weights are random"""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """names that stand for it now"""
@@ -601,10 +608,11 @@ class Engine(_message.Message):
         size: _builtins.int = ...,
         models: _abc.Iterable[_builtins.str] | None = ...,
         signers: _abc.Iterable[_builtins.str] | None = ...,
+        dummy_weights: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "created", b"created", "device", b"device", "dtype", b"dtype", "engine_id", b"engine_id", "models", b"models", "num_parameters", b"num_parameters", "signers", b"signers", "size", b"size", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "created", b"created", "device", b"device", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "engine_id", b"engine_id", "models", b"models", "num_parameters", b"num_parameters", "signers", b"signers", "size", b"size", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -382,6 +382,8 @@ class Model(_message.Message):
     READY_EXECUTORS_FIELD_NUMBER: _builtins.int
     MAX_SEQ_LEN_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    HAS_TOKENIZER_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     engine_id: _builtins.str
     """that requests go to: the newest of the name that an executor has"""
@@ -389,6 +391,10 @@ class Model(_message.Message):
     """executors that have the engine loaded"""
     max_seq_len: _builtins.int
     has_chat_template: _builtins.bool
+    has_tokenizer: _builtins.bool
+    """without one, prompts are token ids and completions have no text"""
+    vocab_size: _builtins.int
+    """token ids are below"""
     def __init__(
         self,
         *,
@@ -397,10 +403,12 @@ class Model(_message.Message):
         ready_executors: _builtins.int = ...,
         max_seq_len: _builtins.int = ...,
         has_chat_template: _builtins.bool = ...,
+        has_tokenizer: _builtins.bool = ...,
+        vocab_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "has_chat_template", b"has_chat_template", "max_seq_len", b"max_seq_len", "name", b"name", "ready_executors", b"ready_executors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "has_chat_template", b"has_chat_template", "has_tokenizer", b"has_tokenizer", "max_seq_len", b"max_seq_len", "name", b"name", "ready_executors", b"ready_executors", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from builder_svc.checkpoint import gguf_file
 from builder_svc.checkpoint.gguf_file import GgufFile
+from builder_svc.checkpoint.huggingface import eos_token_ids
 from builder_svc.checkpoint.reader import open_checkpoint
 from engine.errors import DataLoss, EnginehouseError, InvalidArgument, NotFound, Unimplemented
 
@@ -31,7 +32,7 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     read = {name: opened.read(name).contiguous() for name in opened.shapes}
     for name, tensor in wanted.items():
         assert torch.allclose(read[name], tensor, atol=1e-6 if arch.startswith("gemma") else 0, rtol=0), name
-    assert opened.eos_token_ids() == (1, 7)
+    assert eos_token_ids(opened.config, opened.generation_config) == (1, 7)
     assert opened.dtype() == "float32"
     assert opened.gguf == tmp_path / "model.gguf" and opened.files() == [tmp_path / "model.gguf"]
 

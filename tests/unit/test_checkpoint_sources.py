@@ -28,7 +28,7 @@ from builder_svc.checkpoint.sources import (
 )
 from engine import checkpoints, sweeps
 from engine.blobs import blob_key, put_bytes
-from engine.checkpoints import UploadedCheckpoint, is_read
+from engine.checkpoints import UploadedCheckpoint, is_read, is_setting
 from engine.errors import DataLoss, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
 from engine.store import Store
 
@@ -237,7 +237,7 @@ hub.DELAYS = (0.05, 0.05)
 logging.basicConfig(level=logging.INFO)  # as in a build's process
 steps = []
 try:
-    path = sources.fetch(sys.argv[1], None, None, lambda *step: steps.append(step))
+    path = sources.fetch(sys.argv[1], None, None, lambda *step: steps.append(step), weights="bare" not in sys.argv)
     print(json.dumps({"path": str(path), "steps": steps}))
 except EnginehouseError as error:
     print(json.dumps({"code": error.code, "reason": error.reason, "message": error.message}))
@@ -272,11 +272,11 @@ def hub(checkpoint: Path, tmp_path: Path) -> Iterator[Hub]:
         yield served
 
 
-def download(text: str, url: str, home: Path, **more: str) -> dict[str, Any]:
-    """What `fetch` comes to, in a process of its own: huggingface_hub reads the environment when it is imported."""
+def download(text: str, url: str, home: Path, *words: str, **more: str) -> dict[str, Any]:
+    """What `fetch` comes to ("bare": without weights), in its own process, in which huggingface_hub reads the environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", FETCH, text],
+        [sys.executable, "-c", FETCH, text, *words],
         env={**environment, **hub_server.environment(url, home, **more)},
         capture_output=True,
         text=True,
@@ -285,6 +285,12 @@ def download(text: str, url: str, home: Path, **more: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), "log": done.stderr}
+
+
+def test_a_repository_without_its_weights(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    found = download("hf://org/tiny", hub.url, tmp_path / "home", "bare")
+    there = {file.name for file in Path(found["path"]).iterdir()}
+    assert there == hub.downloaded() == {file.name for file in checkpoint.iterdir() if is_setting(file.name)}
 
 
 def test_a_repository(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:

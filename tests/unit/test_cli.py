@@ -730,7 +730,7 @@ def test_a_directory_goes_before_a_repository(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["./org/tiny", "--revision", "v1"], "--revision is of a repository"),
+        (["./org/tiny", "--revision", "v1"], "a revision is of a repository"),
         (["org/tiny@v1", "--revision", "v2"], "give the revision once"),
         (["./no", "--upload"], "--upload sends a directory or .gguf file of this machine, and ./no is none"),
         (["org/tiny", "--upload"], "hf://org/tiny is none"),

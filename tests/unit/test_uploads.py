@@ -181,7 +181,6 @@ CONFIG = OfferedFile("config.json", "cd" * 32, 2)
     [
         ([], "no config.json"),
         ([GOOD], "no config.json"),
-        ([CONFIG], "no \\*.safetensors or pytorch_model.bin"),
         (
             [OfferedFile("a.gguf", "ab" * 32, 5), OfferedFile("b.gguf", "ef" * 32, 5)],
             "several GGUF files, a.gguf, b.gguf",

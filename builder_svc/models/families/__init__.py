@@ -2,7 +2,7 @@
 
 A page is a module here with
     ARCHITECTURES   the names in config.json's "architectures" that it reads
-    CLASS_NAME      the class in TensorRT-LLM's API that had these models
+    CLASS_NAME      the class that reads its models, `enginehouse.<CLASS_NAME>`; pages may share one
     decoder_config(config: Fields, architecture: str) -> DecoderConfig
     NAMES: Names    what its checkpoints call their weights
 A module that is put here is found; nothing else has to change.

@@ -1,0 +1,363 @@
+"""The models of the Python API: a configuration, and where its weights come from. Weights are read when they are needed.
+
+There is a class for each `CLASS_NAME` of the families' pages (`model_classes`); `AutoModelForCausalLM` finds the right one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from builder_svc.checkpoint import reader, saved
+from builder_svc.checkpoint.digests import file_digests
+from builder_svc.checkpoint.saved import GivenWeights, SavedCheckpoint
+from builder_svc.checkpoint.sources import fetch_here
+from builder_svc.mapping import Mapping as RankMapping
+from builder_svc.models.decoder import Decoder
+from builder_svc.models.families import families
+from builder_svc.models.sources import Source
+from builder_svc.options import DTYPES, Progress
+from builder_svc.pretrained import PretrainedConfig
+from builder_svc.tokenizer import NormalizedTokenizer, has_tokenizer, normalize
+from builder_svc.weights import check_weights, read_parts
+from engine.errors import FailedPrecondition, Internal, InvalidArgument, NotFound, Unimplemented
+from engine.program import TensorType
+
+Checkpoint = reader.Checkpoint | SavedCheckpoint | GivenWeights
+
+DUMMY_SEED = 0
+"""Of the random weights that executors make."""
+
+
+class CausalLM:
+    """A language model: a configuration and its weights. Called with a configuration alone, it has dummy weights.
+
+    Dummy weights are in no file: each executor makes random ones when it loads an engine. They are for tests of a workflow
+    and for measurements, and are there without the time that it takes to read real ones.
+
+    Attributes:
+        config: what the model is.
+        checkpoint: where its weights are read from; None for dummy weights.
+    """
+
+    CLASS_NAME: ClassVar[str] = "CausalLM"
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        """Raises InvalidArgument (a ValueError) for the configuration of another class, which it names."""
+        if config.family.CLASS_NAME != self.CLASS_NAME:
+            raise InvalidArgument(
+                f"{config.source}: {config.architecture} is a model of {config.family.CLASS_NAME}, not of {self.CLASS_NAME}: "
+                f"use enginehouse.{config.family.CLASS_NAME}",
+                reason="MODEL_CLASS_MISMATCH",
+            )
+        self.config = config
+        self.checkpoint: Checkpoint | None = None
+
+    @classmethod
+    def from_hugging_face(
+        cls,
+        hf_model_or_dir: str | Path,
+        dtype: str = "auto",
+        mapping: RankMapping | None = None,
+        quant_config: None = None,
+        *,
+        revision: str | None = None,
+    ) -> Self:
+        """The model of a checkpoint in Hugging Face layout. Of its weights only names and shapes are read now.
+
+        Args:
+            hf_model_or_dir: a directory, or a repository of the hub (ORG/NAME), which is downloaded.
+            dtype: of the engine's weights and activations; "auto" is the checkpoint's own, and float32 in engines for the CPU.
+            mapping: the ranks; by default one.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            NotFound: no such directory or repository, or no weights in it.
+            InvalidArgument: (a ValueError) a model of another class, or a config that does not hold together.
+            Unimplemented: (a NotImplementedError) an architecture that is not supported.
+            DataLoss: damaged weights.
+        """
+        return cls._read(_config(hf_model_or_dir, dtype, mapping, quant_config, revision, weights=True))
+
+    @classmethod
+    def from_checkpoint(cls, ckpt_dir: str | Path, rank: int = 0, config: PretrainedConfig | None = None) -> Self:
+        """What `save_checkpoint` has written.
+
+        Args:
+            rank: whose weights; there are those of rank 0 alone.
+            config: to use instead of the saved one, whose weights must have the same names and shapes.
+
+        Raises:
+            NotFound, InvalidArgument, Unimplemented, DataLoss: as `from_hugging_face`.
+        """
+        if rank != 0:
+            raise Unimplemented(f"rank {rank}: this release saves and reads checkpoints of one rank")
+        path = Path(ckpt_dir).expanduser()
+        if not path.is_dir():
+            raise NotFound(
+                f"{path} is no directory; give one that save_checkpoint wrote", reason="CHECKPOINT_NOT_FOUND"
+            )
+        checkpoint = SavedCheckpoint(path)
+        model = cls(config or checkpoint.pretrained)
+        model.checkpoint = checkpoint
+        return model
+
+    @classmethod
+    def _read(cls, config: PretrainedConfig) -> Self:
+        """With the weights of the config's directory, which is in Hugging Face layout."""
+        model = cls(config)
+        if config.path is None:
+            raise Internal(f"{config.source}: a config without a directory has no weights")
+        model.checkpoint = reader.open_checkpoint(config.path)
+        if config.auto_dtype:  # where the config declares none, its tensors tell
+            model.config = replace(config, dtype=model.checkpoint.dtype())
+        return model
+
+    def save_checkpoint(self, output_dir: str | Path, save_config: bool = True) -> None:
+        """Writes the model: config.json, rank0.safetensors (by our names, in the config's dtype), the tokenizer.
+
+        A build takes the directory like one in Hugging Face layout. One that was not written to its end is not taken.
+
+        Args:
+            output_dir: made if it is not there.
+            save_config: without, the weights and the tokenizer alone.
+
+        Raises:
+            FailedPrecondition: dummy weights, a directory that holds another checkpoint or cannot be written.
+            ResourceExhausted: the disk is full.
+            InvalidArgument: weights that are missing or have another shape than the config implies.
+        """
+        self.config.mapping.check_one_rank()
+        weights = self.weights()
+        saved.save(
+            Path(output_dir).expanduser(), self.config, weights.declared, weights.parts, self.tokenizer(), save_config
+        )
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Takes these weights instead of those that it has; they are kept, not copied.
+
+        Args:
+            weights: a tensor for each name of `declared`, of its shape; the dtype is the build's.
+
+        Raises:
+            InvalidArgument: (a ValueError) names that are missing or unknown, or another shape; the message names them.
+        """
+        given = GivenWeights(weights)
+        check_weights(given, self._own_names(), self.declared())
+        self.checkpoint = given
+
+    def weights(self) -> "WeightsView":
+        """Our weight name -> tensor; each is read when it is asked for.
+
+        Raises:
+            FailedPrecondition: dummy weights.
+            InvalidArgument: the checkpoint has not the weights that its config implies.
+        """
+        return WeightsView(self)
+
+    def declared(self) -> dict[str, TensorType]:
+        """Our weight name -> dtype and shape, in the config's dtype, of all that a checkpoint holds."""
+        return Decoder.on_meta(self.config.decoder, self.config.checked_dtype).declared()
+
+    @property
+    def dummy(self) -> bool:
+        """Whether its weights are in no file."""
+        return self.checkpoint is None
+
+    def _own_names(self) -> dict[str, Source]:
+        return {name: Source((name,)) for name in Decoder.on_meta(self.config.decoder, "float32").declared()}
+
+    def sources(self) -> dict[str, Source]:
+        """Our weight name -> the checkpoint's tensors that form it; empty for dummy weights."""
+        if self.checkpoint is None:
+            return {}
+        if isinstance(self.checkpoint, reader.Checkpoint):
+            return self.config.family.NAMES.sources(self.config.decoder, self.checkpoint.shapes)
+        return self._own_names()
+
+    def tokenizer(self) -> NormalizedTokenizer | None:
+        """The tokenizer; None where dummy or given weights come without one.
+
+        Raises:
+            FailedPrecondition: a checkpoint without one that can be read.
+            InvalidArgument: one that is damaged or another model's.
+        """
+        path = self.config.path
+        needed = isinstance(self.checkpoint, reader.Checkpoint | SavedCheckpoint)
+        if path is None or not (needed or has_tokenizer(path)):
+            return None
+        return normalize(path, self.config.vocab_size, self.config.gguf)
+
+    def digests(self, progress: Progress = lambda *_: None) -> dict[str, str]:
+        """What decides an engine beside its options: SHA-256, hexadecimal, by file or weight name."""
+        checkpoint, config = self.checkpoint, self.config
+        found: dict[str, str] = {}
+        if isinstance(checkpoint, reader.Checkpoint | SavedCheckpoint):
+            found = file_digests(checkpoint.files(), lambda done, total: progress("checkpoint", done, total, "bytes"))
+            if (checkpoint.config.values, checkpoint.generation_config) == (
+                config.hugging_face,
+                config.generation_config,
+            ):
+                return found
+        elif checkpoint is not None:
+            found = checkpoint.digests()
+        values = {"config.json": config.hugging_face, "generation_config.json": config.generation_config}
+        return found | {name: _digest(value) for name, value in values.items()}
+
+
+class WeightsView(Mapping[str, torch.Tensor]):
+    """A model's weights by our names. Reading one reads what it is made of, and keeps nothing.
+
+    Attributes:
+        declared: name -> dtype and shape.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        if model.checkpoint is None:
+            raise FailedPrecondition(
+                f"{model.config.source}: dummy weights are made by executors, there are none here: from_hugging_face and "
+                "from_checkpoint read real ones",
+                reason="DUMMY_WEIGHTS",
+            )
+        self.declared, self._checkpoint, self._sources = model.declared(), model.checkpoint, model.sources()
+        check_weights(self._checkpoint, self._sources, self.declared)
+
+    def parts(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensors that form a weight, one after another, in the checkpoint's dtype."""
+        return read_parts(self._checkpoint, self._sources[name])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        declared = self.declared[name]
+        dtype = getattr(torch, declared.dtype)
+        return torch.cat([part.to(dtype).reshape(-1) for part in self.parts(name)]).view(declared.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.declared)
+
+    def __len__(self) -> int:
+        return len(self.declared)
+
+
+@cache
+def _model_class(name: str) -> type[CausalLM]:
+    doc = f"{CausalLM.__doc__}\n\n    Reads the architectures of enginehouse's {name}."
+    return type(name, (CausalLM,), {"CLASS_NAME": name, "__module__": "enginehouse", "__doc__": doc})
+
+
+def model_classes() -> dict[str, type[CausalLM]]:
+    """Name -> class, for all pages that there are; such as "LLaMAForCausalLM"."""
+    return {name: _model_class(name) for name in sorted({page.CLASS_NAME for page in families().values()})}
+
+
+class AutoConfig:
+    """Finds the configuration of a model whose kind one need not know."""
+
+    @staticmethod
+    def from_hugging_face(
+        hf_model_or_dir: str | Path,
+        dtype: str = "auto",
+        mapping: RankMapping | None = None,
+        quant_config: None = None,
+        *,
+        revision: str | None = None,
+    ) -> PretrainedConfig:
+        """The configuration of a model in Hugging Face layout; its weights are neither read nor downloaded.
+
+        Args:
+            hf_model_or_dir: a directory with config.json, or a repository of the hub (ORG/NAME).
+            dtype: "auto" is the one that config.json declares, and float32 in engines for the CPU.
+            mapping: the ranks; by default one.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            NotFound: no such directory or repository, or no config.json in it.
+            InvalidArgument: (a ValueError) a config that does not hold together.
+            Unimplemented: (a NotImplementedError) an architecture that is not supported; the message lists those that are.
+        """
+        return _config(hf_model_or_dir, dtype, mapping, quant_config, revision, weights=False)
+
+
+class AutoModelForCausalLM:
+    """Finds the class of a model whose kind one need not know."""
+
+    @staticmethod
+    def from_hugging_face(
+        hf_model_or_dir: str | Path,
+        dtype: str = "auto",
+        mapping: RankMapping | None = None,
+        quant_config: None = None,
+        *,
+        revision: str | None = None,
+    ) -> CausalLM:
+        """The model of a checkpoint in Hugging Face layout: `from_hugging_face` of its class, with its arguments and errors."""
+        config = _config(hf_model_or_dir, dtype, mapping, quant_config, revision, weights=True)
+        return class_of(config)._read(config)
+
+    @staticmethod
+    def from_checkpoint(ckpt_dir: str | Path, rank: int = 0, config: PretrainedConfig | None = None) -> CausalLM:
+        """What `save_checkpoint` has written: `from_checkpoint` of its class, with its arguments and errors."""
+        path = Path(ckpt_dir).expanduser()
+        found = config or PretrainedConfig.from_json_file(path / "config.json")
+        return class_of(found).from_checkpoint(path, rank, config)
+
+    @staticmethod
+    def get_trtllm_model_class(hf_model_or_dir: str | Path, *, revision: str | None = None) -> type[CausalLM]:
+        """The class of a model; called with a configuration it makes one with dummy weights. Raises what `AutoConfig` raises."""
+        return class_of(AutoConfig.from_hugging_face(hf_model_or_dir, revision=revision))
+
+
+def class_of(config: PretrainedConfig) -> type[CausalLM]:
+    """The class that reads a configuration."""
+    return _model_class(config.family.CLASS_NAME)
+
+
+def open_model(path: Path, dummy_weights: bool = False, source: str | None = None) -> CausalLM:
+    """The model of a directory, whichever kind of checkpoint it holds; with dummy weights, its config alone is read.
+
+    Args:
+        source: where it was found, for people; by default the directory.
+
+    Raises:
+        NotFound, InvalidArgument, Unimplemented, DataLoss: as `CausalLM.from_hugging_face` and `from_checkpoint`.
+    """
+    if saved.is_saved(path):
+        if not dummy_weights:
+            return AutoModelForCausalLM.from_checkpoint(path)
+        config = PretrainedConfig.from_json_file(path / "config.json")
+        return class_of(config)(config)
+    config = PretrainedConfig.from_path(path, source=source)
+    return class_of(config)(config) if dummy_weights else class_of(config)._read(config)
+
+
+def _config(
+    hf_model_or_dir: str | Path,
+    dtype: str,
+    mapping: RankMapping | None,
+    quant_config: object,
+    revision: str | None,
+    *,
+    weights: bool,
+) -> PretrainedConfig:
+    """The config of a directory or repository; of the latter, all but the weights is downloaded, or all."""
+    if quant_config is not None:
+        raise Unimplemented(
+            f"quant_config {quant_config!r}: this release builds no quantized engines; leave it out",
+            reason="QUANTIZATION_UNSUPPORTED",
+        )
+    if dtype not in DTYPES:
+        raise InvalidArgument(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    directory, source = fetch_here(hf_model_or_dir, revision, weights=weights)
+    if saved.is_saved(directory):
+        raise InvalidArgument(
+            f"{directory} was written by save_checkpoint: read it with from_checkpoint", reason="CHECKPOINT_SAVED"
+        )
+    return PretrainedConfig.from_path(directory, dtype, mapping, source)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

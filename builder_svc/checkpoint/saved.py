@@ -1,0 +1,168 @@
+"""A checkpoint that `save_checkpoint` has written: our weights under our names, as the program takes them.
+
+config.json            what the model is, in TensorRT-LLM's fields, with the Hugging Face config behind them; written last
+rank0.safetensors      the weights: stacked, turned and offset already
+tokenizer.json, tokenizer_config.json     normalized, if the model has a tokenizer
+
+Tensors that a person gave by these names (`load`) are read the same way.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from builder_svc.checkpoint.huggingface import read_json
+from builder_svc.pretrained import OURS, PretrainedConfig
+from builder_svc.tokenizer import NormalizedTokenizer
+from builder_svc.weights import write_file
+from engine.errors import DataLoss, FailedPrecondition, NotFound, ResourceExhausted
+from engine.program import TensorType
+
+WEIGHTS = "rank0.safetensors"
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a directory holds such a checkpoint, a half-written one, or one of TensorRT-LLM, which is told to be one."""
+    if not (path / "config.json").is_file():
+        return (path / WEIGHTS).is_file()
+    values = read_json(path / "config.json")
+    return OURS in values or ("architecture" in values and "architectures" not in values)
+
+
+class SavedCheckpoint:
+    """A saved directory, opened. Only headers are read.
+
+    Attributes:
+        path: the directory.
+        pretrained: its config.
+        config, generation_config: the Hugging Face configs that it came from.
+        shapes: our weight name -> shape.
+
+    Raises:
+        NotFound: no config.json, or no weights.
+        InvalidArgument, Unimplemented: what `PretrainedConfig.from_dict` raises.
+        DataLoss: the weights are damaged.
+    """
+
+    gguf = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file() and (path / WEIGHTS).is_file():
+            raise NotFound(
+                f"{path} holds {WEIGHTS} and no config.json: saving it did not come to its end. Save it again",
+                reason="CHECKPOINT_INCOMPLETE",
+            )
+        self.pretrained = PretrainedConfig.from_json_file(path / "config.json")
+        self.config = self.pretrained.fields
+        self.generation_config = self.pretrained.generation_config
+        file = path / WEIGHTS
+        if not file.is_file():
+            raise NotFound(f"{path} lacks {WEIGHTS}: copy that file, too", reason="WEIGHTS_NOT_FOUND")
+        try:
+            self._file = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise DataLoss(
+                f"{file} is damaged or incomplete ({error}): save or copy it again", reason="WEIGHTS_DAMAGED"
+            ) from None
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(self._file.get_slice(name).get_shape())
+            for name in self._file.keys()  # noqa: SIM118  (no mapping)
+        }
+
+    def files(self) -> list[Path]:
+        """What decides an engine that is made of it, tokenizer apart."""
+        return [self.path / "config.json", self.path / WEIGHTS]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight. Raises KeyError for an unknown name."""
+        if name not in self.shapes:
+            raise KeyError(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def dtype(self) -> str:
+        """The weights' dtype, such as "bfloat16"."""
+        return self.pretrained.dtype
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids."""
+        return self.pretrained.eos_token_ids
+
+
+class GivenWeights:
+    """Tensors that a person gave, by our names; they are kept, not copied."""
+
+    path = "what load() was given"
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight. Raises KeyError for an unknown name."""
+        return self._tensors[name].detach().cpu()
+
+    def digests(self) -> dict[str, str]:
+        """Weight name -> SHA-256, hexadecimal, of dtype and bytes."""
+        found = {}
+        for name in sorted(self._tensors):
+            tensor = self.read(name).contiguous()
+            digest = hashlib.sha256(str(tensor.dtype).encode())
+            digest.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            found[name] = digest.hexdigest()
+        return found
+
+
+def save(
+    directory: Path,
+    config: PretrainedConfig,
+    declared: Mapping[str, TensorType],
+    parts: Callable[[str], Iterable[torch.Tensor]],
+    tokenizer: NormalizedTokenizer | None,
+    save_config: bool = True,
+) -> None:
+    """Writes a checkpoint. What has been there is none any more from the first byte on, until all is written.
+
+    Args:
+        declared: the weights' names and types, in the order of the file.
+        parts: the tensors that form a weight, one after another.
+
+    Raises:
+        FailedPrecondition: it cannot be written there, or another checkpoint is there.
+        ResourceExhausted: the disk is full.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / "config.json").exists() and not is_saved(directory):
+            raise FailedPrecondition(
+                f"{directory} holds another checkpoint, whose config.json would be overwritten: choose another directory",
+                reason="OUTPUT_OCCUPIED",
+            )
+        if save_config:
+            (directory / "config.json").unlink(missing_ok=True)
+        half = directory / f".{WEIGHTS}.half"
+        write_file(half, declared, parts)
+        half.replace(directory / WEIGHTS)
+        for name, data in (tokenizer.files() if tokenizer else {}).items():
+            (directory / name).write_bytes(data)
+        if save_config:
+            _write_json(directory / "generation_config.json", config.generation_config)
+            _write_json(directory / "config.json", config.to_dict())
+    except ResourceExhausted:
+        raise
+    except OSError as error:
+        raise FailedPrecondition(
+            f"cannot write into {directory}: {error.strerror}; choose another directory", reason="OUTPUT_UNWRITABLE"
+        ) from None
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    half = file.with_name(f".{file.name}.half")
+    half.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    half.replace(file)
