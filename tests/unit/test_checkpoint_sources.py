@@ -226,7 +226,7 @@ def hub(checkpoint: Path, tmp_path: Path) -> Iterator[Hub]:
 
 
 def download(text: str, url: str, home: Path, *words: str, **more: str) -> dict[str, Any]:
-    """What `fetch` comes to ("bare": without weights), in its own process: huggingface_hub reads the environment at its import."""
+    """What `fetch` comes to ("bare": no weights), in a process: huggingface_hub reads the environment when it is imported."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, "-c", FETCH, text, *words],
