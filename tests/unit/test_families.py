@@ -93,8 +93,8 @@ def test_a_new_family_is_one_new_file(checkpoint: Path, tmp_path: Path, monkeypa
     pages = tmp_path / "pages"
     pages.mkdir()
     (pages / "newcomer.py").write_text(
-        "from builder_svc.models.families.llama import CLASS_NAME, NAMES, decoder_config\n"
-        "ARCHITECTURES = ('NewcomerForCausalLM',)\n"
+        "from builder_svc.models.families.llama import NAMES, decoder_config\n"
+        "ARCHITECTURES, CLASS_NAME = ('NewcomerForCausalLM',), 'NewcomerForCausalLM'\n"
     )
     monkeypatch.setattr(families_package, "__path__", [*families_package.__path__, str(pages)])
     config = json.loads((checkpoint / "config.json").read_text()) | {"architectures": ["NewcomerForCausalLM"]}

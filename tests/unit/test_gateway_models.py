@@ -3,9 +3,10 @@
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from gateway_harness import MAX_SEQ_LEN, byte_level, cluster, publish
+from gateway_harness import MAX_SEQ_LEN, VOCAB_SIZE, byte_level, cluster, publish
 
 from engine import names, registry
 from engine.blobs import blob_key
@@ -42,11 +43,10 @@ async def test_list_models(tmp_path: Path) -> None:
         config = registry.manifest(c.store, broken).tokenizer[1]
         c.store.delete(blob_key(config.digest))
         listed = (await c.stub.ListModels(wire.ListModelsRequest())).models
+        facts: dict[str, Any] = {"max_seq_len": MAX_SEQ_LEN, "has_tokenizer": True, "vocab_size": VOCAB_SIZE}
         assert list(listed) == [
-            wire.Model(
-                name="demo", engine_id=c.engine_id, ready_executors=2, max_seq_len=MAX_SEQ_LEN, has_chat_template=True
-            ),
-            wire.Model(name="plain", engine_id=plain, max_seq_len=MAX_SEQ_LEN),
+            wire.Model(name="demo", engine_id=c.engine_id, ready_executors=2, has_chat_template=True, **facts),
+            wire.Model(name="plain", engine_id=plain, **facts),
         ]
 
 
