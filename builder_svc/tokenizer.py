@@ -141,7 +141,7 @@ def _convert_gguf(gguf: Path) -> _Loaded:
             ) from None
 
 
-def _transformers(path: Path, generic: bool = False, **options: str) -> _Loaded:
+def _transformers(path: Path, generic: bool = False, **options: Any) -> _Loaded:
     """What transformers reads, executing no code of the checkpoint's.
 
     Args:
@@ -149,7 +149,9 @@ def _transformers(path: Path, generic: bool = False, **options: str) -> _Loaded:
     """
     from transformers import AutoTokenizer, TokenizersBackend
 
-    reader = TokenizersBackend if generic else AutoTokenizer
+    reader: Any = TokenizersBackend
+    if not generic:
+        reader, options["config"] = AutoTokenizer, _model(path)
     with _quiet():
         tokenizer = reader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     if not isinstance(tokenizer, TokenizersBackend):
@@ -158,6 +160,17 @@ def _transformers(path: Path, generic: bool = False, **options: str) -> _Loaded:
     if isinstance(template, dict):  # several by name; the others are for tools and documents
         template = template.get("default")
     return _Loaded(tokenizer.backend_tokenizer, tokenizer.special_tokens_map, template)
+
+
+def _model(path: Path) -> Any:
+    """What AutoTokenizer asks of a model's config: names. transformers' own configs take 2 s to import, and refuse some files."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    file = path / "config.json"
+    values = read_json(file) if file.exists() else {}
+    model_type = str(values.get("model_type", ""))
+    names = {"model_type": model_type, "tokenizer_class": values.get("tokenizer_class")}
+    return type(CONFIG_MAPPING_NAMES.get(model_type, "PreTrainedConfig"), (), names)()
 
 
 @contextmanager

@@ -155,6 +155,16 @@ def only_tokenizer_json(directory: Path) -> None:
     write(directory / "config.json", {"model_type": "llama"})
 
 
+def gpt2_of_a_model_type_alone(directory: Path) -> None:
+    gpt2_without_tokenizer_json(directory)
+    (directory / "tokenizer_config.json").unlink()
+
+
+def llama_of_a_model_type_alone(directory: Path) -> None:
+    byte_fallback(prefix=True).save(str(directory / "tokenizer.json"))
+    write(directory / "config.json", {"model_type": "llama"})
+
+
 def llama2(directory: Path, **config: Any) -> None:
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **config}
     save(directory, begins_with(byte_fallback(prefix=True), "<s>"), "llama", tokenizer_class="LlamaTokenizer", **names)
@@ -267,7 +277,8 @@ def sentencepiece_unigram(directory: Path) -> None:
 KINDS: dict[str, Callable[[Path], None]] = {
     make.__name__: make
     for make in (
-        gpt2, gpt2_without_tokenizer_json, gpt_neox, llama3, qwen2, only_tokenizer_json, llama2, llama2_legacy,
+        gpt2, gpt2_without_tokenizer_json, gpt_neox, llama3, qwen2, only_tokenizer_json, gpt2_of_a_model_type_alone,
+        llama_of_a_model_type_alone, llama2, llama2_legacy,
         llama2_without_prefix, mistral, phi3, gemma, added_tokens, older_files_for_tokens, sentencepiece_bpe,
         sentencepiece_with_eos, sentencepiece_unigram,
     )
