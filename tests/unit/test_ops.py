@@ -107,6 +107,7 @@ def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
     norm = [weight.to(precise), draw(st.sampled_from([None, torch.randn(size).to(precise)]))]
     apart, tanh = torch.randn(rows, heads * size + 3, dtype=dtype)[:, 3:], {"tanh": draw(st.booleans())}
     count, inner = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    hidden = size + 8  # a sum over experts of a single element may be nearly 0, with all of the terms' rounding
     choice = {"top_k": draw(st.integers(1, count)), "normalize": draw(st.booleans())}
     made: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "embedding": ([torch.randint(0, outputs, (rows,), dtype=torch.int32), matrix], {}),
@@ -123,10 +124,10 @@ def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
         "scale": ([x], {"factor": draw(st.floats(-3, 3))}),
         "experts": (
             [
-                x,
+                torch.randn(rows, hidden, dtype=dtype),
                 torch.randn(rows, count, dtype=dtype) * 2,
-                torch.randn(count, 2 * inner, size, dtype=dtype) / size**0.5,
-                torch.randn(count, size, inner, dtype=dtype),
+                torch.randn(count, 2 * inner, hidden, dtype=dtype) / hidden**0.5,
+                torch.randn(count, hidden, inner, dtype=dtype),
             ],
             choice,
         ),
