@@ -74,11 +74,8 @@ CASES = {
     ),
 }  # fmt: skip
 
-# Frequencies that depend on a sequence's length are an input that the runner does not give yet.
-NEED_ROPE_LENGTHS = {"llama-dynamic", "llama-longrope-short", "phi3-longrope", "phi3-longrope-partial-tied"}
 
-
-@pytest.mark.parametrize("case", [case for case in CASES if case not in NEED_ROPE_LENGTHS])
+@pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family, **changes)
