@@ -16,10 +16,12 @@ import torch
 
 from builder_svc.checkpoint.digests import file_digests
 from builder_svc.checkpoint.huggingface import HuggingFaceCheckpoint
+from builder_svc.checkpoint.quantized import open_quantized
+from builder_svc.checkpoint.quantized.resolve import Resolved, resolve
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
 from builder_svc.models.decoder import Decoder
-from builder_svc.models.families import Family, find_family
+from builder_svc.models.families import find_family
 from builder_svc.options import DTYPES, BuildOptions, Progress
 from builder_svc.tokenizer import NormalizedTokenizer, normalize
 from builder_svc.weights import check_weights, write_weights
@@ -40,8 +42,7 @@ RECIPE_VERSION = 2  # raised when the same inputs give another engine than befor
 class Model:
     """A checkpoint that has been understood, and what will be made of it."""
 
-    checkpoint: HuggingFaceCheckpoint
-    family: Family
+    weights: Resolved
     config: DecoderConfig
     tokenizer: NormalizedTokenizer
     dtype: str
@@ -98,13 +99,13 @@ def build(
         return Built(found, reused=True, ours=False)
     progress("program", 0, 1, "")
     program, constants = make_program(model)
-    sources = model.family.NAMES.sources(model.config, model.checkpoint.shapes)
-    check_weights(model.checkpoint, sources, program)
+    model.weights.check(program)
+    check_weights(model.weights.checkpoint, model.weights.sources, program)
     progress("program", 1, 1, "")
     with tempfile.TemporaryDirectory(prefix="enginehouse-", dir=work_dir) as directory:
         files = write_weights(
-            model.checkpoint,
-            sources,
+            model.weights.checkpoint,
+            model.weights.sources,
             constants,
             program,
             Path(directory),
@@ -126,6 +127,7 @@ def build(
                 describe("tokenizer.json", model.tokenizer.tokenizer_json),
                 describe("tokenizer_config.json", model.tokenizer.config_json),
             ),
+            quantization=model.weights.facts,
         )
         with pinned(store, [file.digest for file in manifest.files()]) as pin:
             before, total = 0, sum(ref.size for ref, _ in files)
@@ -153,7 +155,7 @@ def read_model(checkpoint: Path, options: BuildOptions) -> Model:
         raise NotFound(
             f"{checkpoint} is no directory; give a checkpoint in Hugging Face layout", reason="CHECKPOINT_NOT_FOUND"
         )
-    opened = HuggingFaceCheckpoint(checkpoint)
+    opened = open_quantized(HuggingFaceCheckpoint(checkpoint))
     family, architecture = find_family(opened.config)
     config = family.decoder_config(opened.config, architecture)
     longest = config.max_position_embeddings
@@ -172,12 +174,15 @@ def read_model(checkpoint: Path, options: BuildOptions) -> Model:
             )
     limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
     tokenizer = normalize(checkpoint, config.vocab_size)
-    return Model(opened, family, config, tokenizer, dtype, limits, opened.eos_token_ids())
+    weights = resolve(opened, family.NAMES.sources(config, opened.shapes))
+    return Model(weights, config, tokenizer, dtype, limits, opened.eos_token_ids())
 
 
 def build_identity(model: Model, options: BuildOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Everything that decides the engine, as JSON values; its digest is the engine id."""
-    digests = file_digests(model.checkpoint.files(), lambda done, total: progress("checkpoint", done, total, "bytes"))
+    digests = file_digests(
+        model.weights.checkpoint.files(), lambda done, total: progress("checkpoint", done, total, "bytes")
+    )
     return {
         "checkpoint": digests,
         "tokenizer": [
@@ -185,7 +190,7 @@ def build_identity(model: Model, options: BuildOptions, progress: Progress = lam
         ],
         "dtype": model.dtype,
         "limits": msgspec.to_builtins(model.limits),
-        "quantization": None,
+        "quantization": model.weights.facts,
         "mapping": msgspec.to_builtins(Parallelism()),
         "target": {"backend": "torch", "device": options.device, "compute_capability": options.compute_capability},
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
@@ -199,7 +204,7 @@ def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
     torch.set_default_dtype(getattr(torch, model.dtype))
     try:
         with torch.device("meta"):
-            decoder = Decoder(model.config)
+            decoder = Decoder(model.config, model.weights.packed)
         program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
     finally:
         torch.set_default_dtype(default)
@@ -219,5 +224,5 @@ def model_facts(model: Model, program: Program) -> ModelFacts:
         dtype=model.dtype,
         kv_bytes_per_token=sum(cache.bytes_per_token for cache in program.caches),
         eos_token_ids=model.eos_token_ids,
-        num_parameters=sum(declared.size for declared in program.weights.values()),
+        num_parameters=sum(program.parameters().values()),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from builder_svc.checkpoint.huggingface import HuggingFaceCheckpoint
+from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
 from builder_svc.models.sources import Source
 from engine.blobs import Hasher
 from engine.errors import InvalidArgument, ResourceExhausted
@@ -16,11 +17,13 @@ from engine.program import ITEM_SIZE, Program
 
 # What older checkpoints store although their config implies it: rotary frequencies and causal masks.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+AnyCheckpoint = HuggingFaceCheckpoint | QuantizedCheckpoint
 MAX_FILE_BYTES = 4 * 1024**3
 _NAMES = {
     "float32": "F32",
     "bfloat16": "BF16",
     "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
     "int32": "I32",
     "int64": "I64",
     "int8": "I8",
@@ -28,7 +31,7 @@ _NAMES = {
 }
 
 
-def check_weights(checkpoint: HuggingFaceCheckpoint, sources: Mapping[str, Source], program: Program) -> None:
+def check_weights(checkpoint: AnyCheckpoint, sources: Mapping[str, Source], program: Program) -> None:
     """Raises InvalidArgument, naming tensor, shape and expected shape, unless the checkpoint has what the program needs.
 
     Args:
@@ -47,7 +50,7 @@ def check_weights(checkpoint: HuggingFaceCheckpoint, sources: Mapping[str, Sourc
             )
 
 
-def _check_source(checkpoint: HuggingFaceCheckpoint, source: Source, expected: tuple[int, ...]) -> None:
+def _check_source(checkpoint: AnyCheckpoint, source: Source, expected: tuple[int, ...]) -> None:
     """Several tensors have the expected one's columns, and its rows together."""
     rows, stacked = 0, len(source.names) > 1
     for name in source.names:
@@ -79,7 +82,7 @@ def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> I
 
 
 def write_weights(
-    checkpoint: HuggingFaceCheckpoint,
+    checkpoint: AnyCheckpoint,
     sources: Mapping[str, Source],
     constants: Mapping[str, torch.Tensor],
     program: Program,
@@ -127,7 +130,7 @@ def write_weights(
     return written
 
 
-def _parts(checkpoint: HuggingFaceCheckpoint, source: Source) -> Iterator[torch.Tensor]:
+def _parts(checkpoint: AnyCheckpoint, source: Source) -> Iterator[torch.Tensor]:
     """The tensors that form a weight, one after another, as they lie in it."""
     for name in source.names:
         part = checkpoint.read(name)

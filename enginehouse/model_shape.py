@@ -7,13 +7,17 @@ code makes it on the meta device, without reading a weight.
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 from engine import blobs, registry
 from engine.errors import FailedPrecondition, InvalidArgument, NotFound
 from engine.manifest import Limits
+from engine.opset import PACKED
 from engine.program import Program
 from engine.store import Store
 from enginehouse.roofline import Attention, Shape
+
+T = TypeVar("T")
 
 
 def of_engine(store: Store, engine: str) -> Shape:
@@ -49,6 +53,8 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
         import torch
 
         from builder_svc.checkpoint.huggingface import read_json
+        from builder_svc.checkpoint.quantized import find_method
+        from builder_svc.checkpoint.quantized.resolve import planned
         from builder_svc.checkpoint.sources import HUB
         from builder_svc.lower.program import lower
         from builder_svc.models.decoder import Decoder
@@ -72,15 +78,25 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     config = family.decoder_config(fields, architecture)
     chosen = dtype or _declared(fields.values, fields.where)
 
+    packed = {}
+    if method := find_method(fields, directory):
+        with torch.device("meta"):
+            columns = Decoder(config).linears()
+        sources = family.NAMES.sources(config, (family.NAMES.prefix,))
+        packed = planned(method, sources, columns, str(fields.values.get("torch_dtype") or chosen))
     # Layers that are alike are traced once: the result is the same, and 80 of them would take a minute.
-    distinct = tuple(dict.fromkeys(config.layers))
-    repeats = [config.layers.count(layer) for layer in distinct]
+    layers = [(layer, _within(packed, f"layers.{index}.")) for index, layer in enumerate(config.layers)]
+    distinct = [layer for number, layer in enumerate(layers) if layer not in layers[:number]]
+    repeats = [layers.count(layer) for layer in distinct]
+    forms = {name: form for name, form in packed.items() if not name.startswith("layers.")}
+    for index, (_, inner) in enumerate(distinct):
+        forms |= {f"layers.{index}.{name}": form for name, form in inner.items()}
     options = BuildOptions()
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, chosen))
     try:
         with torch.device("meta"):
-            decoder = Decoder(replace(config, layers=distinct))
+            decoder = Decoder(replace(config, layers=tuple(layer for layer, _ in distinct)), forms)
         program = lower(decoder, max_num_tokens=options.max_num_tokens, rope_lengths=config.rope_lengths)
     finally:
         torch.set_default_dtype(default)
@@ -103,11 +119,15 @@ def of_program(program: Program, limits: Limits, *, name: str, repeats: list[int
     sizes: dict[str, int] = {}
     for weight, declared in program.weights.items():
         sizes[declared.dtype] = sizes.get(declared.dtype, 0) + declared.nbytes * times(weight)
-    layers: dict[str, int] = {}  # matrix -> how often it is there
-    head = tables = ""
+    parameters = program.parameters()
+    layers: dict[str, int] = {}  # matrix, or a tensor of a packed one -> how often it is there
+    head: list[str] = []
+    tables = dtype = layer_dtype = ""
     attention: dict[Attention, int] = {}
     for op in program.ops:
         matrices = [used for used in op.inputs if used in program.weights and len(program.weights[used].shape) > 1]
+        if op.op in PACKED:
+            matrices = [used for used in op.inputs[1:-1] if used]
         if op.op == "embedding":
             tables = matrices[0]
         elif op.op == "attention":
@@ -117,29 +137,34 @@ def of_program(program: Program, limits: Limits, *, name: str, repeats: list[int
             count = repeats[_int(op.attrs["cache"])] if repeats else 1
             attention[kind] = attention.get(kind, 0) + count
         elif matrices and op.outputs[0].type.shape[0] == "num_logits":
-            head = matrices[0]
-        else:
+            head, dtype = matrices, op.outputs[0].type.dtype
+        elif matrices:
             layers |= {matrix: times(matrix) for matrix in matrices}
-    divided = {head, tables, *layers} - {""}
+            layer_dtype = layer_dtype or op.outputs[0].type.dtype
+    divided = {*head, tables, *layers} - {""}
     return Shape(
         name=name,
-        dtype=program.weights[head].dtype,
-        layer_dtype=program.weights[next(iter(layers))].dtype,
+        dtype=dtype,
+        layer_dtype=layer_dtype,
         weight_bytes=sizes,
-        layer_parameters=sum(program.weights[matrix].size * count for matrix, count in layers.items()),
+        layer_parameters=sum(parameters[matrix] * count for matrix, count in layers.items()),
         layer_bytes=sum(program.weights[matrix].nbytes * count for matrix, count in layers.items()),
-        head_parameters=program.weights[head].size,
-        head_bytes=program.weights[head].nbytes,
+        head_parameters=sum(parameters[matrix] for matrix in head),
+        head_bytes=sum(program.weights[matrix].nbytes for matrix in head),
         replicated_bytes=sum(
             declared.nbytes * times(weight) for weight, declared in program.weights.items() if weight not in divided
         ),
         attention=tuple(replace(kind, layers=count) for kind, count in attention.items()),
         kv_dtype=program.caches[0].dtype,
-        num_parameters=sum(declared.size * times(weight) for weight, declared in program.weights.items()),
+        num_parameters=sum(count * times(weight) for weight, count in parameters.items()),
         max_seq_len=limits.max_seq_len,
         max_num_tokens=limits.max_num_tokens,
         max_batch_size=limits.max_batch_size,
     )
+
+
+def _within(found: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
 
 
 def _int(value: object) -> int:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from builder_svc.models.fields import Fields
-from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
 
 class HuggingFaceCheckpoint:
@@ -23,19 +23,12 @@ class HuggingFaceCheckpoint:
     Raises:
         NotFound: no directory, no config.json or no safetensors file.
         InvalidArgument: a JSON file that is none.
-        Unimplemented: quantized weights.
         DataLoss: a safetensors file that is damaged or shorter than its header says.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = Fields(read_json(path / "config.json"), str(path / "config.json"))
-        if quantization := self.config.get("quantization_config", dict, {}):
-            raise Unimplemented(
-                f"{self.config.where}: quantization method {quantization.get('quant_method')!r} is not supported; "
-                "supported are float32, bfloat16 and float16 weights",
-                reason="QUANTIZATION_UNSUPPORTED",
-            )
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
         self._files = {name: self._open(name) for name in self._file_names()}
