@@ -98,8 +98,10 @@ def build(
     if found and not registry.missing_files(store, found) and not again(found.engine_id):
         return Built(found, reused=True, ours=False)
     progress("program", 0, 1, "")
+    with torch.device("meta"):
+        decoder = Decoder(model.config)
+    model.weights.check({name: tuple(weight.shape) for name, weight in decoder.named_parameters()})
     program, constants = make_program(model)
-    model.weights.check(program)
     check_weights(model.weights.checkpoint, model.weights.sources, program)
     progress("program", 1, 1, "")
     with tempfile.TemporaryDirectory(prefix="enginehouse-", dir=work_dir) as directory:

@@ -83,7 +83,8 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
         with torch.device("meta"):
             columns = Decoder(config).linears()
         sources = family.NAMES.sources(config, (family.NAMES.prefix,))
-        packed = planned(method, sources, columns, str(fields.values.get("torch_dtype") or chosen))
+        scales = fields.values.get("dtype") or fields.values.get("torch_dtype") or chosen
+        packed = planned(method, sources, columns, str(scales))
     # Layers that are alike are traced once: the result is the same, and 80 of them would take a minute.
     layers = [(layer, _within(packed, f"layers.{index}.")) for index, layer in enumerate(config.layers)]
     distinct = [layer for number, layer in enumerate(layers) if layer not in layers[:number]]

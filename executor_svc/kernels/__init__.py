@@ -35,7 +35,8 @@ def unpack(device: str, program: Program, weights: dict[str, Tensor]) -> tuple[P
     """The program and its weights with what the device has no operators for in a form that it has.
 
     On the CPU that is every packed product: its matrix is made once, in the dtype of the activations, and multiplied by linear.
-    So it is as fast as a dense engine and takes as much memory; operators over the packed weights are to replace this.
+    So it is as fast as a dense engine and takes as much memory; operators over the packed weights are to replace this. Other
+    devices run the references, which make each matrix again at every step.
     """
     return expand(program, weights) if device == "cpu" else (program, weights)
 

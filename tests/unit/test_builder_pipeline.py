@@ -265,7 +265,7 @@ BAD = {
     "quantized": (
         lambda path: change_config(path, quantization_config={"quant_method": "bitsandbytes"}),
         Unimplemented,
-        "quantization method 'bitsandbytes' is not supported; supported: awq, compressed-tensors, fbgemm_fp8, fp8, gptq, modelopt",
+        "quantization method 'bitsandbytes' is not supported; supported: awq, compressed-tensors, fbgemm_fp8, .*modelopt",
     ),
     "activation": (
         lambda path: change_config(path, hidden_act="xielu"),

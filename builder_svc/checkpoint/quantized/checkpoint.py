@@ -120,12 +120,8 @@ class QuantizedCheckpoint:
             InvalidArgument: a tensor is missing, has another shape or dtype than the config and the linear's size imply, or holds
                 what it must not; the message names it.
         """
-        for module in modules:
-            own = rows if len(modules) == 1 else self._sizes[module][0]
-            for tensor, expected in self.layers[module].tensors(own, columns).items():
-                self._check_tensor(f"{module}.{tensor}", expected)
         together = sum(self._sizes[module][0] for module in modules)
-        if together != rows:
+        if len(modules) > 1 and together != rows:
             names = " + ".join(f"{module}.{self.layers[module].main}" for module in modules)
             sizes = " + ".join(str(self._sizes[module][0]) for module in modules)
             raise InvalidArgument(
@@ -134,7 +130,10 @@ class QuantizedCheckpoint:
                 reason="TENSOR_SHAPE_MISMATCH",
             )
         for module in modules:
-            if found := self.layers[module].problem(self._layer(module)):
+            own = rows if len(modules) == 1 else self._sizes[module][0]
+            for tensor, expected in self.layers[module].tensors(own, columns).items():
+                self._check_tensor(f"{module}.{tensor}", expected)
+            if found := self.layers[module].problem(Layer(self._of(module), own, columns)):
                 tensor, problem = found
                 raise InvalidArgument(
                     f"tensor '{module}.{tensor}' {problem}: take the config.json of these weights",

@@ -1,6 +1,7 @@
 """Which of the decoder's linears are packed, and how; which are dequantized, and why."""
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,6 @@ from builder_svc.checkpoint.quantized.layers import Scheme
 from builder_svc.checkpoint.quantized.method import Method
 from builder_svc.models.packed import Fp8, Packed
 from builder_svc.models.sources import Source
-from engine.opset import PACKED
-from engine.program import Program
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +34,21 @@ class Resolved:
     layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     facts: dict[str, Any] | None = None
 
-    def check(self, program: Program) -> None:
-        """Checks the quantized layers' tensors, before anything is written. Raises what `QuantizedCheckpoint.check` does."""
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Checks the quantized layers' tensors, before anything is made of them.
+
+        Args:
+            shapes: of a dense decoder's weights by name.
+
+        Raises:
+            InvalidArgument: as `QuantizedCheckpoint.check` and `check_dense` do.
+        """
         checkpoint = self.checkpoint
         if not isinstance(checkpoint, QuantizedCheckpoint):
             return
         for ours, modules in self.layers.items():
-            form, declared = self.packed.get(ours.removesuffix(".weight")), program.weights[ours]
-            columns = int(declared.shape[-1]) * (PACKED[form.operator] if form else 1)
-            rows = declared.size // int(declared.shape[-1])
+            *outer, columns = shapes[ours]
+            rows = math.prod(outer)
             quantized = [module for module in modules if module in checkpoint.layers]
             dense = [f"{module}.weight" for module in modules if module not in checkpoint.layers]
             rows -= sum(checkpoint.shapes.get(name, (0,))[0] for name in dense)
