@@ -219,7 +219,8 @@ def test_the_table_and_the_references_have_the_same_signatures() -> None:
 PACKED_CASES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "linear_int4": ({"group_size": 32}, (5, 80)),  # the last group is short
     "linear_int8": ({}, (5, 33)),
-    "linear_fp8": ({"block_rows": 128, "block_columns": 48}, (1300, 80)),  # short blocks; more rows than are expanded at once
+    # Blocks at the ends are short, and there are more rows than are expanded at once.
+    "linear_fp8": ({"block_rows": 128, "block_columns": 48}, (1300, 80)),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from quantized_writers import Writer, awq, floats, gptq, packed_ints, plain_ints
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from builder_svc.models.families import llama
 from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build, read_model
 from engine.directory import DirectoryStore
@@ -267,6 +269,35 @@ def test_blocks_that_parts_do_not_share_are_dequantized(plain: Path, dense: Load
     facts = check(tmp_path / "checkpoint", weights, dense, tmp_path)
     assert set(facts["dequantized"]) == {"layers.0-1.attention.qkv"}
     assert set(facts["packed"]) == {f"layers.0-1.{ours}" for ours in PARTS} - {"layers.0-1.attention.qkv"}
+
+
+@pytest.mark.parametrize("case", ["gptq-zeros", "int", "float", "fp8-blocks"])
+def test_rows_that_lie_together_by_head(
+    case: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused projection whose rows are sorted, packed or not: two groups of two queries, a key and a value of 16 rows."""
+    fused = Path(shutil.copytree(plain, tmp_path / "fused"))
+    tensors = load_file(fused / "model.safetensors")
+    for layer in range(2):
+        for kind in ("weight", "bias"):
+            parts = [tensors.pop(f"model.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            tensors[f"model.layers.{layer}.self_attn.qkv.{kind}"] = torch.cat(parts)
+    save_file(tensors, fused / "model.safetensors")
+    weights = save_quantized(fused, tmp_path / "checkpoint", CASES[case].config, no_head(CASES[case].writer))
+    names = replace(llama.NAMES, qkv=("self_attn.qkv",), heads_together=True)
+    monkeypatch.setattr(llama, "NAMES", names)
+    loaded = load(tmp_path / "checkpoint", tmp_path)
+    _, expanded = unpack("cpu", loaded.program, loaded.weights)
+    queries, keys, values = (
+        [*range(32), *range(64, 96)],
+        [*range(32, 48), *range(96, 112)],
+        [*range(48, 64), *range(112, 128)],
+    )
+    wanted = weights["model.layers.1.self_attn.qkv.weight"][queries + keys + values]
+    torch.testing.assert_close(expanded["layers.1.attention.qkv.weight"], wanted, rtol=1e-6, atol=0)
+    assert loaded.manifest.quantization is not None
+    packed = "layers.0-1.attention.qkv" in loaded.manifest.quantization["packed"]
+    assert packed == (case != "fp8-blocks")  # whose scales are of rows that are taken apart
 
 
 def test_the_cpu_runs_it_and_the_command_line_tells_it(plain: Path, tmp_path: Path) -> None:
