@@ -15,6 +15,9 @@ import torch
 
 from builder_svc.checkpoint import reader, saved
 from builder_svc.checkpoint.digests import file_digests
+from builder_svc.checkpoint.quantized import open_quantized
+from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
+from builder_svc.checkpoint.quantized.resolve import Resolved, resolve
 from builder_svc.checkpoint.saved import GivenWeights, SavedCheckpoint
 from builder_svc.checkpoint.sources import fetch_here
 from builder_svc.mapping import Mapping as RankMapping
@@ -28,7 +31,8 @@ from builder_svc.weights import check_weights, read_parts
 from engine.errors import FailedPrecondition, Internal, InvalidArgument, NotFound, Unimplemented
 from engine.program import TensorType
 
-Checkpoint = reader.Checkpoint | SavedCheckpoint | GivenWeights
+Published = reader.Checkpoint | QuantizedCheckpoint
+Checkpoint = Published | SavedCheckpoint | GivenWeights
 
 DUMMY_SEED = 0
 """Of the random weights that executors make."""
@@ -113,7 +117,7 @@ class CausalLM:
         model = cls(config)
         if config.path is None:
             raise Internal(f"{config.source}: a config without a directory has no weights")
-        model.checkpoint = reader.open_checkpoint(config.path)
+        model.checkpoint = open_quantized(reader.open_checkpoint(config.path))
         if config.auto_dtype:  # where the config declares none, its tensors tell
             model.config = replace(config, dtype=model.checkpoint.dtype())
         return model
@@ -176,9 +180,13 @@ class CausalLM:
         """Our weight name -> the checkpoint's tensors that form it; empty for dummy weights."""
         if self.checkpoint is None:
             return {}
-        if isinstance(self.checkpoint, reader.Checkpoint):
+        if isinstance(self.checkpoint, Published):
             return self.config.family.NAMES.sources(self.config.decoder, self.checkpoint.shapes)
         return self._own_names()
+
+    def resolve(self) -> Resolved | None:
+        """What a build takes of the checkpoint: its weights as they are packed or dequantized; None for dummy weights."""
+        return None if self.checkpoint is None else resolve(self.checkpoint, self.sources())
 
     def tokenizer(self) -> NormalizedTokenizer | None:
         """The tokenizer; None where dummy or given weights come without one.
@@ -188,7 +196,7 @@ class CausalLM:
             InvalidArgument: one that is damaged or another model's.
         """
         path = self.config.path
-        needed = isinstance(self.checkpoint, reader.Checkpoint | SavedCheckpoint)
+        needed = isinstance(self.checkpoint, Published | SavedCheckpoint)
         if path is None or not (needed or has_tokenizer(path)):
             return None
         return normalize(path, self.config.vocab_size, self.config.gguf)
@@ -197,7 +205,7 @@ class CausalLM:
         """What decides an engine beside its options: SHA-256, hexadecimal, by file or weight name."""
         checkpoint, config = self.checkpoint, self.config
         found: dict[str, str] = {}
-        if isinstance(checkpoint, reader.Checkpoint | SavedCheckpoint):
+        if isinstance(checkpoint, Published | SavedCheckpoint):
             found = file_digests(checkpoint.files(), lambda done, total: progress("checkpoint", done, total, "bytes"))
             if (checkpoint.config.values, checkpoint.generation_config) == (
                 config.hugging_face,
@@ -211,7 +219,7 @@ class CausalLM:
 
 
 class WeightsView(Mapping[str, torch.Tensor]):
-    """A model's weights by our names. Reading one reads what it is made of, and keeps nothing.
+    """A model's weights by our names, quantized ones dequantized. Reading one reads what it is made of, and keeps nothing.
 
     Attributes:
         declared: name -> dtype and shape.
@@ -225,6 +233,9 @@ class WeightsView(Mapping[str, torch.Tensor]):
                 reason="DUMMY_WEIGHTS",
             )
         self.declared, self._checkpoint, self._sources = model.declared(), model.checkpoint, model.sources()
+        if isinstance(self._checkpoint, QuantizedCheckpoint):
+            used = {name for source in self._sources.values() for name in source.names}
+            self._checkpoint = self._checkpoint.packed({}, used)
         check_weights(self._checkpoint, self._sources, self.declared)
 
     def parts(self, name: str) -> Iterator[torch.Tensor]:

@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from builder_svc.causal_lm import DUMMY_SEED, CausalLM, open_model
+from builder_svc.checkpoint.quantized.resolve import Resolved
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
 from builder_svc.models.decoder import Decoder, default_dtype
@@ -40,6 +41,7 @@ class Model:
     """A model, and what will be made of it."""
 
     pretrained: CausalLM
+    weights: Resolved | None
     tokenizer: NormalizedTokenizer | None
     dtype: str
     limits: Limits
@@ -48,6 +50,11 @@ class Model:
     def config(self) -> DecoderConfig:
         """Its decoder."""
         return self.pretrained.config.decoder
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """What the engine holds of a quantized checkpoint; None if nothing is quantized."""
+        return self.weights.facts if self.weights else None
 
 
 @dataclass(frozen=True)
@@ -100,20 +107,24 @@ def build(
     if found and not registry.missing_files(store, found) and not again(found.engine_id):
         return Built(found, reused=True, ours=False)
     progress("program", 0, 1, "")
+    weights = resolved.weights
+    if weights:
+        weights.check({name: tuple(map(int, type.shape)) for name, type in pretrained.declared().items()})
     program, constants = make_program(resolved)
-    checkpoint, sources = pretrained.checkpoint, pretrained.sources()
-    if checkpoint:
-        check_weights(checkpoint, sources, program.weights)
+    if weights:
+        check_weights(weights.checkpoint, weights.sources, program.weights)
 
     def parts(name: str) -> Iterable[torch.Tensor]:
-        return [constants[name]] if name in constants else read_parts(checkpoint, sources[name])
+        if weights is None or name in constants:
+            return [constants[name]]
+        return read_parts(weights.checkpoint, weights.sources[name])
 
     progress("program", 1, 1, "")
     with tempfile.TemporaryDirectory(prefix="enginehouse-", dir=work_dir) as directory:
         files = write_weights(
             program,
             parts,
-            {*constants, *sources},
+            {*constants, *(weights.sources if weights else ())},
             Path(directory),
             lambda done, total: progress("weights", done, total, "bytes"),
         )
@@ -132,6 +143,7 @@ def build(
             fingerprint=Fingerprint("torch", options.device, program.opset_version, options.compute_capability),
             ranks=(rank,),
             tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
+            quantization=resolved.quantization,
         )
         with pinned(store, [file.digest for file in manifest.files()]) as pin:
             before, total = 0, sum(ref.size for ref, _ in files)
@@ -169,7 +181,7 @@ def read_model(model: Path | CausalLM, options: BuildOptions) -> Model:
             reason="MAX_SEQ_LEN_INVALID",
         )
     limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
-    return Model(model, model.tokenizer(), _dtype(config, options), limits)
+    return Model(model, model.resolve(), model.tokenizer(), _dtype(config, options), limits)
 
 
 def _dtype(config: PretrainedConfig, options: BuildOptions) -> str:
@@ -192,7 +204,7 @@ def build_identity(model: Model, options: BuildOptions, progress: Progress = lam
         "tokenizer": [describe("", data).digest for data in tokenizer.values()],
         "dtype": model.dtype,
         "limits": msgspec.to_builtins(model.limits),
-        "quantization": None,
+        "quantization": model.quantization,
         "mapping": msgspec.to_builtins(Parallelism()),
         "target": {"backend": "torch", "device": options.device, "compute_capability": options.compute_capability},
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
@@ -203,7 +215,7 @@ def build_identity(model: Model, options: BuildOptions, progress: Progress = lam
 
 def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
     """The model's program, and the weights that no checkpoint holds."""
-    decoder = Decoder.on_meta(model.config, model.dtype)
+    decoder = Decoder.on_meta(model.config, model.dtype, model.weights.packed if model.weights else {})
     with default_dtype(model.dtype):
         program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
     return program, decoder.constants()
@@ -222,5 +234,5 @@ def model_facts(model: Model, program: Program) -> ModelFacts:
         dtype=model.dtype,
         kv_bytes_per_token=sum(cache.bytes_per_token for cache in program.caches),
         eos_token_ids=model.pretrained.config.eos_token_ids,
-        num_parameters=sum(declared.size for declared in program.weights.values()),
+        num_parameters=sum(program.parameters().values()),
     )

@@ -177,7 +177,7 @@ class PretrainedConfig:
             OURS: {
                 "format": _FORMAT,
                 "auto_dtype": self.auto_dtype,
-                "config": dict(self.hugging_face),
+                "config": {name: value for name, value in self.hugging_face.items() if name != "quantization_config"},
                 "generation_config": dict(self.generation_config),
             },
         }

@@ -53,6 +53,63 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def dense_int4(weight: Tensor, scales: Tensor, zeros: Tensor | None = None, *, group_size: int) -> Tensor:
+    """The matrix that linear_int4 multiplies with, float32 [out, in]: (code - zero) * scale.
+
+    weight uint8 [out, in / 2], two codes 0 ... 15 in a byte, that of the even input in its low four bits. scales
+    [out, ceil(in / group_size)], one for group_size inputs of a row (the last group may be short), in any floating point dtype:
+    the one that they were chosen in, since another would move every weight of their group. zeros uint8 like scales, 8 if absent.
+    """
+    codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1).float()
+
+    def of_inputs(of_groups: Tensor) -> Tensor:
+        return of_groups.float().repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+
+    return (codes - (8 if zeros is None else of_inputs(zeros))) * of_inputs(scales)
+
+
+def dense_int8(weight: Tensor, scales: Tensor) -> Tensor:
+    """The matrix that linear_int8 multiplies with, float32: weight int8 [out, in] times scales [out], in any dtype as above."""
+    return weight.float() * scales.float()[:, None]
+
+
+def dense_fp8(weight: Tensor, scales: Tensor, *, block_rows: int, block_columns: int) -> Tensor:
+    """The matrix that linear_fp8 multiplies with, float32 [out, in]: each block times its scale.
+
+    weight float8_e4m3fn [out, in]; scales float32 [ceil(out / block_rows), ceil(in / block_columns)], blocks at the end may be
+    short. [1, in] is a scale for each output channel, [out, in] one for all.
+    """
+    rows, columns = weight.shape
+    of_rows = scales.float().repeat_interleave(block_rows, 0)[:rows]
+    return weight.float() * of_rows.repeat_interleave(block_columns, 1)[:, :columns]
+
+
+def linear_int4(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_size: int,
+) -> Tensor:
+    """linear with the matrix of `dense_int4`, rounded to the dtype of x: the weights are quantized, activations are not."""
+    return F.linear(x, dense_int4(weight, scales, zeros, group_size=group_size).to(x.dtype), bias)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear with the matrix of `dense_int8`, rounded to the dtype of x."""
+    return F.linear(x, dense_int8(weight, scales).to(x.dtype), bias)
+
+
+def linear_fp8(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, block_rows: int, block_columns: int
+) -> Tensor:
+    """linear with the matrix of `dense_fp8`, rounded to the dtype of x."""
+    matrix = dense_fp8(weight, scales, block_rows=block_rows, block_columns=block_columns)
+    return F.linear(x, matrix.to(x.dtype), bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Each row over its root mean square, times weight (Zhang and Sennrich 2019); the statistic in float32.
 
@@ -252,8 +309,16 @@ def gather(x: Tensor, indices: Tensor) -> Tensor:
 REFERENCE: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        embedding, linear, rms_norm, add_rms_norm, layer_norm, add_layer_norm, head_rms_norm, head_layer_norm,
+        embedding, linear, linear_int4, linear_int8, linear_fp8, rms_norm, add_rms_norm, layer_norm, add_layer_norm,
+        head_rms_norm, head_layer_norm,
         rope_table, long_rope_table, dynamic_rope_table, rope, attention, silu_mul, gelu, gelu_mul, sigmoid_mul, experts,
         add, scale, soft_cap, split, gather,
     )
 }  # fmt: skip
+
+DENSE: dict[str, Callable[..., Tensor]] = {
+    "linear_int4": dense_int4,
+    "linear_int8": dense_int8,
+    "linear_fp8": dense_fp8,
+}
+"""A packed operator -> the matrix that its inputs between x and bias stand for, with its attributes."""

@@ -41,6 +41,11 @@ class Operator:
 OPERATORS: dict[str, Operator] = {
     "embedding": Operator(("token_ids", "weight")),
     "linear": Operator(("x", "weight", "bias?")),
+    "linear_int4": Operator(("x", "weight", "scales", "zeros?", "bias?"), attrs={"group_size": int}, since=2),
+    "linear_int8": Operator(("x", "weight", "scales", "bias?"), since=2),
+    "linear_fp8": Operator(
+        ("x", "weight", "scales", "bias?"), attrs={"block_rows": int, "block_columns": int}, since=2
+    ),
     "rms_norm": Operator(("x", "weight"), attrs={"eps": float}),
     "add_rms_norm": Operator(("x", "residual", "weight"), ("y", "sum"), {"eps": float}),
     "layer_norm": Operator(("x", "weight", "bias?"), attrs={"eps": float}, since=2),
@@ -78,6 +83,9 @@ OPERATORS: dict[str, Operator] = {
     "split": Operator(("x",), ("*",), {"sizes": list}),
     "gather": Operator(("x", "indices")),
 }
+
+PACKED = {"linear_int4": 2, "linear_int8": 1, "linear_fp8": 1}
+"""The operators whose weight is quantized: parameters in each of its elements. The inputs between it and the bias scale it."""
 
 
 def version_of(op: str, inputs: tuple[str, ...], attrs: Collection[str]) -> int:

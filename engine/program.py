@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from engine.errors import InvalidArgument
-from engine.opset import OPERATORS, OPSET_VERSION, attr_problem, version_of
+from engine.opset import OPERATORS, OPSET_VERSION, PACKED, attr_problem, version_of
 
 SCHEMA_VERSION = 1
 
@@ -22,9 +22,11 @@ Where a longer sequence needs other keys (`long_rope_table`), every length beyon
 its keys are computed again then.
 """
 
-DType = Literal["float32", "bfloat16", "float16", "int32", "int64", "int8", "uint8"]
+DType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "int64", "int8", "uint8"]
 
-ITEM_SIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "uint8": 1}
+ITEM_SIZE: dict[str, int] = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int32": 4, "int64": 8, "int8": 1, "uint8": 1,
+}  # fmt: skip
 
 
 class TensorType(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +98,16 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[str, ...]
     schema_version: int = SCHEMA_VERSION
     opset_version: int = OPSET_VERSION
+
+    def parameters(self) -> dict[str, int]:
+        """How many of the model's parameters each weight holds: its elements, or what is packed in them; a scale is none."""
+        counts = {name: declared.size for name, declared in self.weights.items()}
+        for op in self.ops:
+            if op.op in PACKED:
+                _, weight, *scales, _ = op.inputs
+                counts[weight] = self.weights[weight].size * PACKED[op.op]
+                counts |= dict.fromkeys(filter(None, scales), 0)
+        return counts
 
     def to_json(self) -> bytes:
         """Deterministic, readable JSON."""

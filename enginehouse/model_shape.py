@@ -7,13 +7,17 @@ code makes it on the meta device, without reading a weight.
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 from engine import blobs, registry
 from engine.errors import FailedPrecondition, InvalidArgument, NotFound
 from engine.manifest import Limits
+from engine.opset import PACKED
 from engine.program import Program
 from engine.store import Store
 from enginehouse.roofline import Attention, Experts, Shape
+
+T = TypeVar("T")
 
 
 def of_engine(store: Store, engine: str) -> Shape:
@@ -48,14 +52,13 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     try:
         import torch  # noqa: F401  (what the extra lacks first)
 
-        from builder_svc.checkpoint.huggingface import read_json
+        from builder_svc.causal_lm import open_model
+        from builder_svc.checkpoint.quantized import find_method
+        from builder_svc.checkpoint.quantized.resolve import planned
         from builder_svc.checkpoint.sources import HUB
         from builder_svc.lower.program import lower
-        from builder_svc.models.decoder import Decoder, default_dtype
-        from builder_svc.models.families import find_family
-        from builder_svc.models.fields import Fields
+        from builder_svc.models.decoder import Decoder
         from builder_svc.options import BuildOptions
-        from builder_svc.pretrained import hugging_face_config
     except ModuleNotFoundError as error:
         raise FailedPrecondition(
             f"planning for a checkpoint needs {error.name}: pip install 'enginehouse[builder]'; for an engine in a store it "
@@ -64,48 +67,44 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
         ) from None
     if source.startswith(HUB):
         name, _, revision = source.removeprefix(HUB).partition("@")
-        directory = download_config(name, revision or None)
+        path = download_config(name, revision or None)
     else:
-        directory = Path(source).expanduser()
-        name = directory.resolve().name
-    fields = Fields(hugging_face_config(read_json(directory / "config.json")), str(directory / "config.json"))
-    family, architecture = find_family(fields)
-    config = family.decoder_config(fields, architecture)
-    chosen = dtype or _declared(fields.values, fields.where)
-
-    # Layers that are alike are traced once: the result is the same, and 80 of them would take a minute.
-    distinct = tuple(dict.fromkeys(config.layers))
-    repeats = [config.layers.count(layer) for layer in distinct]
+        path = Path(source).expanduser()
+        name = path.resolve().name
+    config = open_model(path, dummy_weights=True).config
+    decoder, names = config.decoder, config.family.NAMES
+    chosen = dtype or _declared(config.hugging_face if config.auto_dtype else {"dtype": config.dtype}, str(path))
+    packed = {}
+    if method := find_method(config.fields, path):
+        columns = Decoder.on_meta(decoder, chosen).linears()
+        packed = planned(method, names.sources(decoder, (names.prefix,)), columns, config.dtype)
     options = BuildOptions()
-    decoder = Decoder.on_meta(replace(config, layers=distinct), chosen)
-    with default_dtype(chosen):
-        program = lower(decoder, max_num_tokens=options.max_num_tokens, rope_lengths=config.rope_lengths)
-    limits = Limits(options.max_batch_size, config.max_position_embeddings, options.max_num_tokens)
-    return replace(of_program(program, limits, name=name, repeats=repeats), max_batch_size=None)
+    program = lower(
+        Decoder.on_meta(decoder, chosen, packed),
+        max_num_tokens=options.max_num_tokens,
+        rope_lengths=decoder.rope_lengths,
+    )
+    limits = Limits(options.max_batch_size, decoder.max_position_embeddings, options.max_num_tokens)
+    return replace(of_program(program, limits, name=name), max_batch_size=None)
 
 
-def of_program(program: Program, limits: Limits, *, name: str, repeats: list[int] | None = None) -> Shape:
-    """Counts a program's weights, attention and experts.
-
-    Args:
-        repeats: how many layers each layer of the program stands for; by default one. Weights of a layer are called
-            layers.<index>.<...>, and its attention has the cache of that index.
-    """
-
-    def times(weight: str) -> int:
-        parts = weight.split(".")
-        return repeats[int(parts[1])] if repeats and parts[0] == "layers" else 1
-
+def of_program(program: Program, limits: Limits, *, name: str) -> Shape:
+    """Counts a program's weights, attention and experts."""
     sizes: dict[str, int] = {}
-    for weight, declared in program.weights.items():
-        sizes[declared.dtype] = sizes.get(declared.dtype, 0) + declared.nbytes * times(weight)
-    layers: dict[str, int] = {}  # matrix -> how often it is there
-    head, tables = "", set()
+    for declared in program.weights.values():
+        sizes[declared.dtype] = sizes.get(declared.dtype, 0) + declared.nbytes
+    parameters = program.parameters()
+    layers: dict[str, None] = {}  # the matrices, and the tensors of packed ones
+    head: list[str] = []
+    tables: set[str] = set()
+    dtype = layer_dtype = ""
     attention: dict[Attention, int] = {}
     experts: dict[Experts, int] = {}
     for op in program.ops:
         matrices = [used for used in op.inputs if used in program.weights and len(program.weights[used].shape) > 1]
-        if op.op not in ("embedding", "attention", "linear", "experts"):
+        if op.op in PACKED:
+            matrices = [used for used in op.inputs[1:-1] if used]
+        elif op.op not in ("embedding", "attention", "linear", "experts"):
             continue  # such as a norm that has a row of weights for each head
         if op.op == "embedding":
             tables.add(matrices[0])
@@ -113,34 +112,32 @@ def of_program(program: Program, limits: Limits, *, name: str, repeats: list[int
             cache, head_dim = program.caches[_int(op.attrs["cache"])], _int(op.attrs["head_dim"])
             heads = _int(op.outputs[0].type.shape[-1]) // head_dim
             kind = Attention(0, heads, cache.num_kv_heads, head_dim, _int(op.attrs["window"]))
-            count = repeats[_int(op.attrs["cache"])] if repeats else 1
-            attention[kind] = attention.get(kind, 0) + count
+            attention[kind] = attention.get(kind, 0) + 1
         elif matrices and op.outputs[0].type.shape[0] == "num_logits":
-            head = matrices[0]
+            head, dtype = matrices, op.outputs[0].type.dtype
         else:
-            layers |= {matrix: times(matrix) for matrix in matrices}
+            layers |= dict.fromkeys(matrices)
+            layer_dtype = layer_dtype or op.outputs[0].type.dtype
         if op.op == "experts":
             num_experts = _int(program.weights[matrices[0]].shape[0])
             size = sum(program.weights[matrix].size for matrix in matrices) // num_experts
             alike = Experts(0, num_experts, _int(op.attrs["top_k"]), size)
-            experts[alike] = experts.get(alike, 0) + times(matrices[0])
-    divided = {head, *tables, *layers}
+            experts[alike] = experts.get(alike, 0) + 1
+    divided = {*head, *tables, *layers}
     return Shape(
         name=name,
-        dtype=program.weights[head].dtype,
-        layer_dtype=program.weights[next(iter(layers))].dtype,
+        dtype=dtype,
+        layer_dtype=layer_dtype,
         weight_bytes=sizes,
-        layer_parameters=sum(program.weights[matrix].size * count for matrix, count in layers.items()),
-        layer_bytes=sum(program.weights[matrix].nbytes * count for matrix, count in layers.items()),
-        head_parameters=program.weights[head].size,
-        head_bytes=program.weights[head].nbytes,
-        replicated_bytes=sum(
-            declared.nbytes * times(weight) for weight, declared in program.weights.items() if weight not in divided
-        ),
+        layer_parameters=sum(parameters[matrix] for matrix in layers),
+        layer_bytes=sum(program.weights[matrix].nbytes for matrix in layers),
+        head_parameters=sum(parameters[matrix] for matrix in head),
+        head_bytes=sum(program.weights[matrix].nbytes for matrix in head),
+        replicated_bytes=sum(declared.nbytes for weight, declared in program.weights.items() if weight not in divided),
         attention=tuple(replace(kind, layers=count) for kind, count in attention.items()),
         experts=tuple(replace(kind, layers=count) for kind, count in experts.items()),
         kv_dtype=program.caches[0].dtype,
-        num_parameters=sum(declared.size * times(weight) for weight, declared in program.weights.items()),
+        num_parameters=sum(parameters.values()),
         max_seq_len=limits.max_seq_len,
         max_num_tokens=limits.max_num_tokens,
         max_batch_size=limits.max_batch_size,

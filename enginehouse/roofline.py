@@ -64,7 +64,7 @@ class Shape:
 
     Attributes:
         dtype: of activations, and of weights that are not quantized.
-        layer_dtype: of the layers' matrices.
+        layer_dtype: what the layers' matrices are multiplied in, which is their dtype unless an engine has them packed.
         weight_bytes: dtype -> bytes of all weights that have it.
         layer_parameters, layer_bytes: of the matrices in the layers, all experts included.
         head_parameters, head_bytes: of the matrix that makes logits, which may be the embedding.
@@ -131,7 +131,14 @@ class Shape:
         """The same model with the layers' matrices in fp8 or int8, one byte a weight; scales are left out.
 
         Embedding, head, norms and biases stay as they are, which is what usual recipes do.
+
+        Raises:
+            InvalidArgument: its matrices are quantized.
         """
+        if self.layer_bytes != self.layer_parameters * ITEM_SIZE[self.layer_dtype]:
+            raise InvalidArgument(
+                f"{self.name} is quantized as it is: plan it without --dtype {dtype}", reason="DTYPE_FIXED"
+            )
         rest = dict(self.weight_bytes)
         rest[self.layer_dtype] -= self.layer_bytes
         rest[dtype] = rest.get(dtype, 0) + self.layer_parameters

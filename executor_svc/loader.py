@@ -18,7 +18,7 @@ from executor_svc import memory, random_weights
 
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64,
-    "I8": torch.int8, "U8": torch.uint8,
+    "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from executor_svc.beams import BeamGroup
 from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.intake import to_beam_search, to_sequence
-from executor_svc.kernels import prepare
+from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import load_engine
 from executor_svc.outbox import Outbox
 from executor_svc.runner import Runner, TorchRunner
@@ -299,14 +299,14 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     trust = Trust.of_files(arguments.trusted_keys, arguments.trust_native)
     store = open_store(arguments.store, TRANSFER_PATIENCE)
     loaded = load_engine(store, engine_id, this_node(arguments.device), progress, trust)
+    manifest, size = loaded.manifest, loaded.size
     weights = {name: tensor.to(arguments.device) for name, tensor in loaded.weights.items()}
-    weights = prepare(arguments.device, loaded.program, weights)
-    runner = TorchRunner(
-        loaded.program, weights, loaded.manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory
-    )
-    worker = Worker(front, loaded.manifest, runner, arguments.max_waiting)
+    program, weights = unpack(arguments.device, loaded.program, weights)
+    del loaded  # what was read is given back where it has been moved or unpacked
+    prepared = prepare(arguments.device, program, weights)
+    runner = TorchRunner(program, prepared, manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory)
+    worker = Worker(front, manifest, runner, arguments.max_waiting)
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
-    size = loaded.size
     log.info("engine %s: %.1f MB loaded in %.2f s", engine_id[:12], size / 1e6, time.monotonic() - began)
     ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=ready).SerializeToString())

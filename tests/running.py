@@ -8,7 +8,7 @@ from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from executor_svc.core import Sequence
-from executor_svc.kernels import prepare
+from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import LoadedEngine, load_engine
 from executor_svc.runner import TorchRunner
 from executor_svc.scheduler import Scheduler
@@ -21,7 +21,8 @@ def make_engine(checkpoint: Path, store: Path, device: str = "cpu", **options: A
     built = build(checkpoint, directory, BuildOptions(device=device, **options))
     loaded = load_engine(directory, built.manifest.engine_id, this_node(device))
     weights = {name: tensor.to(device) for name, tensor in loaded.weights.items()}
-    return replace(loaded, weights=prepare(device, loaded.program, weights))
+    program, weights = unpack(device, loaded.program, weights)
+    return replace(loaded, program=program, weights=prepare(device, program, weights))
 
 
 class Engine:

@@ -14,7 +14,7 @@ from builder_svc.checkpoint.huggingface import SafetensorsFile, declared_dtype, 
 from builder_svc.checkpoint.pickles import PickleFile
 from builder_svc.models.fields import Fields
 from engine.checkpoints import gguf_models
-from engine.errors import InvalidArgument, NotFound, Unimplemented
+from engine.errors import InvalidArgument, NotFound
 
 
 class Weights(Protocol):
@@ -122,7 +122,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         NotFound: nothing there, or no config.json or no weights in it.
         InvalidArgument: files that are not what they should be.
-        Unimplemented: quantized weights, or a GGUF file of an architecture or type that we do not read.
+        Unimplemented: a GGUF file of an architecture or type that we do not read.
         DataLoss: a file of weights that is damaged or incomplete.
         PermissionDenied: weights that are a pickle with code.
     """
@@ -155,12 +155,6 @@ def find_gguf(path: Path) -> Path | None:
 
 def _open_hugging_face(path: Path) -> Checkpoint:
     config, generation_config, _ = read_configs(path)
-    if quantization := config.get("quantization_config", dict, {}):
-        raise Unimplemented(
-            f"{config.where}: quantization method {quantization.get('quant_method')!r} is not supported; "
-            "supported are weights in floating point, and GGUF",
-            reason="QUANTIZATION_UNSUPPORTED",
-        )
     weights = find_weights(path)
     opened = [SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file) for file in weights]
     settings = [path / "config.json", *([path / "generation_config.json"] if generation_config else [])]

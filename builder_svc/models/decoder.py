@@ -1,6 +1,6 @@
 """THE decoder: a module over the operator set, traced on the meta device and never run as it stands."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from builder_svc.models.config import (
     RopeSpec,
 )
 from builder_svc.models.operators import op
+from builder_svc.models.packed import Packed
 from engine.program import TensorType
 
 
@@ -32,16 +33,28 @@ def default_dtype(dtype: str) -> Iterator[None]:
 
 
 class Linear(nn.Module):
-    """y = x W^T + b."""
+    """y = x W^T + b, whose weight may be packed."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
+        self.packed: Packed | None = None
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
+    def pack(self, form: Packed) -> None:
+        """Takes the weight in this form instead."""
+        rows, columns = self.weight.shape
+        self.packed, self.attrs = form, form.attrs(columns)
+        del self.weight
+        for name, (dtype, shape) in form.tensors(rows, columns).items():
+            self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, inputs] -> [T, outputs]."""
-        return op.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            return op.linear(x, self.weight, self.bias)
+        tensors = [getattr(self, name, None) for name in self.packed.inputs]
+        return getattr(op, self.packed.operator)(x, *tensors, self.bias, *self.attrs.values())
 
 
 class Norm(nn.Module):
@@ -217,27 +230,30 @@ class Layer(nn.Module):
         return x if self.spec.residual_scale == 1 else op.scale(x, self.spec.residual_scale)
 
 
-class Head(nn.Module):
+class Head(Linear):
     """The product that makes logits, with the embedding where both are tied."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        shape = (config.vocab_size, config.hidden_size)
-        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
+        super().__init__(config.hidden_size, config.vocab_size, config.head_bias)
+        self.tied = config.tie_embeddings
+        if self.tied:
+            self.weight = None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab_size]."""
-        return op.linear(x, embedding if self.weight is None else self.weight, self.bias)
+        return op.linear(x, embedding, self.bias) if self.tied else super().forward(x)
 
 
 class Decoder(nn.Module):
     """token ids -> logits of the rows that are asked for.
 
     It is there to be traced: `on_meta` makes it without memory for weights.
+
+    Args:
+        packed: name of a linear, such as "layers.0.attention.qkv" -> the form of its weight, where it is not dense.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, packed: Mapping[str, Packed] = {}) -> None:  # noqa: B006  (not changed)
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -249,6 +265,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(len(config.layers)))
         self.final_norm = Norm(config.hidden_size, config.final_norm)
         self.lm_head = Head(config)
+        for name, form in packed.items():
+            self.get_submodule(name).pack(form)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, logit_indices: Tensor, rope_lengths: Tensor | None = None
@@ -273,10 +291,10 @@ class Decoder(nn.Module):
         return op.soft_cap(logits, config.logit_soft_cap) if config.logit_soft_cap else logits
 
     @classmethod
-    def on_meta(cls, config: DecoderConfig, dtype: str) -> "Decoder":
+    def on_meta(cls, config: DecoderConfig, dtype: str, packed: Mapping[str, Packed] = {}) -> "Decoder":  # noqa: B006
         """The decoder on the meta device, its weights of this dtype where the config does not say otherwise."""
         with torch.device("meta"), default_dtype(dtype):
-            return cls(config)
+            return cls(config, packed)
 
     def declared(self) -> dict[str, TensorType]:
         """Name and type of each weight that a checkpoint holds."""
@@ -284,6 +302,11 @@ class Decoder(nn.Module):
             name: TensorType(str(weight.dtype).removeprefix("torch."), tuple(weight.shape))  # type: ignore[arg-type]
             for name, weight in self.named_parameters()
         }
+
+    def linears(self) -> dict[str, int]:
+        """The products whose weight may be packed: name -> columns of the weight."""
+        found = {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
+        return {name: linear.weight.shape[1] for name, linear in found.items() if linear.weight is not None}
 
     def constants(self) -> dict[str, Tensor]:
         """The weights that no checkpoint holds, by name: rotary frequencies and alibi slopes, float32."""

@@ -59,7 +59,7 @@ def result_types(
     match name:
         case "embedding":
             return [(others[0].dtype, (rows, others[0].shape[1]))]
-        case "linear":
+        case "linear" | "linear_int4" | "linear_int8" | "linear_fp8":
             return [(x.dtype, (rows, others[0].shape[0]))]
         case "add_rms_norm" | "add_layer_norm":
             return [(x.dtype, tuple(x.shape))] * 2

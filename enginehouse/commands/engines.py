@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine import gc as collection
 from engine import inventory, registry, signing
@@ -61,6 +62,7 @@ def inspect(engine: str, store_url: str, *, as_json: bool) -> None:
         "source": summary.source,
         "created": summary.created,
         "architecture": f"{summary.architecture}, {summary.num_parameters:,} parameters, {summary.dtype}",
+        **({"quantized": _quantization(manifest.quantization)} if manifest.quantization else {}),
         "needs": ", ".join(part for part in wanted if part),
         "limits": f"{limits.max_batch_size} requests, {limits.max_seq_len} tokens each, {limits.max_num_tokens} a step",
         "weights": _weights(manifest),
@@ -176,3 +178,12 @@ def _words(state: verification.FileState) -> str:
     if not state.chunks:
         return state.state
     return f"{state.state}: chunk{'' if len(state.chunks) == 1 else 's'} {', '.join(map(str, state.chunks))}"
+
+
+def _quantization(facts: Mapping[str, Any]) -> str:
+    """The method, and what is packed and dequantized in which form or for which reason."""
+    texts: dict[str, list[str]] = {}
+    for kind in ("packed", "dequantized"):
+        for name, text in facts.get(kind, {}).items():
+            texts.setdefault(text if kind == "packed" else f"dequantized, since {text}", []).append(name)
+    return "; ".join([facts.get("method", ""), *(f"{text}: {', '.join(names)}" for text, names in texts.items())])

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.ops import REFERENCE
 from engine.program import Program
 from executor_svc.kernels import native
+from executor_svc.kernels.expand import expand
 
 
 def own(device: str) -> dict[str, Callable[..., Any]]:
@@ -28,6 +29,16 @@ def implementations(device: str) -> dict[str, Callable[..., Any]]:
     """Operator -> the function to run on a device kind."""
     chosen = {**REFERENCE, **own(device)}
     return {**chosen, **native.operators(chosen)} if device == "cpu" and native.available else chosen
+
+
+def unpack(device: str, program: Program, weights: dict[str, Tensor]) -> tuple[Program, dict[str, Tensor]]:
+    """The program and its weights with what the device has no operators for in a form that it has.
+
+    On the CPU that is every packed product: its matrix is made once, in the dtype of the activations, and multiplied by linear.
+    So it is as fast as a dense engine and takes as much memory; operators over the packed weights are to replace this. Other
+    devices run the references, which make each matrix again at every step.
+    """
+    return expand(program, weights) if device == "cpu" else (program, weights)
 
 
 def prepare(device: str, program: Program, weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -272,9 +272,9 @@ BAD = {
     "config is a directory": (spoil_directory, FailedPrecondition, "config.json cannot be read: Is a directory"),
     "weights elsewhere": (spoil_map, InvalidArgument, "names files outside of its directory"),
     "quantized": (
-        lambda path: change_config(path, quantization_config={"quant_method": "gptq"}),
+        lambda path: change_config(path, quantization_config={"quant_method": "bitsandbytes"}),
         Unimplemented,
-        "quantization method 'gptq' is not supported",
+        "quantization method 'bitsandbytes' is not supported; supported: awq, compressed-tensors, fbgemm_fp8, .*modelopt",
     ),
     "activation": (
         lambda path: change_config(path, hidden_act="xielu"),

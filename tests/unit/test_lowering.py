@@ -18,6 +18,15 @@ POSITIONS = torch.arange(5, dtype=torch.int32)
 APPLIED: dict[str, tuple[list[Tensor | None], dict[str, Any]]] = {
     "embedding": ([POSITIONS, WEIGHT], {}),
     "linear": ([X, WEIGHT, None], {}),
+    "linear_int4": (
+        [X, torch.zeros(7, 6, dtype=torch.uint8), torch.ones(7, 3), None, WEIGHT[:, 0]],
+        {"group_size": 4},
+    ),
+    "linear_int8": ([X, torch.zeros(7, 12, dtype=torch.int8), torch.ones(7), None], {}),
+    "linear_fp8": (
+        [X, torch.zeros(7, 12, dtype=torch.float8_e4m3fn), torch.ones(7, 1), None],
+        {"block_rows": 1, "block_columns": 12},
+    ),
     "rms_norm": ([X, WEIGHT[0]], {"eps": 1e-5}),
     "add_rms_norm": ([X, X, WEIGHT[0]], {"eps": 1e-5}),
     "layer_norm": ([X, WEIGHT[0], None], {"eps": 1e-5}),

@@ -368,6 +368,58 @@ def test_the_table_and_the_references_have_the_same_signatures() -> None:
         assert keywords - {"step"} == set(operator.attrs)
 
 
+PACKED_CASES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "linear_int4": ({"group_size": 32}, (5, 80)),  # the last group is short
+    "linear_int8": ({}, (5, 33)),
+    # Blocks at the ends are short, and there are more rows than are expanded at once.
+    "linear_fp8": ({"block_rows": 128, "block_columns": 48}, (1300, 80)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", PACKED_CASES)
+def test_packed_products_by_their_formulas_in_float64(op: str, dtype: torch.dtype) -> None:
+    """The reference, and the linear over the matrix that the CPU makes of it at load."""
+    torch.manual_seed(0)
+    attrs, (rows, columns) = PACKED_CASES[op]
+    rows_of, columns_of = torch.arange(rows), torch.arange(columns)
+    zeros: list[Any] = []
+    if op == "linear_int4":
+        codes, zero = torch.randint(0, 16, (rows, columns)), torch.randint(0, 16, (rows, 3))
+        weight = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+        scales, zeros = torch.rand(rows, 3).half(), [zero.to(torch.uint8)]
+        exact = (codes - zero[:, columns_of // 32]).double() * scales.double()[:, columns_of // 32]
+    elif op == "linear_int8":
+        weight, scales = torch.randint(-128, 128, (rows, columns), dtype=torch.int8), torch.rand(rows).bfloat16()
+        exact = weight.double() * scales.double()[:, None]
+    else:
+        weight, scales = (torch.randn(rows, columns) * 50).to(torch.float8_e4m3fn), torch.rand(11, 2)
+        exact = weight.double() * scales.double()[rows_of // 128][:, columns_of // 48]
+    x, bias = torch.randn(3, columns, dtype=dtype), torch.randn(rows, dtype=dtype)
+    wanted = x.double() @ exact.to(dtype).double().T + bias.double()
+    tensors = [weight, scales, *zeros]
+    compare(wanted.to(dtype), REFERENCE[op](x, *tensors, bias, **attrs))
+    without = torch.nn.functional.linear(x.double(), exact.to(dtype).double())
+    compare(without.to(dtype), REFERENCE[op](x, *tensors, None, **attrs))
+
+    names = ["weight", "scales", "zeros"][: len(tensors)]
+    held = dict(zip([*names, "bias", "kept"], [*tensors, bias, torch.ones(2)], strict=True))
+    kinds = {
+        name: TensorType(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))  # type: ignore[arg-type]
+        for name, tensor in held.items()
+    }
+    kind = TensorType(str(dtype).removeprefix("torch."), ("t", rows))  # type: ignore[arg-type]
+    ops = (Op(op, ("x", *names, "bias"), (Value("y", kind),), attrs),)
+    program = Program({"t": 9}, {"x": msgspec.structs.replace(kind, shape=("t", columns))}, kinds, (), ops, ("y",))
+    program.validate()
+    assert program.parameters() == {"weight": rows * columns, "bias": rows, "kept": 2} | dict.fromkeys(names[1:], 0)
+    assert kernels.unpack("cuda", program, held) == (program, held)
+    plain, dense = kernels.unpack("cpu", program, held)
+    plain.validate()
+    assert [op.op for op in plain.ops] == ["linear"] and set(dense) == set(plain.weights) == {"weight", "bias"}
+    assert torch.equal(dense["weight"], exact.float().to(dtype)) and plain.weights["weight"].dtype == kind.dtype
+
+
 def test_attention_reference_by_hand() -> None:
     """One head, one dimension, keys 0: the mean of the values that a window of two lets a query see."""
     caches = [torch.zeros(2, 2, 1, 1)], [torch.zeros(2, 2, 1, 1)]

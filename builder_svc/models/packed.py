@@ -1,0 +1,87 @@
+"""How a linear of the decoder holds its weight, where that is quantized: the operator, its tensors and attributes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+WHOLE = 0  # a group or block that is as long as the row
+
+
+@dataclass(frozen=True)
+class Int4:
+    """`linear_int4`.
+
+    Attributes:
+        group_size: inputs of a row that share a scale.
+        zeros: whether each group has a zero point of its own.
+        scales: their dtype.
+    """
+
+    group_size: int
+    zeros: bool
+    scales: str
+    operator = "linear_int4"
+    inputs = ("weight", "scales", "zeros")
+
+    def attrs(self, columns: int) -> dict[str, Any]:
+        """The operator's attributes for rows of that many inputs."""
+        return {"group_size": self.group_size or columns}
+
+    def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> dtype and shape, for a matrix [rows, columns]."""
+        groups = (rows, -(-columns // (self.group_size or columns)))
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight": ("uint8", (rows, columns // 2)),
+            "scales": (self.scales, groups),
+        }
+        return found | ({"zeros": ("uint8", groups)} if self.zeros else {})
+
+    def __str__(self) -> str:
+        group = f"groups of {self.group_size}" if self.group_size else "a scale a row"
+        return f"int4, {group}, {'zero points' if self.zeros else 'symmetric'}"
+
+
+@dataclass(frozen=True)
+class Int8:
+    """`linear_int8`; scales as above."""
+
+    scales: str
+    operator = "linear_int8"
+    inputs = ("weight", "scales")
+
+    def attrs(self, columns: int) -> dict[str, Any]:
+        """None."""
+        del columns
+        return {}
+
+    def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """As above."""
+        return {"weight": ("int8", (rows, columns)), "scales": (self.scales, (rows,))}
+
+    def __str__(self) -> str:
+        return "int8, a scale a row, symmetric"
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """`linear_fp8`, with a scale for each block of so many rows and columns."""
+
+    block_rows: int = 1
+    block_columns: int = WHOLE
+    operator = "linear_fp8"
+    inputs = ("weight", "scales")
+
+    def attrs(self, columns: int) -> dict[str, Any]:
+        """The operator's attributes for rows of that many inputs."""
+        return {"block_rows": self.block_rows, "block_columns": self.block_columns or columns}
+
+    def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """As above."""
+        blocks = (-(-rows // self.block_rows), -(-columns // (self.block_columns or columns)))
+        return {"weight": ("float8_e4m3fn", (rows, columns)), "scales": ("float32", blocks)}
+
+    def __str__(self) -> str:
+        blocks = f"blocks of {self.block_rows} x {self.block_columns}" if self.block_columns else "a scale a row"
+        return f"float8_e4m3fn, {blocks}"
+
+
+Packed = Int4 | Int8 | Fp8

@@ -1,0 +1,57 @@
+"""Packed weights as the matrices that they stand for."""
+
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.ops import DENSE
+from engine.opset import PACKED
+from engine.program import Op, Program, TensorType
+from executor_svc import memory
+
+_ROWS = 1024  # that are expanded at a time, where rows do not depend on each other
+
+
+def expand(program: Program, weights: dict[str, Tensor]) -> tuple[Program, dict[str, Tensor]]:
+    """A program of the same meaning whose packed products are `linear`, and its weights.
+
+    Each matrix is rounded to the dtype of the activations, as the packed operators' references do. Other weights are copied: then
+    nothing holds the memory any more that the files were read into.
+    """
+    if not any(op.op in PACKED for op in program.ops):
+        return program, weights
+    ops: list[Op] = []
+    types, made = dict(program.weights), dict[str, Tensor]()
+    for op in program.ops:
+        if op.op in PACKED:
+            x, weight, *scales, bias = op.inputs
+            dtype = op.outputs[0].type.dtype
+            parts = [weights[name] if name else None for name in scales]
+            made[weight] = _matrix(op.op, weights[weight], parts, op.attrs, getattr(torch, dtype))
+            types[weight] = TensorType(dtype, tuple(made[weight].shape))
+            op = msgspec.structs.replace(op, op="linear", inputs=(x, weight, bias), attrs={})
+        ops.append(op)
+    used = {name for op in ops for name in op.inputs}
+    types = {name: declared for name, declared in types.items() if name in used}
+    found = {name: made[name] if name in made else _zeros(weights[name]).copy_(weights[name]) for name in types}
+    return msgspec.structs.replace(program, ops=tuple(ops), weights=types), found
+
+
+def _matrix(op: str, weight: Tensor, scales: list[Tensor | None], attrs: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """Made a piece at a time: the float32 form of all of a large head would be gigabytes."""
+    outputs, inputs = weight.shape[0], weight.shape[1] * PACKED[op]
+    matrix = _zeros(torch.empty(outputs, inputs, dtype=dtype, device="meta"))
+    block = int(attrs.get("block_rows", 1))
+    rows = -(-_ROWS // block) * block
+    for start in range(0, outputs, rows):
+        of_rows = slice(start // block, -(-(start + rows) // block))
+        pieces = [None if scale is None else scale[of_rows] for scale in scales]
+        matrix[start : start + rows] = DENSE[op](weight[start : start + rows], *pieces, **attrs)
+    return matrix
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """In huge pages."""
+    return memory.zeros(like.nbytes).view(like.dtype).view(like.shape)
