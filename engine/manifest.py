@@ -115,6 +115,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether its weights are random, made where it is loaded."""
         return any(rank.random_seed is not None for rank in self.ranks)
 
+    def weight_bytes(self) -> int:
+        """Bytes of weights over all ranks."""
+        return sum(file.size for rank in self.ranks for file in rank.weights)
+
     def to_json(self) -> bytes:
         """Deterministic, readable JSON."""
         return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=1)
