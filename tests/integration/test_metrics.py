@@ -157,7 +157,7 @@ async def test_builds_are_counted_and_timed(cluster: Cluster) -> None:
     whole = found["enginehouse_builder_build_duration_seconds_sum{outcome=succeeded}"]
     phases = {phase: found[f"enginehouse_builder_phase_duration_seconds_sum{{phase={phase}}}"] for phase in
               ("checkpoint", "program", "weights", "upload", "publish")}  # fmt: skip
-    assert 0 < sum(phases.values()) < whole and phases["program"] > 0.05  # torch traces
+    assert 0 < sum(phases.values()) < whole and min(phases.values()) > 0
     assert found["enginehouse_builder_phase_duration_seconds_count{phase=weights}"] == 1
     assert found["enginehouse_builder_queue_length{}"] == found["enginehouse_builder_builds_running{}"] == 0
     assert found["enginehouse_grpc_calls_total{code=OK,method=enginehouse.v1.Builder/SubmitBuild}"] == 2

@@ -383,7 +383,7 @@ def test_wrong_input(home: Path, tmp_path: Path) -> None:
         (("demo", "--bandwidth", 100), "DEVICE_INCOMPLETE"),
         (("demo", "--input-len", 2048), "CONTEXT_TOO_LONG"),
         (("demo", "--tp", 5), "TP_INVALID"),
-        ((tmp_path / "none",), "FILE_NOT_FOUND"),
+        ((tmp_path / "none",), "CHECKPOINT_NOT_FOUND"),
         ((tmp_path,), "DTYPE_NEEDED"),
         (("unknown",), "MODEL_NOT_FOUND"),
     ):
