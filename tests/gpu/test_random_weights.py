@@ -1,5 +1,6 @@
 """Dummy weights on CUDA: made there, as large as real ones, and the same each time."""
 
+import gc
 import time
 from pathlib import Path
 
@@ -25,12 +26,13 @@ def test_eight_billion_parameters(tmp_path: Path) -> None:
     options = BuildOptions(device="cuda", max_seq_len=256, max_batch_size=4, dummy_weights=True)
     engine = build(LARGE, store, options).manifest.engine_id
     built = time.perf_counter()
+    gc.collect()  # what earlier tests have left
     before = torch.cuda.memory_allocated()
     loaded = load_engine(store, engine, this_node("cuda"))
     torch.cuda.synchronize()
     print(f"built in {built - began:.1f} s, loaded in {time.perf_counter() - built:.1f} s")
     size = torch.cuda.memory_allocated() - before
-    assert 0 <= size - 2 * 8_030_261_312 < 2**20
+    assert 0 <= size - 2 * 8_030_261_248 < 2**20  # bfloat16; frequencies are constants, in a file
     assert {weight.device.type for name, weight in loaded.weights.items() if "inv_freq" not in name} == {"cuda"}
     first = {name: weight.clone() for name, weight in loaded.weights.items() if name.startswith("layers.7.")}
     weights = {name: weight.cuda() for name, weight in loaded.weights.items()}

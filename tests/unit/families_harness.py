@@ -31,9 +31,10 @@ def check_family(
 
     Args:
         lengths: of the prompts.
-        options: of the build.
+        options: of the build; the reference lies on its device.
     """
     loaded = make_engine(checkpoint, tmp_path / "store", **{"max_num_tokens": 64, **options})
+    device = loaded.manifest.fingerprint.device
     torch.manual_seed(3)
     prompts = [torch.randint(2, VOCAB_SIZE, (length,)).tolist() for length in lengths]
     sequences = [
@@ -44,10 +45,10 @@ def check_family(
     engine.run(sequences)
     for sequence, prompt in zip(sequences, prompts, strict=True):
         with torch.inference_mode():
-            wanted = reference(torch.tensor([prompt])).logits[0].float()
+            wanted = reference(torch.tensor([prompt], device=device)).logits[0].float()
         found = torch.stack([rows[sequence.handle, position] for position in range(len(prompt))])
         assert (found - wanted).abs().max() < 1e-4, f"{len(prompt)} tokens: {(found - wanted).abs().max():.2e}"
-        assert sequence.token_ids == continuation(reference, prompt)
+        assert sequence.token_ids == continuation(reference, prompt, device)
 
 
 def reference_of(checkpoint: Path, attention: str = "eager") -> Reference:
@@ -91,11 +92,12 @@ def watch(engine: Engine) -> dict[tuple[int, int], Tensor]:
     return rows
 
 
-def continuation(reference: Reference, prompt: list[int]) -> list[int]:
+def continuation(reference: Reference, prompt: list[int], device: str = "cpu") -> list[int]:
     """The prompt and its greedy continuation by transformers."""
+    ids = torch.tensor([prompt], device=device)
     text = reference.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         eos_token_id=None,
