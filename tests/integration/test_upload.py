@@ -20,6 +20,7 @@ from enginehouse import upload as upload_module
 from enginehouse.client import BuilderClient
 from tests.integration.services import Service, service
 from tests.unit import hub_server
+from tests.unit.gguf_models import write_gguf
 from tests.unit.hub_server import Repository
 
 LARGE = 24 * 1024 * 1024
@@ -242,11 +243,19 @@ async def test_a_file_that_is_changed_meanwhile(cluster: Cluster, large: Path) -
     assert caught.value.reason == "FILE_CHANGED"
 
 
+@pytest.mark.parametrize("file", ["", "copy.gguf"])
 async def test_the_same_engine_from_everywhere(
-    cluster: Cluster, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, cluster: Cluster, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By upload, by path and from the hub; only the first is built, since the others have the same id."""
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    copy, original = tmp_path / "copy", checkpoint
+    if file:
+        original = checkpoint.parent / file
+        write_gguf(original, "llama", checkpoint)
+        copy.mkdir()
+        shutil.copy(original, copy)
+    else:
+        shutil.copytree(checkpoint, copy)
     (copy / "README.md").write_text("not read")
     with hub_server.serve({"org/copy": Repository(copy)}) as hub:
         for name, value in hub_server.environment(hub.url, tmp_path / "hub").items():
@@ -255,10 +264,10 @@ async def test_the_same_engine_from_everywhere(
         there, here = ["--builder", cluster.builder.address], ["--store", str(cluster.store.root)]
         told = []
         for arguments in (
-            ["--upload", str(copy), *there],
-            [str(checkpoint), "--name", "copy", *there],
-            ["org/copy@main", *there],
-            ["org/copy", *here],
+            ["--upload", str(copy / file), *there],
+            [str(original), "--name", "copy", *there],
+            [f"{Path('org/copy') / file}@main", *there],
+            [str(Path("org/copy") / file), *here],
         ):
             client = await enginehouse("build", *arguments, "--json")
             out, err = await client.communicate()

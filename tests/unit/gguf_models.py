@@ -101,14 +101,25 @@ def make_model(directory: Path, class_name: str, changes: Mapping[str, Any]) -> 
 
 
 def write_gguf(
-    path: Path, arch: str, source: Path, kinds: Callable[[str], str] = lambda _: "F32", **options: Any
+    path: Path,
+    arch: str,
+    source: Path,
+    kinds: Callable[[str], str] = lambda _: "F32",
+    **options: Any,
 ) -> None:
-    """Converts a directory. `kinds` gives each tensor's type by its GGUF name; other options are GGUFWriter's."""
+    """Converts a directory, and the byte-level tokenizer that it may hold.
+
+    Args:
+        kinds: each tensor's type by its GGUF name.
+        options: GGUFWriter's.
+    """
     path.parent.mkdir(exist_ok=True)
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
     writer = gguf.GGUFWriter(path, arch, **options)
     _write_config(writer, arch, config)
+    if (source / "tokenizer.json").exists():
+        _write_tokenizer(writer, json.loads((source / "tokenizer.json").read_text()))
     for name, tensor in _converted(arch, config, tensors).items():
         kind = gguf.GGMLQuantizationType[kinds(name)]
         array = tensor.float().contiguous().numpy()
@@ -120,6 +131,18 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any]) -> None:
+    """Its special tokens are <s> and </s>, whose ids the config has."""
+    vocab = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
 
 
 def _write_config(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families_harness import check_family, reference_of
 from gguf_models import MODELS, make_model, write_gguf
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,8 @@ from builder_svc.checkpoint.gguf_file import GgufFile
 from builder_svc.checkpoint.huggingface import eos_token_ids
 from builder_svc.checkpoint.reader import open_checkpoint
 from engine.errors import DataLoss, EnginehouseError, InvalidArgument, NotFound, Unimplemented
+from tests.conftest import save_tokenizer
+from tests.running import make_engine
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -130,6 +133,18 @@ def test_split_files(tmp_path: Path) -> None:
         open_checkpoint(parts[0])
     with pytest.raises(InvalidArgument, match="is one part of 3"):
         open_checkpoint(tmp_path / "alone.gguf")
+
+
+@pytest.mark.parametrize(("arch", "class_name"), [("llama", "Llama"), ("qwen2", "Qwen2")])
+def test_a_file_is_built_as_it_is(arch: str, class_name: str, tmp_path: Path) -> None:
+    """Config, weights and tokenizer out of one file: transformers' logits and tokens."""
+    make_model(tmp_path / "hf", class_name, {})
+    file = tmp_path / "model.gguf"
+    save_tokenizer(tmp_path / "hf")
+    write_gguf(file, arch, tmp_path / "hf")
+    check_family(file, reference_of(tmp_path / "hf"), tmp_path)
+    manifest = make_engine(file, tmp_path / "store").manifest
+    assert [ref.name for ref in manifest.tokenizer] == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_a_directory_with_one_model(tmp_path: Path) -> None:
