@@ -1,6 +1,7 @@
 """GGUF files: what comes out of them is what transformers' model had that they were made of."""
 
 import json
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,16 @@ def test_bad_files(kind: str, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(edited(tmp_path / "m.gguf", **changes))
     with pytest.raises(error, match=message):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_headers_that_nobody_writes(tmp_path: Path) -> None:
+    file, name = tmp_path / "m.gguf", b"\1\0\0\0\0\0\0\0k"
+    for number_of, rest in (((0, 1), struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), ((1, 0), b"")):
+        file.write_bytes(
+            b"GGUF" + struct.pack("<IQQ", 3, *number_of) + name + (rest or struct.pack("<IQQIQ", 2, 32, 0, 0, 0))
+        )
+        with pytest.raises(DataLoss, match="m.gguf is damaged or incomplete"):
+            GgufFile(file)
 
 
 def test_a_type_that_nobody_dequantizes(tmp_path: Path) -> None:
