@@ -127,8 +127,11 @@ def save(
         if save_config:
             (directory / "config.json").unlink(missing_ok=True)
         half = directory / f".{WEIGHTS}.half"
-        write_file(half, declared, parts)
-        half.replace(directory / WEIGHTS)
+        try:
+            write_file(half, declared, parts)
+            half.replace(directory / WEIGHTS)
+        finally:
+            half.unlink(missing_ok=True)
         for name, data in (tokenizer.files() if tokenizer else {}).items():
             (directory / name).write_bytes(data)
         if save_config:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families_harness import check_family
 from gguf_models import MODELS, make_model, write_gguf
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ from builder_svc.checkpoint.gguf_file import GgufFile
 from builder_svc.checkpoint.huggingface import eos_token_ids
 from builder_svc.checkpoint.reader import open_checkpoint
 from engine.errors import DataLoss, EnginehouseError, InvalidArgument, NotFound, Unimplemented
+from tests.conftest import save_tokenizer
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -46,6 +48,17 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     ids = torch.arange(40)[None] * 7 % 320
     with torch.inference_mode():
         assert (again(ids).logits - original(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3moe"])
+def test_engines_of_gguf_files(kind: str, tmp_path: Path) -> None:
+    """The file, with a tokenizer beside it, becomes an engine that gives the original's logits and tokens."""
+    arch, class_name, changes = MODELS[kind]
+    original = make_model(tmp_path / "hf", class_name, changes)
+    (tmp_path / "gguf").mkdir()
+    write_gguf(tmp_path / "gguf/model.gguf", arch, tmp_path / "hf")
+    save_tokenizer(tmp_path / "gguf")
+    check_family(tmp_path / "gguf/model.gguf", original, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
