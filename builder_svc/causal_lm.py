@@ -195,11 +195,14 @@ class CausalLM:
             FailedPrecondition: a checkpoint without one that can be read.
             InvalidArgument: one that is damaged or another model's.
         """
-        path = self.config.path
-        needed = isinstance(self.checkpoint, Published | SavedCheckpoint)
-        if path is None or not (needed or has_tokenizer(path)):
+        path, gguf = self.config.path, self.config.gguf
+        if path is None:
             return None
-        return normalize(path, self.config.vocab_size, self.config.gguf)
+        directory = path if path.is_dir() else path.parent
+        needed = isinstance(self.checkpoint, Published | SavedCheckpoint) or gguf is not None
+        if not (needed or has_tokenizer(directory)):
+            return None
+        return normalize(directory, self.config.vocab_size, gguf)
 
     def digests(self, progress: Progress = lambda *_: None) -> dict[str, str]:
         """What decides an engine beside its options: SHA-256, hexadecimal, by file or weight name."""

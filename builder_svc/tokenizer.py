@@ -13,13 +13,14 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from builder_svc import qwen_tiktoken
+from builder_svc.checkpoint.gguf_file import GgufFile
 from builder_svc.checkpoint.huggingface import read_json
 from engine.errors import FailedPrecondition, InvalidArgument
 
@@ -79,7 +80,8 @@ def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> Normaliz
     if file.is_file():
         loaded = _read(file)
         if gguf and loaded.chat_template is None:
-            loaded = _Loaded(loaded.tokenizer, loaded.special_tokens, _convert_gguf(gguf).chat_template)
+            template = GgufFile(gguf).metadata.get("tokenizer.chat_template")
+            loaded = replace(loaded, chat_template=template if isinstance(template, str) else None)
     elif gguf:
         file, loaded = gguf, _convert_gguf(gguf)
     else:

@@ -19,6 +19,7 @@ from engine.program import ITEM_SIZE, Program, TensorType
 
 # What older checkpoints store although their config implies it: rotary frequencies and causal masks.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+_HEADS = ("lm_head.weight", "embed_out.weight")
 MAX_FILE_BYTES = 4 * 1024**3
 _FLUSH_BYTES = 256 * 1024**2
 _UNDER_WAY = 3  # parts that are being written and hashed
@@ -62,7 +63,10 @@ def check_weights(checkpoint: Weights, sources: Mapping[str, Source], declared: 
     for ours, source in sources.items():
         _check_source(checkpoint, source, tuple(int(size) for size in declared[ours].shape))
     used = {name for source in sources.values() for name in source.names}
-    tied = () if "lm_head.weight" in sources else ("lm_head.weight", "embed_out.weight")
+    tied = () if "lm_head.weight" in sources else _HEADS
+    for name in tied:
+        if name in checkpoint.shapes and name not in used:
+            _check_tied(checkpoint, name, sources["embedding"].names[0])
     for name in checkpoint.shapes:
         if name not in used and not name.endswith(_DERIVED) and name not in tied:
             raise InvalidArgument(
@@ -93,6 +97,18 @@ def _check_source(checkpoint: Weights, source: Source, expected: tuple[int, ...]
     if rows != math.prod(expected) // math.prod(columns):
         together = math.prod(expected) // math.prod(columns)
         raise _mismatch(" + ".join(source.names), (rows, *columns), (together, *columns))
+
+
+def _check_tied(checkpoint: Weights, head: str, embedding: str) -> None:
+    """A head that is stored although it is tied is the embedding once more."""
+    ours, theirs = checkpoint.read(head), checkpoint.read(embedding)
+    if not torch.equal(ours, theirs.to(ours.dtype)):
+        raise InvalidArgument(
+            f"{checkpoint.path} holds tensor {head!r} of shape {list(ours.shape)}, which is not {embedding!r} of shape "
+            f"{list(theirs.shape)}, but by its config.json both are one: where the model has a head of its own, set "
+            "tie_word_embeddings to false there",
+            reason="TENSOR_UNEXPECTED",
+        )
 
 
 def _mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> InvalidArgument:
@@ -157,9 +173,10 @@ def write_file(
         wrote: called with the bytes of each part.
 
     Raises:
+        InvalidArgument: integers that are to be floating point.
         ResourceExhausted: the disk is full, or there is another reason why it cannot be written.
     """
-    cast = (part.to(getattr(torch, type.dtype)).contiguous() for name, type in declared.items() for part in parts(name))
+    cast = (_cast(part, name, type).contiguous() for name, type in declared.items() for part in parts(name))
     try:
         with ThreadPoolExecutor(1, "weights-read") as reader, _Output(path) as output:
             output.write(_header(declared))
@@ -169,6 +186,17 @@ def write_file(
     except OSError as error:
         raise ResourceExhausted(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_FULL") from None
     return output.hasher.ref(path.name)
+
+
+def _cast(part: torch.Tensor, name: str, declared: TensorType) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, declared.dtype)
+    if dtype.is_floating_point and not part.dtype.is_floating_point:
+        raise InvalidArgument(
+            f"the tensors of weight {name!r} are {str(part.dtype).removeprefix('torch.')}, and nothing says which numbers these "
+            "codes stand for: take the config.json of these weights, with its quantization_config",
+            reason="TENSOR_DTYPE_MISMATCH",
+        )
+    return part.to(dtype)
 
 
 class _Output:
@@ -181,6 +209,7 @@ class _Output:
         self._threads = [ThreadPoolExecutor(1, "weights-write") for _ in self._takers]
         self._under_way: deque[list[Future[object]]] = deque()
         self._disk, self._unflushed = ThreadPoolExecutor(1, "weights-flush"), 0
+        self._flushed: list[Future[None]] = []
 
     def write(self, data: bytes | memoryview) -> None:
         """Takes the next bytes, which must not change any more; may wait for those before them."""
@@ -196,6 +225,8 @@ class _Output:
         try:
             while self._under_way and kind is None:
                 self._wait()
+            for flushed in self._flushed if kind is None else ():
+                flushed.result()  # a lost write is told once: whoever flushes again would not hear of it
         finally:
             for thread in (*self._threads, self._disk):
                 thread.shutdown(cancel_futures=kind is not None)
@@ -212,7 +243,7 @@ class _Output:
         self._unflushed += len(data)
         if self._unflushed > _FLUSH_BYTES:  # the disk begins now, so that little is left for the end
             self._unflushed = 0
-            self._disk.submit(os.fdatasync, self._file.fileno())
+            self._flushed.append(self._disk.submit(os.fdatasync, self._file.fileno()))
 
 
 def _ahead(parts: Iterator[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:

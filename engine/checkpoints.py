@@ -79,9 +79,9 @@ def gguf_models(names: Iterable[str]) -> list[str]:
 def gguf_parts(name: str) -> list[str]:
     """The names of all parts of the model that a GGUF file, named with or without folders, belongs to."""
     part = _PART.fullmatch(name)
-    if not part:
+    count = int(part["count"]) if part else 0
+    if not part or not 1 <= int(part["number"]) <= count:
         return [name]
-    count = int(part["count"])
     return [f"{part['stem']}-{number:05d}-of-{part['count']}.gguf" for number in range(1, count + 1)]
 
 

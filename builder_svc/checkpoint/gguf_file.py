@@ -138,7 +138,7 @@ class Metadata(Fields):
     def _uniform(self, key: str, value: Any) -> Any:
         """The one value of what could differ by layer."""
         if isinstance(value, list) and key.endswith((".head_count", ".head_count_kv", ".feed_forward_length")):
-            if len(set(value)) != 1:
+            if not value or any(one != value[0] for one in value):
                 raise Unimplemented(f"{self.file.path}: {key} differs by layer, which is not supported: {value[:8]}")
             return value[0]
         return value
@@ -166,7 +166,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
             name, num_dims = cursor.string(), cursor.scalar("I")
             sizes = [cursor.scalar("Q") for _ in range(num_dims)]
             found.append((name, tuple(reversed(sizes)), cursor.scalar("I"), cursor.scalar("Q")))
-    except (struct.error, OverflowError) as error:
+    except (struct.error, OverflowError, RecursionError) as error:  # the last one of arrays in arrays
         raise _damaged(path, f"its header: {error}") from None
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
@@ -175,9 +175,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
     entries: dict[str, _Entry] = {}
     for name, shape, number, offset in found:
         kind = _kind(path, name, number)
-        width = shape[-1] if shape else 0
+        width, smallest = shape[-1] if shape else 0, min(shape, default=0)
         end = begin + offset + _num_bytes(shape, kind)
-        if width < 1 or width % gguf.GGML_QUANT_SIZES[kind][0] or end > len(data) or name in entries:
+        if smallest < 1 or width % gguf.GGML_QUANT_SIZES[kind][0] or end > len(data) or name in entries:
             raise _damaged(path, f"tensor {name!r}, {kind.name} {list(shape)}, does not fit into its {len(data)} bytes")
         entries[name] = _Entry(data, kind, shape, begin + offset)
     return metadata, entries

@@ -21,6 +21,7 @@ class SafetensorsFile:
 
     Raises:
         DataLoss: damaged, or shorter than its header says.
+        FailedPrecondition: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,6 +32,8 @@ class SafetensorsFile:
             raise DataLoss(
                 f"{path} is damaged or incomplete ({error}): download it again", reason="WEIGHTS_DAMAGED"
             ) from None
+        except OSError as error:
+            raise FailedPrecondition(f"{path} cannot be read: {error}", reason="FILE_UNREADABLE") from None
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(self._file.get_slice(name).get_shape())
             for name in self._file.keys()  # noqa: SIM118  (no mapping)

@@ -66,9 +66,11 @@ class Checkpoint:
         return self.weights.read(name)
 
     def dtype(self) -> str:
-        """The dtype that the config declares, else that of the first tensor, such as "bfloat16"."""
-        declared = declared_dtype(self.config.values)
-        return declared or str(self.read(next(iter(self.shapes))).dtype).removeprefix("torch.")
+        """The dtype that the config declares, else that of the first tensor in floating point, such as "bfloat16"."""
+        if declared := declared_dtype(self.config.values):
+            return declared
+        dtypes = (self.read(name).dtype for name in self.shapes)  # masks of older checkpoints are bool or uint8
+        return str(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)).removeprefix("torch.")
 
 
 class _File(Protocol):

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from builder_svc.checkpoint.huggingface import read_json
+from builder_svc.checkpoint.huggingface import SafetensorsFile, read_json
 from builder_svc.pretrained import OURS, PretrainedConfig
 from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights import write_file
-from engine.errors import DataLoss, FailedPrecondition, NotFound, ResourceExhausted
+from engine.errors import FailedPrecondition, NotFound, ResourceExhausted
 from engine.program import TensorType
 
 WEIGHTS = "rank0.safetensors"
@@ -49,8 +48,6 @@ class SavedCheckpoint:
         DataLoss: the weights are damaged.
     """
 
-    gguf = None
-
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "config.json").is_file() and (path / WEIGHTS).is_file():
@@ -64,16 +61,8 @@ class SavedCheckpoint:
         file = path / WEIGHTS
         if not file.is_file():
             raise NotFound(f"{path} lacks {WEIGHTS}: copy that file, too", reason="WEIGHTS_NOT_FOUND")
-        try:
-            self._file = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise DataLoss(
-                f"{file} is damaged or incomplete ({error}): save or copy it again", reason="WEIGHTS_DAMAGED"
-            ) from None
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tuple(self._file.get_slice(name).get_shape())
-            for name in self._file.keys()  # noqa: SIM118  (no mapping)
-        }
+        self._file = SafetensorsFile(file)
+        self.shapes = self._file.shapes
 
     def files(self) -> list[Path]:
         """What decides an engine that is made of it, tokenizer apart."""
@@ -83,16 +72,7 @@ class SavedCheckpoint:
         """One weight. Raises KeyError for an unknown name."""
         if name not in self.shapes:
             raise KeyError(name)
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def dtype(self) -> str:
-        """The weights' dtype, such as "bfloat16"."""
-        return self.pretrained.dtype
-
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids."""
-        return self.pretrained.eos_token_ids
+        return self._file.read(name)
 
 
 class GivenWeights:
@@ -147,8 +127,11 @@ def save(
         if save_config:
             (directory / "config.json").unlink(missing_ok=True)
         half = directory / f".{WEIGHTS}.half"
-        write_file(half, declared, parts)
-        half.replace(directory / WEIGHTS)
+        try:
+            write_file(half, declared, parts)
+            half.replace(directory / WEIGHTS)
+        finally:
+            half.unlink(missing_ok=True)
         for name, data in (tokenizer.files() if tokenizer else {}).items():
             (directory / name).write_bytes(data)
         if save_config:

@@ -1,4 +1,4 @@
-"""THE decoder: a module over the operator set, traced on the meta device and never run as it stands."""
+"""THE decoder: a module over the operator set, recorded on the meta device (`lower/program.py`) and never run as it stands."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -247,7 +247,7 @@ class Head(Linear):
 class Decoder(nn.Module):
     """token ids -> logits of the rows that are asked for.
 
-    It is there to be traced: `on_meta` makes it without memory for weights.
+    It is there to be recorded: `on_meta` makes it without memory for weights.
 
     Args:
         packed: name of a linear, such as "layers.0.attention.qkv" -> the form of its weight, where it is not dense.

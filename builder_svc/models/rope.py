@@ -36,6 +36,12 @@ def rope_spec(
         Unimplemented: a scaling that we do not know.
     """
     scaling = scaling_fields(config, layer_type)
+    if several := [name for name, value in scaling.values.items() if isinstance(value, Mapping)]:
+        raise _invalid(
+            config,
+            f"rope_parameters has entries for {', '.join(several)}, where this model has one for "
+            f"{layer_type or 'all layers, without a name'}",
+        )
     theta = scaling.get("rope_theta", float, config.get("rope_theta", float, theta))
     if theta <= 0:
         raise _invalid(config, f"rope_theta is {theta}, expected more than 0")
@@ -87,8 +93,8 @@ def scaling_fields(config: Fields, layer_type: str = "") -> Fields:
 
 def rope_type(scaling: Fields, aliases: Mapping[str, str] = _ALIASES) -> str:
     """Its name in the newest spelling."""
-    kind = scaling.values.get("rope_type") or scaling.values.get("type") or "default"
-    return aliases.get(kind, str(kind))
+    kind = str(scaling.values.get("rope_type") or scaling.values.get("type") or "default")
+    return aliases.get(kind, kind)
 
 
 def original_length(config: Fields, scaling: Fields) -> int:

@@ -1,6 +1,8 @@
 """From a checkpoint to an engine: what decides its id, what is written, and what bad checkpoints get."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -150,6 +152,26 @@ def test_lost_and_cut_off_blobs_are_built_again(checkpoint: Path, store: Store) 
     assert build(checkpoint, store).reused
 
 
+def test_a_tied_head_that_is_stored_all_the_same(checkpoint: Path, copy: Path, store: Store) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, copy / "model.safetensors")
+    change_config(copy, tie_word_embeddings=True)
+    loaded = load_engine(store, build(copy, store).manifest.engine_id, NODE)
+    assert "lm_head.weight" not in loaded.weights
+
+
+def test_a_disk_that_loses_what_it_took_is_told(
+    checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(weights, "_FLUSH_BYTES", 100)
+    monkeypatch.setattr(os, "fdatasync", fails)
+    with pytest.raises(ResourceExhausted, match="cannot write .*: Input/output error"):
+        build(checkpoint, store)
+
+
 def spoil_truncate(path: Path) -> None:
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -243,6 +265,11 @@ BAD = {
         spoil_extra,
         InvalidArgument,
         "holds tensor 'model.layers.0.self_attn.q_proj.bias', for which its config.json has no",
+    ),
+    "a head that is to be tied": (
+        lambda path: change_config(path, tie_word_embeddings=True),
+        InvalidArgument,
+        r"'lm_head.weight' of shape \[320, 48\], which is not 'model.embed_tokens.weight' .* set tie_word_embeddings to false",
     ),
     "tensor twice": (
         spoil_twice,

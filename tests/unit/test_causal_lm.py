@@ -1,6 +1,8 @@
 """The model classes of the Python API: what they read, what they hold, and that what they save builds the same engine."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from test_builder_pipeline import change_config
 import enginehouse
 from builder_svc.models import families
 from engine.directory import DirectoryStore
-from engine.errors import FailedPrecondition, NotFound, Unimplemented
+from engine.errors import FailedPrecondition, NotFound, ResourceExhausted, Unimplemented
 from engine.manifest import Manifest
 from enginehouse import AutoConfig, AutoModelForCausalLM, BuildOptions, Mapping, PretrainedConfig, build
 from enginehouse.cli import main
@@ -352,6 +354,18 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(
         enginehouse.LLaMAForCausalLM.from_checkpoint(saved)
     model.save_checkpoint(saved)
     assert build(saved, store).manifest
+
+
+def test_a_save_that_fails_gives_the_disk_back(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("builder_svc.weights._Output._write", full)
+    with pytest.raises(ResourceExhausted, match="No space left on device"):
+        AutoModelForCausalLM.from_hugging_face(checkpoint).save_checkpoint(tmp_path / "saved")
+    assert list((tmp_path / "saved").iterdir()) == []
 
 
 def test_save_config_is_of_the_config_alone(checkpoint: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from builder_svc.checkpoint.reader import open_checkpoint
 from builder_svc.pipeline import build
-from engine.errors import DataLoss, EnginehouseError, InvalidArgument, NotFound, PermissionDenied
+from engine.errors import DataLoss, EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from engine.store import Store
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -151,6 +151,30 @@ def test_bad_pickles(copy: Path, kind: str) -> None:
     spoil(copy / "pytorch_model.bin")
     with pytest.raises(error, match=message):
         open_checkpoint(copy)
+
+
+def test_a_file_that_cannot_be_read(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to(copy / "nothing")
+    with pytest.raises(FailedPrecondition, match=r"model.safetensors cannot be read: No such file"):
+        open_checkpoint(copy)
+
+
+def test_masks_do_not_tell_the_dtype(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    del config["dtype"]
+    (copy / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.half() for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file({"a.attn.bias": torch.ones(3, dtype=torch.bool), **tensors}, copy / "model.safetensors")
+    assert open_checkpoint(copy).dtype() == "float16"
+
+
+def test_integers_without_a_scale_are_no_weights(copy: Path, directory_store: Store) -> None:
+    tensors, name = load_file(copy / "model.safetensors"), "model.layers.0.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, copy / "model.safetensors")
+    with pytest.raises(InvalidArgument, match="weight 'layers.0.mlp.down.weight' are int8, and nothing says"):
+        build(copy, directory_store)
+    assert list(directory_store.list("")) == []
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """GGUF files: what comes out of them is what transformers' model had that they were made of."""
 
 import json
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families_harness import check_family, reference_of
+from families_harness import check_family
 from gguf_models import MODELS, make_model, write_gguf
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,6 @@ from builder_svc.checkpoint.huggingface import eos_token_ids
 from builder_svc.checkpoint.reader import open_checkpoint
 from engine.errors import DataLoss, EnginehouseError, InvalidArgument, NotFound, Unimplemented
 from tests.conftest import save_tokenizer
-from tests.running import make_engine
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -135,16 +135,16 @@ def test_split_files(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "alone.gguf")
 
 
-@pytest.mark.parametrize(("arch", "class_name"), [("llama", "Llama"), ("qwen2", "Qwen2")])
-def test_a_file_is_built_as_it_is(arch: str, class_name: str, tmp_path: Path) -> None:
-    """Config, weights and tokenizer out of one file: transformers' logits and tokens."""
-    make_model(tmp_path / "hf", class_name, {})
-    file = tmp_path / "model.gguf"
-    save_tokenizer(tmp_path / "hf")
+@pytest.mark.parametrize(("kind", "inside"), [("llama", True), ("qwen3moe", False)])
+def test_a_file_is_built_as_it_is(kind: str, inside: bool, tmp_path: Path) -> None:
+    """Config, weights and tokenizer out of the file, or a tokenizer.json beside it: the original's logits and tokens."""
+    arch, class_name, changes = MODELS[kind]
+    original = make_model(tmp_path / "hf", class_name, changes)
+    file = tmp_path / "gguf/model.gguf"
+    file.parent.mkdir()
+    save_tokenizer(tmp_path / "hf" if inside else file.parent)
     write_gguf(file, arch, tmp_path / "hf")
-    check_family(file, reference_of(tmp_path / "hf"), tmp_path)
-    manifest = make_engine(file, tmp_path / "store").manifest
-    assert [ref.name for ref in manifest.tokenizer] == ["tokenizer.json", "tokenizer_config.json"]
+    check_family(file, original, tmp_path)
 
 
 def test_a_directory_with_one_model(tmp_path: Path) -> None:
@@ -214,6 +214,16 @@ def test_bad_files(kind: str, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(edited(tmp_path / "m.gguf", **changes))
     with pytest.raises(error, match=message):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_headers_that_nobody_writes(tmp_path: Path) -> None:
+    file, name = tmp_path / "m.gguf", b"\1\0\0\0\0\0\0\0k"
+    for number_of, rest in (((0, 1), struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), ((1, 0), b"")):
+        file.write_bytes(
+            b"GGUF" + struct.pack("<IQQ", 3, *number_of) + name + (rest or struct.pack("<IQQIQ", 2, 32, 0, 0, 0))
+        )
+        with pytest.raises(DataLoss, match="m.gguf is damaged or incomplete"):
+            GgufFile(file)
 
 
 def test_a_type_that_nobody_dequantizes(tmp_path: Path) -> None:

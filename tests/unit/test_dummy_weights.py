@@ -100,7 +100,7 @@ def test_a_saved_checkpoint_with_dummy_weights(checkpoint: Path, tmp_path: Path)
 
 
 def test_eight_billion_parameters_in_seconds_and_a_few_megabytes(tmp_path: Path) -> None:
-    """CPU seconds of this process: others run beside it. Measured: 4 to 8, with the import of torch.export."""
+    """CPU seconds of this process: others run beside it. Measured: 4 to 8."""
     began = time.process_time()
     config = AutoConfig.from_hugging_face(LARGE, dtype="auto")
     model = AutoModelForCausalLM.get_trtllm_model_class(LARGE)(config)

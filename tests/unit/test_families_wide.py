@@ -128,7 +128,8 @@ def test_gpt_neox_as_old_files_have_it(tmp_path: Path) -> None:
     assert found.manifest.ranks == expected.manifest.ranks
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    del tensors["lm_head.weight"]
+    tensors["embed_out.weight"] = tensors["gpt_neox.embed_in.weight"].clone()
     save_file(tensors, checkpoint / "model.safetensors")
     assert "lm_head.weight" not in make_engine(checkpoint, tmp_path / "store").weights
 

@@ -38,6 +38,8 @@ CASES: list[tuple[str, dict[str, Any], type[EnginehouseError], str]] = [
     ("Llama", {"rope_theta": 0.0}, InvalidArgument, "rope_theta is 0.0, expected more than 0"),
     ("Llama", {"rope_theta": 1.0, **rope(type="yarn", factor=4.0)}, InvalidArgument, "is 1.0, expected more than 1 for yarn"),
     ("Llama", rope(type="mrope"), Unimplemented, "rope type 'mrope' is not supported; supported are default, dynamic"),
+    ("Llama", {"rope_parameters": {"rope_type": ["yarn"]}}, Unimplemented, r"rope type \"\['yarn'\]\" is not supported"),
+    ("Llama", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, InvalidArgument, "entries for full_attention"),
     ("Llama", rope(type="linear"), InvalidArgument, "rope scaling has no 'factor'"),
     ("Llama", rope(type="linear", factor=0.0), InvalidArgument, "factor is 0.0, expected more than 0"),
     ("Llama", rope(type="dynamic", factor=-1.0), InvalidArgument, "factor is -1.0, expected more than 0"),
@@ -64,6 +66,11 @@ def test_refused_in_words(family: str, changes: dict[str, Any], error: type[Engi
         page.decoder_config(Fields(values | changes, "config.json"), name)
     assert "config.json" in str(caught.value)
     assert caught.value.reason
+
+
+def test_an_architecture_that_is_no_text() -> None:
+    with pytest.raises(Unimplemented, match=r"architecture \['x'\] is not supported; supported are Falcon"):
+        find_family(Fields({"architectures": [["x"]]}, "config.json"))
 
 
 def test_every_page_is_whole() -> None:

@@ -372,6 +372,25 @@ def test_what_is_not_read_is_named_with_what_is(kind: str, plain: Path, tmp_path
     assert caught.value.reason == "QUANTIZATION_UNSUPPORTED"
 
 
+BROKEN = {
+    "ignored": (compressed(INT4, "pack-quantized", ignore=["re:("]), r"'\(' is no regular expression \(missing \)"),
+    "dynamic": (gptq_config(dynamic={"+:[": {}}), r"quantization_config: dynamic: '\[' is no regular expression"),
+    "dynamic layer": (gptq_config(dynamic={"+:x": 5}), r"dynamic: '\+:x' is 5, expected dict"),
+    "no name": (
+        {"quant_method": "awq", "group_size": 32, "modules_to_not_convert": [5]},
+        r"_convert' is \[5\], expected names",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_configs_that_hold_nonsense(kind: str, plain: Path, tmp_path: Path) -> None:
+    config, message = BROKEN[kind]
+    save_quantized(plain, tmp_path / "checkpoint", config, lambda _: None)
+    with pytest.raises(InvalidArgument, match=message):
+        read_model(tmp_path / "checkpoint", BuildOptions())
+
+
 Q = "model.layers.0.self_attn.q_proj"
 OUT = "model.layers.1.self_attn.o_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -5,6 +5,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 import pytest
 import regex
 from tokenizer_files import (
@@ -23,9 +24,11 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
+from builder_svc.causal_lm import open_model
 from builder_svc.tokenizer import normalize
 from engine.errors import FailedPrecondition, InvalidArgument
 from gateway.tokenizer import Tokenizer, TokenizerConfig
+from tests.conftest import save_tokenizer
 
 MANY = 10_000  # rows of an embedding, more than any tokenizer here has ids
 ALL = "".join(TEXTS)
@@ -103,6 +106,20 @@ def test_a_tokenizer_json_beside_a_gguf_file_counts(tmp_path: Path) -> None:
     assert config(tmp_path, gguf=file)["chat_template"] == "of the gguf"
     (tmp_path / "chat_template.jinja").write_text("of the directory")
     assert config(tmp_path, gguf=file)["chat_template"] == "of the directory"
+
+
+def test_a_gguf_without_a_tokenizer_takes_the_one_beside_it(tmp_path: Path) -> None:
+    """Whether the file is named or its directory, and with dummy weights, too."""
+    gguf_models.make_model(tmp_path / "hf", "Llama", {})
+    file = tmp_path / "gguf/model.gguf"
+    file.parent.mkdir()
+    gguf_models.write_gguf(file, "llama", tmp_path / "hf")
+    for dummy in (False, True):
+        with pytest.raises(FailedPrecondition, match="Put the tokenizer.json .* beside it"):
+            open_model(file, dummy).tokenizer()
+    save_tokenizer(file.parent)
+    found = [open_model(path, dummy).tokenizer() for path in (file, file.parent) for dummy in (False, True)]
+    assert found[0] and found == [found[0]] * 4
 
 
 def test_qwen_tiktoken(tmp_path: Path) -> None:

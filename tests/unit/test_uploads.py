@@ -185,6 +185,10 @@ CONFIG = OfferedFile("config.json", "cd" * 32, 2)
             [OfferedFile("a.gguf", "ab" * 32, 5), OfferedFile("b.gguf", "ef" * 32, 5)],
             "several GGUF files, a.gguf, b.gguf",
         ),
+        (
+            [OfferedFile("a-00001-of-00000.gguf", "ab" * 32, 5), OfferedFile("b-00003-of-00002.gguf", "ef" * 32, 5)],
+            "several GGUF files, a-00001-of-00000.gguf, b-00003",
+        ),
         ([CONFIG, GOOD, OfferedFile("a/b.json", "ef" * 32, 1)], "'a/b.json'"),
         ([CONFIG, GOOD, OfferedFile("..", "ef" * 32, 1)], "'..'"),
         ([CONFIG, GOOD, OfferedFile(".hidden", "ef" * 32, 1)], "'.hidden'"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from builder_svc.checkpoint.quantized.layers import FLOATS, Expected, Integers, Layer, Read, unpack_bits
-from builder_svc.checkpoint.quantized.method import Method, group_size, one_of, said, unsupported
+from builder_svc.checkpoint.quantized.method import Method, group_size, one_of, said, texts, unsupported
 from builder_svc.models.fields import Fields
 
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of outputs 0 ... 7 in a word
@@ -61,5 +61,5 @@ def read(config: Fields) -> Method:
         raise unsupported(config, "backend 'llm-awq'", "autoawq")
     layer = Awq(4, group_size(config), symmetric=False)
     facts = {**said(layer), "version": "gemm"}
-    excluded = ("lm_head", *config.get("modules_to_not_convert", list, []))
+    excluded = ("lm_head", *texts(config, "modules_to_not_convert"))
     return Method("awq", facts, lambda _: layer, ("qweight",), excluded)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from builder_svc.checkpoint.huggingface import declared_dtype
 from builder_svc.checkpoint.quantized.layers import FLOATS, Expected, Floats, Layer, Read, Scheme
 from builder_svc.checkpoint.quantized.method import Method
 from builder_svc.checkpoint.reader import Checkpoint
@@ -93,8 +94,7 @@ class QuantizedCheckpoint:
 
     def dtype(self) -> str:
         """The dtype that the config declares, else that of the first scales or other tensor in floating point."""
-        declared = self.config.values.get("dtype") or self.config.values.get("torch_dtype")
-        if isinstance(declared, str):
+        if declared := declared_dtype(self.config.values):
             return declared
         return next((found for found in map(self._dtype, self._plain) if found in FLOATS), "bfloat16")
 

@@ -10,7 +10,6 @@
 weight_scale is [out, groups], of one column by channel, or one number for the tensor; for blocks it is [rows, columns] of them.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from builder_svc.checkpoint.quantized.fp8 import block_size, facts
 from builder_svc.checkpoint.quantized.layers import FLOATS, Expected, Floats, Integers, Layer, Read, Scheme, unpack_bits
-from builder_svc.checkpoint.quantized.method import Method, group_size, one_of, said, unsupported
+from builder_svc.checkpoint.quantized.method import Method, compiled, group_size, one_of, said, texts, unsupported
 from builder_svc.models.fields import Fields
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -141,20 +140,28 @@ def read(config: Fields) -> Method:
     if status not in ("compressed", "frozen"):
         raise unsupported(config, f"quantization_status {status!r}", "compressed")
     groups = [
-        (group.get("targets", list, ["Linear"]), _scheme(config, group))
+        (texts(group.filled(targets=["Linear"]), "targets"), _scheme(config, group))
         for group in (
             Fields(_object(fields), f"{config.where}: {name}")
             for name, fields in config.require("config_groups", dict).items()
         )
     ]
-    ignored = config.get("ignore", list, [])
+    ignored = texts(config, "ignore")
+    patterns = {
+        text: compiled(config, text.removeprefix("re:"))
+        for text in [*ignored, *(target for targets, _ in groups for target in targets)]
+        if text.startswith("re:")
+    }
+
+    def matches(text: str, module: str) -> bool:
+        return patterns[text].match(module) is not None if text in patterns else text == module
 
     def scheme(module: str) -> Scheme | None:
-        if any(_matches(pattern, module) for pattern in ignored):
+        if any(matches(pattern, module) for pattern in ignored):
             return None
         for named in (True, False):  # by name before by class
             for targets, layer in groups:
-                if any(_matches(target, module) if named else target == "Linear" for target in targets):
+                if any(matches(target, module) if named else target == "Linear" for target in targets):
                     return layer
         return None
 
@@ -164,12 +171,6 @@ def read(config: Fields) -> Method:
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _matches(pattern: str, module: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), module) is not None
-    return pattern == module
 
 
 def _scheme(config: Fields, group: Fields) -> Integers | Floats:

@@ -10,7 +10,7 @@ Scales of activations are of no use here: activations stay as they are.
 from typing import Any
 
 from builder_svc.checkpoint.quantized.layers import Floats
-from builder_svc.checkpoint.quantized.method import Method, one_of, unsupported
+from builder_svc.checkpoint.quantized.method import Method, one_of, texts, unsupported
 from builder_svc.models.fields import Fields
 
 
@@ -19,7 +19,7 @@ def read(config: Fields) -> Method:
     one_of(config, "fmt", ("e4m3",), "e4m3")
     one_of(config, "expert_dtype", ("fp8",), "fp8")
     blocks = block_size(config, "weight_block_size")
-    excluded = (*config.get("modules_to_not_convert", list, []), *config.get("ignored_layers", list, []), "lm_head")
+    excluded = (*texts(config, "modules_to_not_convert"), *texts(config, "ignored_layers"), "lm_head")
     layer = Floats(blocks or "tensor", "weight_scale_inv" if blocks else "weight_scale")
     # Writers of a scale a tensor have taken either name.
     markers = ("weight_scale_inv",) if blocks else ("weight_scale", "weight_scale_inv")
@@ -29,7 +29,7 @@ def read(config: Fields) -> Method:
 def read_fbgemm(config: Fields) -> Method:
     """The quantization_config of quant_method "fbgemm_fp8"."""
     layer = Floats("channel")
-    excluded = (*config.get("modules_to_not_convert", list, []), "lm_head")
+    excluded = (*texts(config, "modules_to_not_convert"), "lm_head")
     return Method("fbgemm_fp8", facts(layer), lambda _: layer, ("weight_scale",), excluded)
 
 

@@ -6,14 +6,13 @@ scales  [groups, out]
 g_idx   int32 [in]                       each input's group
 """
 
-import re
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from builder_svc.checkpoint.quantized.layers import FLOATS, Expected, Integers, Layer, Read, Scheme, unpack_bits
-from builder_svc.checkpoint.quantized.method import Method, group_size, one_of, said
+from builder_svc.checkpoint.quantized.method import Method, compiled, group_size, one_of, said, texts
 from builder_svc.models.fields import Fields
 
 
@@ -73,22 +72,28 @@ def read(config: Fields) -> Method:
     one_of(config, "pack_dtype", ("int32",), "int32")
     one_of(config, "is_marlin_format", (False,), False)
     whole = _scheme(config, Gptq(4, 0, True, False, int(stored == "gptq")))
-    changes = {
-        pattern: None
-        if pattern.startswith("-:")
-        else _scheme(Fields({**config.values, **fields}, f"{config.where}: dynamic {pattern!r}"), whole)
-        for pattern, fields in config.get("dynamic", dict, {}).items()
-    }
+    dynamic = Fields(config.get("dynamic", dict, {}), f"{config.where}: dynamic")
+    changes = [
+        (
+            compiled(dynamic, pattern.removeprefix("-:").removeprefix("+:")),
+            None
+            if pattern.startswith("-:")
+            else _scheme(
+                Fields({**config.values, **dynamic.require(pattern, dict)}, f"{dynamic.where} {pattern!r}"), whole
+            ),
+        )
+        for pattern in dynamic.values
+    ]
 
     def scheme(module: str) -> Scheme | None:
-        for pattern, changed in changes.items():
-            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+        for pattern, changed in changes:
+            if pattern.match(module):
                 return changed
         return whole
 
     excluded = () if config.get("lm_head", bool, False) else ("lm_head",)
     facts = {**said(whole), "act_order": whole.act_order, "checkpoint_format": stored}
-    return Method("gptq", facts, scheme, ("qweight",), (*excluded, *config.get("modules_to_not_convert", list, [])))
+    return Method("gptq", facts, scheme, ("qweight",), (*excluded, *texts(config, "modules_to_not_convert")))
 
 
 def _scheme(config: Fields, like: Gptq) -> Gptq:

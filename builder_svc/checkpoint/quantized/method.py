@@ -1,5 +1,6 @@
 """What a quantization_config says, and the fields that several formats share."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -7,7 +8,7 @@ from typing import Any
 
 from builder_svc.checkpoint.quantized.layers import Integers, Scheme
 from builder_svc.models.fields import Fields
-from engine.errors import Unimplemented
+from engine.errors import InvalidArgument, Unimplemented
 
 GROUP_SIZES = "-1 (a scale a row) or a positive number"
 
@@ -35,6 +36,27 @@ class Method:
     def planned(self, module: str) -> Scheme | None:
         """How a module is stored as far as the config alone tells. The tensors of a checkpoint know better."""
         return None if any(_names(pattern, module) for pattern in self.excluded) else self.scheme(module)
+
+
+def compiled(config: Fields, pattern: str) -> re.Pattern[str]:
+    """A regular expression of a config. Raises InvalidArgument for what is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InvalidArgument(
+            f"{config.where}: {pattern!r} is no regular expression ({error}): take the file that belongs to these weights",
+            reason="CONFIG_FIELD_INVALID",
+        ) from None
+
+
+def texts(config: Fields, field: str) -> list[str]:
+    """A list of texts, by default empty. Raises InvalidArgument for one of anything else."""
+    found = config.get(field, list, [])
+    if not all(isinstance(text, str) for text in found):
+        raise InvalidArgument(
+            f"{config.where}: {field!r} is {found!r}, expected names of modules", reason="CONFIG_FIELD_INVALID"
+        )
+    return found
 
 
 def _names(pattern: str, module: str) -> bool:

@@ -8,7 +8,7 @@ input_scale, and k_scale and v_scale of the KV cache, are left out: activations 
 
 from builder_svc.checkpoint.quantized.fp8 import facts
 from builder_svc.checkpoint.quantized.layers import Floats
-from builder_svc.checkpoint.quantized.method import Method, one_of
+from builder_svc.checkpoint.quantized.method import Method, one_of, texts
 from builder_svc.models.fields import Fields
 
 FILE = "hf_quant_config.json"
@@ -21,7 +21,7 @@ def read(config: Fields) -> Method:
     config = Fields(nested or config.values, config.where)
     algorithm = str(one_of(config, "quant_algo", tuple(_SCALES)))
     layer = Floats(_SCALES[algorithm])
-    excluded = (*config.get("exclude_modules", list, []), *config.get("ignore", list, []))
+    excluded = (*texts(config, "exclude_modules"), *texts(config, "ignore"))
     files = (FILE,) if config.where.endswith(FILE) else ()
     return Method(
         "modelopt", {**facts(layer), "quant_algo": algorithm}, lambda _: layer, ("weight_scale",), excluded, files

@@ -43,12 +43,12 @@ def find_family(config: Fields) -> tuple[Family, str]:
         InvalidArgument: no architecture is named.
         Unimplemented: none of them is supported; the message lists those that are.
     """
-    names = config.require("architectures", list)
+    names = list(map(str, config.require("architectures", list)))
     known = families()
     for name in names:
         if name in known:
             return known[name], name
-    named = ", ".join(map(str, names))
+    named = ", ".join(names)
     text_model = named.replace("ForConditionalGeneration", "ForCausalLM")
     hint = f"; give a checkpoint of its text model, {text_model}" if text_model in known else ""
     raise Unimplemented(
