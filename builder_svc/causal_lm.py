@@ -1,6 +1,6 @@
 """The models of the Python API: a configuration, and where its weights come from. Weights are read when they are needed.
 
-There is a class for each `CLASS_NAME` of the families' pages (`model_classes`); `AutoModelForCausalLM` finds the right one.
+There is a class for each `CLASS_NAME` of the families' pages (`model_classes`); `auto.py` finds the right one.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from builder_svc.checkpoint import reader, saved
+from builder_svc import saved
+from builder_svc.checkpoint import reader
 from builder_svc.checkpoint.digests import file_digests
-from builder_svc.checkpoint.quantized import open_quantized
+from builder_svc.checkpoint.quantized import find_method, open_quantized
 from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
-from builder_svc.checkpoint.quantized.resolve import Resolved, resolve
-from builder_svc.checkpoint.saved import GivenWeights, SavedCheckpoint
+from builder_svc.checkpoint.quantized.resolve import Resolved, planned, resolve
 from builder_svc.checkpoint.sources import fetch_here
 from builder_svc.mapping import Mapping as RankMapping
 from builder_svc.models.decoder import Decoder
@@ -26,6 +26,7 @@ from builder_svc.models.families import families
 from builder_svc.models.sources import Source
 from builder_svc.options import DTYPES, Progress
 from builder_svc.pretrained import PretrainedConfig
+from builder_svc.saved import GivenWeights, SavedCheckpoint
 from builder_svc.tokenizer import NormalizedTokenizer, has_tokenizer, normalize
 from builder_svc.weights import check_weights, read_parts
 from engine.errors import FailedPrecondition, Internal, InvalidArgument, NotFound, Unimplemented
@@ -66,11 +67,12 @@ class CausalLM:
     def from_hugging_face(
         cls,
         hf_model_or_dir: str | Path,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         mapping: RankMapping | None = None,
         quant_config: None = None,
         *,
         revision: str | None = None,
+        trust_remote_code: bool = False,  # noqa: ARG003
     ) -> Self:
         """The model of a checkpoint in Hugging Face layout. Of its weights only names and shapes are read now.
 
@@ -79,6 +81,7 @@ class CausalLM:
             dtype: of the engine's weights and activations; "auto" is the checkpoint's own, and float32 in engines for the CPU.
             mapping: the ranks; by default one.
             revision: branch, tag or commit of the repository.
+            trust_remote_code: taken for scripts that give it; no code of a checkpoint is run in any case.
 
         Raises:
             NotFound: no such directory or repository, or no weights in it.
@@ -86,7 +89,7 @@ class CausalLM:
             Unimplemented: (a NotImplementedError) an architecture that is not supported.
             DataLoss: damaged weights.
         """
-        return cls._read(_config(hf_model_or_dir, dtype, mapping, quant_config, revision, weights=True))
+        return cls.read(read_config(hf_model_or_dir, dtype, mapping, quant_config, revision, weights=True))
 
     @classmethod
     def from_checkpoint(cls, ckpt_dir: str | Path, rank: int = 0, config: PretrainedConfig | None = None) -> Self:
@@ -112,7 +115,7 @@ class CausalLM:
         return model
 
     @classmethod
-    def _read(cls, config: PretrainedConfig) -> Self:
+    def read(cls, config: PretrainedConfig) -> Self:
         """With the weights of the config's directory, which is in Hugging Face layout."""
         model = cls(config)
         if config.path is None:
@@ -184,9 +187,16 @@ class CausalLM:
             return self.config.family.NAMES.sources(self.config.decoder, self.checkpoint.shapes)
         return self._own_names()
 
-    def resolve(self) -> Resolved | None:
-        """What a build takes of the checkpoint: its weights as they are packed or dequantized; None for dummy weights."""
-        return None if self.checkpoint is None else resolve(self.checkpoint, self.sources())
+    def resolve(self) -> Resolved:
+        """What a build takes of the checkpoint: its weights as they are packed or dequantized."""
+        if self.checkpoint:
+            return resolve(self.checkpoint, self.sources())
+        config, names = self.config, self.config.family.NAMES
+        method = find_method(config.fields, config.path) if config.path else None
+        if method is None:
+            return Resolved(None, {})
+        columns = Decoder.on_meta(config.decoder, "float32").linears()
+        return planned(method, names.sources(config.decoder, (names.prefix,)), columns, config.dtype)
 
     def tokenizer(self) -> NormalizedTokenizer | None:
         """The tokenizer; None where dummy or given weights come without one.
@@ -268,89 +278,14 @@ def model_classes() -> dict[str, type[CausalLM]]:
     return {name: _model_class(name) for name in sorted({page.CLASS_NAME for page in families().values()})}
 
 
-class AutoConfig:
-    """Finds the configuration of a model whose kind one need not know."""
-
-    @staticmethod
-    def from_hugging_face(
-        hf_model_or_dir: str | Path,
-        dtype: str = "auto",
-        mapping: RankMapping | None = None,
-        quant_config: None = None,
-        *,
-        revision: str | None = None,
-    ) -> PretrainedConfig:
-        """The configuration of a model in Hugging Face layout; its weights are neither read nor downloaded.
-
-        Args:
-            hf_model_or_dir: a directory with config.json, or a repository of the hub (ORG/NAME).
-            dtype: "auto" is the one that config.json declares, and float32 in engines for the CPU.
-            mapping: the ranks; by default one.
-            revision: branch, tag or commit of the repository.
-
-        Raises:
-            NotFound: no such directory or repository, or no config.json in it.
-            InvalidArgument: (a ValueError) a config that does not hold together.
-            Unimplemented: (a NotImplementedError) an architecture that is not supported; the message lists those that are.
-        """
-        return _config(hf_model_or_dir, dtype, mapping, quant_config, revision, weights=False)
-
-
-class AutoModelForCausalLM:
-    """Finds the class of a model whose kind one need not know."""
-
-    @staticmethod
-    def from_hugging_face(
-        hf_model_or_dir: str | Path,
-        dtype: str = "auto",
-        mapping: RankMapping | None = None,
-        quant_config: None = None,
-        *,
-        revision: str | None = None,
-    ) -> CausalLM:
-        """The model of a checkpoint in Hugging Face layout: `from_hugging_face` of its class, with its arguments and errors."""
-        config = _config(hf_model_or_dir, dtype, mapping, quant_config, revision, weights=True)
-        return class_of(config)._read(config)
-
-    @staticmethod
-    def from_checkpoint(ckpt_dir: str | Path, rank: int = 0, config: PretrainedConfig | None = None) -> CausalLM:
-        """What `save_checkpoint` has written: `from_checkpoint` of its class, with its arguments and errors."""
-        path = Path(ckpt_dir).expanduser()
-        found = config or PretrainedConfig.from_json_file(path / "config.json")
-        return class_of(found).from_checkpoint(path, rank, config)
-
-    @staticmethod
-    def get_trtllm_model_class(hf_model_or_dir: str | Path, *, revision: str | None = None) -> type[CausalLM]:
-        """The class of a model; called with a configuration it makes one with dummy weights. Raises what `AutoConfig` raises."""
-        return class_of(AutoConfig.from_hugging_face(hf_model_or_dir, revision=revision))
-
-
 def class_of(config: PretrainedConfig) -> type[CausalLM]:
     """The class that reads a configuration."""
     return _model_class(config.family.CLASS_NAME)
 
 
-def open_model(path: Path, dummy_weights: bool = False, source: str | None = None) -> CausalLM:
-    """The model of a directory, whichever kind of checkpoint it holds; with dummy weights, its config alone is read.
-
-    Args:
-        source: where it was found, for people; by default the directory.
-
-    Raises:
-        NotFound, InvalidArgument, Unimplemented, DataLoss: as `CausalLM.from_hugging_face` and `from_checkpoint`.
-    """
-    if saved.is_saved(path):
-        if not dummy_weights:
-            return AutoModelForCausalLM.from_checkpoint(path)
-        config = PretrainedConfig.from_json_file(path / "config.json")
-        return class_of(config)(config)
-    config = PretrainedConfig.from_path(path, source=source)
-    return class_of(config)(config) if dummy_weights else class_of(config)._read(config)
-
-
-def _config(
+def read_config(
     hf_model_or_dir: str | Path,
-    dtype: str,
+    dtype: str | torch.dtype,
     mapping: RankMapping | None,
     quant_config: object,
     revision: str | None,
@@ -363,6 +298,7 @@ def _config(
             f"quant_config {quant_config!r}: this release builds no quantized engines; leave it out",
             reason="QUANTIZATION_UNSUPPORTED",
         )
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InvalidArgument(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     directory, source = fetch_here(hf_model_or_dir, revision, weights=weights)

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import torch
 
-from builder_svc.causal_lm import DUMMY_SEED, CausalLM, open_model
+from builder_svc.auto import open_model
+from builder_svc.causal_lm import DUMMY_SEED, CausalLM
 from builder_svc.checkpoint.quantized.resolve import Resolved
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
@@ -41,7 +42,7 @@ class Model:
     """A model, and what will be made of it."""
 
     pretrained: CausalLM
-    weights: Resolved | None
+    weights: Resolved
     tokenizer: NormalizedTokenizer | None
     dtype: str
     limits: Limits
@@ -54,7 +55,7 @@ class Model:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """What the engine holds of a quantized checkpoint; None if nothing is quantized."""
-        return self.weights.facts if self.weights else None
+        return self.weights.facts
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,14 @@ def build(
         return Built(found, reused=True, ours=False)
     progress("program", 0, 1, "")
     weights = resolved.weights
-    if weights:
+    if weights.checkpoint:
         weights.check({name: tuple(map(int, type.shape)) for name, type in pretrained.declared().items()})
     program, constants = make_program(resolved)
-    if weights:
+    if weights.checkpoint:
         check_weights(weights.checkpoint, weights.sources, program.weights)
 
     def parts(name: str) -> Iterable[torch.Tensor]:
-        if weights is None or name in constants:
+        if weights.checkpoint is None or name in constants:
             return [constants[name]]
         return read_parts(weights.checkpoint, weights.sources[name])
 
@@ -124,7 +125,7 @@ def build(
         files = write_weights(
             program,
             parts,
-            {*constants, *(weights.sources if weights else ())},
+            {*constants, *weights.sources},
             Path(directory),
             lambda done, total: progress("weights", done, total, "bytes"),
         )
@@ -215,7 +216,7 @@ def build_identity(model: Model, options: BuildOptions, progress: Progress = lam
 
 def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
     """The model's program, and the weights that no checkpoint holds."""
-    decoder = Decoder.on_meta(model.config, model.dtype, model.weights.packed if model.weights else {})
+    decoder = Decoder.on_meta(model.config, model.dtype, model.weights.packed)
     with default_dtype(model.dtype):
         program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
     return program, decoder.constants()

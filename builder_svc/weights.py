@@ -1,5 +1,6 @@
 """A rank's weights: taken from the checkpoint tensor by tensor, written as safetensors, hashed on the way."""
 
+import errno
 import json
 import math
 import os
@@ -7,13 +8,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
+from builder_svc.checkpoint.reader import Tensors
 from builder_svc.models.sources import Source
 from engine.blobs import Hasher
-from engine.errors import InvalidArgument, ResourceExhausted
+from engine.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.manifest import FileRef
 from engine.program import ITEM_SIZE, Program, TensorType
 
@@ -35,25 +36,7 @@ _NAMES = {
 }
 
 
-class Weights(Protocol):
-    """Tensors by name, such as a checkpoint's.
-
-    Attributes:
-        path: where they are, for errors.
-        shapes: name -> shape.
-    """
-
-    @property
-    def path(self) -> Path | str: ...
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor. Raises KeyError for an unknown name."""
-
-
-def check_weights(checkpoint: Weights, sources: Mapping[str, Source], declared: Mapping[str, TensorType]) -> None:
+def check_weights(checkpoint: Tensors, sources: Mapping[str, Source], declared: Mapping[str, TensorType]) -> None:
     """Raises InvalidArgument, naming tensor, shape and expected shape, unless the checkpoint has what is declared.
 
     Args:
@@ -76,7 +59,7 @@ def check_weights(checkpoint: Weights, sources: Mapping[str, Source], declared: 
             )
 
 
-def _check_source(checkpoint: Weights, source: Source, expected: tuple[int, ...]) -> None:
+def _check_source(checkpoint: Tensors, source: Source, expected: tuple[int, ...]) -> None:
     """Several tensors have the expected one's columns, and its rows together."""
     rows, stacked = 0, len(source.names) > 1
     for name in source.names:
@@ -99,7 +82,7 @@ def _check_source(checkpoint: Weights, source: Source, expected: tuple[int, ...]
         raise _mismatch(" + ".join(source.names), (rows, *columns), (together, *columns))
 
 
-def _check_tied(checkpoint: Weights, head: str, embedding: str) -> None:
+def _check_tied(checkpoint: Tensors, head: str, embedding: str) -> None:
     """A head that is stored although it is tied is the embedding once more."""
     ours, theirs = checkpoint.read(head), checkpoint.read(embedding)
     if not torch.equal(ours, theirs.to(ours.dtype)):
@@ -153,8 +136,8 @@ def write_weights(
         path = directory / f"rank0-{number:05d}.safetensors"
         try:
             ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
-        except ResourceExhausted as error:
-            raise ResourceExhausted(f"{error.message}; choose another --work-dir", reason=error.reason) from None
+        except (ResourceExhausted, FailedPrecondition) as error:
+            raise type(error)(f"{error.message}; choose another --work-dir", reason=error.reason) from None
         written.append((ref, path))
     return written
 
@@ -174,7 +157,8 @@ def write_file(
 
     Raises:
         InvalidArgument: integers that are to be floating point.
-        ResourceExhausted: the disk is full, or there is another reason why it cannot be written.
+        ResourceExhausted: the disk is full.
+        FailedPrecondition: another reason why it cannot be written.
     """
     cast = (_cast(part, name, type).contiguous() for name, type in declared.items() for part in parts(name))
     try:
@@ -184,7 +168,9 @@ def write_file(
                 output.write(memoryview(part.view(-1).view(torch.uint8).numpy()))
                 wrote(part.nbytes)
     except OSError as error:
-        raise ResourceExhausted(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_FULL") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_FULL") from None
+        raise FailedPrecondition(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_UNWRITABLE") from None
     return output.hasher.ref(path.name)
 
 
@@ -196,7 +182,13 @@ def _cast(part: torch.Tensor, name: str, declared: TensorType) -> torch.Tensor:
             "codes stand for: take the config.json of these weights, with its quantization_config",
             reason="TENSOR_DTYPE_MISMATCH",
         )
-    return part.to(dtype)
+    made = part.to(dtype)
+    if dtype is torch.float16 and part.dtype is not dtype and made.isinf().any() and not part.isinf().any():
+        raise InvalidArgument(
+            f"weight {name!r} holds numbers up to {part.abs().max().item():.4g}, more than float16 can: choose bfloat16",
+            reason="DTYPE_TOO_SMALL",
+        )
+    return made
 
 
 class _Output:
@@ -225,6 +217,8 @@ class _Output:
         try:
             while self._under_way and kind is None:
                 self._wait()
+            if kind is None:
+                self._flushed.append(self._disk.submit(os.fdatasync, self._file.fileno()))
             for flushed in self._flushed if kind is None else ():
                 flushed.result()  # a lost write is told once: whoever flushes again would not hear of it
         finally:
@@ -254,7 +248,7 @@ def _ahead(parts: Iterator[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[
         yield part
 
 
-def read_parts(checkpoint: Weights, source: Source) -> Iterator[torch.Tensor]:
+def read_parts(checkpoint: Tensors, source: Source) -> Iterator[torch.Tensor]:
     """The tensors that form a weight, one after another, as they lie in it."""
     for name in source.names:
         tensor = checkpoint.read(name)

@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from builder_svc.causal_lm import AutoConfig, AutoModelForCausalLM, CausalLM
+    from builder_svc.auto import AutoConfig, AutoModelForCausalLM
+    from builder_svc.causal_lm import CausalLM
     from builder_svc.mapping import Mapping
     from builder_svc.options import BuildOptions
     from builder_svc.pipeline import Built, build
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
     from enginehouse.cluster import LocalCluster
     from enginehouse.home import Home
 
-    # What editors and type checkers know of `model_classes()`; another one is Any to them.
+    # What editors and type checkers know of `model_classes()`.
+    FalconForCausalLM: type[CausalLM]
+    GPTForCausalLM: type[CausalLM]
+    GPTJForCausalLM: type[CausalLM]
+    GPTNeoXForCausalLM: type[CausalLM]
+    GemmaForCausalLM: type[CausalLM]
     LLaMAForCausalLM: type[CausalLM]
+    Olmo2ForCausalLM: type[CausalLM]
+    Olmo3ForCausalLM: type[CausalLM]
+    Phi3ForCausalLM: type[CausalLM]
+    PhiForCausalLM: type[CausalLM]
     QWenForCausalLM: type[CausalLM]
+    StableLmForCausalLM: type[CausalLM]
 
 __all__ = [
     "AutoConfig",
@@ -39,8 +50,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoConfig": "builder_svc.causal_lm",
-    "AutoModelForCausalLM": "builder_svc.causal_lm",
+    "AutoConfig": "builder_svc.auto",
+    "AutoModelForCausalLM": "builder_svc.auto",
     "BuildOptions": "builder_svc.options",
     "BuilderClient": "enginehouse.client",
     "Built": "builder_svc.pipeline",

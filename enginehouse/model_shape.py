@@ -52,9 +52,7 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     try:
         import torch  # noqa: F401  (what the extra lacks first)
 
-        from builder_svc.causal_lm import open_model
-        from builder_svc.checkpoint.quantized import find_method
-        from builder_svc.checkpoint.quantized.resolve import planned
+        from builder_svc.auto import open_model
         from builder_svc.checkpoint.sources import HUB
         from builder_svc.lower.program import lower
         from builder_svc.models.decoder import Decoder
@@ -71,16 +69,12 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     else:
         path = Path(source).expanduser()
         name = path.resolve().name
-    config = open_model(path, dummy_weights=True).config
-    decoder, names = config.decoder, config.family.NAMES
+    model = open_model(path, dummy_weights=True)
+    config, decoder = model.config, model.config.decoder
     chosen = dtype or _declared(config.hugging_face if config.auto_dtype else {"dtype": config.dtype}, str(path))
-    packed = {}
-    if method := find_method(config.fields, path):
-        columns = Decoder.on_meta(decoder, chosen).linears()
-        packed = planned(method, names.sources(decoder, (names.prefix,)), columns, config.dtype)
     options = BuildOptions()
     program = lower(
-        Decoder.on_meta(decoder, chosen, packed),
+        Decoder.on_meta(decoder, chosen, model.resolve().packed),
         max_num_tokens=options.max_num_tokens,
         rope_lengths=decoder.rope_lengths,
     )

@@ -64,7 +64,7 @@ def _seed(seed: int, name: str) -> int:
 def _fill(weight: Tensor, op: Op, slot: str, program: Program, generator: torch.Generator) -> None:
     if not weight.dtype.is_floating_point:
         bits = weight.view(-1).view(torch.uint8)
-        bits.random_(0, 256, generator=generator)
+        bits.random_(0, 16 if slot == "zeros" else 256, generator=generator)  # zero points are of four bits
         return
     mean, std = 0.0, 1 / math.sqrt(weight.shape[-1]) if weight.shape else 1.0
     if "scale" in slot:

@@ -32,6 +32,13 @@ class Weights(Protocol):
         """One tensor in the checkpoint's dtype, not to be written to. From any thread. Raises KeyError for an unknown name."""
 
 
+class Tensors(Weights, Protocol):
+    """The same with a path, for errors."""
+
+    @property
+    def path(self) -> Path | str: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that has been opened.
@@ -73,20 +80,11 @@ class Checkpoint:
         return str(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)).removeprefix("torch.")
 
 
-class _File(Protocol):
-    """One file of weights."""
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-
 class Shards:
     """The tensors of several files as one. Raises InvalidArgument when two have the same."""
 
-    def __init__(self, files: Sequence[_File]) -> None:
-        self._where: dict[str, _File] = {}
+    def __init__(self, files: Sequence[Tensors]) -> None:
+        self._where: dict[str, Tensors] = {}
         for file in files:
             for name in file.shapes:
                 if name in self._where:

@@ -168,7 +168,7 @@ def test_a_disk_that_loses_what_it_took_is_told(
 
     monkeypatch.setattr(weights, "_FLUSH_BYTES", 100)
     monkeypatch.setattr(os, "fdatasync", fails)
-    with pytest.raises(ResourceExhausted, match="cannot write .*: Input/output error"):
+    with pytest.raises(FailedPrecondition, match="cannot write .*: Input/output error; choose another --work-dir"):
         build(checkpoint, store)
 
 
@@ -433,3 +433,13 @@ def test_a_work_directory_that_is_full_is_told(checkpoint: Path, store: Store, t
             build(checkpoint, store, work_dir=mount)
         assert list(mount.iterdir()) == []
     assert keys(store, "engines/") == []
+
+
+def test_numbers_that_float16_cannot_hold_are_told(copy: Path, store: Store):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = 70000.0
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidArgument, match="'final_norm.weight' holds numbers up to 7e\\+04, .* choose bfloat16"):
+        build(copy, store, BuildOptions(dtype="float16"))
+    assert keys(store, "engines/") == []
+    build(copy, store, BuildOptions(dtype="bfloat16"))

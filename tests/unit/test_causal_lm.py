@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from test_builder_pipeline import change_config
 
 import enginehouse
+from builder_svc.causal_lm import model_classes
 from builder_svc.models import families
 from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, NotFound, ResourceExhausted, Unimplemented
@@ -345,7 +347,7 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("builder_svc.checkpoint.saved._write_json", break_off)
+        patch.setattr("builder_svc.saved._write_json", break_off)
         model.save_checkpoint(saved)
     for read in (lambda: build(saved, store), lambda: AutoModelForCausalLM.from_checkpoint(saved)):
         with pytest.raises(NotFound, match="config.json"):
@@ -406,3 +408,30 @@ def test_readme(checkpoint: Path, tmp_path: Path) -> None:
     model.save_checkpoint(tmp_path / "llama.ckpt")
     built = build(enginehouse.LLaMAForCausalLM.from_checkpoint(tmp_path / "llama.ckpt"), store)
     assert built.manifest.model.dtype == "bfloat16"
+
+
+def test_a_save_over_another_leaves_nothing_of_it(checkpoint: Path, tmp_path: Path) -> None:
+    model = enginehouse.LLaMAForCausalLM.from_hugging_face(checkpoint)
+    model.save_checkpoint(tmp_path / "saved")
+    bare = enginehouse.LLaMAForCausalLM(replace(model.config, path=None))
+    bare.load(dict(model.weights()))
+    bare.save_checkpoint(tmp_path / "saved")
+    assert {file.name for file in (tmp_path / "saved").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "rank0.safetensors",
+    }
+
+
+def test_what_scripts_of_the_source_api_pass(checkpoint: Path) -> None:
+    config = AutoConfig.from_hugging_face(checkpoint, torch.float16, trust_remote_code=True)
+    assert config.dtype == "float16" and not config.auto_dtype
+    assert (
+        AutoModelForCausalLM.from_hugging_face(checkpoint, "bfloat16", trust_remote_code=True).config.dtype
+        == "bfloat16"
+    )
+
+
+def test_type_checkers_know_every_class() -> None:
+    known = set(re.findall(r"^    (\w+ForCausalLM): type", Path(enginehouse.__file__).read_text(), re.MULTILINE))
+    assert known == set(model_classes())

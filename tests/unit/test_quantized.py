@@ -447,3 +447,30 @@ def test_weights_that_do_not_fit_the_config_are_named(kind: str, plain: Path, tm
     with pytest.raises(InvalidArgument, match=message):
         build(checkpoint, store, BuildOptions(max_num_tokens=64))
     assert list(store.list("")) == []
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq", "fp8-blocks"])
+def test_dummy_weights_are_packed_as_real_ones(case: str, plain: Path, tmp_path: Path) -> None:
+    """The same program and facts of the config alone; the engine runs."""
+    chosen = CASES[case]
+    save_quantized(plain, tmp_path / "checkpoint", chosen.config, no_head(chosen.writer))
+    change_config(tmp_path / "checkpoint", dtype="float16")  # that of the scales
+    real, dummy = (load(tmp_path / "checkpoint", tmp_path, dummy_weights=dummy) for dummy in (False, True))
+    assert dummy.program == real.program
+    assert dummy.manifest.quantization == real.manifest.quantization
+    for name, weight in dummy.weights.items():
+        assert not name.endswith("zeros") or weight.max() < 16
+    engine = make_engine(tmp_path / "checkpoint", tmp_path / "store", max_num_tokens=64, dummy_weights=True)
+    sequence = Sequence(0, 0, [3, 4, 5], 3, 4, Sampling(0.0))
+    Engine(engine).run([sequence])
+    assert len(sequence.token_ids) == 7
+
+
+def test_a_config_that_says_quantized_beside_plain_weights(
+    plain: Path, dense: LoadedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(plain, tmp_path / "copy"))
+    change_config(copy, quantization_config=CASES["awq"].config)
+    loaded = load(copy, tmp_path)
+    assert loaded.manifest.quantization is None and loaded.program == dense.program
+    assert "its config says awq, but none of its weights is quantized" in caplog.text

@@ -24,7 +24,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
-from builder_svc.causal_lm import open_model
+from builder_svc.auto import open_model
 from builder_svc.tokenizer import normalize
 from engine.errors import FailedPrecondition, InvalidArgument
 from gateway.tokenizer import Tokenizer, TokenizerConfig

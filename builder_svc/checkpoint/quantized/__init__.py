@@ -4,6 +4,7 @@ A module a format reads its config (`read`) and says how it stores a layer (a `S
 `resolve.py` chooses for each of the decoder's linears its packed form, or to dequantize it.
 """
 
+import logging
 from pathlib import Path
 
 from builder_svc.checkpoint.huggingface import read_json
@@ -12,6 +13,8 @@ from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
 from builder_svc.checkpoint.quantized.method import Method, unsupported
 from builder_svc.checkpoint.reader import Checkpoint
 from builder_svc.models.fields import Fields
+
+log = logging.getLogger(__name__)
 
 METHODS = {
     "awq": awq.read,
@@ -46,4 +49,10 @@ def find_method(config: Fields, directory: Path) -> Method | None:
 def open_quantized(checkpoint: Checkpoint) -> Checkpoint | QuantizedCheckpoint:
     """The checkpoint as its quantization makes it; itself where it has none. Raises what `find_method` does."""
     method = find_method(checkpoint.config, checkpoint.path)
-    return QuantizedCheckpoint(checkpoint, method) if method else checkpoint
+    if method is None:
+        return checkpoint
+    quantized = QuantizedCheckpoint(checkpoint, method)
+    if not quantized.layers:
+        log.warning("%s: its config says %s, but none of its weights is quantized", checkpoint.path, method.name)
+        return checkpoint
+    return quantized

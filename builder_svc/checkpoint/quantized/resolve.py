@@ -10,9 +10,9 @@ from typing import Any
 from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
 from builder_svc.checkpoint.quantized.layers import Scheme
 from builder_svc.checkpoint.quantized.method import Method
+from builder_svc.checkpoint.reader import Tensors
 from builder_svc.models.packed import Fp8, Packed
 from builder_svc.models.sources import Source
-from builder_svc.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +22,13 @@ class Resolved:
     """What a build takes from a checkpoint.
 
     Attributes:
-        checkpoint, sources: with the tensors of packed forms, where there are any.
+        checkpoint, sources: with the tensors of packed forms, where there are any; None and empty for dummy weights.
         packed: our linear's name -> the form of its weight.
         layers: our weight's name, as of a dense decoder -> the checkpoint's modules that form it, where they are quantized.
         facts: for the engine's identity; None if nothing is quantized.
     """
 
-    checkpoint: Weights
+    checkpoint: Tensors | None
     sources: Mapping[str, Source]
     packed: Mapping[str, Packed] = field(default_factory=dict)
     layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Resolved:
                 checkpoint.check_dense(name)
 
 
-def resolve(checkpoint: Weights, sources: Mapping[str, Source]) -> Resolved:
+def resolve(checkpoint: Tensors, sources: Mapping[str, Source]) -> Resolved:
     """Chooses for each of our linears. Logs a warning of those that are dequantized."""
     if not isinstance(checkpoint, QuantizedCheckpoint):
         return Resolved(checkpoint, sources)
@@ -83,18 +83,13 @@ def resolve(checkpoint: Weights, sources: Mapping[str, Source]) -> Resolved:
         for name in chosen.tensors(2, 2):
             found[f"{linear}.{name}"] = replace(source, names=tuple(f"{module}.{name}" for module in modules))
     _warn(checkpoint, dequantized)
-    facts = {
-        "method": checkpoint.method.name,
-        **checkpoint.method.facts,
-        "packed": _in_ranges({name: str(form) for name, form in packed.items()}),
-        "dequantized": _in_ranges(dequantized),
-    }
+    facts = _facts(checkpoint.method, packed, dequantized)
     used = {name for source in sources.values() for name in source.names}
     return Resolved(checkpoint.packed(forms, used), found, packed, layers, facts)
 
 
-def planned(method: Method, sources: Mapping[str, Source], columns: Mapping[str, int], dtype: str) -> dict[str, Packed]:
-    """The packed forms as far as a config alone tells, without a checkpoint's tensors.
+def planned(method: Method, sources: Mapping[str, Source], columns: Mapping[str, int], dtype: str) -> Resolved:
+    """What dummy weights are packed as: the forms as far as a config alone tells, without a checkpoint's tensors.
 
     Args:
         columns: of the decoder's linears by name.
@@ -107,7 +102,16 @@ def planned(method: Method, sources: Mapping[str, Source], columns: Mapping[str,
         chosen = _together([method.planned(module) for module in modules], lambda _: dtype, count)
         if not isinstance(chosen, str):
             packed[linear] = chosen
-    return packed
+    return Resolved(None, {}, packed, facts=_facts(method, packed, {}))
+
+
+def _facts(method: Method, packed: Mapping[str, Packed], dequantized: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "method": method.name,
+        **method.facts,
+        "packed": _in_ranges({name: str(form) for name, form in packed.items()}),
+        "dequantized": _in_ranges(dequantized),
+    }
 
 
 def _form(ours: str, source: Source, modules: Sequence[str], checkpoint: QuantizedCheckpoint) -> Packed | str:

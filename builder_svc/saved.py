@@ -9,6 +9,7 @@ Tensors that a person gave by these names (`load`) are read the same way.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from builder_svc.checkpoint.huggingface import SafetensorsFile, read_json
 from builder_svc.pretrained import OURS, PretrainedConfig
 from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights import write_file
-from engine.errors import FailedPrecondition, NotFound, ResourceExhausted
+from engine.errors import FailedPrecondition, NotFound
 from engine.program import TensorType
 
 WEIGHTS = "rank0.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def is_saved(path: Path) -> bool:
@@ -132,13 +134,13 @@ def save(
             half.replace(directory / WEIGHTS)
         finally:
             half.unlink(missing_ok=True)
+        for name in TOKENIZER_FILES:
+            (directory / name).unlink(missing_ok=True)
         for name, data in (tokenizer.files() if tokenizer else {}).items():
-            (directory / name).write_bytes(data)
+            _write(directory / name, data)
         if save_config:
             _write_json(directory / "generation_config.json", config.generation_config)
             _write_json(directory / "config.json", config.to_dict())
-    except ResourceExhausted:
-        raise
     except OSError as error:
         raise FailedPrecondition(
             f"cannot write into {directory}: {error.strerror}; choose another directory", reason="OUTPUT_UNWRITABLE"
@@ -146,6 +148,14 @@ def save(
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    _write(file, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(file: Path, data: bytes) -> None:
+    """The whole file or nothing, on the disk when it returns."""
     half = file.with_name(f".{file.name}.half")
-    half.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with half.open("wb") as written:
+        written.write(data)
+        written.flush()
+        os.fsync(written.fileno())
     half.replace(file)
