@@ -33,6 +33,7 @@ bench: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python bench/cpu.py $(CHECKPOINT) $(GGUF:%=--gguf %)
 	PYTHONPATH=. $(BIN)/python bench/overhead.py
 	PYTHONPATH=. $(BIN)/python bench/gateway.py
+	PYTHONPATH=. $(BIN)/python bench/checkpoint.py
 
 OUT ?= .
 protos: $(VENV)/.ready
