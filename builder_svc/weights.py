@@ -138,7 +138,11 @@ def write_weights(
         try:
             ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
         except ResourceExhausted as error:
-            raise ResourceExhausted(f"{error.message}; choose another --work-dir", reason=error.reason) from None
+            raise ResourceExhausted(
+                f"{error.message}; free some space, or choose another folder: --data of `enginehouse build`, --work-dir of "
+                "a builder",
+                reason=error.reason,
+            ) from None
         written.append((ref, path))
     return written
 

@@ -33,7 +33,7 @@ class Fields:
             )
         value = self.values[name]
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 2**1000 else math.inf
         if type(value) is not kind:
             raise InvalidArgument(
                 f"{self.where}: {name!r} is {value!r}, expected {kind.__name__}", reason="CONFIG_FIELD_INVALID"
