@@ -67,7 +67,7 @@ def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> Normaliz
     the rules by which text is split without having them. The chat template is the GGUF's if the directory has none.
 
     Args:
-        path: the checkpoint's directory.
+        path: the checkpoint's directory, or its .gguf file.
         vocab_size: the rows of the model's embedding. Added tokens beyond them, such as Gemma 3's of images in its text models,
             are left out: their text is then encoded like any other.
         gguf: the checkpoint's .gguf file.
@@ -76,7 +76,7 @@ def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> Normaliz
         FailedPrecondition: there is none, or none that can be brought into this form.
         InvalidArgument: its files are damaged, or it makes token ids that the model does not have.
     """
-    file = path / "tokenizer.json"
+    file = (gguf.parent if gguf else path) / "tokenizer.json"
     if file.is_file():
         loaded = _read(file)
         if gguf and loaded.chat_template is None:

@@ -104,6 +104,7 @@ def test_a_tokenizer_json_beside_a_gguf_file_counts(tmp_path: Path) -> None:
     assert config(tmp_path, gguf=file)["chat_template"] == "of the gguf"
     (tmp_path / "chat_template.jinja").write_text("of the directory")
     assert config(tmp_path, gguf=file)["chat_template"] == "of the directory"
+    assert config(file, gguf=file)["chat_template"] == "of the directory"  # the path of a checkpoint may be the file's
 
 
 @pytest.mark.parametrize(
