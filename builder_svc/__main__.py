@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import msgspec
 
+from builder_svc import work_directory
 from builder_svc.checkpoint import sources
 from builder_svc.jobs import Jobs
 from builder_svc.process import BuildProcess, BuildRequest, Result
@@ -81,7 +82,7 @@ async def run(arguments: argparse.Namespace) -> None:
     metrics = Metrics()
     telemetry = Telemetry(metrics)
     process = BuildProcess(work_dir=arguments.work_dir, on_phase=telemetry.phase)
-    process.clear()
+    work_directory.clear(arguments.work_dir)
     jobs = Jobs(store, process, arguments.jobs, patient=patient, prepare=prepare, finish=finish, ended=telemetry.ended)
     telemetry.watch(jobs)
     spool = arguments.work_dir and arguments.work_dir / "uploads"

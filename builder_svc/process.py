@@ -11,13 +11,9 @@ This is the service's side, which imports no torch; `builder_svc/child.py` is th
 """
 
 import asyncio
-import fcntl
 import os
-import shutil
 import signal
 import sys
-import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,6 +24,7 @@ import msgspec
 
 from builder_svc.options import BuildOptions, Progress
 from builder_svc.phases import Phases
+from builder_svc.work_directory import WorkDirectory
 from engine.errors import EnginehouseError, Internal, ResourceExhausted
 from protos.rpc import from_failure
 from protos.v1.common_pb2 import Failure
@@ -35,8 +32,6 @@ from protos.v1.common_pb2 import Failure
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 COMMAND = (sys.executable, "-m", "builder_svc.child")
 
-_PREFIX = "enginehouse-build-"
-_FRESH = 60.0  # seconds in which a new directory may not be locked yet
 _LOG_LINES, _LOG_LINE_CHARS, _LOG_CHARS = 100, 500, 16_384
 _MAX_LINE_BYTES = 1 << 20
 Log = Callable[[str], None]
@@ -127,26 +122,15 @@ class BuildProcess:
                 was killed by SIGKILL. The message then ends with the child's last log lines.
         """
         try:
-            directory = tempfile.mkdtemp(prefix=_PREFIX, dir=self.work_dir)
-            lock = _lock(directory)
+            work = WorkDirectory(self.work_dir)
         except OSError as error:
             raise _not_started(error) from None
         phases = Phases(progress, self._on_phase)
         try:
-            return await self._run(msgspec.structs.replace(request, work_dir=directory), phases.progress, log)
+            return await self._run(msgspec.structs.replace(request, work_dir=str(work.path)), phases.progress, log)
         finally:
             phases.close()
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-            os.close(lock)
-
-    def clear(self) -> None:
-        """Removes what builders that were killed have left in the work directory: weights, as large as their engines."""
-        for directory in Path(self.work_dir or tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            with suppress(OSError):  # somebody works in it, or it is another user's
-                if directory.stat().st_mtime < time.time() - _FRESH:
-                    lock = _lock(str(directory))
-                    shutil.rmtree(directory, ignore_errors=True)
-                    os.close(lock)
+            await asyncio.to_thread(work.remove)
 
     async def _run(self, request: BuildRequest, progress: Progress, log: Log) -> Result:
         loop = asyncio.get_running_loop()
@@ -257,17 +241,6 @@ class _Child(asyncio.SubprocessProtocol):
         if self._transport.get_returncode() is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._transport.get_pid(), number)
-
-
-def _lock(directory: str) -> int:
-    """Says that somebody works in a directory, until the descriptor is closed. Raises BlockingIOError if somebody does."""
-    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
 
 
 def _not_started(error: OSError) -> EnginehouseError:

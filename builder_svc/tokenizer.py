@@ -80,8 +80,7 @@ def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> Normaliz
     if file.is_file():
         loaded = _read(file)
         if gguf and loaded.chat_template is None:
-            template = GgufFile(gguf).metadata.get("tokenizer.chat_template")
-            loaded = replace(loaded, chat_template=template if isinstance(template, str) else None)
+            loaded = replace(loaded, chat_template=_gguf_template(gguf))
     elif gguf:
         file, loaded = gguf, _convert_gguf(gguf)
     else:
@@ -120,6 +119,11 @@ def _convert(path: Path) -> _Loaded:
     """The older formats."""
     if (path / qwen_tiktoken.FILE).is_file():
         return _Loaded(*qwen_tiktoken.read(path))
+    if not has_tokenizer(path):
+        raise FailedPrecondition(
+            f"{path} holds no tokenizer. Put the model's tokenizer.json beside its config.json",
+            reason="TOKENIZER_NOT_FOUND",
+        )
     try:
         return _transformers(path)
     except Exception as error:
@@ -130,7 +134,19 @@ def _convert(path: Path) -> _Loaded:
         ) from None
 
 
+def _gguf_template(gguf: Path) -> str | None:
+    """Of a file whose tokenizer is missing or unreadable, too: that is why another one lies beside it."""
+    template = GgufFile(gguf).metadata.get("tokenizer.chat_template")
+    return template if isinstance(template, str) else None
+
+
 def _convert_gguf(gguf: Path) -> _Loaded:
+    if "tokenizer.ggml.tokens" not in GgufFile(gguf).metadata:
+        raise FailedPrecondition(
+            f"{gguf} holds no tokenizer. Put the tokenizer.json and tokenizer_config.json of the model that it was made of "
+            "beside it",
+            reason="TOKENIZER_NOT_FOUND",
+        )
     with tempfile.TemporaryDirectory() as directory:  # transformers would mix it with other files of its directory
         (Path(directory) / gguf.name).symlink_to(gguf.resolve())
         try:

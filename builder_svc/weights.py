@@ -137,7 +137,11 @@ def write_weights(
         try:
             ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
         except (ResourceExhausted, FailedPrecondition) as error:
-            raise type(error)(f"{error.message}; choose another --work-dir", reason=error.reason) from None
+            raise type(error)(
+                f"{error.message}; free some space, or choose another folder: --data of `enginehouse build`, --work-dir of a "
+                "builder",
+                reason=error.reason,
+            ) from None
         written.append((ref, path))
     return written
 

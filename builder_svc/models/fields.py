@@ -8,6 +8,10 @@ from engine.errors import InvalidArgument
 
 T = TypeVar("T")
 
+# Beyond what any model has. A config that says more is damaged: it would take minutes and all memory before a tensor is missing.
+_MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
+_MOST_ELSE = 2**28
+
 
 class Fields:
     """A JSON object whose fields are read with their type.
@@ -29,7 +33,7 @@ class Fields:
             )
         value = self.values[name]
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 2**1000 else math.inf
         if type(value) is not kind:
             raise InvalidArgument(
                 f"{self.where}: {name!r} is {value!r}, expected {kind.__name__}", reason="CONFIG_FIELD_INVALID"
@@ -45,11 +49,24 @@ class Fields:
         return default if self.values.get(name) is None else self.require(name, kind)
 
     def size(self, name: str, default: int | None = None) -> int:
-        """An int of at least 1; required unless there is a default."""
+        """An int of at least 1, and no more than any model has; required unless there is a default."""
         value = self.require(name, int) if default is None else self.get(name, int, default)
         if value < 1:
             raise InvalidArgument(
                 f"{self.where}: {name!r} is {value}, expected at least 1", reason="CONFIG_FIELD_INVALID"
+            )
+        if value > (most := _MOST.get(name, _MOST_ELSE)):
+            raise InvalidArgument(
+                f"{self.where}: {name!r} is {value}, expected at most {most}", reason="CONFIG_FIELD_INVALID"
+            )
+        return value
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        """A float above 0; required unless there is a default."""
+        value = self.require(name, float) if default is None else self.get(name, float, default)
+        if value <= 0:
+            raise InvalidArgument(
+                f"{self.where}: {name} is {value:g}, expected more than 0", reason="CONFIG_FIELD_INVALID"
             )
         return value
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import shlex
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +187,7 @@ def _build_here(
         from builder_svc.checkpoint.sources import fetch
         from builder_svc.options import BuildOptions
         from builder_svc.pipeline import build
+        from builder_svc.work_directory import WorkDirectory, clear
     except ModuleNotFoundError as error:
         raise FailedPrecondition(
             f"building in this process needs {error.name}: pip install 'enginehouse[builder]', "
@@ -197,6 +197,7 @@ def _build_here(
     chosen = {key: value for key, value in vars(choices).items() if value is not None}
     options = BuildOptions(**chosen)
     home.make()
+    clear(home.work)
     store = open_store(store_url or home.store, TRANSFER_PATIENCE)
 
     def unsigned(engine_id: str) -> bool:
@@ -205,9 +206,8 @@ def _build_here(
     try:
         with (
             Bars(console, name) as bars,
-            tempfile.TemporaryDirectory(prefix="enginehouse-", dir=home.work) as directory,
+            WorkDirectory(home.work) as work,
         ):
-            work = Path(directory)
             path = fetch(source, store, work, bars.update, not options.dummy_weights)
             built = build(path, store, options, source=source, again=unsigned, work_dir=work, progress=bars.update)
     except KeyboardInterrupt:

@@ -168,7 +168,7 @@ def test_a_disk_that_loses_what_it_took_is_told(
 
     monkeypatch.setattr(weights, "_FLUSH_BYTES", 100)
     monkeypatch.setattr(os, "fdatasync", fails)
-    with pytest.raises(FailedPrecondition, match="cannot write .*: Input/output error; choose another --work-dir"):
+    with pytest.raises(FailedPrecondition, match="cannot write .*: Input/output error; free some space, or choose"):
         build(checkpoint, store)
 
 
@@ -429,7 +429,9 @@ def test_an_engine_that_somebody_has_put_in_its_place_is_not_ours(checkpoint: Pa
 
 def test_a_work_directory_that_is_full_is_told(checkpoint: Path, store: Store, tmp_path: Path):
     with small_file_system(tmp_path / "small", "200k") as mount:
-        with pytest.raises(ResourceExhausted, match="No space left on device; choose another --work-dir"):
+        with pytest.raises(
+            ResourceExhausted, match="No space left on device; free some space, or choose another folder: --data"
+        ):
             build(checkpoint, store, work_dir=mount)
         assert list(mount.iterdir()) == []
     assert keys(store, "engines/") == []

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from builder_harness import child, ends, failure, is_running, real_child
 
+from builder_svc import work_directory
 from builder_svc.options import BuildOptions
 from builder_svc.process import BuildProcess, BuildRequest, Result
 from engine.errors import Internal, NotFound, ResourceExhausted
@@ -152,7 +153,7 @@ async def test_what_killed_builders_have_left_is_cleared_and_nothing_else(work_d
         path for path in left(work_dir) if path.name not in ("enginehouse-build-old", "enginehouse-build-fresh", "mine")
     )
     os.utime(busy, (1, 1))
-    BuildProcess(work_dir=work_dir).clear()
+    work_directory.clear(work_dir)
     assert sorted(path.name for path in left(work_dir)) == sorted([busy.name, "enginehouse-build-fresh", "mine"])
     task.cancel()
     await asyncio.wait([task])

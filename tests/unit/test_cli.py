@@ -860,3 +860,13 @@ def test_lazy_exports() -> None:
     assert all(getattr(enginehouse, name).__name__ for name in dir(enginehouse))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         enginehouse.nonsense  # noqa: B018
+
+
+def test_a_build_removes_what_a_killed_one_left(checkpoint: Path, tmp_path: Path) -> None:
+    left = tmp_path / "data/work/enginehouse-build-killed"
+    left.mkdir(parents=True)
+    (left / "rank0-00000.safetensors").write_bytes(bytes(100))
+    os.utime(left, (1, 1))
+    done = enginehouse("build", str(checkpoint), "--name", "m", "--data", str(tmp_path / "data"))
+    assert done.exit_code == 0, done.output
+    assert list((tmp_path / "data/work").iterdir()) == []

@@ -52,6 +52,13 @@ CASES: list[tuple[str, dict[str, Any], type[EnginehouseError], str]] = [
     ("Ministral", {"layer_types": ["chunked_attention"] * 3}, InvalidArgument, "'chunked_attention'.* must name"),
     ("Ministral", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, InvalidArgument, "no 'sliding_window'"),
     ("Qwen3", {"use_sliding_window": True, "layer_types": [7, 8, 9]}, InvalidArgument, "'layer_types' .* must name"),
+    ("Llama", {"num_hidden_layers": 1001}, InvalidArgument, "'num_hidden_layers' is 1001, expected at most 1000"),
+    ("Llama", {"vocab_size": 2**62}, InvalidArgument, "'vocab_size' is 4611686018427387904, expected at most"),
+    ("Llama", {"rms_norm_eps": -1.0}, InvalidArgument, "rms_norm_eps is -1, expected more than 0"),
+    ("Llama", {"rms_norm_eps": 10**400}, InvalidArgument, "'rms_norm_eps' is inf, expected a finite number"),
+    ("GPT2", {"layer_norm_epsilon": 0.0}, InvalidArgument, "layer_norm_epsilon is 0, expected more than 0"),
+    ("Gemma2", {"final_logit_softcapping": -30.0}, InvalidArgument, "final_logit_softcapping is -30, expected more than 0"),
+    ("Gemma2", {"attn_logit_softcapping": 0}, InvalidArgument, "attn_logit_softcapping is 0, expected more than 0"),
     ("Mistral", {"sliding_window": 0}, InvalidArgument, "'sliding_window' is 0, expected at least 1"),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import gguf_models
 import pytest
 import regex
+from gguf import GGUFWriter
 from tokenizer_files import (
     KINDS,
     MARKERS,
@@ -26,7 +27,7 @@ from transformers import AutoTokenizer
 
 from builder_svc.auto import open_model
 from builder_svc.tokenizer import normalize
-from engine.errors import FailedPrecondition, InvalidArgument
+from engine.errors import DataLoss, FailedPrecondition, InvalidArgument
 from gateway.tokenizer import Tokenizer, TokenizerConfig
 from tests.conftest import save_tokenizer
 
@@ -106,6 +107,24 @@ def test_a_tokenizer_json_beside_a_gguf_file_counts(tmp_path: Path) -> None:
     assert config(tmp_path, gguf=file)["chat_template"] == "of the gguf"
     (tmp_path / "chat_template.jinja").write_text("of the directory")
     assert config(tmp_path, gguf=file)["chat_template"] == "of the directory"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [([], "model.gguf holds no tokenizer. Put the"), (["a"], "the tokenizer in .*model.gguf could not")],
+)
+def test_a_tokenizer_json_beside_a_gguf_file_without_one(tokens: list[str], says: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    writer = GGUFWriter(file, "llama")
+    if tokens:
+        writer.add_token_list(tokens)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(FailedPrecondition, match=says):
+        normalize(tmp_path, MANY, file)
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    assert config(tmp_path, gguf=file)["chat_template"] is None
 
 
 def test_a_gguf_without_a_tokenizer_takes_the_one_beside_it(tmp_path: Path) -> None:
@@ -247,7 +266,7 @@ def test_added_tokens_beyond_the_embedding_are_left_out(in_vocabulary: bool, tmp
         ({}, FailedPrecondition, "TOKENIZER_NOT_FOUND", "Put the model's tokenizer.json beside"),
         ({"tokenizer.model": "x"}, FailedPrecondition, "TOKENIZER_NOT_FOUND", "could not be converted"),
         ({"tokenizer.json": "{}"}, InvalidArgument, "TOKENIZER_INVALID", "tokenizer.json is no tokenizer"),
-        ({"model.gguf": "GGUF"}, FailedPrecondition, "TOKENIZER_NOT_FOUND", "the tokenizer in .*model.gguf"),
+        ({"model.gguf": "GGUF"}, DataLoss, "WEIGHTS_DAMAGED", "model.gguf is damaged"),
     ],
 )
 def test_what_cannot_be_normalized(

@@ -54,7 +54,7 @@ def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     )
     ffn = config.size("ffn_hidden_size", 4 * config.size("hidden_size"))
     mlp = MlpSpec(ffn, bias, activation(config, "activation", "gelu", among=("gelu", "gelu_tanh")), gated=False)
-    norm = NormSpec("layer", config.get("layer_norm_epsilon", float, 1e-5), bias=True)
+    norm = NormSpec("layer", config.positive("layer_norm_epsilon", 1e-5), bias=True)
     layer = LayerSpec(attention, mlp, norm, norm if two_norms else None, parallel=parallel)
     return DecoderConfig(
         architecture=architecture,

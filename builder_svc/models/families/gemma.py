@@ -38,7 +38,7 @@ def gemma_decoder(config: Fields, architecture: str, gelu: Activation, **attenti
     config = Fields({"head_dim": 256, **config.values}, config.where)
     bias = config.get("attention_bias", bool, False)
     decoder = uniform_decoder(config, architecture, tie=True, qkv_bias=bias, out_bias=bias, **attention)
-    norm = NormSpec("rms", config.require("rms_norm_eps", float), offset=1.0)
+    norm = NormSpec("rms", config.positive("rms_norm_eps"), offset=1.0)
     mlp = MlpSpec(config.size("intermediate_size"), activation=gelu)
     layer = LayerSpec(decoder.layers[0].attention, mlp, norm, norm)
     return replace(

@@ -10,7 +10,7 @@ from builder_svc.models.fields import Fields
 from builder_svc.models.rope import local_rope_spec, rope_spec
 from builder_svc.models.sources import Names
 from builder_svc.models.windows import FULL, SLIDING, with_windows
-from engine.errors import InvalidArgument, Unimplemented
+from engine.errors import Unimplemented
 
 ARCHITECTURES = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 CLASS_NAME = "GemmaForCausalLM"
@@ -28,12 +28,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     """Without `layer_types`, every `sliding_window_pattern`-th layer sees everything; a cap that is null is none."""
     config = Fields({**_DEFAULTS[architecture], **config.values}, config.where)
-    scalar = config.get("query_pre_attn_scalar", float, 256.0)
-    if scalar <= 0:
-        raise InvalidArgument(
-            f"{config.where}: query_pre_attn_scalar is {scalar:g}, expected more than 0", reason="CONFIG_FIELD_INVALID"
-        )
-    attention: dict[str, Any] = {"scale": scalar**-0.5, "soft_cap": config.get("attn_logit_softcapping", float, 0.0)}
+    scalar = config.positive("query_pre_attn_scalar", 256.0)
+    attention: dict[str, Any] = {"scale": scalar**-0.5, "soft_cap": _cap(config, "attn_logit_softcapping")}
     sliding: dict[str, Any] = {}
     if architecture == "Gemma3ForCausalLM":
         if attention["soft_cap"]:
@@ -53,7 +49,11 @@ def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
         decoder,
         layers=(layer,) * count,
         max_position_embeddings=config.size("max_position_embeddings"),  # which a scaling has already lengthened
-        logit_soft_cap=config.get("final_logit_softcapping", float, 0.0),
+        logit_soft_cap=_cap(config, "final_logit_softcapping"),
     )
     types = [SLIDING if (index + 1) % every else FULL for index in range(count)]
     return with_windows(config, decoder, config.get("layer_types", list, types), **sliding)
+
+
+def _cap(config: Fields, name: str) -> float:
+    return 0.0 if config.values.get(name) is None else config.positive(name)

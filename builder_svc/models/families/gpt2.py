@@ -51,7 +51,7 @@ def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
 
 def layer_norm(config: Fields) -> NormSpec:
     """The norm of GPT-2 and GPT-J."""
-    return NormSpec("layer", config.get("layer_norm_epsilon", float, 1e-5), bias=True)
+    return NormSpec("layer", config.positive("layer_norm_epsilon", 1e-5), bias=True)
 
 
 def mlp(config: Fields) -> MlpSpec:

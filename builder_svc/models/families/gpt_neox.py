@@ -32,7 +32,7 @@ def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     )
     bias = config.get("attention_bias", bool, True)
     gelu = activation(config, default="gelu", among=("gelu", "gelu_tanh"))
-    norm = NormSpec("layer", config.get("layer_norm_eps", float, 1e-5), bias=True)
+    norm = NormSpec("layer", config.positive("layer_norm_eps", 1e-5), bias=True)
     layer = LayerSpec(
         AttentionSpec(heads, heads, hidden_size // heads, rope, qkv_bias=bias, out_bias=bias),
         MlpSpec(config.size("intermediate_size"), bias=True, activation=gelu, gated=False),

@@ -6,7 +6,6 @@ from builder_svc.models.config import DecoderConfig
 from builder_svc.models.families.llama import uniform_decoder
 from builder_svc.models.fields import Fields
 from builder_svc.models.sources import Names
-from engine.errors import InvalidArgument
 
 ARCHITECTURES = ("GraniteForCausalLM",)
 CLASS_NAME = "LLaMAForCausalLM"
@@ -15,11 +14,7 @@ NAMES = Names()
 
 def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     """Raises InvalidArgument if logits are to be divided by zero."""
-    divisor = config.get("logits_scaling", float, 1.0)
-    if divisor <= 0:
-        raise InvalidArgument(
-            f"{config.where}: logits_scaling is {divisor:g}, expected more than 0", reason="CONFIG_FIELD_INVALID"
-        )
+    divisor = config.positive("logits_scaling", 1.0)
     bias, scale = config.get("attention_bias", bool, False), config.get("attention_multiplier", float, 1.0)
     decoder = uniform_decoder(config, architecture, qkv_bias=bias, out_bias=bias, scale=scale)
     layer = replace(decoder.layers[0], residual_scale=config.get("residual_multiplier", float, 1.0))

@@ -32,7 +32,7 @@ def uniform_decoder(config: Fields, architecture: str, *, tie: bool = False, **a
         tie: whether embeddings are tied where the config does not say.
         attention: fields of AttentionSpec that differ from LLaMA's.
     """
-    norm = NormSpec("rms", config.require("rms_norm_eps", float))
+    norm = NormSpec("rms", config.positive("rms_norm_eps"))
     mlp = MlpSpec(config.size("intermediate_size"), config.get("mlp_bias", bool, False), activation(config))
     layer = LayerSpec(attention_spec(config, **attention), mlp, norm, norm)
     return DecoderConfig(

@@ -18,7 +18,7 @@ def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
         raise Unimplemented(
             f"{config.where}: 'qk_layernorm' is not supported for {architecture}", reason="QK_NORM_UNSUPPORTED"
         )
-    norm = NormSpec("layer", config.get("layer_norm_eps", float, 1e-5), bias=True)
+    norm = NormSpec("layer", config.positive("layer_norm_eps", 1e-5), bias=True)
     rope = rope_spec(config, head_dim(config), partial=0.5)
     act = activation(config, default="gelu_new", among=("gelu", "gelu_tanh"))
     mlp = MlpSpec(config.size("intermediate_size"), bias=True, activation=act, gated=False)

@@ -22,7 +22,7 @@ def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     rope = rope_spec(config, head_dim(config), theta=theta, partial=partial)
     attention = attention_spec(config, rope=rope, qkv_bias=True, out_bias=bias)
     mlp = MlpSpec(config.size("intermediate_size") // 2, bias)  # which counts both halves
-    norm = NormSpec("rms", config.get("layer_norm_epsilon", float, 1e-6))
+    norm = NormSpec("rms", config.positive("layer_norm_epsilon", 1e-6))
     extended = config.get("use_dynamic_ntk", bool, True) or config.get("use_logn_attn", bool, True)
     longest = config.size("seq_length", 8192)
     return DecoderConfig(

@@ -14,7 +14,7 @@ NAMES = Names(q_norm="self_attn.q_layernorm.norms.{}", k_norm="self_attn.k_layer
 def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     """With `use_parallel_residual` both parts share one norm."""
     hidden_size = config.size("hidden_size")
-    norm = NormSpec("layer", config.get("layer_norm_eps", float, 1e-5), bias=True)
+    norm = NormSpec("layer", config.positive("layer_norm_eps", 1e-5), bias=True)
     parallel = config.get("use_parallel_residual", bool, False)
     attention = attention_spec(
         config,
