@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from builder_svc.models.fields import Fields
 from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
+_LFS = b"version https://git-lfs.github.com/"
+
 
 class SafetensorsFile:
     """One file, memory-mapped: a tensor that is read is a view of the file's pages.
@@ -29,9 +31,11 @@ class SafetensorsFile:
         try:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise DataLoss(
-                f"{path} is damaged or incomplete ({error}): download it again", reason="WEIGHTS_DAMAGED"
-            ) from None
+            with path.open("rb") as file:
+                pointer = file.read(len(_LFS)) == _LFS
+            wrong = f"is a pointer of git-lfs, which has not fetched the file: git -C {path.parent} lfs pull"
+            damaged = f"is damaged or incomplete ({error}): download it again"
+            raise DataLoss(f"{path} {wrong if pointer else damaged}", reason="WEIGHTS_DAMAGED") from None
         except OSError as error:
             raise FailedPrecondition(f"{path} cannot be read: {error}", reason="FILE_UNREADABLE") from None
         self.shapes: Mapping[str, tuple[int, ...]] = {

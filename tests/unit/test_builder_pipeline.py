@@ -217,6 +217,13 @@ def spoil_map(path: Path) -> None:
 
 BAD = {
     "truncated": (spoil_truncate, DataLoss, "model.safetensors is damaged or incomplete"),
+    "a pointer of git-lfs": (
+        lambda path: (path / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+        ),
+        DataLoss,
+        "model.safetensors is a pointer of git-lfs, which has not fetched the file: git -C .* lfs pull",
+    ),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), NotFound, "holds no \\*.safetensors file"),
     "shape": (
         spoil_shape,
