@@ -401,13 +401,15 @@ def test_a_damaged_or_foreign_checkpoint(checkpoint: Path, tmp_path: Path) -> No
         build(saved, store)
 
 
-def test_readme(checkpoint: Path, tmp_path: Path) -> None:
-    """The snippet that the documentation shows."""
-    llama, store = str(checkpoint), DirectoryStore(tmp_path / "store")
-    model = enginehouse.LLaMAForCausalLM.from_hugging_face(llama, dtype="bfloat16")
-    model.save_checkpoint(tmp_path / "llama.ckpt")
-    built = build(enginehouse.LLaMAForCausalLM.from_checkpoint(tmp_path / "llama.ckpt"), store)
-    assert built.manifest.model.dtype == "bfloat16"
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    for name in ("examples", "bench"):
+        (tmp_path / name).symlink_to(root / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["built"].manifest.dummy_weights and (tmp_path / "demo.ckpt" / "rank0.safetensors").is_file()
 
 
 def test_a_save_over_another_leaves_nothing_of_it(checkpoint: Path, tmp_path: Path) -> None:
