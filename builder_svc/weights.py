@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from builder_svc.checkpoint.reader import Tensors
+from builder_svc.checkpoint.tensors import Tensors
 from builder_svc.models.sources import Source
 from engine.blobs import Hasher
 from engine.errors import FailedPrecondition, InvalidArgument, ResourceExhausted

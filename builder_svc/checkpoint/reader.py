@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -12,31 +12,11 @@ from builder_svc.checkpoint.gguf_file import GgufFile, Metadata
 from builder_svc.checkpoint.gguf_names import GgufWeights
 from builder_svc.checkpoint.huggingface import SafetensorsFile, declared_dtype, find_weights, has_weights, read_json
 from builder_svc.checkpoint.pickles import PickleFile
+from builder_svc.checkpoint.tensors import Tensors, Weights
+from builder_svc.checkpoint.text_models import text_config, text_weights
 from builder_svc.models.fields import Fields
 from engine.checkpoints import gguf_models
 from engine.errors import InvalidArgument, NotFound
-
-
-class Weights(Protocol):
-    """Tensors by name. Nothing large stays in memory between two calls.
-
-    Attributes:
-        shapes: tensor name -> shape, linear layers as [out, in] where the Hugging Face files have them so; made of headers
-            alone.
-    """
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor in the checkpoint's dtype, not to be written to. From any thread. Raises KeyError for an unknown name."""
-
-
-class Tensors(Weights, Protocol):
-    """The same with a path, for errors."""
-
-    @property
-    def path(self) -> Path | str: ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +93,7 @@ def read_configs(path: Path) -> tuple[Fields, Mapping[str, Any], Path | None]:
         return Fields(gguf_config.config(meta), meta.where), gguf_config.generation_config(meta), meta.file.path
     generation = path / "generation_config.json"
     config = Fields(read_json(path / "config.json"), str(path / "config.json"))
-    return config, read_json(generation) if generation.exists() else {}, None
+    return text_config(config), read_json(generation) if generation.exists() else {}, None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -155,7 +135,8 @@ def find_gguf(path: Path) -> Path | None:
 
 def _open_hugging_face(path: Path) -> Checkpoint:
     config, generation_config, _ = read_configs(path)
+    published = Fields(read_json(path / "config.json"), config.where)
     weights = find_weights(path)
     opened = [SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file) for file in weights]
     settings = [path / "config.json", *([path / "generation_config.json"] if generation_config else [])]
-    return Checkpoint(path, config, generation_config, Shards(opened), (*settings, *weights))
+    return Checkpoint(path, config, generation_config, text_weights(published, Shards(opened)), (*settings, *weights))

@@ -212,7 +212,6 @@ WRONG: list[tuple[str, dict[str, Any], type[EnginehouseError], str]] = [
     (SMOLLM3, {"no_rope_layers": [1, 0]}, InvalidArgument, "'no_rope_layers'.*each of 7 layers"),
     (SMOLLM3, {"no_rope_layers": [2] * 7}, InvalidArgument, "'no_rope_layers'.*each of 7 layers"),
     (SMOLLM3, {"no_rope_layer_interval": 0}, InvalidArgument, "'no_rope_layer_interval' is 0"),
-    ("Gemma3ForConditionalGeneration", {}, Unimplemented, "give a checkpoint of its text model, Gemma3ForCausalLM; "),
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
 from builder_svc.checkpoint.quantized.layers import Scheme
 from builder_svc.checkpoint.quantized.method import Method
-from builder_svc.checkpoint.reader import Tensors
+from builder_svc.checkpoint.tensors import Tensors
 from builder_svc.models.packed import Fp8, Packed
 from builder_svc.models.sources import Source
 

@@ -48,10 +48,7 @@ def find_family(config: Fields) -> tuple[Family, str]:
     for name in names:
         if name in known:
             return known[name], name
-    named = ", ".join(names)
-    text_model = named.replace("ForConditionalGeneration", "ForCausalLM")
-    hint = f"; give a checkpoint of its text model, {text_model}" if text_model in known else ""
     raise Unimplemented(
-        f"{config.where}: architecture {named} is not supported{hint}; supported are {', '.join(sorted(known))}",
+        f"{config.where}: architecture {', '.join(names)} is not supported; supported are {', '.join(sorted(known))}",
         reason="ARCHITECTURE_UNSUPPORTED",
     )
