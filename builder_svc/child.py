@@ -22,6 +22,8 @@ from protos.rpc import to_failure
 
 Build = Callable[[BuildRequest, Progress], Result]
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +65,7 @@ def main(build: Build = build) -> int:
 
     SIGTERM ends it in an orderly way, and so does the end of stdin, which comes when the service dies.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     events = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no event
     lock = threading.Lock()

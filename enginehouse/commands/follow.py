@@ -1,6 +1,7 @@
 """What commands do with a builder's job: submit it and show how far it is, or watch one that is there."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,11 +21,12 @@ from protos.v1.builder_pb2 import (
     BuildSpec,
 )
 
+_WARNING = re.compile(r"^\S+ \S+ WARNING (?P<message>.+)$", re.MULTILINE)  # as a build's process logs it
 _RECONNECT = 60.0  # seconds; a killed builder's job is another one's after 20
 
 
 async def follow(builder: BuilderClient, spec: BuildSpec, name: str, bars: Bars, console: Console) -> Build:
-    """Submits a build and shows its progress until it has succeeded. Cancelled, it cancels the build and says so.
+    """Submits a build and shows its progress and warnings until it has succeeded. Cancelled, it cancels the build and says so.
 
     Raises:
         EnginehouseError: the build's own error, or that it was cancelled by somebody else.
@@ -38,6 +40,9 @@ async def follow(builder: BuilderClient, spec: BuildSpec, name: str, bars: Bars,
                     bars.update(step.phase, step.done, step.total, step.unit)
                 elif event.HasField("state"):
                     job = event.state
+                else:
+                    for warning in _WARNING.finditer(event.log):
+                        console.print(f"{name}: {warning['message']}")
     except asyncio.CancelledError:
         await _cancel(builder, job.build_id, console)
         raise

@@ -1,6 +1,7 @@
 """What can be typed: parsing, defaults and messages, against a gateway and a builder in this process."""
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -21,6 +22,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from rich.console import Console
 
+from builder_svc.child import LOG_FORMAT
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from enginehouse.answer import Answer
@@ -587,6 +589,11 @@ def progress(phase: str, done: int, total: int, unit: str = "") -> BuildEvent:
     return BuildEvent(progress=BuildProgress(phase=phase, done=done, total=total, unit=unit))
 
 
+def logged(level: int, message: str) -> str:
+    """A line of a build's process."""
+    return logging.Formatter(LOG_FORMAT).format(logging.LogRecord("x", level, "", 0, message, (), None))
+
+
 def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "My-Llama").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -594,6 +601,7 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
         BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_RUNNING)),
         progress("weights", 1_000_000, 4_930_000, "bytes"),
         progress("weights", 4_930_000, 4_930_000, "bytes"),
+        BuildEvent(log=logged(logging.INFO, "reading") + "\n" + logged(logging.WARNING, "x: dequantized, since [y]")),
         progress("publish", 1, 1),
         BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, engine_id="ef" * 32)),
     ]
@@ -602,7 +610,11 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
     )
     assert result.exit_code == 0
     assert "My-Llama: engine efefefefefef, built in " in result.stdout
-    assert result.stderr.splitlines() == ["My-Llama: weights 4.93 / 4.93 MB", "My-Llama: publish done"]
+    assert result.stderr.splitlines() == [
+        "My-Llama: weights 4.93 / 4.93 MB",
+        "My-Llama: x: dequantized, since [y]",
+        "My-Llama: publish done",
+    ]
     (request,) = builder.requests
     assert (request.model, request.spec.checkpoint) == ("My-Llama", str(tmp_path / "My-Llama"))
     spec = request.spec
