@@ -57,7 +57,10 @@ class UploadServicer:
             await self._in_thread(self._uploads.finish, file)
         finally:
             file.break_off()  # what still runs for a call that was lost
-            await self._in_thread(file.close)
+            closing = self._uploads.pool.submit(
+                file.close
+            )  # a second cancel must not call it off: it holds the file's lock
+            await asyncio.shield(asyncio.wrap_future(closing))
         return UploadFileResponse()
 
     async def _in_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:

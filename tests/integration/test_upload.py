@@ -50,7 +50,7 @@ class Relay:
     def drop(self) -> None:
         """Ends all connections, as they end when a client dies."""
         for writer in self._connections:
-            writer.close()
+            writer.transport.abort()  # `close` would wait for what the other side may never read
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
