@@ -70,11 +70,8 @@ class AutoModelForCausalLM:
         return class_of(AutoConfig.from_hugging_face(hf_model_or_dir, revision=revision))
 
 
-def open_model(path: Path, dummy_weights: bool = False, source: str | None = None) -> CausalLM:
+def open_model(path: Path, dummy_weights: bool = False) -> CausalLM:
     """The model of a directory, whichever kind of checkpoint it holds; with dummy weights, its config alone is read.
-
-    Args:
-        source: where it was found, for people; by default the directory.
 
     Raises:
         NotFound, InvalidArgument, Unimplemented, DataLoss: as `CausalLM.from_hugging_face` and `from_checkpoint`.
@@ -84,5 +81,5 @@ def open_model(path: Path, dummy_weights: bool = False, source: str | None = Non
             return AutoModelForCausalLM.from_checkpoint(path)
         config = PretrainedConfig.from_json_file(path / "config.json")
         return class_of(config)(config)
-    config = PretrainedConfig.from_path(path, source=source)
+    config = PretrainedConfig.from_path(path)
     return class_of(config)(config) if dummy_weights else class_of(config).read(config)

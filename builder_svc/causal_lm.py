@@ -120,7 +120,7 @@ class CausalLM:
         model = cls(config)
         if config.path is None:
             raise Internal(f"{config.source}: a config without a directory has no weights")
-        model.checkpoint = open_quantized(reader.open_checkpoint(config.path))
+        model.checkpoint = open_quantized(reader.open_checkpoint(config.path, config.gguf))
         if config.auto_dtype:  # where the config declares none, its tensors tell
             model.config = replace(config, dtype=model.checkpoint.dtype())
         return model
@@ -180,9 +180,7 @@ class CausalLM:
         return {name: Source((name,)) for name in Decoder.on_meta(self.config.decoder, "float32").declared()}
 
     def sources(self) -> dict[str, Source]:
-        """Our weight name -> the checkpoint's tensors that form it; empty for dummy weights."""
-        if self.checkpoint is None:
-            return {}
+        """Our weight name -> the checkpoint's tensors that form it. Not for dummy weights."""
         if isinstance(self.checkpoint, Published):
             return self.config.family.NAMES.sources(self.config.decoder, self.checkpoint.shapes)
         return self._own_names()

@@ -4,7 +4,6 @@ checkpoint -> config + named weights -> module -> program -> blobs + manifest ->
 """
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,11 +18,12 @@ from builder_svc.causal_lm import DUMMY_SEED, CausalLM
 from builder_svc.checkpoint.quantized.resolve import Resolved
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
-from builder_svc.models.decoder import Decoder, default_dtype
+from builder_svc.models.decoder import Decoder
 from builder_svc.options import BuildOptions, Progress
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights import check_weights, read_parts, write_weights
+from builder_svc.work_directory import WorkDirectory
 from engine import registry
 from engine.blobs import describe, put_bytes, put_file
 from engine.errors import InvalidArgument
@@ -51,11 +51,6 @@ class Model:
     def config(self) -> DecoderConfig:
         """Its decoder."""
         return self.pretrained.config.decoder
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        """What the engine holds of a quantized checkpoint; None if nothing is quantized."""
-        return self.weights.facts
 
 
 @dataclass(frozen=True)
@@ -109,8 +104,9 @@ def build(
         return Built(found, reused=True, ours=False)
     progress("program", 0, 1, "")
     weights = resolved.weights
-    if weights.checkpoint:
-        weights.check({name: tuple(map(int, type.shape)) for name, type in pretrained.declared().items()})
+    if weights.facts:
+        dense = Decoder.on_meta(resolved.config, resolved.dtype).declared()
+        weights.check({name: tuple(map(int, type.shape)) for name, type in dense.items()})
     program, constants = make_program(resolved)
     if weights.checkpoint:
         check_weights(weights.checkpoint, weights.sources, program.weights)
@@ -121,12 +117,12 @@ def build(
         return read_parts(weights.checkpoint, weights.sources[name])
 
     progress("program", 1, 1, "")
-    with tempfile.TemporaryDirectory(prefix="enginehouse-", dir=work_dir) as directory:
+    with WorkDirectory(work_dir) as directory:
         files = write_weights(
             program,
             parts,
             {*constants, *weights.sources},
-            Path(directory),
+            directory,
             lambda done, total: progress("weights", done, total, "bytes"),
         )
         program_json = program.to_json()
@@ -144,7 +140,7 @@ def build(
             fingerprint=Fingerprint("torch", options.device, program.opset_version, options.compute_capability),
             ranks=(rank,),
             tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
-            quantization=resolved.quantization,
+            quantization=weights.facts,
         )
         with pinned(store, [file.digest for file in manifest.files()]) as pin:
             before, total = 0, sum(ref.size for ref, _ in files)
@@ -205,7 +201,7 @@ def build_identity(model: Model, options: BuildOptions, progress: Progress = lam
         "tokenizer": [describe("", data).digest for data in tokenizer.values()],
         "dtype": model.dtype,
         "limits": msgspec.to_builtins(model.limits),
-        "quantization": model.quantization,
+        "quantization": model.weights.facts,
         "mapping": msgspec.to_builtins(Parallelism()),
         "target": {"backend": "torch", "device": options.device, "compute_capability": options.compute_capability},
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
@@ -217,8 +213,7 @@ def build_identity(model: Model, options: BuildOptions, progress: Progress = lam
 def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
     """The model's program, and the weights that no checkpoint holds."""
     decoder = Decoder.on_meta(model.config, model.dtype, model.weights.packed)
-    with default_dtype(model.dtype):
-        program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
+    program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
     return program, decoder.constants()
 
 

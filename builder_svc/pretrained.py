@@ -6,8 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from builder_svc.checkpoint.gguf_file import GgufFile
 from builder_svc.checkpoint.huggingface import declared_dtype, eos_token_ids, read_json
-from builder_svc.checkpoint.reader import read_configs
+from builder_svc.checkpoint.reader import open_gguf, read_configs
 from builder_svc.mapping import Mapping
 from builder_svc.models.config import AttentionSpec, DecoderConfig, LongRope, MlpSpec
 from builder_svc.models.families import Family, find_family
@@ -37,7 +38,7 @@ class PretrainedConfig:
         mapping: the ranks.
         generation_config: generation_config.json, for its end-of-sequence ids; empty if there is none.
         path: the directory with the tokenizer, or the GGUF file; None if there is none.
-        gguf: the file that config and tokenizer come out of, if it is a GGUF file.
+        gguf: the opened file that config and tokenizer come out of, if it is a GGUF file.
         source: where it was found, for people.
 
     Raises:
@@ -51,7 +52,7 @@ class PretrainedConfig:
     mapping: Mapping = Mapping()  # noqa: RUF009  (frozen)
     generation_config: Values[str, Any] = field(default_factory=dict)
     path: Path | None = field(default=None, compare=False)
-    gguf: Path | None = field(default=None, compare=False)
+    gguf: GgufFile | None = field(default=None, compare=False)
     source: str = field(default="a config", compare=False)
 
     def __post_init__(self) -> None:
@@ -61,12 +62,18 @@ class PretrainedConfig:
             raise InvalidArgument(f"mapping {self.mapping!r}: give a Mapping, or leave it out")
         self.decoder, self.eos_token_ids  # noqa: B018  (they raise what is wrong with the configs)
 
+    @property
+    def _where(self) -> str:
+        if self.gguf:
+            return str(self.gguf.path)
+        return str(self.path / "config.json") if self.path else self.source
+
     @cached_property
     def fields(self) -> Fields:
         """`hugging_face`, with errors that name the file."""
-        return Fields(self.hugging_face, str(self.gguf or self.path / "config.json") if self.path else self.source)
+        return Fields(self.hugging_face, self._where)
 
-    @cached_property
+    @property
     def _family(self) -> tuple[Family, str]:
         return find_family(self.fields)
 
@@ -239,7 +246,8 @@ class PretrainedConfig:
             NotFound: no config.json.
             InvalidArgument, Unimplemented: as the class does.
         """
-        config, generation_config, gguf = read_configs(path)
+        gguf = open_gguf(path)
+        config, generation_config = read_configs(path, gguf)
         return PretrainedConfig(
             hugging_face=config.values,
             dtype=(declared_dtype(config.values) or "float32") if dtype == "auto" else dtype,

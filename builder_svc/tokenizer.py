@@ -60,7 +60,7 @@ class _Loaded:
     chat_template: str | None
 
 
-def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> NormalizedTokenizer:
+def normalize(path: Path, vocab_size: int, gguf: GgufFile | None = None) -> NormalizedTokenizer:
     """The tokenizer of a checkpoint directory, or of a GGUF file.
 
     A tokenizer.json beside a GGUF file counts instead of what the file holds: somebody has put it there, and a GGUF names
@@ -70,7 +70,7 @@ def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> Normaliz
         path: the checkpoint's directory.
         vocab_size: the rows of the model's embedding. Added tokens beyond them, such as Gemma 3's of images in its text models,
             are left out: their text is then encoded like any other.
-        gguf: the checkpoint's .gguf file.
+        gguf: the checkpoint, if it is a GGUF file.
 
     Raises:
         FailedPrecondition: there is none, or none that can be brought into this form.
@@ -82,7 +82,7 @@ def normalize(path: Path, vocab_size: int, gguf: Path | None = None) -> Normaliz
         if gguf and loaded.chat_template is None:
             loaded = replace(loaded, chat_template=_gguf_template(gguf))
     elif gguf:
-        file, loaded = gguf, _convert_gguf(gguf)
+        file, loaded = gguf.path, _convert_gguf(gguf)
     else:
         loaded = _convert(path)
     data = _within(vocab_size, loaded, file)
@@ -134,26 +134,27 @@ def _convert(path: Path) -> _Loaded:
         ) from None
 
 
-def _gguf_template(gguf: Path) -> str | None:
+def _gguf_template(gguf: GgufFile) -> str | None:
     """Of a file whose tokenizer is missing or unreadable, too: that is why another one lies beside it."""
-    template = GgufFile(gguf).metadata.get("tokenizer.chat_template")
+    template = gguf.metadata.get("tokenizer.chat_template")
     return template if isinstance(template, str) else None
 
 
-def _convert_gguf(gguf: Path) -> _Loaded:
-    if "tokenizer.ggml.tokens" not in GgufFile(gguf).metadata:
+def _convert_gguf(gguf: GgufFile) -> _Loaded:
+    file = gguf.path
+    if "tokenizer.ggml.tokens" not in gguf.metadata:
         raise FailedPrecondition(
-            f"{gguf} holds no tokenizer. Put the tokenizer.json and tokenizer_config.json of the model that it was made of "
+            f"{file} holds no tokenizer. Put the tokenizer.json and tokenizer_config.json of the model that it was made of "
             "beside it",
             reason="TOKENIZER_NOT_FOUND",
         )
     with tempfile.TemporaryDirectory() as directory:  # transformers would mix it with other files of its directory
-        (Path(directory) / gguf.name).symlink_to(gguf.resolve())
+        (Path(directory) / file.name).symlink_to(file.resolve())
         try:
-            return _transformers(Path(directory), generic=True, gguf_file=gguf.name)
+            return _transformers(Path(directory), generic=True, gguf_file=file.name)
         except Exception as error:
             raise FailedPrecondition(
-                f"the tokenizer in {gguf} could not be converted ({type(error).__name__}: {error}). Put the tokenizer.json "
+                f"the tokenizer in {file} could not be converted ({type(error).__name__}: {error}). Put the tokenizer.json "
                 "and tokenizer_config.json of the model that it was made of beside it",
                 reason="TOKENIZER_NOT_FOUND",
             ) from None

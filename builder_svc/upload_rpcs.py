@@ -57,9 +57,7 @@ class UploadServicer:
             await self._in_thread(self._uploads.finish, file)
         finally:
             file.break_off()  # what still runs for a call that was lost
-            closing = self._uploads.pool.submit(
-                file.close
-            )  # a second cancel must not call it off: it holds the file's lock
+            closing = self._uploads.pool.submit(file.close)  # no second cancel calls it off: the file's lock is held
             await asyncio.shield(asyncio.wrap_future(closing))
         return UploadFileResponse()
 

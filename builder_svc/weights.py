@@ -219,12 +219,12 @@ class _Output:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            while self._under_way and kind is None:
-                self._wait()
             if kind is None:
+                while self._under_way:
+                    self._wait()
                 self._flushed.append(self._disk.submit(os.fdatasync, self._file.fileno()))
-            for flushed in self._flushed if kind is None else ():
-                flushed.result()  # a lost write is told once: whoever flushes again would not hear of it
+                for flushed in self._flushed:  # a lost write is told once: whoever flushes again would not hear of it
+                    flushed.result()
         finally:
             for thread in (*self._threads, self._disk):
                 thread.shutdown(cancel_futures=kind is not None)

@@ -12,6 +12,7 @@ from engine.program import Op, Program
 from executor_svc import memory
 
 _ALIGNMENT = 64  # bytes, as in a file of weights
+_SPREAD = 1 / math.sqrt(3)  # standard deviation of numbers that are uniform from -1 to 1
 _SMALL = 0.02  # standard deviation of biases, and of what norms' weights differ from 1
 
 
@@ -21,7 +22,8 @@ def make(
     """Random weights on a device, in one buffer: the same ones for a seed on one kind of device.
 
     Matrices are normal with a variance of 1 / columns, so that activations keep their size from layer to layer; norms' weights
-    are around 1; packed weights (integers) are any bits, and their scales such that the product is like a matrix of that kind.
+    are around 1; packed weights are any bits where they are integers, and their scales such that the product is like a matrix of
+    that kind.
 
     Args:
         names: weights of the program; those that no operator uses are left out.
@@ -64,7 +66,8 @@ def _seed(seed: int, name: str) -> int:
 def _fill(weight: Tensor, op: Op, slot: str, program: Program, generator: torch.Generator) -> None:
     if not weight.dtype.is_floating_point:
         bits = weight.view(-1).view(torch.uint8)
-        bits.random_(0, 16 if slot == "zeros" else 256, generator=generator)  # zero points are of four bits
+        low, high = (7, 10) if slot == "zeros" else (0, 256)  # zero points are in the middle of four bits
+        bits.random_(low, high, generator=generator)
         return
     mean, std = 0.0, 1 / math.sqrt(weight.shape[-1]) if weight.shape else 1.0
     if "scale" in slot:
@@ -75,7 +78,8 @@ def _fill(weight: Tensor, op: Op, slot: str, program: Program, generator: torch.
         std = _SMALL
     if weight.element_size() > 1:
         weight.normal_(mean, std, generator=generator)
-    else:  # float8 has no generator
+    else:  # float8, which has no generator, and a scale that makes it small
+        std = _SPREAD
         for row in weight.view(-1, weight.shape[-1]).split(4096):
             row.copy_(torch.empty(row.shape, device=row.device).normal_(mean, std, generator=generator))
 
@@ -85,7 +89,5 @@ def _scale(op: Op, program: Program) -> float:
     types = {value.name: value.type for made in program.ops for value in made.outputs}
     columns = int(types[op.inputs[0]].shape[-1])
     packed = [program.weights[name].dtype for name in op.inputs if name in program.weights]
-    largest = 127 if "int8" in packed else 8 if "uint8" in packed or "int32" in packed else 1
-    return (
-        math.sqrt(3 / columns) / largest
-    )  # values that are uniform up to `largest` have its square / 3 as their variance
+    largest = 127 if "int8" in packed else 8 if "uint8" in packed else 1
+    return 1 / math.sqrt(columns) / (_SPREAD * largest)

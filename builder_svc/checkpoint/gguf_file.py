@@ -71,6 +71,9 @@ class GgufFile:
             raise _damaged(path, f"{len(self._entries)} tensors, and {expected} are expected")
         self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in self._entries.items()}
 
+    def __reduce__(self) -> tuple[type["GgufFile"], tuple[Path]]:
+        return GgufFile, (self.path,)  # copies and pickles are opened again: what is mapped would be copied into memory
+
     @property
     def path(self) -> Path:
         """The file with the metadata."""

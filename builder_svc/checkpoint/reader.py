@@ -12,7 +12,7 @@ from builder_svc.checkpoint.gguf_file import GgufFile, Metadata
 from builder_svc.checkpoint.gguf_names import GgufWeights
 from builder_svc.checkpoint.huggingface import SafetensorsFile, declared_dtype, find_weights, has_weights, read_json
 from builder_svc.checkpoint.pickles import PickleFile
-from builder_svc.checkpoint.tensors import Tensors, Weights
+from builder_svc.checkpoint.tensors import Weights
 from builder_svc.checkpoint.text_models import text_config, text_weights
 from builder_svc.models.fields import Fields
 from engine.checkpoints import gguf_models
@@ -29,7 +29,6 @@ class Checkpoint:
         generation_config: in the form of generation_config.json, empty if there is none.
         weights: its tensors.
         inputs: the files that decide an engine that is made of it, tokenizer apart.
-        gguf: the file that also holds the tokenizer, if it is a GGUF file.
     """
 
     path: Path
@@ -37,7 +36,6 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     weights: Weights
     inputs: tuple[Path, ...]
-    gguf: Path | None = None
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -63,8 +61,8 @@ class Checkpoint:
 class Shards:
     """The tensors of several files as one. Raises InvalidArgument when two have the same."""
 
-    def __init__(self, files: Sequence[Tensors]) -> None:
-        self._where: dict[str, Tensors] = {}
+    def __init__(self, files: Sequence[SafetensorsFile | PickleFile]) -> None:
+        self._where: dict[str, SafetensorsFile | PickleFile] = {}
         for file in files:
             for name in file.shapes:
                 if name in self._where:
@@ -81,23 +79,26 @@ class Shards:
         return self._where[name].read(name)
 
 
-def read_configs(path: Path) -> tuple[Fields, Mapping[str, Any], Path | None]:
-    """config.json, generation_config.json (empty if there is none) and the GGUF file, if both come out of one; no weights.
+def read_configs(path: Path, gguf: GgufFile | None) -> tuple[Fields, Mapping[str, Any]]:
+    """config.json and generation_config.json (empty if there is none), both of the GGUF file if there is one; no weights.
 
     Raises:
-        NotFound: nothing there, or no config.json in it.
+        NotFound: no config.json.
         InvalidArgument, Unimplemented: as `open_checkpoint`.
     """
-    if file := find_gguf(path):
-        meta = Metadata(GgufFile(file))
-        return Fields(gguf_config.config(meta), meta.where), gguf_config.generation_config(meta), meta.file.path
+    if gguf:
+        meta = Metadata(gguf)
+        return Fields(gguf_config.config(meta), meta.where), gguf_config.generation_config(meta)
     generation = path / "generation_config.json"
     config = Fields(read_json(path / "config.json"), str(path / "config.json"))
-    return text_config(config), read_json(generation) if generation.exists() else {}, None
+    return text_config(config), read_json(generation) if generation.exists() else {}
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, gguf: GgufFile | None = None) -> Checkpoint:
     """Finds out what a path is, and opens it. Reads headers only.
+
+    Args:
+        gguf: what `open_gguf` has given for the path, for those who have asked already.
 
     Raises:
         NotFound: nothing there, or no config.json or no weights in it.
@@ -106,18 +107,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
         DataLoss: a file of weights that is damaged or incomplete.
         PermissionDenied: weights that are a pickle with code.
     """
-    if file := find_gguf(path):
-        meta = Metadata(GgufFile(file))
-        config, generation = Fields(gguf_config.config(meta), meta.where), gguf_config.generation_config(meta)
-        return Checkpoint(path, config, generation, GgufWeights(meta), tuple(meta.file.parts), meta.file.path)
-    return _open_hugging_face(path)
+    gguf = gguf or open_gguf(path)
+    config, generation_config = read_configs(path, gguf)
+    if gguf:
+        return Checkpoint(path, config, generation_config, GgufWeights(Metadata(gguf)), tuple(gguf.parts))
+    files = find_weights(path)
+    shards = Shards([SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file) for file in files])
+    published = Fields(read_json(path / "config.json"), config.where)
+    settings = [path / "config.json", *([path / "generation_config.json"] if generation_config else [])]
+    return Checkpoint(path, config, generation_config, text_weights(published, shards), (*settings, *files))
 
 
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a path is, or that its directory holds instead of other weights."""
+def open_gguf(path: Path) -> GgufFile | None:
+    """The GGUF file that a path is, or that its directory holds instead of other weights. Its header takes up to a second.
+
+    Raises NotFound for nothing there, InvalidArgument for several, and what `GgufFile` raises.
+    """
     if not path.is_dir():
         if path.suffix == ".gguf" and path.is_file():
-            return path
+            return GgufFile(path)
         raise NotFound(
             f"{path} is no directory and no .gguf file; give a checkpoint in Hugging Face layout or in GGUF",
             reason="CHECKPOINT_NOT_FOUND",
@@ -130,13 +138,4 @@ def find_gguf(path: Path) -> Path | None:
             f"{path} holds several GGUF files: give the path of one, {', '.join(models)}",
             reason="GGUF_AMBIGUOUS",
         )
-    return path / models[0]
-
-
-def _open_hugging_face(path: Path) -> Checkpoint:
-    config, generation_config, _ = read_configs(path)
-    published = Fields(read_json(path / "config.json"), config.where)
-    weights = find_weights(path)
-    opened = [SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file) for file in weights]
-    settings = [path / "config.json", *([path / "generation_config.json"] if generation_config else [])]
-    return Checkpoint(path, config, generation_config, text_weights(published, Shards(opened)), (*settings, *weights))
+    return GgufFile(path / models[0])

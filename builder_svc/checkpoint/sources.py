@@ -169,9 +169,7 @@ def find_source(checkpoint: str, revision: str | None = None) -> str:
     return f"{source}@{revision}"
 
 
-def fetch_here(
-    place: str | Path, revision: str | None = None, *, weights: bool = True, progress: Progress = lambda *_: None
-) -> tuple[Path, str]:
+def fetch_here(place: str | Path, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:
     """The directory or GGUF file that a person means, downloaded if it is a repository of the hub, and its source as a text.
 
     Raises:
@@ -184,7 +182,13 @@ def fetch_here(
         from builder_svc.checkpoint import hub
 
         found = parse(text, None)
-        return hub.download(found.repo, found.revision, progress, found.file, weights=weights), text
+        return hub.download(found.repo, found.revision, lambda *_: None, found.file, weights=weights), text
+    path = find_local(text)
+    return path, str(path)
+
+
+def find_local(text: str) -> Path:
+    """The directory or GGUF file of this machine that a person means. Raises NotFound."""
     path = Path(text).expanduser()
     if not is_checkpoint(path):
         raise NotFound(
@@ -192,7 +196,7 @@ def fetch_here(
             "ORG/NAME of the hub",
             reason="CHECKPOINT_NOT_FOUND",
         )
-    return path, str(path)
+    return path
 
 
 def is_checkpoint(path: Path) -> bool:

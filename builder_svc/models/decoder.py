@@ -20,7 +20,7 @@ from engine.program import TensorType
 
 
 @contextmanager
-def default_dtype(dtype: str) -> Iterator[None]:
+def _default_dtype(dtype: str) -> Iterator[None]:
     """torch's default dtype, such as "bfloat16", for a while."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
     @classmethod
     def on_meta(cls, config: DecoderConfig, dtype: str, packed: Mapping[str, Packed] = {}) -> "Decoder":  # noqa: B006
         """The decoder on the meta device, its weights of this dtype where the config does not say otherwise."""
-        with torch.device("meta"), default_dtype(dtype):
+        with torch.device("meta"), _default_dtype(dtype):
             return cls(config, packed)
 
     def declared(self) -> dict[str, TensorType]:

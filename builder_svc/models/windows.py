@@ -19,7 +19,7 @@ def with_windows(config: Fields, decoder: DecoderConfig, types: list[Any], **cha
     Raises:
         InvalidArgument: not a type for each layer, or another one than SLIDING and FULL.
     """
-    check_types(config, types, len(decoder.layers))
+    _check_types(config, types, len(decoder.layers))
     layers = tuple(
         _windowed(layer, window=config.size("sliding_window"), **changes) if kind == SLIDING else layer
         for layer, kind in zip(decoder.layers, types, strict=True)
@@ -27,7 +27,7 @@ def with_windows(config: Fields, decoder: DecoderConfig, types: list[Any], **cha
     return replace(decoder, layers=layers)
 
 
-def check_types(config: Fields, types: list[Any], count: int) -> None:
+def _check_types(config: Fields, types: list[Any], count: int) -> None:
     """Raises InvalidArgument unless there are `count`, each SLIDING or FULL."""
     if len(types) != count or not set(map(str, types)) <= {FULL, SLIDING}:
         raise InvalidArgument(

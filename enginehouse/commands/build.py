@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from builder_svc.checkpoint.sources import HUB, UPLOAD, find_source, is_checkpoint
+from builder_svc.checkpoint.sources import HUB, UPLOAD, find_local, find_source, is_checkpoint
 from engine import registry, signing
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.checkpoints import model_name
@@ -176,13 +176,7 @@ def _build_here(
 ) -> Result:
     private = signing.load_private(sign_with) if sign_with else None  # a bad key file is told before the work
     began = time.monotonic()  # with the seconds that the import of torch takes: the person waits for them, too
-    source = checkpoint if checkpoint.startswith((HUB, UPLOAD)) else str(Path(checkpoint).expanduser())
-    if not source.startswith((HUB, UPLOAD)) and not is_checkpoint(Path(source)):
-        raise NotFound(
-            f"{source} is no directory and no .gguf file; give a checkpoint in Hugging Face layout or in GGUF, or "
-            "ORG/NAME of the hub",
-            reason="CHECKPOINT_NOT_FOUND",
-        )
+    source = checkpoint if checkpoint.startswith((HUB, UPLOAD)) else str(find_local(checkpoint))
     try:
         from builder_svc.checkpoint.sources import fetch
         from builder_svc.options import BuildOptions

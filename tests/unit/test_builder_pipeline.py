@@ -362,6 +362,16 @@ def test_auto_takes_the_checkpoints_dtype_on_cuda_and_float32_on_the_cpu(copy: P
         read_model(copy, BuildOptions(device="cuda"))
 
 
+def test_weights_of_a_dtype_that_no_engine_has(checkpoint: Path, copy: Path, store: Store) -> None:
+    """The engine is of the options' dtype, and without one float32 on the CPU: that of the same numbers in float32."""
+    weights = {name: tensor.double() for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    change_config(copy, dtype="float64")
+    for options in (BuildOptions(), BuildOptions(dtype="bfloat16"), BuildOptions(device="cuda", dtype="float16")):
+        ours, wanted = (build(path, store, options).manifest for path in (copy, checkpoint))
+        assert ours.ranks == wanted.ranks and ours.engine_id != wanted.engine_id
+
+
 def test_a_longer_max_seq_len_than_the_models_is_refused(checkpoint: Path, store: Store) -> None:
     with pytest.raises(InvalidArgument, match="max_seq_len is 300, more than the model's 256 positions"):
         build(checkpoint, store, BuildOptions(max_seq_len=300))

@@ -1,6 +1,8 @@
 """GGUF files: what comes out of them is what transformers' model had that they were made of."""
 
+import copy
 import json
+import pickle
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from builder_svc.checkpoint import gguf_file
 from builder_svc.checkpoint.gguf_file import GgufFile
 from builder_svc.checkpoint.huggingface import eos_token_ids
-from builder_svc.checkpoint.reader import open_checkpoint
+from builder_svc.checkpoint.reader import open_checkpoint, open_gguf
+from engine.directory import DirectoryStore
 from engine.errors import DataLoss, EnginehouseError, InvalidArgument, NotFound, Unimplemented
+from enginehouse import AutoModelForCausalLM, build
 from tests.conftest import save_tokenizer
 
 
@@ -37,7 +41,7 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
         assert torch.allclose(read[name], tensor, atol=1e-6 if arch.startswith("gemma") else 0, rtol=0), name
     assert eos_token_ids(opened.config, opened.generation_config) == (1, 7)
     assert opened.dtype() == "float32"
-    assert opened.gguf == tmp_path / "model.gguf" and opened.files() == [tmp_path / "model.gguf"]
+    assert opened.files() == [tmp_path / "model.gguf"]
 
     (tmp_path / "again").mkdir()
     (tmp_path / "again/config.json").write_text(json.dumps(dict(opened.config.values)))
@@ -125,7 +129,7 @@ def test_split_files(tmp_path: Path) -> None:
     whole = open_checkpoint(tmp_path / "m.gguf")
     for path in (tmp_path / "split", parts[0], parts[2]):  # rope_freqs is in the last part
         opened = open_checkpoint(path)
-        assert opened.files() == parts and opened.gguf == parts[0]
+        assert opened.files() == parts
         assert opened.config.values == whole.config.values and opened.shapes == whole.shapes
         assert all(torch.equal(opened.read(name), whole.read(name)) for name in whole.shapes)
     parts[1].rename(tmp_path / "alone.gguf")
@@ -147,6 +151,23 @@ def test_a_file_is_built_as_it_is(kind: str, inside: bool, tmp_path: Path) -> No
     check_family(file, original, tmp_path)
 
 
+def test_a_header_is_read_once_and_a_copy_maps_the_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a real vocabulary takes half a second, and the copy of what is mapped would be as large as the model."""
+    make_model(tmp_path / "hf", "Llama", MODELS["llama"][2])
+    file, read, opened = tmp_path / "gguf/model.gguf", gguf_file._read_header, []
+    file.parent.mkdir()
+    save_tokenizer(file.parent)
+    write_gguf(file, "llama", tmp_path / "hf")
+    monkeypatch.setattr(gguf_file, "_read_header", lambda path: (opened.append(path), read(path))[1])
+    for model in (file, AutoModelForCausalLM.from_hugging_face(file)):
+        build(model, DirectoryStore(tmp_path / "store"))
+    assert opened == [file, file]
+    config = model.config
+    again = copy.deepcopy(config)
+    assert again == config and again.gguf and config.gguf and again.gguf is not config.gguf
+    assert again.gguf.shapes == config.gguf.shapes and len(pickle.dumps(config)) < 10_000
+
+
 def test_a_directory_with_one_model(tmp_path: Path) -> None:
     """An image encoder beside it is no second one, and neither does a config.json without weights count."""
     make_model(tmp_path / "hf", "Qwen2", {})
@@ -156,12 +177,12 @@ def test_a_directory_with_one_model(tmp_path: Path) -> None:
     (directory / "mmproj-a.gguf").write_bytes(b"GGUF")
     (directory / "config.json").write_text('{"model_type": "qwen2"}')
     opened = open_checkpoint(directory)
-    assert (opened.path, opened.gguf) == (directory, directory / "a.gguf")
+    assert (opened.path, opened.files()) == (directory, [directory / "a.gguf"])
     write_gguf(directory / "b.gguf", "qwen2", tmp_path / "hf")
     with pytest.raises(InvalidArgument, match=r"holds several GGUF files: give the path of one, a\.gguf, b\.gguf"):
         open_checkpoint(directory)
     (tmp_path / "hf/b.gguf").write_bytes(b"")
-    assert open_checkpoint(tmp_path / "hf").gguf is None
+    assert open_gguf(tmp_path / "hf") is None
 
 
 def test_divisors_that_are_not_llama_3s(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition
 from engine.fingerprint import Node
 from engine.manifest import Manifest
-from engine.opset import OPERATORS, Operator
+from engine.ops import DENSE
+from engine.opset import OPERATORS
 from engine.program import Op, Program, TensorType, Value
 from engine.verify import verify
 from enginehouse import AutoConfig, AutoModelForCausalLM, BuildOptions, build
@@ -155,35 +156,44 @@ def test_an_engine_with_dummy_weights_runs(tmp_path: Path, dtype: str) -> None:
     assert len({tuple(text) for text in texts[0]}) == 3 and len(set(texts[0][0])) > 5
 
 
-def test_packed_weights_are_any_bits_with_fitting_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OPERATORS, "packed", Operator(("x", "weight", "scale", "bias?")))
-    out = Value("y", TensorType("float32", ("num_tokens", 512)))
-    for packed, columns in (("int8", 256), ("uint8", 128)):
-        program = Program(
-            {"num_tokens": 4, "num_logits": 1},
-            {"token_ids": TensorType("int32", ("num_tokens",))},
-            {
-                "table": TensorType("float32", (100, 256)),
-                "w": TensorType(packed, (512, columns)),  # type: ignore[arg-type]
-                "s": TensorType("float32", (512,)),
-            },
-            (),
-            (
-                Op("embedding", ("token_ids", "table"), (Value("x", TensorType("float32", ("num_tokens", 256))),)),
-                Op("packed", ("x", "w", "s", ""), (out,)),
-            ),
-            ("y",),
-        )
-        made = random_weights.make(program, ["table", "w", "s"], 0, "cpu")
-        bits = made["w"].int()
-        if packed == "int8":
-            assert (bits.min(), bits.max()) == (-128, 127)
-            product = bits.float() * made["s"][:, None]
-        else:
-            assert (bits.min(), bits.max()) == (0, 255)
-            product = torch.cat([bits & 15, bits >> 4], 1).float().sub(8) * made["s"][:, None]
-        assert product.std().item() == pytest.approx(1 / 16, rel=0.1)
-        assert random_weights.make(program, ["w"], 1, "cpu")["w"].ne(made["w"]).any()
+PACKED: dict[str, tuple[dict[str, Any], dict[str, TensorType]]] = {
+    "linear_int4": (
+        {"group_size": 32},
+        {"weight": TensorType("uint8", (512, 128)), "scales": TensorType("float16", (512, 8))},
+    ),
+    "linear_int4 with zero points": (
+        {"group_size": 32},
+        {
+            "weight": TensorType("uint8", (512, 128)),
+            "scales": TensorType("float16", (512, 8)),
+            "zeros": TensorType("uint8", (512, 8)),
+        },
+    ),
+    "linear_int8": ({}, {"weight": TensorType("int8", (512, 256)), "scales": TensorType("float32", (512,))}),
+    "linear_fp8": (
+        {"block_rows": 128, "block_columns": 128},
+        {"weight": TensorType("float8_e4m3fn", (512, 256)), "scales": TensorType("float32", (4, 2))},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_weights_stand_for_a_matrix_like_any_other(case: str) -> None:
+    (attrs, types), op = PACKED[case], case.split()[0]
+    given = [name if name in types else "" for name in (slot.rstrip("?") for slot in OPERATORS[op].inputs[1:])]
+    x, y = (Value(name, TensorType("float32", ("num_tokens", size))) for name, size in (("x", 256), ("y", 512)))
+    ops = (Op("embedding", ("token_ids", "table"), (x,)), Op(op, ("x", *given), (y,), attrs))
+    inputs = {"token_ids": TensorType("int32", ("num_tokens",))}
+    held = {"table": TensorType("float32", (100, 256)), **types}
+    program = Program({"num_tokens": 4, "num_logits": 1}, inputs, held, (), ops, ("y",))
+    program.validate()
+    made = random_weights.make(program, list(held), 0, "cpu")
+    dense = DENSE[op](*map(made.get, given[:-1]), **attrs)
+    assert dense.shape == (512, 256) and abs(dense.mean().item()) < 0.01
+    assert dense.std().item() == pytest.approx(1 / 16, rel=0.03)
+    bits = made["weight"].view(torch.uint8)
+    assert len(bits.unique()) > 100 and set(DENSE) == {name.split()[0] for name in PACKED}
+    assert random_weights.make(program, ["weight"], 1, "cpu")["weight"].view(torch.uint8).ne(bits).any()
 
 
 def test_a_refusal_names_the_build_that_fits(checkpoint: Path, tmp_path: Path) -> None:

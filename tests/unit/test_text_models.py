@@ -75,10 +75,10 @@ def test_what_a_config_leaves_out_is_what_transformers_has(tmp_path: Path) -> No
         "eos_token_id": [1, 106],
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    fields, _, _ = read_configs(tmp_path)
+    fields, _ = read_configs(tmp_path, None)
     assert fields.values["eos_token_id"] == [1, 106]
     sparse = find_family(fields)[0].decoder_config(fields, "Gemma3ForCausalLM")
     whole = transformers.Gemma3TextConfig(**config["text_config"]).to_dict() | {"architectures": ["Gemma3ForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(whole))
-    fields, _, _ = read_configs(tmp_path)
+    fields, _ = read_configs(tmp_path, None)
     assert find_family(fields)[0].decoder_config(fields, "Gemma3ForCausalLM") == sparse

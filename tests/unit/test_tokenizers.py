@@ -26,6 +26,8 @@ from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
 from builder_svc.auto import open_model
+from builder_svc.checkpoint.gguf_file import GgufFile
+from builder_svc.checkpoint.reader import open_gguf
 from builder_svc.tokenizer import normalize
 from engine.errors import DataLoss, FailedPrecondition, InvalidArgument
 from gateway.tokenizer import Tokenizer, TokenizerConfig
@@ -37,12 +39,12 @@ ALL = "".join(TEXTS)
 
 def served(path: Path, vocab_size: int = MANY, gguf: Path | None = None) -> Tokenizer:
     """The tokenizer as a gateway has it."""
-    made = normalize(path, vocab_size, gguf)
+    made = normalize(path, vocab_size, GgufFile(gguf) if gguf else None)
     return Tokenizer(made.tokenizer_json, TokenizerConfig.from_json(made.config_json))
 
 
 def config(path: Path, gguf: Path | None = None) -> dict[str, Any]:
-    return json.loads(normalize(path, MANY, gguf).config_json)
+    return json.loads(normalize(path, MANY, GgufFile(gguf) if gguf else None).config_json)
 
 
 def check_equal(ours: Tokenizer, theirs: Any) -> None:
@@ -122,7 +124,7 @@ def test_a_tokenizer_json_beside_a_gguf_file_without_one(tokens: list[str], says
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(FailedPrecondition, match=says):
-        normalize(tmp_path, MANY, file)
+        normalize(tmp_path, MANY, GgufFile(file))
     byte_level().save(str(tmp_path / "tokenizer.json"))
     assert config(tmp_path, gguf=file)["chat_template"] is None
 
@@ -276,7 +278,7 @@ def test_what_cannot_be_normalized(
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(kind, match=says) as error:
-        normalize(tmp_path, MANY, tmp_path / "model.gguf" if "model.gguf" in files else None)
+        normalize(tmp_path, MANY, open_gguf(tmp_path))
     assert error.value.reason == reason  # type: ignore[attr-defined]
 
 

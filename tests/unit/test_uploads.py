@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -343,6 +344,32 @@ def test_what_was_broken_off_is_not_opened(uploads: Uploads, end: Callable[[Spoo
         lost.open()
     assert caught.value.reason == "UPLOAD_BROKEN_OFF"
     following = uploads.receive(sha256(WEIGHTS), len(WEIGHTS), 0)
+    following.open()
+    following.close()
+
+
+async def test_a_file_is_free_after_a_call_that_is_cancelled_twice(uploads: Uploads, spool: Path) -> None:
+    """The second time while the file's end waits for a thread."""
+    over, uploads.pool = threading.Event(), ThreadPoolExecutor(1)
+
+    async def requests() -> AsyncIterator[UploadFileRequest]:
+        for message in messages(WEIGHTS, end=1000):
+            yield message
+        await asyncio.Event().wait()
+
+    call = asyncio.create_task(UploadServicer(uploads).UploadFile(requests(), None))  # type: ignore[arg-type]
+    try:
+        await arrived(spool, 1000)
+        await asyncio.sleep(0)
+        uploads.pool.submit(over.wait, 30)
+        for _ in range(2):
+            call.cancel()
+            await asyncio.sleep(0.1)
+        assert call.cancelled()
+    finally:
+        over.set()
+        uploads.pool.shutdown()
+    following = uploads.receive(sha256(WEIGHTS), len(WEIGHTS), 1000)
     following.open()
     following.close()
 

@@ -1,7 +1,7 @@
 """StableLM: LLaMA's layout with layer norms, rotation of a part of each head, and in some a norm for each query and key head."""
 
 from builder_svc.models.config import DecoderConfig, LayerSpec, MlpSpec, NormSpec
-from builder_svc.models.families.llama import activation, attention_spec
+from builder_svc.models.families.llama import activation, attention_spec, head_dim
 from builder_svc.models.fields import Fields
 from builder_svc.models.rope import longest_sequence, rope_spec
 from builder_svc.models.sources import Names
@@ -13,12 +13,11 @@ NAMES = Names(q_norm="self_attn.q_layernorm.norms.{}", k_norm="self_attn.k_layer
 
 def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     """With `use_parallel_residual` both parts share one norm."""
-    hidden_size = config.size("hidden_size")
     norm = NormSpec("layer", config.positive("layer_norm_eps", 1e-5), bias=True)
     parallel = config.get("use_parallel_residual", bool, False)
     attention = attention_spec(
         config,
-        rope=rope_spec(config, hidden_size // config.size("num_attention_heads"), partial=0.25),
+        rope=rope_spec(config, head_dim(config), partial=0.25),
         qkv_bias=config.get("use_qkv_bias", bool, False),
         qk_norm="heads" if config.get("qk_layernorm", bool, False) else "",
     )
@@ -27,7 +26,7 @@ def decoder_config(config: Fields, architecture: str) -> DecoderConfig:
     return DecoderConfig(
         architecture=architecture,
         vocab_size=config.size("vocab_size"),
-        hidden_size=hidden_size,
+        hidden_size=config.size("hidden_size"),
         layers=(layer,) * config.size("num_hidden_layers"),
         final_norm=norm,
         tie_embeddings=config.get("tie_word_embeddings", bool, False),
