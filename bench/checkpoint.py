@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from tests.conftest import save_tokenizer
@@ -101,8 +101,8 @@ def main() -> None:
                 measured(
                     lambda: build(
                         root / "checkpoint",
-                        DirectoryStore(root / "store"),
-                        BuildOptions(dtype="bfloat16"),
+                        BuildConfig(dtype="bfloat16"),
+                        store=DirectoryStore(root / "store"),
                         work_dir=root / "work",
                     )
                 )

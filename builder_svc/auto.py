@@ -8,6 +8,7 @@ from builder_svc import saved
 from builder_svc.causal_lm import CausalLM, class_of, read_config
 from builder_svc.mapping import Mapping
 from builder_svc.pretrained import PretrainedConfig
+from builder_svc.quant_config import QuantConfig
 
 
 class AutoConfig:
@@ -18,7 +19,7 @@ class AutoConfig:
         hf_model_or_dir: str | Path,
         dtype: str | torch.dtype = "auto",
         mapping: Mapping | None = None,
-        quant_config: None = None,
+        quant_config: QuantConfig | None = None,
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,  # noqa: ARG004
@@ -29,6 +30,7 @@ class AutoConfig:
             hf_model_or_dir: a directory with config.json, or a repository of the hub (ORG/NAME).
             dtype: "auto" is the one that config.json declares, and float32 in engines for the CPU.
             mapping: the ranks; by default one.
+            quant_config: nothing, for now, may be asked for in it.
             revision: branch, tag or commit of the repository.
             trust_remote_code: taken for scripts that give it; no code of a checkpoint is run in any case.
 
@@ -48,7 +50,7 @@ class AutoModelForCausalLM:
         hf_model_or_dir: str | Path,
         dtype: str | torch.dtype = "auto",
         mapping: Mapping | None = None,
-        quant_config: None = None,
+        quant_config: QuantConfig | None = None,
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,  # noqa: ARG004

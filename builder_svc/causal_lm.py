@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from builder_svc import saved
+from builder_svc.build_config import DTYPES, Progress
 from builder_svc.checkpoint import reader
 from builder_svc.checkpoint.digests import file_digests
 from builder_svc.checkpoint.quantized import find_method, open_quantized
@@ -24,8 +25,8 @@ from builder_svc.mapping import Mapping as RankMapping
 from builder_svc.models.decoder import Decoder
 from builder_svc.models.families import families
 from builder_svc.models.sources import Source
-from builder_svc.options import DTYPES, Progress
 from builder_svc.pretrained import PretrainedConfig
+from builder_svc.quant_config import QuantConfig, check_not_asked
 from builder_svc.saved import GivenWeights, SavedCheckpoint
 from builder_svc.tokenizer import NormalizedTokenizer, has_tokenizer, normalize
 from builder_svc.weights import check_weights, read_parts
@@ -69,7 +70,7 @@ class CausalLM:
         hf_model_or_dir: str | Path,
         dtype: str | torch.dtype = "auto",
         mapping: RankMapping | None = None,
-        quant_config: None = None,
+        quant_config: QuantConfig | None = None,
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,  # noqa: ARG003
@@ -80,6 +81,7 @@ class CausalLM:
             hf_model_or_dir: a directory, or a repository of the hub (ORG/NAME), which is downloaded.
             dtype: of the engine's weights and activations; "auto" is the checkpoint's own, and float32 in engines for the CPU.
             mapping: the ranks; by default one.
+            quant_config: nothing, for now, may be asked for in it.
             revision: branch, tag or commit of the repository.
             trust_remote_code: taken for scripts that give it; no code of a checkpoint is run in any case.
 
@@ -285,17 +287,13 @@ def read_config(
     hf_model_or_dir: str | Path,
     dtype: str | torch.dtype,
     mapping: RankMapping | None,
-    quant_config: object,
+    quant_config: QuantConfig | None,
     revision: str | None,
     *,
     weights: bool,
 ) -> PretrainedConfig:
     """The config of a directory or repository; of the latter, all but the weights is downloaded, or all."""
-    if quant_config is not None:
-        raise Unimplemented(
-            f"quant_config {quant_config!r}: this release builds no quantized engines; leave it out",
-            reason="QUANTIZATION_UNSUPPORTED",
-        )
+    check_not_asked(quant_config)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InvalidArgument(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")

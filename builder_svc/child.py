@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from builder_svc.build_config import Progress
 from builder_svc.checkpoint import sources
-from builder_svc.options import Progress
 from builder_svc.process import GRACE, BuildRequest, Failed, Progressed, Result
 from engine import signing
 from engine.backends import TRANSFER_PATIENCE, open_store
@@ -48,8 +48,8 @@ def build(request: BuildRequest, progress: Progress) -> Result:
 
     built = pipeline.build(
         checkpoint,
-        store,
         request.options,
+        store=store,
         source=request.checkpoint,
         again=unsigned,
         work_dir=work_dir,

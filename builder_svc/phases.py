@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from builder_svc.options import Progress
+from builder_svc.build_config import Progress
 
 
 class Phases:

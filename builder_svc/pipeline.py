@@ -3,7 +3,6 @@
 checkpoint -> config + named weights -> module -> program -> blobs + manifest -> store
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,20 +13,24 @@ import msgspec
 import torch
 
 from builder_svc.auto import open_model
+from builder_svc.build_config import BuildConfig, Progress
 from builder_svc.causal_lm import DUMMY_SEED, CausalLM
 from builder_svc.checkpoint.quantized.resolve import Resolved
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
 from builder_svc.models.decoder import Decoder
-from builder_svc.options import BuildOptions, Progress
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights import check_weights, read_parts, write_weights
-from builder_svc.work_directory import WorkDirectory
+from builder_svc.work_directory import WorkDirectory, clear
 from engine import registry
+from engine.artifact import Engine
+from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.blobs import describe, put_bytes, put_file
+from engine.directory import DirectoryStore
 from engine.errors import InvalidArgument
 from engine.fingerprint import Fingerprint
+from engine.lifetime import at_end
 from engine.manifest import FORMAT_VERSION, Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
 from engine.opset import OPSET_VERSION
 from engine.pins import pinned
@@ -53,39 +56,23 @@ class Model:
         return self.pretrained.config.decoder
 
 
-@dataclass(frozen=True)
-class Built:
-    """The result of a build.
-
-    Attributes:
-        reused: the engine was in the store already, and nothing was built.
-        ours: everything that its manifest names is what this build has made, whoever published it first.
-    """
-
-    manifest: Manifest
-    reused: bool
-    ours: bool
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the manifest as it is stored."""
-        return hashlib.sha256(self.manifest.to_json()).hexdigest()
-
-
 def build(
     model: Path | CausalLM,
-    store: Store,
-    options: BuildOptions = BuildOptions(),  # noqa: B008  (frozen)
+    build_config: BuildConfig | None = None,
     *,
+    store: Store | str | None = None,
     source: str | None = None,
     again: Callable[[str], bool] = lambda _: False,
     work_dir: Path | None = None,
     progress: Progress = lambda *_: None,
-) -> Built:
+) -> Engine:
     """Builds an engine of a model into a store, or finds it there.
 
     Args:
         model: a checkpoint, in Hugging Face layout, in GGUF or saved by `save_checkpoint`; or a model of the Python API.
+        build_config: what else decides the engine.
+        store: where it goes, or a store's URL; by default a temporary directory (in $TMPDIR), which is gone with the result:
+            `Engine.save` and `Engine.push` keep the engine.
         source: where the checkpoint was found, for the manifest; by default the directory or repository.
         again: asked with the id of an engine that is in the store, whether to build it all the same, to see that it is right.
         work_dir: for the weights before they are uploaded, as large as the engine; by default the system's.
@@ -95,13 +82,26 @@ def build(
         NotFound, InvalidArgument, DataLoss: the checkpoint is not there, does not hold together or is damaged.
         Unimplemented: a known kind of model that we do not support.
         ResourceExhausted, Unavailable, PermissionDenied: the store or the work directory.
+
+    Example:
+        >>> from enginehouse import AutoModelForCausalLM, BuildConfig, build
+        >>> model = AutoModelForCausalLM.from_hugging_face("examples/demo-model")
+        >>> engine = build(model, BuildConfig(max_batch_size=8, max_seq_len=256))
+        >>> engine.manifest.limits.max_seq_len
+        256
     """
+    options = build_config or BuildConfig()
+    options.check()
+    if store is None:
+        return _temporary(model, options, source, progress)
+    if isinstance(store, str):
+        store = open_store(store, TRANSFER_PATIENCE)
     resolved = read_model(model, options)
     pretrained = resolved.pretrained
     identity = build_identity(resolved, options, progress)
     found = registry.find_manifest(store, engine_id(identity))
     if found and not registry.missing_files(store, found) and not again(found.engine_id):
-        return Built(found, reused=True, ours=False)
+        return Engine(store, found, reused=True)
     progress("program", 0, 1, "")
     weights = resolved.weights
     if weights.facts:
@@ -159,10 +159,29 @@ def build(
             published = registry.publish(store, manifest)
     progress("publish", 1, 1, "")
     as_ours = msgspec.structs.replace(manifest, created=published.created, source=published.source)
-    return Built(published, reused=False, ours=published == as_ours)
+    return Engine(store, published, ours=published == as_ours)
 
 
-def read_model(model: Path | CausalLM, options: BuildOptions) -> Model:
+def _temporary(model: Path | CausalLM, options: BuildConfig, source: str | None, progress: Progress) -> Engine:
+    clear(None)
+    work = WorkDirectory(None)
+    try:
+        engine = build(
+            model,
+            options,
+            store=DirectoryStore(work.path / "store"),
+            source=source,
+            work_dir=work.path,
+            progress=progress,
+        )
+    except BaseException:
+        work.remove()
+        raise
+    at_end(engine, work.remove)
+    return engine
+
+
+def read_model(model: Path | CausalLM, options: BuildConfig) -> Model:
     """Opens a checkpoint, if it is not open, and resolves what the options leave open. Reads no weights."""
     if isinstance(model, Path):
         model = open_model(model, options.dummy_weights)
@@ -181,7 +200,7 @@ def read_model(model: Path | CausalLM, options: BuildOptions) -> Model:
     return Model(model, model.resolve(), model.tokenizer(), _dtype(config, options), limits)
 
 
-def _dtype(config: PretrainedConfig, options: BuildOptions) -> str:
+def _dtype(config: PretrainedConfig, options: BuildConfig) -> str:
     """The options' dtype, the model's, or what its checkpoint has."""
     if config.auto_dtype and options.dtype == "auto":
         return "float32" if options.device == "cpu" else config.checked_dtype
@@ -193,7 +212,7 @@ def _dtype(config: PretrainedConfig, options: BuildOptions) -> str:
     )
 
 
-def build_identity(model: Model, options: BuildOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def build_identity(model: Model, options: BuildConfig, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Everything that decides the engine, as JSON values; its digest is the engine id."""
     tokenizer = model.tokenizer.files() if model.tokenizer else {}
     identity = {

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from builder_svc.build_config import DTYPES
 from builder_svc.checkpoint.gguf_file import GgufFile
 from builder_svc.checkpoint.huggingface import declared_dtype, eos_token_ids, read_json
 from builder_svc.checkpoint.reader import open_gguf, read_configs
@@ -13,7 +14,6 @@ from builder_svc.mapping import Mapping
 from builder_svc.models.config import AttentionSpec, DecoderConfig, LongRope, MlpSpec
 from builder_svc.models.families import Family, find_family
 from builder_svc.models.fields import Fields
-from builder_svc.options import DTYPES
 from engine.errors import InvalidArgument, Unimplemented
 
 OURS = "enginehouse"

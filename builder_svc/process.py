@@ -22,7 +22,7 @@ from typing import Annotated, cast
 
 import msgspec
 
-from builder_svc.options import BuildOptions, Progress
+from builder_svc.build_config import BuildConfig, Progress
 from builder_svc.phases import Phases
 from builder_svc.work_directory import WorkDirectory
 from engine.errors import EnginehouseError, Internal, ResourceExhausted
@@ -47,7 +47,7 @@ class BuildRequest(msgspec.Struct, frozen=True):
 
     checkpoint: str
     store: str = ""
-    options: BuildOptions = BuildOptions()
+    options: BuildConfig = msgspec.field(default_factory=BuildConfig)
     work_dir: str | None = None
     signer: str = ""
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import grpc
 
+from builder_svc.build_config import BuildConfig
 from builder_svc.checkpoint import sources
 from builder_svc.jobs import Jobs
-from builder_svc.options import BuildOptions
 from builder_svc.process import BuildRequest
 from builder_svc.registry_rpcs import RegistryServicer
 from builder_svc.spool import default_spool
@@ -83,13 +83,13 @@ class BuilderServicer(UploadServicer, RegistryServicer):
         return await self._jobs.cancel(request.build_id)
 
 
-def read_options(spec: BuildSpec) -> BuildOptions:
+def read_options(spec: BuildSpec) -> BuildConfig:
     """The options in a spec. Raises InvalidArgument naming the value."""
     device = _DEVICES.get(spec.target.device)
     if device is None:
         known = ", ".join(DeviceKind.Name(kind) for kind in _DEVICES)
         raise InvalidArgument(f"target.device {spec.target.device}: choose one of {known}")
-    return BuildOptions(
+    return BuildConfig(
         dtype=spec.dtype or "auto",
         device=device,
         compute_capability=spec.target.compute_capability or None,

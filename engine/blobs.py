@@ -1,6 +1,7 @@
 """Content-addressed files: describe, put, and read back verified, in parallel."""
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from engine.errors import DataLoss
 from engine.manifest import CHUNK_SIZE, FileRef
 from engine.store import Progress, Store
 
+_PART_SIZE = 4 * 1024 * 1024  # bytes that `fetch` reads at a time on each thread: all of them hold 32 MiB
 PARALLEL_READS = 8  # chunks in flight; each is read and hashed on its thread, both without the interpreter lock
 
 
@@ -115,6 +117,52 @@ def read_into(
         finally:
             for pending in reads:
                 pending.cancel()
+
+
+def fetch(
+    store: Store, files: list[tuple[FileRef, Path]], remedy: str, arrived: Callable[[int], None] = lambda _: None
+) -> None:
+    """Writes whole files, chunks in parallel and each verified; memory stays at 32 MiB.
+
+    Args:
+        files: each file, and where it goes.
+        remedy: what makes a damaged blob anew.
+        arrived: called with the bytes of each part that was written, from several threads.
+
+    Raises:
+        NotFound: a blob is missing.
+        DataLoss: a chunk does not match its digest or ends early; no file may be used then.
+        OSError: the file system's.
+    """
+
+    def chunk(ref: FileRef, file: int, index: int) -> None:
+        def write(offset: int, part: memoryview) -> None:
+            done = 0
+            while done < len(part):
+                done += os.pwrite(file, part[done:], offset + done)
+            arrived(len(part))
+
+        buffer = memoryview(bytearray(min(_PART_SIZE, ref.size - index * CHUNK_SIZE)))
+        if not read_chunk(store, ref, index, buffer, write):
+            raise damaged(store, ref, index, remedy)
+
+    opened = [(ref, path.open("wb", buffering=0)) for ref, path in files]
+    try:
+        with ThreadPoolExecutor(PARALLEL_READS, "blob-fetch") as pool:
+            chunks = [
+                pool.submit(chunk, ref, file.fileno(), index)
+                for ref, file in opened
+                for index in range(len(ref.chunks))
+            ]
+            try:
+                for done in chunks:
+                    done.result()
+            finally:
+                for pending in chunks:
+                    pending.cancel()
+    finally:
+        for _, file in opened:
+            file.close()
 
 
 def check_chunks(

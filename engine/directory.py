@@ -15,6 +15,7 @@ from engine.store import Entry, Progress, Store, check_key, check_prefix, is_key
 
 _COPY_SIZE = 4 * 1024 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LINK = (errno.EEXIST, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 class DirectoryStore(Store):
@@ -94,6 +95,27 @@ class DirectoryStore(Store):
                 return
             raise
         _sync(final.parent)
+
+    def link(self, key: str, file: Path) -> bool:
+        """Makes a file that never changes an object, without a copy; False where its file system has no such links.
+
+        Also False where an object of that key is there.
+        """
+        final = self._path(key)
+        with self._errors(key):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                final.hardlink_to(file)
+            except OSError as error:
+                if error.errno in _NO_LINK:
+                    return False
+                raise
+            _sync(final.parent)
+            return True
+
+    def file(self, key: str) -> Path:
+        """Where an object lies."""
+        return self._path(key)
 
     def _try_upload(self, key: str, path: Path, total: int, report: Progress) -> bool:
         """An upload under the partial file's lock; False if that file is not at its place any more when it is whole.

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from builder_svc.auto import AutoConfig, AutoModelForCausalLM
+    from builder_svc.build_config import BuildConfig
     from builder_svc.causal_lm import CausalLM
     from builder_svc.mapping import Mapping
-    from builder_svc.options import BuildOptions
-    from builder_svc.pipeline import Built, build
+    from builder_svc.pipeline import build
     from builder_svc.pretrained import PretrainedConfig
+    from builder_svc.quant_config import QuantAlgo, QuantConfig
+    from engine.artifact import Engine
     from engine.errors import EnginehouseError
     from enginehouse.client import BuilderClient, ExecutorClient, GatewayClient
     from enginehouse.cluster import LocalCluster
@@ -35,10 +37,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoConfig",
     "AutoModelForCausalLM",
-    "BuildOptions",
+    "BuildConfig",
     "BuilderClient",
-    "Built",
     "CausalLM",
+    "Engine",
     "EnginehouseError",
     "ExecutorClient",
     "GatewayClient",
@@ -46,16 +48,18 @@ __all__ = [
     "LocalCluster",
     "Mapping",
     "PretrainedConfig",
+    "QuantAlgo",
+    "QuantConfig",
     "build",
 ]
 
 _HOMES = {
     "AutoConfig": "builder_svc.auto",
     "AutoModelForCausalLM": "builder_svc.auto",
-    "BuildOptions": "builder_svc.options",
+    "BuildConfig": "builder_svc.build_config",
     "BuilderClient": "enginehouse.client",
-    "Built": "builder_svc.pipeline",
     "CausalLM": "builder_svc.causal_lm",
+    "Engine": "engine.artifact",
     "EnginehouseError": "engine.errors",
     "ExecutorClient": "enginehouse.client",
     "GatewayClient": "enginehouse.client",
@@ -63,6 +67,8 @@ _HOMES = {
     "LocalCluster": "enginehouse.cluster",
     "Mapping": "builder_svc.mapping",
     "PretrainedConfig": "builder_svc.pretrained",
+    "QuantAlgo": "builder_svc.quant_config",
+    "QuantConfig": "builder_svc.quant_config",
     "build": "builder_svc.pipeline",
 }
 

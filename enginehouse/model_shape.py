@@ -53,10 +53,10 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
         import torch  # noqa: F401  (what the extra lacks first)
 
         from builder_svc.auto import open_model
+        from builder_svc.build_config import BuildConfig
         from builder_svc.checkpoint.sources import HUB
         from builder_svc.lower.program import lower
         from builder_svc.models.decoder import Decoder
-        from builder_svc.options import BuildOptions
     except ModuleNotFoundError as error:
         raise FailedPrecondition(
             f"planning for a checkpoint needs {error.name}: pip install 'enginehouse[builder]'; for an engine in a store it "
@@ -72,7 +72,7 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     model = open_model(path, dummy_weights=True)
     config, decoder = model.config, model.config.decoder
     chosen = dtype or _declared(config.hugging_face if config.auto_dtype else {"dtype": config.dtype}, str(path))
-    options = BuildOptions()
+    options = BuildConfig()
     program = lower(
         Decoder.on_meta(decoder, chosen, model.resolve().packed),
         max_num_tokens=options.max_num_tokens,

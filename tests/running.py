@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from executor_svc.core import Sequence
@@ -18,7 +18,7 @@ from executor_svc.worker import scheduler_config, this_node
 def make_engine(checkpoint: Path, store: Path, device: str = "cpu", **options: Any) -> LoadedEngine:
     """Built and loaded, its weights on the device."""
     directory = DirectoryStore(store)
-    built = build(checkpoint, directory, BuildOptions(device=device, **options))
+    built = build(checkpoint, BuildConfig(device=device, **options), store=directory)
     loaded = load_engine(directory, built.manifest.engine_id, this_node(device))
     weights = {name: tensor.to(device) for name, tensor in loaded.weights.items()}
     program, weights = unpack(device, loaded.program, weights)

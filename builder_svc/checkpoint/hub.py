@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from tqdm import tqdm
 
-from builder_svc.options import Progress
+from builder_svc.build_config import Progress
 from engine.checkpoints import NOT_FILES, SETTINGS, WEIGHTS, choose_files, gguf_models, gguf_parts, is_setting
 from engine.errors import (
     EnginehouseError,

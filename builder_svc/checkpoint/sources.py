@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from builder_svc.build_config import Progress
 from builder_svc.checkpoint import uploaded
-from builder_svc.options import Progress
 from engine import checkpoints, pins
 from engine.errors import InvalidArgument, NotFound, PermissionDenied
 from engine.store import Store

@@ -1,22 +1,16 @@
 """Brings an uploaded checkpoint from the store into a directory."""
 
 import errno
-import os
 import tempfile
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from builder_svc.options import Progress
+from builder_svc.build_config import Progress
 from engine import blobs
 from engine.checkpoints import UploadedCheckpoint, check_file_name, is_setting
 from engine.errors import DataLoss, FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.manifest import CHUNK_SIZE, FileRef
 from engine.store import Store
-
-_THREADS = 8
-_PART_SIZE = 4 * 1024 * 1024  # bytes read at a time on each thread: all of them hold 32 MiB
 
 
 def download(
@@ -44,23 +38,7 @@ def download(
 
     try:
         directory = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=work_dir))
-        files = [(ref, (directory / ref.name).open("wb", buffering=0)) for ref in wanted]
-        try:
-            with ThreadPoolExecutor(_THREADS, "download") as pool:
-                chunks = [
-                    pool.submit(_chunk, store, ref, file.fileno(), index, arrived)
-                    for ref, file in files
-                    for index in range(len(ref.chunks))
-                ]
-                try:
-                    for chunk in chunks:
-                        chunk.result()
-                finally:
-                    for chunk in chunks:
-                        chunk.cancel()
-        finally:
-            for _, file in files:
-                file.close()
+        blobs.fetch(store, [(ref, directory / ref.name) for ref in wanted], "upload the checkpoint again", arrived)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceExhausted(
@@ -73,18 +51,6 @@ def download(
             reason="WORK_DIR_UNUSABLE",
         ) from None
     return directory
-
-
-def _chunk(store: Store, ref: FileRef, file: int, index: int, arrived: Callable[[int], None]) -> None:
-    def write(offset: int, part: memoryview) -> None:
-        done = 0
-        while done < len(part):
-            done += os.pwrite(file, part[done:], offset + done)
-        arrived(len(part))
-
-    buffer = memoryview(bytearray(min(_PART_SIZE, ref.size - index * CHUNK_SIZE)))
-    if not blobs.read_chunk(store, ref, index, buffer, write):
-        raise blobs.damaged(store, ref, index, "upload the checkpoint again")
 
 
 def _check(ref: FileRef) -> None:

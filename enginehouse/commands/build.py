@@ -178,8 +178,8 @@ def _build_here(
     began = time.monotonic()  # with the seconds that the import of torch takes: the person waits for them, too
     source = checkpoint if checkpoint.startswith((HUB, UPLOAD)) else str(find_local(checkpoint))
     try:
+        from builder_svc.build_config import BuildConfig
         from builder_svc.checkpoint.sources import fetch
-        from builder_svc.options import BuildOptions
         from builder_svc.pipeline import build
         from builder_svc.work_directory import WorkDirectory, clear
     except ModuleNotFoundError as error:
@@ -189,7 +189,7 @@ def _build_here(
             reason="EXTRA_MISSING",
         ) from None
     chosen = {key: value for key, value in vars(choices).items() if value is not None}
-    options = BuildOptions(**chosen)
+    options = BuildConfig(**chosen)
     home.make()
     clear(home.work)
     store = open_store(store_url or home.store, TRANSFER_PATIENCE)
@@ -203,7 +203,9 @@ def _build_here(
             WorkDirectory(home.work) as work,
         ):
             path = fetch(source, store, work, bars.update, not options.dummy_weights)
-            built = build(path, store, options, source=source, again=unsigned, work_dir=work, progress=bars.update)
+            built = build(
+                path, options, store=store, source=source, again=unsigned, work_dir=work, progress=bars.update
+            )
     except KeyboardInterrupt:
         console.print("interrupted")
         raise

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from executor_svc.core import Sampling, Sequence
@@ -23,8 +23,8 @@ LARGE = Path(__file__).parents[2] / "bench" / "models" / "llama-3.1-8b"
 def test_eight_billion_parameters(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     began = time.perf_counter()
-    options = BuildOptions(device="cuda", max_seq_len=256, max_batch_size=4, dummy_weights=True)
-    engine = build(LARGE, store, options).manifest.engine_id
+    options = BuildConfig(device="cuda", max_seq_len=256, max_batch_size=4, dummy_weights=True)
+    engine = build(LARGE, options, store=store).manifest.engine_id
     built = time.perf_counter()
     gc.collect()  # what earlier tests have left
     before = torch.cuda.memory_allocated()

@@ -14,7 +14,7 @@ import grpc
 import msgspec
 from google.rpc import error_details_pb2, status_pb2
 
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine import registry
 from engine.backends import open_store
@@ -111,7 +111,7 @@ def services(checkpoint: Path, root: Path) -> Iterator[Cluster]:
     (root / "work").mkdir()
 
     def made(**options: Any) -> Manifest:
-        return build(good, store, BuildOptions(max_batch_size=MAX_BATCH_SIZE, **options)).manifest
+        return build(good, BuildConfig(max_batch_size=MAX_BATCH_SIZE, **options), store=store).manifest
 
     tiny = made()
     registry.set_name(store, "tiny", tiny.engine_id)

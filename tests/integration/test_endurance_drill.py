@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.backends import open_store
 from protos.v1 import executor_pb2 as pb
@@ -141,7 +141,9 @@ class Watch:
 @pytest.fixture
 async def demo(tmp_path: Path) -> AsyncIterator[tuple[Load, Watch]]:
     url = str(tmp_path / "store")
-    manifest = build(Path(__file__).parents[2] / "examples" / "demo-model", open_store(url), BuildOptions()).manifest
+    manifest = build(
+        Path(__file__).parents[2] / "examples" / "demo-model", BuildConfig(), store=open_store(url)
+    ).manifest
     memory = str(BLOCKS * 16 * manifest.model.kv_bytes_per_token)
     counts = tmp_path / "counts"
     arguments = ("--store", url, "--engine", manifest.engine_id, "--kv-memory", memory)
@@ -174,7 +176,9 @@ async def test_ten_thousand_requests_leave_nothing_behind(demo: tuple[Load, Watc
 def test_from_start_to_ready_takes_five_seconds_at_most(tmp_path: Path) -> None:
     """The median of three."""
     url = str(tmp_path / "store")
-    manifest = build(Path(__file__).parents[2] / "examples" / "demo-model", open_store(url), BuildOptions()).manifest
+    manifest = build(
+        Path(__file__).parents[2] / "examples" / "demo-model", BuildConfig(), store=open_store(url)
+    ).manifest
     seconds = []
     for _ in range(3):
         began = time.monotonic()

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine import registry
 from engine.backends import open_store
@@ -53,8 +53,8 @@ class Running:
 def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("executor")
     store = open_store(str(directory / "store"))
-    engine_id = build(checkpoint, store).manifest.engine_id
-    foreign_id = build(checkpoint, store, BuildOptions(device="cuda", dtype="float32")).manifest.engine_id
+    engine_id = build(checkpoint, store=store).manifest.engine_id
+    foreign_id = build(checkpoint, BuildConfig(device="cuda", dtype="float32"), store=store).manifest.engine_id
     registry.set_name(store, "tiny", engine_id)
     with service("executor_svc", directory / "log", "--store", store.url, "--engine", "tiny") as started:
         yield Running(started, engine_id, foreign_id, str(directory / "store"))

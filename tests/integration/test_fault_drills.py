@@ -115,7 +115,7 @@ def check_whole(store: Store, engine_id: str, others: Sequence[FileRef] = ()) ->
 def test_a_builder_killed_in_any_phase_loses_nothing(bucket: SeaweedFS, medium: Path, tmp_path: Path) -> None:
     """Another replica has the job within a minute, and ends it as if nothing had happened. Every second time the build's
     own process is killed with its service; else it notices by itself."""
-    expected = build(medium, open_store(str(tmp_path / "expected"))).manifest.engine_id
+    expected = build(medium, store=open_store(str(tmp_path / "expected"))).manifest.engine_id
     turn = threading.Semaphore(2)  # builds at a time
 
     def drill(name: str) -> float:

@@ -86,7 +86,7 @@ async def under_load(
 def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A directory store with a model."""
     store = open_store(str(tmp_path_factory.mktemp("faults") / "store"))
-    registry.set_name(store, "tiny", build(checkpoint, store).manifest.engine_id)
+    registry.set_name(store, "tiny", build(checkpoint, store=store).manifest.engine_id)
     yield store
 
 
@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up_during_the_upload_fails_the_job_in_words(
 @pytest.mark.parametrize("damage", ["a flipped byte", "cut off", "gone"])
 def test_damage_in_the_bucket_is_never_loaded(bucket: SeaweedFS, checkpoint: Path, tmp_path: Path, damage: str) -> None:
     store = open_store(bucket.url(f"damage-{damage.split()[-1]}"))
-    good, bad = (build(checkpoint, store, options).manifest for options in two_options())
+    good, bad = (build(checkpoint, options, store=store).manifest for options in two_options())
     for name, manifest in (("good", good), ("bad", bad)):
         registry.set_name(store, name, manifest.engine_id)
     key = blob_key(bad.ranks[0].weights[0].digest)
@@ -221,9 +221,9 @@ def test_damage_in_the_bucket_is_never_loaded(bucket: SeaweedFS, checkpoint: Pat
 
 
 def two_options() -> "list[object]":
-    from builder_svc.options import BuildOptions
+    from builder_svc.build_config import BuildConfig
 
-    return [BuildOptions(dtype="float32"), BuildOptions(dtype="bfloat16")]
+    return [BuildConfig(dtype="float32"), BuildConfig(dtype="bfloat16")]
 
 
 def test_services_with_wrong_credentials_say_so(bucket: SeaweedFS, checkpoint: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ async def test_a_store_that_is_away_stops_nothing_that_is_served(
 ) -> None:
     """What needs the store fails with UNAVAILABLE after bounded time; loaded models go on; then all is as before."""
     store = open_store(bucket.url("away"))
-    registry.set_name(store, "tiny", build(checkpoint, store).manifest.engine_id)
+    registry.set_name(store, "tiny", build(checkpoint, store=store).manifest.engine_id)
     with service("executor_svc", tmp_path / "executor.log", "--store", store.url, "--engine", "tiny") as executor:
         arguments = ("--store", store.url, "--executor", executor.address)
         root = ("--store", store.url, "--checkpoint-root", str(checkpoint.parent))

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine import registry
 from engine.backends import open_store
@@ -28,7 +28,9 @@ def addresses(checkpoint: Path, tmp_path: Path) -> object:
     """A gateway and one executor whose cache holds two and a half of the longest sequences."""
     url = str(tmp_path / "store")
     store = open_store(url)
-    manifest = build(checkpoint, store, BuildOptions(max_seq_len=160, max_batch_size=16, max_num_tokens=48)).manifest
+    manifest = build(
+        checkpoint, BuildConfig(max_seq_len=160, max_batch_size=16, max_num_tokens=48), store=store
+    ).manifest
     registry.set_name(store, "tiny", manifest.engine_id)
     memory = str(25 * 16 * manifest.model.kv_bytes_per_token)
     with ExitStack() as stack:

@@ -8,9 +8,9 @@ from builder_harness import short, state
 from store_harness import keys
 
 from builder_svc import joblog
+from builder_svc.build_config import BuildConfig
 from builder_svc.job import Job
 from builder_svc.joblog import JobLog
-from builder_svc.options import BuildOptions
 from builder_svc.process import BuildRequest
 from engine.errors import DataLoss, NotFound, ResourceExhausted
 from engine.store import Store
@@ -18,7 +18,7 @@ from protos.v1.builder_pb2 import BuildSpec
 
 
 def request(checkpoint: str = "a", **options: object) -> BuildRequest:
-    return BuildRequest(checkpoint, options=BuildOptions(**options))  # type: ignore[arg-type]
+    return BuildRequest(checkpoint, options=BuildConfig(**options))  # type: ignore[arg-type]
 
 
 def submit(store: Store, checkpoint: str = "a", model: str = "", **options: object) -> JobLog:

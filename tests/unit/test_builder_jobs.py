@@ -11,8 +11,8 @@ from builder_harness import child, failure, publish, short, state
 from builder_svc import joblog
 from builder_svc import jobs as jobs_module
 from builder_svc.attempt import Pace
+from builder_svc.build_config import BuildConfig, Progress
 from builder_svc.jobs import Jobs
-from builder_svc.options import BuildOptions, Progress
 from builder_svc.process import BuildProcess, BuildRequest, Result
 from engine import registry
 from engine.backends import open_store
@@ -82,7 +82,7 @@ async def jobs(store: Store, builds: Builds) -> AsyncIterator[Jobs]:
 
 
 async def submit(jobs: Jobs, checkpoint: str, model: str = "", **options: object) -> str:
-    request = BuildRequest(checkpoint, options=BuildOptions(**options))  # type: ignore[arg-type]
+    request = BuildRequest(checkpoint, options=BuildConfig(**options))  # type: ignore[arg-type]
     return (await jobs.submit(request, BuildSpec(checkpoint=checkpoint), model)).build_id
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from store_harness import keys
 
 from builder_svc import weights
+from builder_svc.build_config import BuildConfig
 from builder_svc.checkpoint.digests import file_digests
-from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build, build_identity, make_program, read_model
 from engine import gc, inventory
 from engine.blobs import blob_key, put_bytes, read
@@ -59,16 +59,16 @@ def test_the_same_inputs_give_the_same_engine_and_the_second_build_is_a_lookup(
     checkpoint: Path, copy: Path, store: Store
 ) -> None:
     phases = []
-    first = build(checkpoint, store, progress=lambda phase, *_: phases.append(phase))
+    first = build(checkpoint, store=store, progress=lambda phase, *_: phases.append(phase))
     assert list(dict.fromkeys(phases)) == ["checkpoint", "program", "weights", "upload", "publish"]
-    again = build(copy, store)
+    again = build(copy, store=store)
     assert (first.reused, again.reused) == (False, True)
     assert again.manifest == first.manifest
     assert len(keys(store, "engines/")) == 1
 
 
 def identify(path: Path, **options: object) -> str:
-    chosen = BuildOptions(**options)  # type: ignore[arg-type]
+    chosen = BuildConfig(**options)  # type: ignore[arg-type]
     return engine_id(build_identity(read_model(path, chosen), chosen))
 
 
@@ -99,7 +99,7 @@ def test_changed_weights_config_or_tokenizer_give_another_engine(copy: Path) -> 
 
 
 def test_the_program_is_data_over_the_operator_set(checkpoint: Path) -> None:
-    program, constants = make_program(read_model(checkpoint, BuildOptions(max_num_tokens=77)))
+    program, constants = make_program(read_model(checkpoint, BuildConfig(max_num_tokens=77)))
     assert {op.op for op in program.ops} <= set(OPERATORS)
     assert set(program.dims.values()) == {77}
     assert len(program.caches) == 3 and program.caches[0].bytes_per_token == 2 * 2 * 20 * 4
@@ -108,7 +108,7 @@ def test_the_program_is_data_over_the_operator_set(checkpoint: Path) -> None:
 
 
 def test_the_manifest_tells_what_others_need(checkpoint: Path, store: Store) -> None:
-    manifest = build(checkpoint, store, BuildOptions(max_seq_len=128)).manifest
+    manifest = build(checkpoint, BuildConfig(max_seq_len=128), store=store).manifest
     assert manifest.model.kv_bytes_per_token == 3 * 2 * 2 * 20 * 4
     assert manifest.model.eos_token_ids == (1,)
     assert (manifest.limits.max_seq_len, manifest.limits.max_batch_size) == (128, 64)
@@ -120,9 +120,9 @@ def test_the_manifest_tells_what_others_need(checkpoint: Path, store: Store) -> 
 def test_weights_are_split_into_files_and_loaded_from_all(
     checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load_engine(store, build(checkpoint, store).manifest.engine_id, NODE)
+    whole = load_engine(store, build(checkpoint, store=store).manifest.engine_id, NODE)
     monkeypatch.setattr(weights, "MAX_FILE_BYTES", 50_000)
-    split = build(checkpoint, store, BuildOptions(max_batch_size=5)).manifest
+    split = build(checkpoint, BuildConfig(max_batch_size=5), store=store).manifest
     assert len(split.ranks[0].weights) > 3
     loaded = load_engine(store, split.engine_id, NODE)
     assert set(loaded.weights) == set(whole.weights)
@@ -139,24 +139,26 @@ def test_sharded_checkpoints_are_read(checkpoint: Path, copy: Path, store: Store
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {name: file for file, part in halves.items() for name in part}})
     )
-    sharded, plain = (load_engine(store, build(path, store).manifest.engine_id, NODE) for path in (copy, checkpoint))
+    sharded, plain = (
+        load_engine(store, build(path, store=store).manifest.engine_id, NODE) for path in (copy, checkpoint)
+    )
     assert all(torch.equal(sharded.weights[name], tensor) for name, tensor in plain.weights.items())
 
 
 def test_lost_and_cut_off_blobs_are_built_again(checkpoint: Path, store: Store) -> None:
-    manifest = build(checkpoint, store).manifest
+    manifest = build(checkpoint, store=store).manifest
     store.delete(blob_key(manifest.ranks[0].weights[0].digest))
     store.replace(blob_key(manifest.ranks[0].program.digest), b"cut off")
-    assert not build(checkpoint, store).reused
+    assert not build(checkpoint, store=store).reused
     load_engine(store, manifest.engine_id, NODE)
-    assert build(checkpoint, store).reused
+    assert build(checkpoint, store=store).reused
 
 
 def test_a_tied_head_that_is_stored_all_the_same(checkpoint: Path, copy: Path, store: Store) -> None:
     tensors = load_file(copy / "model.safetensors")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, copy / "model.safetensors")
     change_config(copy, tie_word_embeddings=True)
-    loaded = load_engine(store, build(copy, store).manifest.engine_id, NODE)
+    loaded = load_engine(store, build(copy, store=store).manifest.engine_id, NODE)
     assert "lm_head.weight" not in loaded.weights
 
 
@@ -169,7 +171,7 @@ def test_a_disk_that_loses_what_it_took_is_told(
     monkeypatch.setattr(weights, "_FLUSH_BYTES", 100)
     monkeypatch.setattr(os, "fdatasync", fails)
     with pytest.raises(FailedPrecondition, match="cannot write .*: Input/output error; free some space, or choose"):
-        build(checkpoint, store)
+        build(checkpoint, store=store)
 
 
 def spoil_truncate(path: Path) -> None:
@@ -334,7 +336,7 @@ def test_a_bad_checkpoint_is_named_and_leaves_the_store_as_it_was(kind: str, cop
     spoil, error, message = BAD[kind]
     spoil(copy)
     with pytest.raises(error, match=message) as caught:
-        build(copy, store)
+        build(copy, store=store)
     assert isinstance(caught.value, EnginehouseError)
     assert keys(store, "") == []
 
@@ -349,17 +351,17 @@ def test_options_are_checked() -> None:
         ({"max_num_tokens": 10}, "less than max_batch_size"),
     ]:
         with pytest.raises(InvalidArgument, match=message):
-            BuildOptions(**bad)  # type: ignore[arg-type]
+            BuildConfig(**bad)  # type: ignore[arg-type]
 
 
 def test_auto_takes_the_checkpoints_dtype_on_cuda_and_float32_on_the_cpu(copy: Path) -> None:
     for stored, taken in [("bfloat16", "bfloat16"), ("float16", "float16")]:
         change_config(copy, dtype=stored)
-        assert read_model(copy, BuildOptions(device="cuda")).dtype == taken
-        assert read_model(copy, BuildOptions()).dtype == "float32"
+        assert read_model(copy, BuildConfig(device="cuda")).dtype == taken
+        assert read_model(copy, BuildConfig()).dtype == "float32"
     change_config(copy, dtype="float64")
     with pytest.raises(Unimplemented, match="is stored in float64; choose one of float32, bfloat16, float16"):
-        read_model(copy, BuildOptions(device="cuda"))
+        read_model(copy, BuildConfig(device="cuda"))
 
 
 def test_weights_of_a_dtype_that_no_engine_has(checkpoint: Path, copy: Path, store: Store) -> None:
@@ -367,14 +369,14 @@ def test_weights_of_a_dtype_that_no_engine_has(checkpoint: Path, copy: Path, sto
     weights = {name: tensor.double() for name, tensor in load_file(copy / "model.safetensors").items()}
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     change_config(copy, dtype="float64")
-    for options in (BuildOptions(), BuildOptions(dtype="bfloat16"), BuildOptions(device="cuda", dtype="float16")):
-        ours, wanted = (build(path, store, options).manifest for path in (copy, checkpoint))
+    for options in (BuildConfig(), BuildConfig(dtype="bfloat16"), BuildConfig(device="cuda", dtype="float16")):
+        ours, wanted = (build(path, options, store=store).manifest for path in (copy, checkpoint))
         assert ours.ranks == wanted.ranks and ours.engine_id != wanted.engine_id
 
 
 def test_a_longer_max_seq_len_than_the_models_is_refused(checkpoint: Path, store: Store) -> None:
     with pytest.raises(InvalidArgument, match="max_seq_len is 300, more than the model's 256 positions"):
-        build(checkpoint, store, BuildOptions(max_seq_len=300))
+        build(checkpoint, BuildConfig(max_seq_len=300), store=store)
 
 
 def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
@@ -392,7 +394,7 @@ def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
 def test_a_build_that_finds_old_blobs_loses_none_to_a_garbage_collection(
     checkpoint: Path, store: Store, moment: tuple[str, int]
 ) -> None:
-    first = build(checkpoint, store).manifest
+    first = build(checkpoint, store=store).manifest
     inventory.remove_engine(store, first.engine_id)
     collected = []
 
@@ -400,7 +402,7 @@ def test_a_build_that_finds_old_blobs_loses_none_to_a_garbage_collection(
         if phase == moment[0] and bool(done) == bool(moment[1]):
             collected.append(gc.collect(store, grace=0).deleted.count)
 
-    second = build(checkpoint, store, progress=progress)
+    second = build(checkpoint, store=store, progress=progress)
     assert collected
     assert not any(collected)
     assert (second.reused, second.manifest.files()) == (False, first.files())
@@ -414,7 +416,7 @@ def test_a_build_that_fails_leaves_no_pin(checkpoint: Path, store: Store) -> Non
             raise InvalidArgument("enough")
 
     with pytest.raises(InvalidArgument, match="enough"):
-        build(checkpoint, store, progress=fail)
+        build(checkpoint, store=store, progress=fail)
     assert keys(store, "pins/") == keys(store, "engines/") == []
 
 
@@ -422,25 +424,25 @@ def test_a_build_that_fails_leaves_no_pin(checkpoint: Path, store: Store) -> Non
 
 
 def test_an_engine_that_is_built_again_is_known_to_be_right(checkpoint: Path, store: Store):
-    first = build(checkpoint, store)
+    first = build(checkpoint, store=store)
     assert first.ours and not first.reused
-    found = build(checkpoint, store)
+    found = build(checkpoint, store=store)
     assert found.reused and not found.ours
     asked: list[str] = []
-    again = build(checkpoint, store, source="elsewhere", again=lambda engine_id: not asked.append(engine_id))
+    again = build(checkpoint, store=store, source="elsewhere", again=lambda engine_id: not asked.append(engine_id))
     assert asked == [first.manifest.engine_id]
     assert again.ours and not again.reused and again.manifest == first.manifest
 
 
 def test_an_engine_that_somebody_has_put_in_its_place_is_not_ours(checkpoint: Path, store: Store):
     """Under the right id, since that is of the inputs, with other weights."""
-    manifest = build(checkpoint, store).manifest
+    manifest = build(checkpoint, store=store).manifest
     rank = manifest.ranks[0]
     planted = msgspec.structs.replace(
         manifest, ranks=(msgspec.structs.replace(rank, weights=(put_bytes(store, "weights", b"evil"),)),)
     )
     store.replace(f"engines/{manifest.engine_id}.json", planted.to_json())
-    built = build(checkpoint, store, again=lambda _: True)
+    built = build(checkpoint, store=store, again=lambda _: True)
     assert not built.ours and built.manifest == planted
 
 
@@ -449,7 +451,7 @@ def test_a_work_directory_that_is_full_is_told(checkpoint: Path, store: Store, t
         with pytest.raises(
             ResourceExhausted, match="No space left on device; free some space, or choose another folder: --data"
         ):
-            build(checkpoint, store, work_dir=mount)
+            build(checkpoint, store=store, work_dir=mount)
         assert list(mount.iterdir()) == []
     assert keys(store, "engines/") == []
 
@@ -459,6 +461,6 @@ def test_numbers_that_float16_cannot_hold_are_told(copy: Path, store: Store):
     tensors["model.norm.weight"][3] = 70000.0
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InvalidArgument, match="'final_norm.weight' holds numbers up to 7e\\+04, .* choose bfloat16"):
-        build(copy, store, BuildOptions(dtype="float16"))
+        build(copy, BuildConfig(dtype="float16"), store=store)
     assert keys(store, "engines/") == []
-    build(copy, store, BuildOptions(dtype="bfloat16"))
+    build(copy, BuildConfig(dtype="bfloat16"), store=store)

@@ -15,11 +15,11 @@ import pytest
 from builder_harness import child, ends, failure, is_running, real_child
 
 from builder_svc import work_directory
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.process import BuildProcess, BuildRequest, Result
 from engine.errors import Internal, NotFound, ResourceExhausted
 
-REQUEST = BuildRequest("checkpoint", "file:///store", BuildOptions(dtype="float16", max_seq_len=7))
+REQUEST = BuildRequest("checkpoint", "file:///store", BuildConfig(dtype="float16", max_seq_len=7))
 ENGINE = "0" * 64
 
 

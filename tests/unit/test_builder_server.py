@@ -15,9 +15,9 @@ import pytest
 from builder_harness import child, ends, publish, real_child, state
 
 from builder_svc.__main__ import parse
+from builder_svc.build_config import BuildConfig
 from builder_svc.checkpoint.sources import find_checkpoint
 from builder_svc.jobs import Jobs
-from builder_svc.options import BuildOptions
 from builder_svc.process import BuildProcess
 from builder_svc.server import BuilderServicer, read_options
 from engine import registry
@@ -104,13 +104,13 @@ async def watch(stub: BuilderStub, build_id: str) -> list[BuildEvent]:
 
 
 def test_options_by_default():
-    assert read_options(BuildSpec(checkpoint="demo")) == BuildOptions()
+    assert read_options(BuildSpec(checkpoint="demo")) == BuildConfig()
 
 
 def test_options_as_given():
     target = Target(device=DEVICE_KIND_CUDA, compute_capability="9.0")
     spec = BuildSpec(dtype="bfloat16", target=target, max_batch_size=8, max_seq_len=512, max_num_tokens=256)
-    assert read_options(spec) == BuildOptions("bfloat16", "cuda", "9.0", 8, 512, 256)
+    assert read_options(spec) == BuildConfig("bfloat16", "cuda", "9.0", 8, 512, 256)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from builder_svc.models import families
 from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, NotFound, ResourceExhausted, Unimplemented
 from engine.manifest import Manifest
-from enginehouse import AutoConfig, AutoModelForCausalLM, BuildOptions, Mapping, PretrainedConfig, build
+from enginehouse import AutoConfig, AutoModelForCausalLM, BuildConfig, Mapping, PretrainedConfig, QuantConfig, build
 from enginehouse.cli import main
 from executor_svc.loader import load_engine
 from executor_svc.worker import this_node
@@ -42,7 +42,7 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 def engine_weights(model: Any, store: Path, **options: Any) -> tuple[Manifest, dict[str, torch.Tensor]]:
     """Of an engine that is built and loaded."""
-    manifest = build(model, DirectoryStore(store), BuildOptions(**options)).manifest
+    manifest = build(model, BuildConfig(**options), store=DirectoryStore(store)).manifest
     loaded = load_engine(DirectoryStore(store), manifest.engine_id, this_node("cpu"))
     return manifest, loaded.weights
 
@@ -125,7 +125,8 @@ def test_an_unknown_architecture_is_not_implemented_and_the_known_ones_are_named
     [
         ({"dtype": "int4"}, ValueError, "dtype 'int4': choose one of auto, float32"),
         ({"mapping": {"tp_size": 1}}, ValueError, "give a Mapping"),
-        ({"quant_config": "W4A16"}, NotImplementedError, "quant_config 'W4A16': this release builds no quantized"),
+        ({"quant_config": QuantConfig("W4A16")}, NotImplementedError, "asks for W4A16: this release quantizes nothing"),
+        ({"quant_config": "W4A16"}, ValueError, "quant_config is 'W4A16': give a QuantConfig"),
         (
             {"hf_model_or_dir": "nowhere"},
             NotFound,
@@ -202,9 +203,9 @@ def test_a_class_refuses_what_another_one_reads(checkpoint: Path, qwen: Path) ->
 
 def test_a_model_builds_the_engine_that_its_directory_builds(checkpoint: Path, tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
-    options = BuildOptions(max_seq_len=64)
-    built = build(enginehouse.LLaMAForCausalLM.from_hugging_face(str(checkpoint)), store, options)
-    again = build(checkpoint, store, options)
+    options = BuildConfig(max_seq_len=64)
+    built = build(enginehouse.LLaMAForCausalLM.from_hugging_face(str(checkpoint)), options, store=store)
+    again = build(checkpoint, options, store=store)
     assert (built.reused, again.reused, again.manifest) == (False, True, built.manifest)
     assert built.manifest.source == str(checkpoint)
 
@@ -214,13 +215,13 @@ def test_the_models_dtype_is_the_engines(checkpoint: Path, tmp_path: Path) -> No
     manifest, weights = engine_weights(model, tmp_path)
     assert manifest.model.dtype == "bfloat16" and weights["layers.0.mlp.down.weight"].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="the model is bfloat16, the options say float16"):
-        build(model, DirectoryStore(tmp_path), BuildOptions(dtype="float16"))
+        build(model, BuildConfig(dtype="float16"), store=DirectoryStore(tmp_path))
 
 
 def test_more_than_one_rank_is_refused_when_it_is_built_or_saved(checkpoint: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_hugging_face(checkpoint, mapping=Mapping(2, tp_size=2))
     for use in (
-        lambda: build(model, DirectoryStore(tmp_path / "store")),
+        lambda: build(model, store=DirectoryStore(tmp_path / "store")),
         lambda: model.save_checkpoint(tmp_path / "saved"),
     ):
         with pytest.raises(NotImplementedError, match="a mapping of 2 ranks .* of one rank"):
@@ -247,7 +248,7 @@ def test_load_replaces_all_weights(checkpoint: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_hugging_face(checkpoint)
     given = {name: torch.randn(tensor.shape) for name, tensor in model.weights().items()}
     dummy = enginehouse.LLaMAForCausalLM(AutoConfig.from_hugging_face(checkpoint))
-    ids = {build(checkpoint, DirectoryStore(tmp_path)).manifest.engine_id}
+    ids = {build(checkpoint, store=DirectoryStore(tmp_path)).manifest.engine_id}
     for loading in (model, dummy):
         loading.load(given)
         manifest, loaded = engine_weights(loading, tmp_path)
@@ -256,7 +257,7 @@ def test_load_replaces_all_weights(checkpoint: Path, tmp_path: Path) -> None:
     assert len(ids) == 2
     changed = {**given, "final_norm.weight": given["final_norm.weight"] + 1}
     model.load(changed)
-    assert build(model, DirectoryStore(tmp_path)).manifest.engine_id not in ids
+    assert build(model, store=DirectoryStore(tmp_path)).manifest.engine_id not in ids
 
 
 def test_load_checks_names_and_shapes(checkpoint: Path) -> None:
@@ -320,7 +321,9 @@ def test_from_checkpoint_takes_a_config(checkpoint: Path, qwen: Path, tmp_path: 
     shorter = replace(config, hugging_face={**config.hugging_face, "rms_norm_eps": 0.5})
     store = DirectoryStore(tmp_path / "store")
     ids = [
-        build(enginehouse.LLaMAForCausalLM.from_checkpoint(tmp_path / "saved", config=one), store).manifest.engine_id
+        build(
+            enginehouse.LLaMAForCausalLM.from_checkpoint(tmp_path / "saved", config=one), store=store
+        ).manifest.engine_id
         for one in (None, config, shorter)
     ]
     assert ids[0] == ids[1] != ids[2]
@@ -349,13 +352,13 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("builder_svc.saved._write_json", break_off)
         model.save_checkpoint(saved)
-    for read in (lambda: build(saved, store), lambda: AutoModelForCausalLM.from_checkpoint(saved)):
+    for read in (lambda: build(saved, store=store), lambda: AutoModelForCausalLM.from_checkpoint(saved)):
         with pytest.raises(NotFound, match="config.json"):
             read()
     with pytest.raises(NotFound, match="saving it did not come to its end. Save it again"):
         enginehouse.LLaMAForCausalLM.from_checkpoint(saved)
     model.save_checkpoint(saved)
-    assert build(saved, store).manifest
+    assert build(saved, store=store).manifest
 
 
 def test_a_save_that_fails_gives_the_disk_back(
@@ -391,14 +394,14 @@ def test_a_damaged_or_foreign_checkpoint(checkpoint: Path, tmp_path: Path) -> No
     file = saved / "rank0.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(enginehouse.EnginehouseError, match="rank0.safetensors is damaged or incomplete"):
-        build(saved, store)
+        build(saved, store=store)
     file.unlink()
     with pytest.raises(NotFound, match=r"lacks rank0.safetensors"):
-        build(saved, store)
+        build(saved, store=store)
     theirs = {"architecture": "LlamaForCausalLM", "dtype": "float16", "mapping": {"world_size": 1}}
     (saved / "config.json").write_text(json.dumps(theirs))
     with pytest.raises(Unimplemented, match="has no 'enginehouse': it was written by another program"):
-        build(saved, store)
+        build(saved, store=store)
 
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +412,7 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(block, names)
-    assert names["built"].manifest.dummy_weights and (tmp_path / "demo.ckpt" / "rank0.safetensors").is_file()
+    assert names["engine"].manifest.dummy_weights and (tmp_path / "demo.ckpt" / "rank0.safetensors").is_file()
 
 
 def test_a_save_over_another_leaves_nothing_of_it(checkpoint: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_every_float_dtype(copy: Path, dtype: torch.dtype, kind: str) -> None:
 
 def test_a_pickle_makes_the_same_engine(checkpoint: Path, copy: Path, directory_store: Store) -> None:
     as_pickle(copy)
-    wanted, made = (build(path, directory_store).manifest for path in (checkpoint, copy))
+    wanted, made = (build(path, store=directory_store).manifest for path in (checkpoint, copy))
     assert [rank.weights for rank in made.ranks] == [rank.weights for rank in wanted.ranks]
     assert "pytorch_model.bin" in made.identity["checkpoint"]
 
@@ -173,7 +173,7 @@ def test_integers_without_a_scale_are_no_weights(copy: Path, directory_store: St
     tensors, name = load_file(copy / "model.safetensors"), "model.layers.0.mlp.down_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.int8)}, copy / "model.safetensors")
     with pytest.raises(InvalidArgument, match="weight 'layers.0.mlp.down.weight' are int8, and nothing says"):
-        build(copy, directory_store)
+        build(copy, store=directory_store)
     assert list(directory_store.list("")) == []
 
 

@@ -160,7 +160,7 @@ def test_a_header_is_read_once_and_a_copy_maps_the_file_again(tmp_path: Path, mo
     write_gguf(file, "llama", tmp_path / "hf")
     monkeypatch.setattr(gguf_file, "_read_header", lambda path: (opened.append(path), read(path))[1])
     for model in (file, AutoModelForCausalLM.from_hugging_face(file)):
-        build(model, DirectoryStore(tmp_path / "store"))
+        build(model, store=DirectoryStore(tmp_path / "store"))
     assert opened == [file, file]
     config = model.config
     again = copy.deepcopy(config)

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from hub_server import Repository
 
+from builder_svc.build_config import BuildConfig
 from builder_svc.models.config import AttentionSpec, DecoderConfig, ExpertsSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
-from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build
 from engine import registry
 from engine.backends import open_store
@@ -63,8 +63,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder whose store has the demo model in bfloat16, called demo."""
     folder = tmp_path_factory.mktemp("home")
     store = open_store(Home(folder).store)
-    options = BuildOptions(dtype="bfloat16", max_batch_size=50)
-    registry.set_name(store, "demo", build(DEMO, store, options).manifest.engine_id)
+    options = BuildConfig(dtype="bfloat16", max_batch_size=50)
+    registry.set_name(store, "demo", build(DEMO, options, store=store).manifest.engine_id)
     return folder
 
 
@@ -100,7 +100,7 @@ def weights_written(manifest: Manifest, store: Any) -> int:
 def test_a_plan_says_what_a_build_writes(dtype: str, tmp_path: Path) -> None:
     """Of the checkpoint before, and of the engine after."""
     store = open_store(str(tmp_path / "store"))
-    manifest = build(DEMO, store, BuildOptions(dtype=dtype, max_batch_size=5, max_seq_len=700)).manifest
+    manifest = build(DEMO, BuildConfig(dtype=dtype, max_batch_size=5, max_seq_len=700), store=store).manifest
     planned = of_checkpoint(str(DEMO), dtype)
     assert planned.total_bytes == weights_written(manifest, store)
     assert planned.num_parameters == manifest.model.num_parameters

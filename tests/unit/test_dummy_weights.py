@@ -28,7 +28,7 @@ from engine.ops import DENSE
 from engine.opset import OPERATORS
 from engine.program import Op, Program, TensorType, Value
 from engine.verify import verify
-from enginehouse import AutoConfig, AutoModelForCausalLM, BuildOptions, build
+from enginehouse import AutoConfig, AutoModelForCausalLM, BuildConfig, build
 from enginehouse.cli import main
 from enginehouse.upload import find_files
 from executor_svc import random_weights
@@ -62,13 +62,13 @@ def test_one_engine_from_the_class_and_from_the_option(checkpoint: Path, config_
     store = DirectoryStore(tmp_path / "store")
     config = AutoConfig.from_hugging_face(checkpoint)
     dummy = AutoModelForCausalLM.get_trtllm_model_class(checkpoint)(config)
-    first, again = build(dummy, store), build(checkpoint, store, BuildOptions(dummy_weights=True))
-    of_real = build(AutoModelForCausalLM.from_hugging_face(checkpoint), store, BuildOptions(dummy_weights=True))
+    first, again = build(dummy, store=store), build(checkpoint, BuildConfig(dummy_weights=True), store=store)
+    of_real = build(AutoModelForCausalLM.from_hugging_face(checkpoint), BuildConfig(dummy_weights=True), store=store)
     assert (first.reused, again.reused, of_real.reused) == (False, True, True)
     manifest = first.manifest
     real, bare = (
-        build(checkpoint, store).manifest,
-        build(config_alone, store, BuildOptions(dummy_weights=True)).manifest,
+        build(checkpoint, store=store).manifest,
+        build(config_alone, BuildConfig(dummy_weights=True), store=store).manifest,
     )
     assert len({manifest.engine_id, real.engine_id, bare.engine_id}) == 3
     assert (manifest.model, manifest.limits) == (real.model, real.limits)
@@ -82,7 +82,7 @@ def test_one_engine_from_the_class_and_from_the_option(checkpoint: Path, config_
 
 def test_real_weights_are_still_asked_for(config_alone: Path, tmp_path: Path) -> None:
     with pytest.raises(enginehouse.EnginehouseError, match="holds no \\*.safetensors file"):
-        build(config_alone, DirectoryStore(tmp_path / "store"))
+        build(config_alone, store=DirectoryStore(tmp_path / "store"))
 
 
 def test_dummy_weights_cannot_be_read_or_saved(checkpoint: Path, tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_dummy_weights_cannot_be_read_or_saved(checkpoint: Path, tmp_path: Path)
 
 
 def test_a_saved_checkpoint_with_dummy_weights(checkpoint: Path, tmp_path: Path) -> None:
-    store, options = DirectoryStore(tmp_path / "store"), BuildOptions(dummy_weights=True)
+    store, options = DirectoryStore(tmp_path / "store"), BuildConfig(dummy_weights=True)
     AutoModelForCausalLM.from_hugging_face(checkpoint).save_checkpoint(tmp_path / "saved")
-    assert build(tmp_path / "saved", store, options).manifest == build(checkpoint, store, options).manifest
+    assert build(tmp_path / "saved", options, store=store).manifest == build(checkpoint, options, store=store).manifest
 
 
 def test_eight_billion_parameters_in_seconds_and_a_few_megabytes(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_eight_billion_parameters_in_seconds_and_a_few_megabytes(tmp_path: Path)
     began = time.process_time()
     config = AutoConfig.from_hugging_face(LARGE, dtype="auto")
     model = AutoModelForCausalLM.get_trtllm_model_class(LARGE)(config)
-    manifest = build(model, DirectoryStore(tmp_path), BuildOptions(device="cuda", max_seq_len=8192)).manifest
+    manifest = build(model, BuildConfig(device="cuda", max_seq_len=8192), store=DirectoryStore(tmp_path)).manifest
     assert time.process_time() - began < 20
     assert sum(file.size for file in manifest.files()) < 5_000_000
     facts = manifest.model
@@ -117,8 +117,8 @@ def test_eight_billion_parameters_in_seconds_and_a_few_megabytes(tmp_path: Path)
 
 def test_weights_are_random_of_the_right_size_and_the_same_each_time(checkpoint: Path, tmp_path: Path) -> None:
     store, seen = DirectoryStore(tmp_path), []
-    real = load_engine(store, build(checkpoint, store).manifest.engine_id, this_node("cpu"))
-    engine = build(checkpoint, store, BuildOptions(dummy_weights=True)).manifest.engine_id
+    real = load_engine(store, build(checkpoint, store=store).manifest.engine_id, this_node("cpu"))
+    engine = build(checkpoint, BuildConfig(dummy_weights=True), store=store).manifest.engine_id
     loaded = load_engine(store, engine, this_node("cpu"), lambda done, total: seen.append((done, total)))
     again = load_engine(store, engine, this_node("cpu"))
     assert set(loaded.weights) == set(real.weights) == set(loaded.program.weights)
@@ -198,7 +198,7 @@ def test_packed_weights_stand_for_a_matrix_like_any_other(case: str) -> None:
 
 def test_a_refusal_names_the_build_that_fits(checkpoint: Path, tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
-    engine = build(checkpoint, store, BuildOptions(device="cuda", dummy_weights=True)).manifest.engine_id
+    engine = build(checkpoint, BuildConfig(device="cuda", dummy_weights=True), store=store).manifest.engine_id
     with pytest.raises(FailedPrecondition, match="--device cpu --store .* --dummy-weights"):
         load_engine(store, engine, Node("cpu", {"torch": "2"}))
 

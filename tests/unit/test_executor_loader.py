@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from builder_svc.options import BuildOptions
+from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine import blobs, signing
 from engine.blobs import blob_key
@@ -33,7 +33,9 @@ class CountingStore(DirectoryStore):
 
 def test_an_engine_for_another_device_is_refused_before_a_byte_is_read(checkpoint: Path, tmp_path: Path) -> None:
     store = CountingStore(tmp_path)
-    manifest = build(checkpoint, store, BuildOptions(device="cuda", compute_capability="9.0", dtype="float32")).manifest
+    manifest = build(
+        checkpoint, BuildConfig(device="cuda", compute_capability="9.0", dtype="float32"), store=store
+    ).manifest
     with pytest.raises(FailedPrecondition) as caught:
         load_engine(store, manifest.engine_id, NODE)
     assert caught.value.reason == "ENGINE_FINGERPRINT_MISMATCH"
@@ -46,7 +48,7 @@ def test_an_engine_that_nobody_trusted_has_signed_is_refused_before_a_byte_is_re
     checkpoint: Path, tmp_path: Path
 ) -> None:
     store, private = CountingStore(tmp_path / "store"), signing.generate(tmp_path / "key")
-    engine, trust = build(checkpoint, store).manifest.engine_id, Trust((private.public,))
+    engine, trust = build(checkpoint, store=store).manifest.engine_id, Trust((private.public,))
     with pytest.raises(FailedPrecondition) as caught:
         load_engine(store, engine, NODE, trust=trust)
     assert caught.value.reason == "ENGINE_UNSIGNED"
@@ -57,7 +59,7 @@ def test_an_engine_that_nobody_trusted_has_signed_is_refused_before_a_byte_is_re
 
 def test_native_code_is_refused_by_default_before_a_byte_is_read(checkpoint: Path, tmp_path: Path) -> None:
     store = CountingStore(tmp_path / "store")
-    built = build(checkpoint, store).manifest
+    built = build(checkpoint, store=store).manifest
     native = msgspec.structs.replace(built.ranks[0], native=(blobs.put_bytes(store, "kernel.so", b"code"),))
     store.replace(f"engines/{built.engine_id}.json", msgspec.structs.replace(built, ranks=(native,)).to_json())
     with pytest.raises(FailedPrecondition, match="kernel.so") as caught:
@@ -70,7 +72,7 @@ def test_native_code_is_refused_by_default_before_a_byte_is_read(checkpoint: Pat
 def test_an_executor_passes_its_trust_on_to_its_workers(checkpoint: Path, tmp_path: Path) -> None:
     store, private = DirectoryStore(tmp_path / "store"), signing.generate(tmp_path / "key")
     (tmp_path / "trusted.pem").write_text(private.public.pem())
-    engine = build(checkpoint, store).manifest.engine_id
+    engine = build(checkpoint, store=store).manifest.engine_id
     command = [sys.executable, "-m", "executor_svc", "--store", store.url, "--engine", engine, "--port", "0"]
     command += ["--trusted-keys", str(tmp_path / "trusted.pem")]
     refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -100,7 +102,7 @@ def test_damaged_weights_are_never_used(
     monkeypatch.setattr(blobs, "CHUNK_SIZE", 10_000)  # many chunks
     monkeypatch.setattr("engine.manifest.CHUNK_SIZE", 10_000)
     store = DirectoryStore(tmp_path)
-    manifest = build(checkpoint, store).manifest
+    manifest = build(checkpoint, store=store).manifest
     path = tmp_path / blob_key(manifest.ranks[0].weights[0].digest)
     data = bytearray(path.read_bytes())
     assert len(manifest.ranks[0].weights[0].chunks) > 10
@@ -118,14 +120,14 @@ def test_damaged_weights_are_never_used(
 
 def test_progress_ends_with_every_byte(checkpoint: Path, tmp_path: Path) -> None:
     store, seen = DirectoryStore(tmp_path), []
-    manifest = build(checkpoint, store).manifest
+    manifest = build(checkpoint, store=store).manifest
     load_engine(store, manifest.engine_id, NODE, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (manifest.weight_bytes(),) * 2
 
 
 def test_too_little_kv_memory_is_refused_with_what_would_do(checkpoint: Path, tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
-    loaded = load_engine(store, build(checkpoint, store).manifest.engine_id, NODE)
+    loaded = load_engine(store, build(checkpoint, store=store).manifest.engine_id, NODE)
     needed = 256 * loaded.manifest.model.kv_bytes_per_token
     with pytest.raises(FailedPrecondition, match=f"--kv-memory {needed} or more"):
         TorchRunner(loaded.program, loaded.weights, loaded.manifest.limits, kv_memory=needed - 1)

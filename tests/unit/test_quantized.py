@@ -16,8 +16,8 @@ from quantized_writers import Writer, awq, floats, gptq, packed_ints, plain_ints
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from builder_svc.build_config import BuildConfig
 from builder_svc.models.families import llama
-from builder_svc.options import BuildOptions
 from builder_svc.pipeline import build, read_model
 from engine.directory import DirectoryStore
 from engine.errors import InvalidArgument, Unimplemented
@@ -154,7 +154,7 @@ def dense(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine
 def load(checkpoint: Path, path: Path, **options: Any) -> LoadedEngine:
     """As it is stored, nothing unpacked."""
     store = DirectoryStore(path / "store")
-    manifest = build(checkpoint, store, BuildOptions(max_num_tokens=64, **options)).manifest
+    manifest = build(checkpoint, BuildConfig(max_num_tokens=64, **options), store=store).manifest
     return load_engine(store, manifest.engine_id, this_node("cpu"))
 
 
@@ -330,10 +330,10 @@ def test_the_cpu_runs_it_and_the_command_line_tells_it(plain: Path, tmp_path: Pa
 def test_auto_takes_the_dtype_that_the_config_declares(plain: Path, tmp_path: Path) -> None:
     save_quantized(plain, tmp_path / "checkpoint", {"quant_method": "fbgemm_fp8"}, no_head(floats(None, "channel")))
     change_config(tmp_path / "checkpoint", dtype="bfloat16")
-    assert read_model(tmp_path / "checkpoint", BuildOptions(device="cuda")).dtype == "bfloat16"
-    assert read_model(tmp_path / "checkpoint", BuildOptions()).dtype == "float32"
+    assert read_model(tmp_path / "checkpoint", BuildConfig(device="cuda")).dtype == "bfloat16"
+    assert read_model(tmp_path / "checkpoint", BuildConfig()).dtype == "float32"
     change_config(tmp_path / "checkpoint", dtype=None)
-    assert read_model(tmp_path / "checkpoint", BuildOptions(device="cuda")).dtype == "float32"
+    assert read_model(tmp_path / "checkpoint", BuildConfig(device="cuda")).dtype == "float32"
 
 
 def change_config(path: Path, **changes: Any) -> None:
@@ -368,7 +368,7 @@ def test_what_is_not_read_is_named_with_what_is(kind: str, plain: Path, tmp_path
     config, message = UNSUPPORTED[kind]
     save_quantized(plain, tmp_path / "checkpoint", config, lambda _: None)
     with pytest.raises(Unimplemented, match=message) as caught:
-        read_model(tmp_path / "checkpoint", BuildOptions())
+        read_model(tmp_path / "checkpoint", BuildConfig())
     assert caught.value.reason == "QUANTIZATION_UNSUPPORTED"
 
 
@@ -388,7 +388,7 @@ def test_configs_that_hold_nonsense(kind: str, plain: Path, tmp_path: Path) -> N
     config, message = BROKEN[kind]
     save_quantized(plain, tmp_path / "checkpoint", config, lambda _: None)
     with pytest.raises(InvalidArgument, match=message):
-        read_model(tmp_path / "checkpoint", BuildOptions())
+        read_model(tmp_path / "checkpoint", BuildConfig())
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -445,7 +445,7 @@ def test_weights_that_do_not_fit_the_config_are_named(kind: str, plain: Path, tm
     spoil(tensors)
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(InvalidArgument, match=message):
-        build(checkpoint, store, BuildOptions(max_num_tokens=64))
+        build(checkpoint, BuildConfig(max_num_tokens=64), store=store)
     assert list(store.list("")) == []
 
 

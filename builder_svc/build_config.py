@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from builder_svc.tensorrt_names import PluginConfig, also_takes
 from engine.errors import InvalidArgument
 
 Progress = Callable[[str, int, int, str], None]
@@ -17,9 +19,37 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 
 
-@dataclass(frozen=True)
-class BuildOptions:
+# What TensorRT must know to set memory aside or to choose kernels: an engine here takes any prompt that max_seq_len leaves
+# room for, and beam searches of up to 16, as they come.
+_TUNING = (
+    "opt_batch_size", "opt_num_tokens", "max_input_len", "max_beam_width", "max_encoder_input_len", "strongly_typed",
+    "builder_opt", "force_num_profiles", "profiling_verbosity", "enable_debug_output", "input_timing_cache",
+    "output_timing_cache", "plugin_config", "auto_parallel_config", "visualize_network", "monitor_memory",
+)  # fmt: skip
+_ABSENT = {
+    "max_prompt_embedding_table_size": 0,
+    "kv_cache_type": "paged",
+    "gather_context_logits": False,
+    "gather_generation_logits": False,
+    "max_draft_len": 0,
+    "speculative_decoding_mode": None,
+    "use_refit": False,
+    "use_strip_plan": False,
+    "lora_config": None,
+    "weight_sparsity": False,
+    "weight_streaming": False,
+    "dry_run": False,
+    "use_mrope": False,
+}
+
+
+@also_takes(ignored=_TUNING, off=_ABSENT)
+@dataclass
+class BuildConfig:
     """What decides an engine beside its checkpoint.
+
+    TensorRT-LLM's other options are taken, too: those that tune TensorRT have no effect, and those that ask for what
+    is not there raise Unimplemented (docs/migrating-from-tensorrt-llm.md lists them).
 
     Attributes:
         dtype: of weights and activations. "auto" is the checkpoint's own on CUDA and float32 on the CPU.
@@ -31,7 +61,12 @@ class BuildOptions:
         dummy_weights: read no weights; executors make random ones.
 
     Raises:
-        InvalidArgument: names the value and what is allowed.
+        InvalidArgument: (a ValueError) names the value and what is allowed.
+
+    Example:
+        >>> from enginehouse import BuildConfig
+        >>> BuildConfig(max_batch_size=8, max_seq_len=512, strongly_typed=True).max_batch_size
+        8
     """
 
     dtype: str = "auto"
@@ -43,6 +78,24 @@ class BuildOptions:
     dummy_weights: bool = False
 
     def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def plugin_config(self) -> PluginConfig:
+        """Takes any setting, and has no effect."""
+        return PluginConfig()
+
+    @staticmethod
+    def from_dict(options: dict[str, Any]) -> "BuildConfig":
+        """Of the constructor's keywords; raises what it raises."""
+        return BuildConfig(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's keywords."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raises InvalidArgument for a value that cannot be; `build` calls it, since attributes may have been set."""
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         if self.device not in DEVICES:
@@ -56,8 +109,10 @@ class BuildOptions:
                 raise InvalidArgument(f"compute capability {self.compute_capability!r}: write it like 9.0")
         for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidArgument(f"{name} is {value}: it must be at least 1")
+            if name == "max_seq_len" and value is None:
+                continue
+            if type(value) is not int or value < 1:
+                raise InvalidArgument(f"{name} is {value!r}: it must be at least 1")
         if self.max_num_tokens < self.max_batch_size:
             raise InvalidArgument(
                 f"max_num_tokens is {self.max_num_tokens}, less than max_batch_size {self.max_batch_size}: "
