@@ -9,15 +9,18 @@ from engine.errors import Unimplemented
 Type = TypeVar("Type", bound=type)
 
 
-def also_takes(ignored: Collection[str] = (), off: Mapping[str, Any] | None = None) -> Callable[[Type], Type]:
+def also_takes(
+    ignored: Collection[str] = (), off: Mapping[str, Any] | None = None, aliases: Mapping[str, str] | None = None
+) -> Callable[[Type], Type]:
     """A class decorator: the constructor takes further keywords.
 
     Args:
         ignored: options that change no result, whose values are not looked at.
         off: options that would change the result -> the value that means that they are not used, which is taken like None;
             any other raises Unimplemented (a NotImplementedError).
+        aliases: another name of an attribute -> the attribute.
     """
-    unused = off or {}
+    unused, other = off or {}, aliases or {}
 
     def decorate(cls: Type) -> Type:
         construct: Any = cls.__init__  # type: ignore[misc]
@@ -32,13 +35,22 @@ def also_takes(ignored: Collection[str] = (), off: Mapping[str, Any] | None = No
                         reason="OPTION_UNSUPPORTED",
                         metadata={"option": name},
                     )
+            for alias, name in other.items():
+                if alias in options:
+                    options.setdefault(name, options.pop(alias))
             construct(self, *args, **options)
 
         cls.__init__ = __init__  # type: ignore[misc]
+        for alias, name in other.items():
+            setattr(cls, alias, _alias(name))
         cls.IGNORED, cls.OFF = frozenset(ignored), dict(unused)  # type: ignore[attr-defined]
         return cls
 
     return decorate
+
+
+def _alias(name: str) -> property:
+    return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
 
 
 class PluginConfig:

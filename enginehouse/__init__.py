@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from enginehouse.client import BuilderClient, ExecutorClient, GatewayClient
     from enginehouse.cluster import LocalCluster
     from enginehouse.home import Home
+    from enginehouse.llm.executor import ExecutorStats, GenerationExecutor, KvCacheConfig
+    from enginehouse.llm.llm import LLM
+    from enginehouse.llm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+    from enginehouse.llm.result import GenerationResult
+    from enginehouse.llm.sampling import SamplingParams
 
     # What editors and type checkers know of `model_classes()`.
     FalconForCausalLM: type[CausalLM]
@@ -40,16 +45,25 @@ __all__ = [
     "BuildConfig",
     "BuilderClient",
     "CausalLM",
+    "CompletionOutput",
     "Engine",
     "EnginehouseError",
     "ExecutorClient",
+    "ExecutorStats",
     "GatewayClient",
+    "GenerationExecutor",
+    "GenerationResult",
     "Home",
+    "KvCacheConfig",
+    "LLM",
     "LocalCluster",
     "Mapping",
     "PretrainedConfig",
     "QuantAlgo",
     "QuantConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprobs",
     "build",
 ]
 
@@ -59,16 +73,25 @@ _HOMES = {
     "BuildConfig": "builder_svc.build_config",
     "BuilderClient": "enginehouse.client",
     "CausalLM": "builder_svc.causal_lm",
+    "CompletionOutput": "enginehouse.llm.outputs",
     "Engine": "engine.artifact",
     "EnginehouseError": "engine.errors",
     "ExecutorClient": "enginehouse.client",
+    "ExecutorStats": "enginehouse.llm.executor",
     "GatewayClient": "enginehouse.client",
+    "GenerationExecutor": "enginehouse.llm.executor",
+    "GenerationResult": "enginehouse.llm.result",
     "Home": "enginehouse.home",
+    "KvCacheConfig": "enginehouse.llm.executor",
+    "LLM": "enginehouse.llm.llm",
     "LocalCluster": "enginehouse.cluster",
     "Mapping": "builder_svc.mapping",
     "PretrainedConfig": "builder_svc.pretrained",
     "QuantAlgo": "builder_svc.quant_config",
     "QuantConfig": "builder_svc.quant_config",
+    "RequestOutput": "enginehouse.llm.outputs",
+    "SamplingParams": "enginehouse.llm.sampling",
+    "TokenLogprobs": "enginehouse.llm.outputs",
     "build": "builder_svc.pipeline",
 }
 

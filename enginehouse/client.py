@@ -145,6 +145,10 @@ class GatewayClient(_Client):
             raise not_unicode(error) from None
         except ValueError as error:
             raise InvalidArgument(f"{error}: token ids, limits and seeds are numbers of their range, from 0") from None
+        return self.send(request)
+
+    def send(self, request: gateway_pb2.GenerateRequest) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
+        """What `generate` makes of its arguments, as a request."""
         return self._replies(self._stub.Generate(request))
 
     async def detokenize(self, model: str, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -4,8 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import IO, NamedTuple
 
 WORKER = ("-m", "executor_svc.worker")
 
@@ -26,9 +26,18 @@ class Spares:
     Args:
         arguments: the worker's command line apart from --fd.
         program: Python's arguments before them.
+        environment: the processes'; by default this one's.
+        log: where they print; by default where this one does.
     """
 
-    def __init__(self, arguments: Sequence[str], program: Sequence[str] = WORKER) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        program: Sequence[str] = WORKER,
+        environment: Mapping[str, str] | None = None,
+        log: IO[bytes] | None = None,
+    ) -> None:
+        self._environment, self._log = environment, log
         self._command = [sys.executable, *program]
         self._arguments = list(arguments)
         self._waiting: list[Launched] = []
@@ -66,7 +75,9 @@ class Spares:
                     # anything else runs: measured on two busy cores, a model of 5 million parameters, 9 tokens/s
                     # spinning and 110 not. But to fall asleep between two operators costs a quarter of a step of half a
                     # billion parameters (bench/LOG.md): so they spin for some 50 us first.
-                    env={"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", **os.environ},
+                    env={"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", **(self._environment or os.environ)},
+                    stdout=self._log,
+                    stderr=self._log,
                 )
             except OSError:
                 ours.close()

@@ -73,14 +73,16 @@ class TorchRunner:
         *,
         device: str = "cpu",
         kv_memory: int | None = None,
+        kv_share: float | None = None,
         operators: dict[str, Callable[..., Any]] | None = None,
     ) -> None:
         """Allocates the KV cache, once.
 
         Args:
             weights: by the program's names, on the device, as `kernels.prepare` gives them.
-            kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most half of
+            kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
                 the memory that is free.
+            kv_share: in (0, 1]; by default half.
             operators: implementations to use instead of the device's.
 
         Raises:
@@ -94,7 +96,9 @@ class TorchRunner:
         block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         if kv_memory is None:
-            kv_memory = min(limits.max_batch_size * per_sequence * block_bytes, int(_KV_SHARE * _free_memory(device)))
+            kv_memory = min(
+                limits.max_batch_size * per_sequence * block_bytes, int((kv_share or _KV_SHARE) * _free_memory(device))
+            )
         num_blocks = kv_memory // block_bytes
         if num_blocks < per_sequence:
             raise FailedPrecondition(

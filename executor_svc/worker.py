@@ -55,7 +55,9 @@ def this_node(device: str) -> Node:
     return Node("cpu", {"torch": torch.__version__})
 
 
-def scheduler_config(runner: Runner, manifest: Manifest, max_waiting: int | None = None) -> SchedulerConfig:
+def scheduler_config(
+    runner: Runner, manifest: Manifest, max_waiting: int | None = None, block_reuse: bool = True
+) -> SchedulerConfig:
     """The engine's limits and the runner's capabilities, as the scheduler takes them.
 
     By default a dataset may be sent at once; far beyond that, a client hears sooner that it should come back later.
@@ -70,7 +72,7 @@ def scheduler_config(runner: Runner, manifest: Manifest, max_waiting: int | None
         max_in_flight=can.max_in_flight,
         future_tokens=can.future_tokens,
         mixed_batches=can.mixed_batches,
-        prefix_cache=can.prefix_cache,
+        prefix_cache=can.prefix_cache and block_reuse,
         max_waiting=(
             max(_LEAST_WAITING, _WAITING_BATCHES * limits.max_batch_size) if max_waiting is None else max_waiting
         ),
@@ -81,9 +83,16 @@ def scheduler_config(runner: Runner, manifest: Manifest, max_waiting: int | None
 class Worker:
     """The loop between the front and a runner."""
 
-    def __init__(self, front: FrameSocket, manifest: Manifest, runner: Runner, max_waiting: int | None = None) -> None:
+    def __init__(
+        self,
+        front: FrameSocket,
+        manifest: Manifest,
+        runner: Runner,
+        max_waiting: int | None = None,
+        block_reuse: bool = True,
+    ) -> None:
         self._front, self._manifest, self._runner = front, manifest, runner
-        self._scheduler = Scheduler(scheduler_config(runner, manifest, max_waiting))
+        self._scheduler = Scheduler(scheduler_config(runner, manifest, max_waiting, block_reuse))
         self._outbox = Outbox()
         self._tally = Tally(manifest.engine_id, self._scheduler.config.prefix_cache)
         self._live: dict[int, dict[int, Sequence]] = {}  # client -> handle -> sequence, or the request of a group
@@ -267,6 +276,8 @@ def main() -> int:
     parser.add_argument("--store", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--kv-memory", type=int)
+    parser.add_argument("--kv-share", type=float)
+    parser.add_argument("--no-block-reuse", action="store_true")
     parser.add_argument("--trusted-keys", action="append", default=[])
     parser.add_argument("--trust-native", action="store_true")
     parser.add_argument("--max-waiting", type=int)
@@ -304,8 +315,15 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     program, weights = unpack(arguments.device, loaded.program, weights)
     del loaded  # what was read is given back where it has been moved or unpacked
     prepared = prepare(arguments.device, program, weights)
-    runner = TorchRunner(program, prepared, manifest.limits, device=arguments.device, kv_memory=arguments.kv_memory)
-    worker = Worker(front, manifest, runner, arguments.max_waiting)
+    runner = TorchRunner(
+        program,
+        prepared,
+        manifest.limits,
+        device=arguments.device,
+        kv_memory=arguments.kv_memory,
+        kv_share=arguments.kv_share,
+    )
+    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse)
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     log.info("engine %s: %.1f MB loaded in %.2f s", engine_id[:12], size / 1e6, time.monotonic() - began)
     ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())

@@ -166,13 +166,13 @@ class WorkerProcess:
         if self._writer and not self._writer.is_closing():
             self._writer.write(frame(message.SerializeToString()))
 
-    async def stop(self) -> None:
-        """Ends the process, loading or not: by closing the socket, and by SIGKILL if it does not notice in 5 seconds."""
+    async def stop(self, grace: float = 5) -> None:
+        """Ends the process, loading or not: by closing the socket, and by SIGKILL if it does not notice in so many seconds."""
         self.stopping = True
         self.status.state = EngineState.ENGINE_STATE_UNLOADING
         if self._writer:
             self._writer.close()
-        done, _ = await asyncio.wait([self.ended], timeout=5)
+        done, _ = await asyncio.wait([self.ended], timeout=grace)
         if not done and self._process:
             self._process.kill()
         await asyncio.shield(self.ended)
@@ -180,7 +180,8 @@ class WorkerProcess:
     async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
         async for data in read_frames(reader):
             self._take(FromWorker.FromString(data))
-        status = await asyncio.to_thread(process.wait)  # soon: it has closed its end
+        while (status := process.poll()) is None:  # noqa: ASYNC110  (soon over: it has closed its end)
+            await asyncio.sleep(0.01)
         self._end(signal.Signals(-status).name if status < 0 else f"exit status {status}")
 
     def _take(self, message: FromWorker) -> None:

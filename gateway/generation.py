@@ -1,18 +1,30 @@
 """The completions of one request at one executor: sent, followed, ranked, and cancelled when nobody wants them any more."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from gateway.completion import Completion
 from gateway.inbox import Delta, Inbox
-from gateway.link import Link
+from gateway.prompt import skip_special
 from gateway.submission import num_completions, sibling
+from gateway.tokenizer import Tokenizer
 from gateway.transcript import Transcript
 from protos.v1.common_pb2 import Hypothesis, Usage
 from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
+
+
+class Executor(Protocol):
+    """Where requests go: a `Link`, or a worker process of this one."""
+
+    def send(self, submit: Submit, news: asyncio.Event) -> Inbox:
+        """Sends a request and gives its inbox, which sets `news`. Raises Unavailable."""
+
+    def cancel(self, inbox: Inbox) -> None:
+        """Cancels a request that has not ended; does nothing for one that has."""
 
 
 class Echo(NamedTuple):
@@ -37,7 +49,7 @@ class Generation:
         self,
         request: GenerateRequest,
         submit: Submit,
-        link: Link,
+        executor: Executor,
         transcript: Callable[[], Transcript],
         limit: Callable[[Submit], None],
         echo: Echo | None = None,
@@ -56,7 +68,7 @@ class Generation:
         self._completions = [Completion(index, transcript()) for index in range(made)]
         self._num_submits = made
         self._shows_logprobs = request.output.HasField("logprobs")
-        self._submit, self._link, self._limit = submit, link, limit
+        self._submit, self._executor, self._limit = submit, executor, limit
         self._news = asyncio.Event()
         self._inboxes: list[Inbox] = []
         self._echo = echo
@@ -70,25 +82,48 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for inbox in self._inboxes:
-            self._link.cancel(inbox)
+            self._executor.cancel(inbox)
 
-    async def wait(self) -> None:
-        """Waits for news; there may be nothing in them for the client."""
+    async def wait(self, patience: float = 0) -> None:
+        """Waits for news; there may be nothing in them for the client.
+
+        Args:
+            patience: seconds in which to let them gather, unless all ends before. Whoever reads no text before its end need
+                not be woken for every token.
+        """
         await self._news.wait()
+        if not patience:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while not self._ended:
+                    self._news.clear()
+                    self._send_siblings()
+                    await self._news.wait()
 
     def take(self) -> list[GenerateResponse]:
         """All news since the last call. Raises what any of the completions has failed with."""
         self._news.clear()
-        first = self._inboxes[0]
-        # Where the first was refused, the others would be, too: an executor whose queue is full need not hear of them.
-        if len(self._inboxes) < self._num_submits and (first.started or first.closed) and not first.failed:
-            while len(self._inboxes) < self._num_submits:
-                self._send()
-        self.usage.cached_tokens = first.cached_tokens
+        self._send_siblings()
+        self.usage.cached_tokens = self._inboxes[0].cached_tokens
         responses = self._take()
         if self._echo:
             return self._behind_prompt(responses, self._echo)
         return responses
+
+    @property
+    def _ended(self) -> bool:
+        """Whether nothing more will come."""
+        if any(inbox.failed for inbox in self._inboxes):
+            return True
+        return len(self._inboxes) == self._num_submits and all(inbox.closed for inbox in self._inboxes)
+
+    def _send_siblings(self) -> None:
+        """Where the first was refused, the others would be, too: an executor whose queue is full need not hear of them."""
+        first = self._inboxes[0]
+        if (first.started or first.closed) and not first.failed:
+            while len(self._inboxes) < self._num_submits:
+                self._send()
 
     def _take(self) -> list[GenerateResponse]:
         responses = []
@@ -96,7 +131,7 @@ class Generation:
             if inbox.pending and completion.finish is None:
                 response = completion.respond(inbox.take(), self.usage)
                 if completion.finish:
-                    self._link.cancel(inbox)  # where a stop string has ended it, the executor does not know
+                    self._executor.cancel(inbox)  # where a stop string has ended it, the executor does not know
                     self.done = all(completion.finish for completion in self._completions)
                 if not self._shows_logprobs:
                     response.ClearField("logprobs")
@@ -106,7 +141,7 @@ class Generation:
     def _send(self) -> None:
         submit = sibling(self._submit, len(self._inboxes)) if self._inboxes else self._submit
         self._limit(submit)  # last: what has taken time so far counts
-        self._inboxes.append(self._link.send(submit, self._news))
+        self._inboxes.append(self._executor.send(submit, self._news))
 
     def _behind_prompt(self, responses: list[GenerateResponse], echo: Echo) -> list[GenerateResponse]:
         """A message of its own, so that log-probabilities stay aligned with the tokens of theirs."""
@@ -177,3 +212,32 @@ def _mean_logprob(completion: Completion) -> float:
     if not completion.num_tokens or completion.cumulative_logprob is None:
         return float("-inf")
     return completion.cumulative_logprob / completion.num_tokens
+
+
+def begin(
+    request: GenerateRequest,
+    submit: Submit,
+    prompt: Sequence[int],
+    tokenizer: Tokenizer,
+    executor: Executor,
+    limit: Callable[[Submit], None],
+) -> Generation:
+    """A checked request as the kind of generation that it asks for, not sent yet.
+
+    Args:
+        submit: what `submission` has made of it.
+        prompt: its token ids.
+        limit: as `Generation` takes it.
+    """
+    skip = skip_special(request)
+    kind, (given, made) = Generation, num_completions(request)
+    if request.beam_search.width:
+        kind = Beams
+    elif made > given:
+        kind = BestOf
+    echo = (
+        Echo(request.text or tokenizer.decode(prompt, skip), prompt) if request.echo else None
+    )  # as it was given, or is read
+    return kind(
+        request, submit, executor, lambda: Transcript(tokenizer.detokenizer(prompt, skip), request.stop), limit, echo
+    )

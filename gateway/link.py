@@ -2,20 +2,19 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import random
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
 
-from engine.errors import EnginehouseError, Unavailable
+from engine.errors import Unavailable
 from gateway.inbox import Inbox
-from protos.rpc import CHANNEL_OPTIONS, from_failure
+from gateway.inboxes import Inboxes
+from protos.rpc import CHANNEL_OPTIONS
 from protos.v1.executor_pb2 import (
     ENGINE_STATE_READY,
     Cancel,
@@ -73,9 +72,7 @@ class Link:
         self._connected = False
         self._answers = False
         self._loads: dict[str, EngineLoad] = {}  # of the engines that are ready
-        self._handles = itertools.count(1)
-        self._inboxes: dict[int, Inbox] = {}
-        self._live: Counter[str] = Counter()  # requests of this gateway, by engine
+        self._inboxes = Inboxes(self.cancel)  # of this gateway's requests
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
 
     @property
@@ -96,7 +93,7 @@ class Link:
             address=self.address,
             connected=self.connected,
             ready=load is not None,
-            requests=max(reported, self._live[engine_id]),
+            requests=max(reported, self._inboxes.live[engine_id]),
             queued_tokens=load.queued_tokens if load else 0,
         )
 
@@ -104,15 +101,13 @@ class Link:
         """Sends a request and gives its inbox, which sets `news`. Raises Unavailable if the executor has just been lost."""
         if not self._connected:
             raise self._lost("its connection broke")
-        handle = submit.handle = next(self._handles) & 0xFFFF_FFFF
-        inbox = self._inboxes[handle] = Inbox(submit.engine_id, news, handle)
-        self._live[inbox.engine_id] += 1
+        inbox = self._inboxes.open(submit, news)
         self._commands.put_nowait(Command(submit=submit))
         return inbox
 
     def cancel(self, inbox: Inbox) -> None:
         """Cancels a request that has not ended; does nothing for one that has."""
-        if self._forget(inbox.handle):
+        if self._inboxes.forget(inbox.handle):
             self._commands.put_nowait(Command(cancel=Cancel(handles=[inbox.handle])))
 
     async def run(self) -> None:
@@ -181,40 +176,16 @@ class Link:
         self._loads = {engine.engine_id: engine.load for engine in status.engines if engine.state == ENGINE_STATE_READY}
 
     def _deliver(self, step: StepOutput) -> None:
-        inboxes = self._inboxes
-        for started in step.started:
-            if inbox := inboxes.get(started.handle):
-                inbox.start(started.cached_tokens)
-        for row in step.prompt_logprobs:
-            if inbox := inboxes.get(row.handle):
-                inbox.push_prompt_logprobs(row.logprobs)
-        for row in step.logprobs:
-            if inbox := inboxes.get(row.handle):
-                inbox.push_logprobs(row.logprobs)
-        for handle, token_ids in _rows(step):
-            if inbox := inboxes.get(handle):
-                inbox.push(token_ids)
-                if inbox.closed:
-                    self.cancel(inbox)
-        beams = {beam.handle: beam.hypotheses for beam in step.beams}
-        for finished in step.finished:
-            if inbox := self._forget(finished.handle):
-                inbox.finish(finished.finish, beams.get(finished.handle, ()))
-        for failed in step.failed:
-            self._fail(failed.handle, from_failure(failed.failure))
+        self._inboxes.deliver(step)
         if step.HasField("engine_lost"):
-            lost = step.engine_lost
-            self._loads.pop(lost.engine_id, None)
-            for handle in [handle for handle, inbox in inboxes.items() if inbox.engine_id == lost.engine_id]:
-                self._fail(handle, from_failure(lost.failure))
+            self._loads.pop(step.engine_lost.engine_id, None)
         elif step.HasField("load") and step.load.engine_id in self._loads:
             self._loads[step.load.engine_id] = step.load
 
     def _disconnect(self, reason: str) -> None:
         self._connected = self._answers = False
         self._loads = {}
-        for handle in list(self._inboxes):
-            self._fail(handle, self._lost(reason))
+        self._inboxes.fail(self._lost(reason))
 
     def _lost(self, reason: str) -> Unavailable:
         return Unavailable(
@@ -222,28 +193,6 @@ class Link:
             reason="EXECUTOR_LOST",
             metadata={"executor": self.address},
         )
-
-    def _fail(self, handle: int, error: EnginehouseError) -> None:
-        if inbox := self._forget(handle):
-            inbox.fail(error)
-
-    def _forget(self, handle: int) -> Inbox | None:
-        inbox = self._inboxes.pop(handle, None)
-        if inbox:
-            self._live[inbox.engine_id] -= 1
-        return inbox
-
-
-def _rows(step: StepOutput) -> Iterator[tuple[int, Sequence[int]]]:
-    """(handle, its new tokens)."""
-    if not step.counts:
-        return zip(step.handles, zip(step.token_ids), strict=False)
-    token_ids = list(step.token_ids)
-    ends = itertools.accumulate(step.counts)
-    return (
-        (handle, token_ids[end - count : end])
-        for handle, count, end in zip(step.handles, step.counts, ends, strict=False)
-    )
 
 
 async def _drain(commands: asyncio.Queue[Command]) -> AsyncIterator[Command]:

@@ -98,24 +98,34 @@ class Models:
 
     def _read_engine(self, engine_id: str) -> _Engine:
         manifest = registry.manifest(self._store, engine_id)
-        vocab_size, max_seq_len = manifest.model.vocab_size, manifest.limits.max_seq_len
-        if not manifest.tokenizer:
-            return _Engine(vocab_size, max_seq_len, None, TokenizerConfig())
-        data = blobs.read(self._store, _tokenizer_file(manifest, "tokenizer_config.json"))
-        try:
-            config = TokenizerConfig.from_json(data)
-        except msgspec.MsgspecError as error:
-            raise FailedPrecondition(
-                f"tokenizer_config.json of engine {engine_id[:12]} cannot be read ({error}): build the engine again",
-                reason="TOKENIZER_INVALID",
-            ) from None
-        return _Engine(vocab_size, max_seq_len, _tokenizer_file(manifest, "tokenizer.json"), config)
+        config = _config(self._store, manifest)
+        file = _tokenizer_file(manifest, "tokenizer.json") if config else None
+        return _Engine(manifest.model.vocab_size, manifest.limits.max_seq_len, file, config or TokenizerConfig())
 
     def _read_tokenizer(self, engine_id: str) -> Tokenizer:
-        engine = self._read_engine(engine_id)
-        if engine.tokenizer is None:
-            return NoTokenizer(engine_id)
-        return Tokenizer(blobs.read(self._store, engine.tokenizer), engine.config)
+        return open_tokenizer(self._store, registry.manifest(self._store, engine_id))
+
+
+def open_tokenizer(store: Store, manifest: Manifest) -> Tokenizer:
+    """An engine's tokenizer. Raises FailedPrecondition if it cannot be read."""
+    config = _config(store, manifest)
+    if config is None:
+        return NoTokenizer(manifest.engine_id)
+    return Tokenizer(blobs.read(store, _tokenizer_file(manifest, "tokenizer.json")), config)
+
+
+def _config(store: Store, manifest: Manifest) -> TokenizerConfig | None:
+    """None for an engine without a tokenizer."""
+    if not manifest.tokenizer:
+        return None
+    data = blobs.read(store, _tokenizer_file(manifest, "tokenizer_config.json"))
+    try:
+        return TokenizerConfig.from_json(data)
+    except msgspec.MsgspecError as error:
+        raise FailedPrecondition(
+            f"tokenizer_config.json of engine {manifest.engine_id[:12]} cannot be read ({error}): build the engine again",
+            reason="TOKENIZER_INVALID",
+        ) from None
 
 
 def _tokenizer_file(manifest: Manifest, name: str) -> FileRef:

@@ -10,13 +10,13 @@ import grpc
 
 from engine.errors import DeadlineExceeded
 from engine.store import Store
-from gateway.generation import Beams, BestOf, Echo, Generation
+from gateway.generation import begin
 from gateway.models import Model, Models
+from gateway.prompt import prompt_ids, skip_special
 from gateway.router import Router
-from gateway.submission import check, check_prompt, check_token_ids, num_completions, submission
+from gateway.submission import check, check_prompt, check_token_ids, submission
 from gateway.telemetry import Telemetry, found, observed, timed
 from gateway.tokenizer import Tokenizer
-from gateway.transcript import Transcript
 from gateway.turns import Turns
 from protos.logs import request_id
 from protos.metrics import Metrics
@@ -50,14 +50,8 @@ class Gateway(GatewayServicer):
         submit = (
             await asyncio.to_thread(make) if request.bad_words else make()
         )  # they are tokenized, which takes its time
-        generation = _kind(request)(
-            request,
-            submit,
-            await self._router.find(model.name, model.engine_id),
-            lambda: Transcript(tokenizer.detokenizer(prompt, _skip_special(request)), request.stop),
-            lambda submit: _carry_context(submit, context),
-            _echo(request, prompt, tokenizer),
-        )
+        executor = await self._router.find(model.name, model.engine_id)
+        generation = begin(request, submit, prompt, tokenizer, executor, lambda submit: _carry_context(submit, context))
         first = True
         with generation:
             while not generation.done:
@@ -80,7 +74,7 @@ class Gateway(GatewayServicer):
         model = await self._models.get(request.model)
         check_token_ids(request.token_ids, model)
         tokenizer = await self._models.tokenizer(model.engine_id)
-        return wire.DetokenizeResponse(text=tokenizer.decode(request.token_ids, _skip_special(request)))
+        return wire.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special(request)))
 
     async def ListModels(self, _request: wire.ListModelsRequest, _context: Context) -> wire.ListModelsResponse:
         return wire.ListModelsResponse(models=[self._describe(model) for model in await self._models.list()])
@@ -97,38 +91,12 @@ class Gateway(GatewayServicer):
         )
 
 
-def _kind(request: wire.GenerateRequest) -> type[Generation]:
-    if request.beam_search.width:
-        return Beams
-    given, made = num_completions(request)
-    return BestOf if made > given else Generation
-
-
-def _echo(request: wire.GenerateRequest, prompt: list[int], tokenizer: Tokenizer) -> Echo | None:
-    """The prompt's text as it was given, or as the model reads it."""
-    if not request.echo:
-        return None
-    return Echo(request.text or tokenizer.decode(prompt, _skip_special(request)), prompt)
-
-
 @timed
 async def _prompt(request: wire.GenerateRequest | wire.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
-    """The prompt's token ids, whichever way it was given."""
-    if isinstance(request, wire.GenerateRequest) and request.HasField("token_ids"):
-        return list(request.token_ids.ids)
-    if request.HasField("chat"):
-        messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
-        text = await asyncio.to_thread(tokenizer.render, messages)  # a template may take its time
-        special = False  # it has written the special tokens
-    else:
-        text, special = request.text, request.add_special_tokens or not request.HasField("add_special_tokens")
-    if len(text) > _LONG_TEXT:
-        return await asyncio.to_thread(tokenizer.encode, text, special)
-    return tokenizer.encode(text, special)
-
-
-def _skip_special(request: wire.GenerateRequest | wire.DetokenizeRequest) -> bool:
-    return request.skip_special_tokens or not request.HasField("skip_special_tokens")
+    """The prompt's token ids; a long text, or a template, may take its time."""
+    if request.HasField("chat") or len(request.text) > _LONG_TEXT:
+        return await asyncio.to_thread(prompt_ids, request, tokenizer)
+    return prompt_ids(request, tokenizer)
 
 
 def _carry_context(submit: Submit, context: Context) -> None:

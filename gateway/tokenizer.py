@@ -65,7 +65,7 @@ class Tokenizer:
         if decoder and decoder.steps() == ["ByteLevel"]:
             self._bytes = {skip: TokenBytes(self._tokenizer, left_out) for skip, left_out in self._left_out.items()}
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with or without such as a beginning-of-sequence token."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -78,7 +78,7 @@ class Tokenizer:
         """
         return self._chat_template.render(messages)
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids by themselves."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
@@ -105,7 +105,7 @@ class NoTokenizer(Tokenizer):
     def __init__(self, engine_id: str) -> None:
         self._engine_id = engine_id
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:  # noqa: ARG002
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:  # noqa: ARG002
         """Raises FailedPrecondition."""
         raise self._missing("send the prompt as token ids, and no bad words")
 
@@ -113,7 +113,7 @@ class NoTokenizer(Tokenizer):
         """Raises FailedPrecondition."""
         raise self._missing("send the prompt as token ids")
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:  # noqa: ARG002
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:  # noqa: ARG002
         """Raises FailedPrecondition."""
         raise self._missing("its token ids have no text")
 

@@ -169,7 +169,13 @@ def find_source(checkpoint: str, revision: str | None = None) -> str:
     return f"{source}@{revision}"
 
 
-def fetch_here(place: str | Path, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:
+def fetch_here(
+    place: str | Path,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    progress: Progress = lambda *_: None,
+) -> tuple[Path, str]:
     """The directory or GGUF file that a person means, downloaded if it is a repository of the hub, and its source as a text.
 
     Raises:
@@ -182,7 +188,7 @@ def fetch_here(place: str | Path, revision: str | None = None, *, weights: bool 
         from builder_svc.checkpoint import hub
 
         found = parse(text, None)
-        return hub.download(found.repo, found.revision, lambda *_: None, found.file, weights=weights), text
+        return hub.download(found.repo, found.revision, progress, found.file, weights=weights), text
     path = find_local(text)
     return path, str(path)
 

@@ -265,7 +265,7 @@ async def test_a_slow_client_that_goes_away_is_cancelled(tmp_path: Path) -> None
     async with cluster(tmp_path) as c:
         call = c.generate()
         handle = (await c.executor.submitted()).handle
-        inbox = c.router._links[0]._inboxes[handle]
+        inbox = c.router._links[0]._inboxes._inboxes[handle]
         while not inbox._token_ids:  # until the gateway waits in its write
             c.executor.tokens(handle, WORD * 8192)
             await asyncio.sleep(0.01)
@@ -299,4 +299,4 @@ async def test_many_at_once_with_cancels(tmp_path: Path, cancel_after: int) -> N
             else:
                 assert (await collect(call))[1] == [n, n + 1, n + 2, n + 3, n + 4]
         links = c.router._links
-        await eventually(lambda: not any(link._inboxes or +link._live for link in links))
+        await eventually(lambda: not any(link._inboxes or +link._inboxes.live for link in links))
