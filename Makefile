@@ -1,4 +1,4 @@
-# make demo | test | check | drills | bench | protos
+# make demo | test | check | drills | bench | protos | docs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL ?= -n 2 --dist loadfile
 PROTOS := $(wildcard protos/v1/*.proto)
 
-.PHONY: demo test check drills bench protos clean
+.PHONY: demo test check drills bench protos docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/enginehouse up demo=examples/demo-model -- $(BIN)/enginehouse generate "In the beginning" --model demo --max-tokens 96 --stats
@@ -22,8 +22,8 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@tmp=$$(mktemp -d) && $(MAKE) --no-print-directory protos OUT=$$tmp && \
-	  for file in $$(cd $$tmp && find protos -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make protos"; exit 1; }; done && rm -r $$tmp
+	@tmp=$$(mktemp -d) && $(MAKE) --no-print-directory protos docs OUT=$$tmp && \
+	  for file in $$(cd $$tmp && find protos docs -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make $${file%%/*}"; exit 1; }; done && rm -r $$tmp
 
 # CHECKPOINT: a directory in Hugging Face layout; the bounds in bench/cpu.py are for one of half a billion parameters.
 # GGUF: files of the same model for llama.cpp, if llama-cpp-python is installed.
@@ -40,6 +40,10 @@ protos: $(VENV)/.ready
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(OUT) --grpc_python_out=$(OUT) \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) $(PROTOS)
+
+docs: $(VENV)/.ready
+	@mkdir -p $(OUT)/docs
+	@$(BIN)/python docs/make_api.py $(OUT)/docs/api.md
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

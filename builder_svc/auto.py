@@ -12,7 +12,13 @@ from builder_svc.quant_config import QuantConfig
 
 
 class AutoConfig:
-    """Finds the configuration of a model whose kind one need not know."""
+    """Finds the configuration of a model whose kind one need not know.
+
+    Example:
+        >>> from enginehouse import AutoConfig
+        >>> AutoConfig.from_hugging_face("examples/demo-model").architecture
+        'LlamaForCausalLM'
+    """
 
     @staticmethod
     def from_hugging_face(
@@ -43,7 +49,16 @@ class AutoConfig:
 
 
 class AutoModelForCausalLM:
-    """Finds the class of a model whose kind one need not know."""
+    """Finds the class of a model whose kind one need not know.
+
+    Example:
+        >>> from enginehouse import AutoConfig, AutoModelForCausalLM, LLaMAForCausalLM
+        >>> isinstance(AutoModelForCausalLM.from_hugging_face("examples/demo-model"), LLaMAForCausalLM)
+        True
+        >>> config = AutoConfig.from_hugging_face("examples/demo-model", dtype="float16")
+        >>> AutoModelForCausalLM.get_trtllm_model_class("examples/demo-model")(config).dummy
+        True
+    """
 
     @staticmethod
     def from_hugging_face(

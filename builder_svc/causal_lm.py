@@ -49,6 +49,13 @@ class CausalLM:
     Attributes:
         config: what the model is.
         checkpoint: where its weights are read from; None for dummy weights.
+
+    Example:
+        >>> from enginehouse import LLaMAForCausalLM
+        >>> model = LLaMAForCausalLM.from_hugging_face("examples/demo-model", dtype="bfloat16")
+        >>> model.save_checkpoint("demo.ckpt")
+        >>> LLaMAForCausalLM.from_checkpoint("demo.ckpt").config.dtype
+        'bfloat16'
     """
 
     CLASS_NAME: ClassVar[str] = "CausalLM"

@@ -24,6 +24,11 @@ class Mapping:
 
     Raises:
         InvalidArgument: (a ValueError) sizes whose product is not world_size, or no such rank.
+
+    Example:
+        >>> from enginehouse import Mapping
+        >>> Mapping(world_size=4, rank=3, tp_size=2, pp_size=2).tp_group
+        [2, 3]
     """
 
     world_size: int = 1

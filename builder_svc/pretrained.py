@@ -44,6 +44,12 @@ class PretrainedConfig:
     Raises:
         InvalidArgument: (a ValueError) a config that does not hold together, or a dtype that is none.
         Unimplemented: (a NotImplementedError) an architecture that is not supported; the message lists those that are.
+
+    Example:
+        >>> from enginehouse import AutoConfig, PretrainedConfig
+        >>> config = AutoConfig.from_hugging_face("examples/demo-model", dtype="float16")
+        >>> PretrainedConfig.from_dict(config.to_dict()).hidden_size
+        256
     """
 
     hugging_face: Values[str, Any]

@@ -15,6 +15,14 @@ class EnginehouseError(Exception):
         message: names the value and the fix, for a person.
         metadata: further facts for programs (google.rpc.ErrorInfo.metadata).
         retry_after: seconds after which the same call may succeed (google.rpc.RetryInfo); None where nobody can say.
+
+    Example:
+        >>> from enginehouse import LLM, EnginehouseError
+        >>> try:
+        ...     LLM("no-such-directory/")
+        ... except EnginehouseError as error:
+        ...     print(error.reason)
+        CHECKPOINT_NOT_FOUND
     """
 
     code = 2  # UNKNOWN

@@ -77,7 +77,17 @@ class _Client:
 
 
 class GatewayClient(_Client):
-    """Prompts in, text and tokens out."""
+    """Prompts in, text and tokens out.
+
+    Example:
+        >>> import asyncio
+        >>> from enginehouse import GatewayClient
+        >>> async def complete(prompt):
+        ...     async with GatewayClient("127.0.0.1:8400") as gateway:
+        ...         return "".join([response.text async for response in gateway.generate("demo", prompt)])
+        >>> asyncio.run(complete("In the beginning")) != ""
+        True
+    """
 
     service = "gateway"
     remedy = ": start a cluster with `enginehouse up`, or say where one is with --gateway HOST:PORT"
@@ -170,7 +180,17 @@ class GatewayClient(_Client):
 
 
 class BuilderClient(_Client):
-    """Builds as jobs."""
+    """Builds as jobs.
+
+    Example:
+        >>> import asyncio
+        >>> from enginehouse import BuilderClient
+        >>> async def count():
+        ...     async with BuilderClient("127.0.0.1:8401") as builder:
+        ...         return len(await builder.builds())
+        >>> asyncio.run(count())
+        0
+    """
 
     service = "builder"
 
@@ -252,7 +272,17 @@ class BuilderClient(_Client):
 
 
 class ExecutorClient(_Client):
-    """Engines in and out of an executor's memory."""
+    """Engines in and out of an executor's memory.
+
+    Example:
+        >>> import asyncio
+        >>> from enginehouse import ExecutorClient
+        >>> async def device():
+        ...     async with ExecutorClient("127.0.0.1:8411") as executor:
+        ...         return (await executor.status()).device
+        >>> asyncio.run(device())
+        'cpu'
+    """
 
     service = "executor"
 

@@ -31,9 +31,19 @@ class LocalCluster:
 
     Attributes:
         count: how many executors.
-        gateway, builder: host:port as a client on this machine reaches them.
+        gateway: host:port as a client on this machine reaches it.
+        builder: the same.
         executors: one host:port each.
         metrics: URLs by service, if they were asked for.
+
+    Example:
+        >>> import asyncio
+        >>> from enginehouse import GatewayClient, Home, LocalCluster
+        >>> async def served():
+        ...     async with LocalCluster(Home.find("data")) as cluster, GatewayClient(cluster.gateway) as gateway:
+        ...         return await gateway.models()
+        >>> asyncio.run(served())
+        []
     """
 
     def __init__(

@@ -40,7 +40,13 @@ class ClusterState(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Home:
-    """A data folder."""
+    """A data folder.
+
+    Example:
+        >>> from enginehouse import Home
+        >>> Home.find("/data").store
+        'file:///data/store'
+    """
 
     root: Path
 

@@ -78,7 +78,8 @@ class ExecutorStats:
         running: requests in the batch.
         waiting: requests that were not begun, or were preempted.
         queued_tokens: known tokens that are not computed yet.
-        free_kv_blocks, total_kv_blocks: of the KV cache, 16 tokens each.
+        free_kv_blocks: of the KV cache, 16 tokens each, those that nobody uses.
+        total_kv_blocks: all of them.
         prompt_tokens: of requests that were begun.
         cached_tokens: of these, found in the prefix cache.
         completion_tokens: that were made.
@@ -144,7 +145,7 @@ class GenerationExecutor(Generator):
         self.engine = engine
         arguments = (kv_cache_config or KvCacheConfig()).arguments(manifest.model.kv_bytes_per_token)
         arguments += ["--store", engine.store.url, "--device", manifest.fingerprint.device]
-        arguments += ["--max-waiting", str(_UNLIMITED)]
+        arguments += ["--max-waiting", str(_UNLIMITED), "--log-level", "warning"]
         self._tokenizer = tokenizer or Skipped(engine.engine_id)
         self._model = Model(
             name=name or engine.engine_id[:12],

@@ -57,7 +57,7 @@ class LLM:
         >>> with LLM("examples/demo-model") as llm:
         ...     output = llm.generate("In the beginning God created the", SamplingParams(max_tokens=4))
         >>> output.outputs[0].text
-        ' heaven and the earth'
+        ' heavens, in the'
     """
 
     def __init__(
@@ -106,8 +106,7 @@ class LLM:
             FailedPrecondition: an engine that needs another device, or more memory, than there is.
             EnginehouseError: what builds, stores and the hub raise.
         """
-        ranks = tensor_parallel_size * pipeline_parallel_size
-        RankMapping(ranks, tp_size=tensor_parallel_size, pp_size=pipeline_parallel_size).check_one_rank()
+        _check_ranks(tensor_parallel_size, pipeline_parallel_size)
         check_not_asked(quant_config)
         if device not in ("auto", *DEVICES):
             raise InvalidArgument(f"device {device!r}: choose one of auto, {', '.join(DEVICES)}")
@@ -240,6 +239,15 @@ class LLM:
     def shutdown(self) -> None:
         """Ends it; requests that are under way fail. Nothing happens the second time."""
         self._generator.shutdown()
+
+
+def _check_ranks(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise InvalidArgument(f"{name} is {size!r}: give a number, at least 1")
+    tp, pp = sizes.values()
+    RankMapping(tp * pp, tp_size=tp, pp_size=pp).check_one_rank()
 
 
 def _config(build_config: BuildConfig | None, dtype: str, device: str) -> BuildConfig:

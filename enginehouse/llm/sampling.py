@@ -177,6 +177,8 @@ class SamplingParams:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
         )
+        if not isinstance(self.logit_bias, Mapping):
+            raise _wrong("logit_bias", self.logit_bias)
         biases = {**self.logit_bias}
         if self.embedding_bias is not None:
             values = getattr(self.embedding_bias, "tolist", lambda: self.embedding_bias)()
@@ -234,8 +236,8 @@ def _set_prompt(request: GenerateRequest, prompt: Prompt) -> None:
 
 
 def _texts(name: str, texts: str | Sequence[str] | None) -> Sequence[str]:
-    given = [texts] if isinstance(texts, str) else texts or ()
-    if not all(isinstance(text, str) for text in given):
+    given = [texts] if isinstance(texts, str) else () if texts is None else texts
+    if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
         raise _wrong(name, texts)
     return given
 

@@ -1,0 +1,550 @@
+"""LLM over the demo model, with its real worker process: what a script, a notebook, a server and a careless user do with it."""
+
+import asyncio
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as HubTokenizer
+
+from builder_svc.build_config import BuildConfig
+from builder_svc.pipeline import build
+from engine.artifact import Engine
+from engine.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
+from enginehouse import LLM, GenerationExecutor, Home, KvCacheConfig, QuantConfig, SamplingParams
+from enginehouse.process import service_environment
+from executor_svc.launch import WORKER, Spares
+from tests.seaweed import SeaweedFS
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
+PROMPT = "In the beginning God created the"
+IDS = [0, 1082, 261, 2178, 411, 1859, 285, 261]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENGINEHOUSE_HOME", str(folder))
+        yield Home.find()
+
+
+@pytest.fixture(scope="module")
+def engine_dir(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("engine") / "demo"
+    engine = build(DEMO, store=home.store)
+    engine.save(directory)
+    engine.push(home.store, "demo")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(engine_dir: Path) -> Iterator[LLM]:
+    with LLM(engine_dir) as made:
+        yield made
+
+
+def text(llm: LLM, prompt: Any = PROMPT, **options: Any) -> str:
+    return llm.generate(prompt, SamplingParams(**options)).outputs[0].text
+
+
+def workers(parent: int) -> list[int]:
+    """Worker processes below a process."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+            command = (status.parent / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(lines["PPid"]) == parent and WORKER[1].encode() in command:
+            found.append(int(status.parent.name))
+    return found
+
+
+def gone(pids: Sequence[int], seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in _state(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+# Prompts and outputs
+
+
+def test_text_ids_and_conversations_alone_and_together(llm: LLM) -> None:
+    one = llm.generate(PROMPT)
+    assert (one.prompt, one.prompt_token_ids, one.finished) == (PROMPT, IDS, True)
+    assert one.outputs[0].length == 32 and one.outputs[0].text.startswith(" heavens")
+    by_ids, by_text, other = llm.generate([IDS, PROMPT, "And it came to pass"], SamplingParams(max_tokens=32))
+    assert by_ids.outputs == by_text.outputs == one.outputs and by_ids.prompt is None
+    assert other.outputs != one.outputs
+    assert llm.generate([]) == []
+    assert llm.tokenizer.decode(llm.tokenizer.encode("hello")) == "hello"
+
+
+def test_each_prompt_has_its_own_params(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=count, temperature=0.8, seed=3) for count in (2, 5)]
+    short, longer = llm.generate([PROMPT, PROMPT], params)
+    assert [len(short.outputs[0].token_ids), len(longer.outputs[0].token_ids)] == [2, 5]
+    assert longer.outputs[0].token_ids[:2] == short.outputs[0].token_ids  # a seed counts, the batch does not
+
+
+def test_several_completions_beams_and_log_probabilities(llm: LLM) -> None:
+    sampled = llm.generate(PROMPT, SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=6, logprobs=2)).outputs
+    assert [one.index for one in sampled] == [0, 1, 2] and len({one.text for one in sampled}) > 1
+    for one in sampled:
+        assert one.logprobs is not None and one.cumulative_logprob is not None
+        assert len(one.logprobs) == 6 and one.cumulative_logprob == pytest.approx(sum(p.logprob for p in one.logprobs))
+        assert [
+            place.top.get(token, place.logprob) for place, token in zip(one.logprobs, one.token_ids, strict=True)
+        ] == [place.logprob for place in one.logprobs]
+    best = llm.generate(PROMPT, SamplingParams(n=1, best_of=3, temperature=1.0, seed=1, max_tokens=6)).outputs
+    assert best[0].text in {one.text for one in sampled}
+    beams = llm.generate(PROMPT, SamplingParams(beam_width=3, max_tokens=6)).outputs
+    scores = [one.cumulative_logprob for one in beams]
+    assert len(beams) == 3 and None not in scores
+    prompt = llm.generate(PROMPT, SamplingParams(prompt_logprobs=0, max_tokens=1))
+    assert len(prompt.prompt_logprobs or ()) == len(IDS) - 1
+
+
+def test_stop_strings_and_the_prompt_in_the_output(llm: LLM) -> None:
+    output = llm.generate(PROMPT, SamplingParams(stop=["clouds"])).outputs[0]
+    assert (output.text, output.finish_reason, output.stop_reason) == (" heavens, in the ", "stop", "clouds")
+    assert text(llm, stop="clouds", include_stop_str_in_output=True) == " heavens, in the clouds"
+    assert text(llm, max_tokens=2, exclude_input_from_output=False) == f"{PROMPT} heavens,"
+    stopped = llm.generate(PROMPT, SamplingParams(stop_token_ids=[13])).outputs[0]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", 13)
+
+
+def test_streaming_in_a_script_adds_up(llm: LLM) -> None:
+    result = llm.generate_async(PROMPT, SamplingParams(max_tokens=40), streaming=True)
+    outputs = list(result)
+    assert len(outputs) > 1
+    whole = llm.generate(PROMPT, SamplingParams(max_tokens=40)).outputs[0]
+    assert "".join(output.outputs[0].text_diff for output in outputs) == whole.text
+    assert (
+        sum((output.outputs[0].token_ids_diff for output in outputs), [])
+        == whole.token_ids
+        == outputs[-1].outputs[0].token_ids
+    )
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    (once,) = llm.generate_async(PROMPT, SamplingParams(max_tokens=40))
+    assert once.outputs[0].text == whole.text
+
+
+async def test_in_a_running_event_loop(llm: LLM) -> None:
+    """Streams, awaits, and even the blocking call."""
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.005)
+            ticks += 1
+
+    task = asyncio.create_task(tick())
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+
+    async def stream(prompt: str) -> str:
+        return "".join([o.outputs[0].text_diff async for o in llm.generate_async(prompt, params, streaming=True)])
+
+    prompts = [f"{PROMPT} {number}" for number in range(4)]
+    streamed = await asyncio.gather(*map(stream, prompts))
+    awaited = await asyncio.gather(*(llm.generate_async(prompt, params) for prompt in prompts))
+    assert ticks > 5
+    task.cancel()
+    assert streamed == [output.outputs[0].text for output in awaited]
+    assert [output.outputs[0].text for output in llm.generate(prompts, params)] == streamed
+
+
+def test_from_many_threads(llm: LLM) -> None:
+    expected = text(llm, max_tokens=8)
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(text(llm, max_tokens=8))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 6
+
+
+def idle(llm: LLM) -> bool:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        stats = llm.get_stats()
+        if (stats.running, stats.waiting, stats.free_kv_blocks) == (0, 0, stats.total_kv_blocks):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+LONG = SamplingParams(max_tokens=480, ignore_eos=True)
+
+
+def test_cancel_frees_the_engine(llm: LLM) -> None:
+    results = [llm.generate_async(f"{PROMPT} {number}", LONG, streaming=True) for number in range(8)]
+    next(results[0])
+    while not llm.get_stats().running:
+        time.sleep(0.01)
+    for result in results:
+        result.cancel()
+    assert [result.result().outputs[0].finish_reason for result in results] == ["cancelled"] * 8
+    assert results[0].result().outputs[0].length < 480
+    assert idle(llm)
+
+
+def test_results_that_nobody_holds_are_cancelled(llm: LLM) -> None:
+    result = llm.generate_async(PROMPT, LONG, streaming=True)
+    next(result)
+    before = llm.get_stats().completion_tokens
+    del result
+    gc.collect()
+    assert idle(llm)
+    assert llm.get_stats().completion_tokens - before < 400
+
+
+# Wrong input
+
+
+BAD: list[tuple[Any, dict[str, Any], str]] = [
+    (PROMPT, {"max_tokens": 10**6}, r"prompt \(8 tokens\) and max_tokens \(1000000\) are more than the 2048"),
+    ([7] * 2048, {}, "the prompt has 2048 tokens, but model .* takes 2048"),
+    ([3072], {}, "token_ids holds 3072, but model .* has 3072 tokens"),
+    (PROMPT, {"temperature": -1.0}, "temperature is -1"),
+    (PROMPT, {"stop_token_ids": [5000]}, "stop_token_ids holds 5000"),
+    (PROMPT, {"beam_width": 17}, "beam_search.width is 17"),
+    ("", {}, "the prompt is empty"),
+    (3.5, {}, "3.5 is no prompt"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "options", "words"), BAD, ids=[words[:30] for *_, words in BAD])
+def test_a_wrong_value_is_told_before_anything_is_sent(
+    llm: LLM, prompt: Any, options: dict[str, Any], words: str
+) -> None:
+    before = llm.get_stats().prompt_tokens
+    params = SamplingParams(**options)
+    with pytest.raises(ValueError, match=words):
+        llm.generate_async(prompt, params)
+    with pytest.raises(ValueError, match=words):
+        llm.generate([PROMPT, prompt], [SamplingParams(), params])
+    time.sleep(0.05)
+    stats = llm.get_stats()
+    assert (stats.running + stats.waiting, stats.prompt_tokens) == (0, before)
+
+
+def test_a_conversation_is_written_as_the_model_knows_it(llm: LLM) -> None:
+    chat = [{"role": "user", "content": "Who made the heaven?"}]
+    one, other = llm.generate([chat, PROMPT], SamplingParams(max_tokens=4))
+    assert one.prompt_token_ids == llm.tokenizer.encode(llm.tokenizer.render(chat), False)
+    assert llm.generate(chat, SamplingParams(max_tokens=4)).outputs == one.outputs != other.outputs
+
+
+def test_what_an_llm_cannot_be_made_of(engine_dir: Path, tmp_path: Path) -> None:
+    for options, error, words in (
+        ({"tensor_parallel_size": 2}, NotImplementedError, "tp_size 2"),
+        ({"pipeline_parallel_size": 0}, ValueError, "pipeline_parallel_size is 0"),
+        ({"quant_config": QuantConfig("FP8")}, NotImplementedError, "asks for FP8"),
+        ({"device": "tpu"}, ValueError, "device 'tpu'"),
+        ({"device": "cuda"}, ValueError, "was built for 'cpu'"),
+        ({"auto_parallel": True}, NotImplementedError, "auto_parallel is True"),
+        ({"tokenizer": object()}, ValueError, "has no encode"),
+        ({"tokenizer": "x", "skip_tokenizer_init": True}, ValueError, "exclude each other"),
+        ({"kv_cache_config": KvCacheConfig(max_tokens=0)}, ValueError, "max_tokens of the KV cache is 0"),
+        ({"kv_cache_config": KvCacheConfig(free_gpu_memory_fraction=2)}, ValueError, "free_gpu_memory_fraction is 2"),
+        ({"kv_cache_config": KvCacheConfig(max_tokens=16)}, FailedPrecondition, "less than one sequence of 2048"),
+    ):
+        with pytest.raises(error, match=words):
+            LLM(engine_dir, **options)  # type: ignore[arg-type]
+    for model, kind, words in (
+        ("no-such-model", NotFound, "no directory, and no model in .*there are: demo"),
+        ("./no/such/directory", NotFound, "is no directory and no .gguf file"),
+        (f"file://{tmp_path}/store/demo", NotFound, "no model 'demo'"),
+        ("s3://", ValueError, "names no model"),
+    ):
+        with pytest.raises(kind, match=words):
+            LLM(model)
+    with pytest.raises(TypeError, match="tensr_parallel_size"):
+        LLM(engine_dir, tensr_parallel_size=2)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="dtype is 'float16', but build_config has 'bfloat16'"):
+        LLM(DEMO, dtype="float16", build_config=BuildConfig(dtype="bfloat16"))
+    assert workers(os.getpid()) == workers(os.getpid())[:1]  # the module's own at most
+
+
+# Where the model comes from
+
+
+def test_a_checkpoint_is_built_once_and_found_again(home: Home, engine_dir: Path, tmp_path: Path) -> None:
+    with LLM(DEMO, build_config=BuildConfig(max_seq_len=64), store=str(tmp_path / "store")) as first:
+        assert first.engine is not None and not first.engine.reused
+        expected = text(first, max_tokens=4)
+        with pytest.raises(ValueError, match="more than the 64"):
+            first.generate(PROMPT, SamplingParams(max_tokens=60))
+        first.save(tmp_path / "saved")
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(first)
+    with LLM(DEMO, build_config=BuildConfig(max_seq_len=64), store=str(tmp_path / "store")) as again:
+        assert again.engine is not None and again.engine.reused
+    with LLM(tmp_path / "saved") as saved:
+        assert saved.engine is not None and saved.engine.manifest.limits.max_seq_len == 64
+        assert text(saved, max_tokens=4) == expected
+    before = list((tmp_path / "store" / "engines").iterdir())
+    with LLM(DEMO, build_config=BuildConfig(max_seq_len=63), store=str(tmp_path / "store"), enable_build_cache=False):
+        assert list((tmp_path / "store" / "engines").iterdir()) == before
+    assert list(home.work.iterdir()) == []
+
+
+def test_a_name_of_the_store_and_an_engine_at_hand(home: Home, engine_dir: Path) -> None:
+    """Two LLMs live in one process."""
+    with LLM("demo") as named, LLM(Engine.from_dir(engine_dir)) as held:
+        assert named.engine is not None and held.engine is not None
+        assert named.engine.store.url == home.store and named.engine.engine_id == held.engine.engine_id
+        assert text(named, max_tokens=4) == text(held, max_tokens=4) == " heavens, in the"
+        named.shutdown()
+        assert text(held, max_tokens=4) == " heavens, in the"
+
+
+def test_a_name_in_a_bucket(bucket: SeaweedFS, engine_dir: Path) -> None:
+    url = bucket.url("llm")
+    place, _, query = url.partition("?")
+    Engine.from_dir(engine_dir).push(url, "demo")
+    with LLM(f"{place}/demo?{query}") as llm:
+        assert llm.engine is not None and llm.engine.store.url.startswith("s3://")
+        assert text(llm, max_tokens=4) == " heavens, in the"
+
+
+def test_a_damaged_engine_is_told_by_the_process_that_loads_it(engine_dir: Path, tmp_path: Path) -> None:
+    Engine.from_dir(engine_dir).push(str(tmp_path / "copy"))
+    (weights,) = Engine.from_dir(engine_dir).manifest.ranks[0].weights
+    file = tmp_path / "copy" / "blobs" / "sha256" / weights.digest[:2] / weights.digest
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+    with pytest.raises(DataLoss, match="is damaged: chunk 0"):
+        LLM(tmp_path / "copy")
+
+
+# Tokenizers
+
+
+class Reversed:
+    """A tokenizer of somebody's own, with nothing but the two methods."""
+
+    def __init__(self) -> None:
+        self._real = HubTokenizer.from_file(str(DEMO / "tokenizer.json"))
+
+    def encode(self, text: str) -> list[int]:
+        return [0, *self._real.encode(text[::-1], add_special_tokens=False).ids]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(f"<{token}>" for token in token_ids)
+
+
+def test_a_tokenizer_of_ones_own(engine_dir: Path, llm: LLM) -> None:
+    with LLM(engine_dir, tokenizer=Reversed()) as own:
+        assert isinstance(own.tokenizer, Reversed)
+        output = own.generate(PROMPT[::-1], SamplingParams(max_tokens=5))
+        expected = llm.generate(PROMPT, SamplingParams(max_tokens=5)).outputs[0]
+        assert output.prompt_token_ids == IDS and output.outputs[0].token_ids == expected.token_ids
+        assert output.outputs[0].text == "".join(f"<{token}>" for token in expected.token_ids)
+        stopped = own.generate(PROMPT[::-1], SamplingParams(stop=f"<{expected.token_ids[2]}>")).outputs[0]
+        assert stopped.token_ids == expected.token_ids[:3] and stopped.text == "".join(
+            f"<{t}>" for t in expected.token_ids[:2]
+        )
+    with LLM(engine_dir, tokenizer=str(DEMO)) as given:
+        assert text(given, max_tokens=4) == " heavens, in the"
+
+
+def test_without_a_tokenizer(engine_dir: Path, llm: LLM) -> None:
+    with LLM(engine_dir, skip_tokenizer_init=True) as bare:
+        assert bare.tokenizer is None
+        output = bare.generate(IDS, SamplingParams(max_tokens=4))
+        assert (output.outputs[0].text, len(output.outputs[0].token_ids)) == ("", 4)
+        assert output.outputs[0].token_ids == llm.generate(IDS, SamplingParams(max_tokens=4)).outputs[0].token_ids
+        with pytest.raises(FailedPrecondition, match="no tokenizer, as it was asked for: send the prompt as token ids"):
+            bare.generate(PROMPT)
+        with pytest.raises(FailedPrecondition, match="no stop string can be found"):
+            bare.generate(IDS, SamplingParams(stop="x"))
+
+
+# The process behind it
+
+
+def test_a_worker_that_dies_raises_in_every_waiting_call(engine_dir: Path) -> None:
+    with GenerationExecutor.create(engine_dir) as executor:
+        results = [executor.generate_async([*IDS, number], LONG) for number in range(8)]
+        errors: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                executor.generate([IDS] * 2, LONG)
+            except Unavailable as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        streamed = executor.generate_async(IDS, LONG, streaming=True)
+        next(streamed)
+        os.kill(executor.worker_pid, signal.SIGKILL)
+        killed = time.monotonic()
+        for result in results:
+            with pytest.raises(Unavailable, match="has ended by SIGKILL: make another one. The end of its log:"):
+                result.result()
+        with pytest.raises(Unavailable):
+            list(streamed)
+        thread.join()
+        assert len(errors) == 1 and time.monotonic() - killed < 2
+        with pytest.raises(Unavailable, match="has ended by SIGKILL"):
+            executor.generate(IDS)
+
+
+def test_the_last_lines_of_its_log_are_told(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that fails in the middle of a step, as a bug would have it."""
+    program = textwrap.dedent("""
+        import sys
+        from executor_svc import runner, worker
+        def fail(self, batch):
+            raise RuntimeError("the matrix has fallen over")
+        runner.TorchRunner.start = fail
+        sys.exit(worker.main())
+    """)
+    monkeypatch.setattr(Spares.__init__, "__defaults__", (("-c", program), None, None))
+    with GenerationExecutor.create(engine_dir) as executor, pytest.raises(Unavailable) as caught:
+        executor.generate(IDS)
+    assert "| RuntimeError: the matrix has fallen over" in caught.value.message
+    assert "Traceback" in caught.value.message
+
+
+def test_forgotten_it_ends_with_its_last_reference(engine_dir: Path) -> None:
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    made = LLM(engine_dir)
+    result = made.generate_async(PROMPT, SamplingParams(max_tokens=4))
+    (worker,) = (pid for pid in workers(os.getpid()) if _is_of(made, pid))
+    del made
+    gc.collect()
+    assert result.result(10).outputs[0].length == 4  # what is under way keeps it
+    del result
+    gc.collect()
+    assert gone([worker])
+    assert not [thread for thread in threading.enumerate() if thread.name == "enginehouse"][1:]  # the module's own
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1
+
+
+def _is_of(llm: LLM, pid: int) -> bool:
+    generator = llm._generator
+    assert isinstance(generator, GenerationExecutor)
+    return generator.worker_pid == pid
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_neither_uses_nor_ends_it(llm: LLM) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            llm.generate(PROMPT)
+        except Unavailable as error:
+            llm.shutdown()
+            os._exit(0 if "a fork of it" in error.message else 3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert text(llm, max_tokens=4) == " heavens, in the"
+
+
+def script(code: str) -> "subprocess.Popen[str]":
+    """`python -c`, as somebody who has installed the package would have it, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=service_environment(),
+        start_new_session=True,
+    )
+
+
+def test_a_script_that_forgets_shutdown_ends_and_leaves_no_process(engine_dir: Path) -> None:
+    process = script(f"""
+        from enginehouse import LLM, SamplingParams
+        llm = LLM({str(engine_dir)!r})
+        print(llm._generator.worker_pid)
+        print(llm.generate({PROMPT!r}, SamplingParams(max_tokens=4)).outputs[0].text)
+        pending = llm.generate_async({PROMPT!r}, SamplingParams(max_tokens=480, ignore_eos=True))
+    """)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    worker, said = out.splitlines()
+    assert said == " heavens, in the" and gone([int(worker)])
+
+
+@pytest.mark.parametrize("when", ["generating", "loading"])
+def test_ctrl_c_ends_it_at_once_and_leaves_no_process(engine_dir: Path, when: str) -> None:
+    process = script(f"""
+        import sys
+        from enginehouse import LLM, SamplingParams
+        print("begin", flush=True)
+        llm = LLM({str(engine_dir)!r})
+        print("loaded", flush=True)
+        while True:
+            llm.generate([{PROMPT!r}] * 64, SamplingParams(max_tokens=480, ignore_eos=True))
+    """)
+    assert process.stdout is not None
+    process.stdout.readline()
+    if when == "generating":
+        process.stdout.readline()
+    time.sleep(0.5)
+    below = workers(process.pid)
+    assert len(below) == 1
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker gets it, too
+    _, err = process.communicate(timeout=20)
+    assert time.monotonic() - began < 2
+    assert process.returncode == -signal.SIGINT and err.rstrip().endswith("KeyboardInterrupt")
+    assert gone(below)
+
+
+def test_a_script_that_is_killed_leaves_no_process(engine_dir: Path) -> None:
+    process = script(f"""
+        from enginehouse import LLM
+        llm = LLM({str(engine_dir)!r})
+        print("loaded", flush=True)
+        input()
+    """)
+    assert process.stdout is not None
+    process.stdout.readline()
+    below = workers(process.pid)
+    process.kill()
+    process.communicate()
+    assert len(below) == 1 and gone(below)
+
+
+def test_after_shutdown_it_says_so(engine_dir: Path) -> None:
+    made = LLM(engine_dir)
+    pending = made.generate_async(PROMPT, LONG)
+    made.shutdown()
+    made.shutdown()
+    with pytest.raises(Unavailable, match="was shut down"):
+        pending.result(5)
+    with pytest.raises(Unavailable, match="was shut down"):
+        made.generate(PROMPT)
