@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from builder_svc.auto import open_model
-from builder_svc.build_config import BuildConfig, Progress
+from builder_svc.build_config import RECIPE_VERSION, BuildConfig, Progress
 from builder_svc.causal_lm import DUMMY_SEED, CausalLM
 from builder_svc.checkpoint.quantized.resolve import Resolved
 from builder_svc.lower.program import lower
@@ -36,8 +36,6 @@ from engine.opset import OPSET_VERSION
 from engine.pins import pinned
 from engine.program import SCHEMA_VERSION, Program
 from engine.store import Store
-
-RECIPE_VERSION = 2  # raised when the same inputs give another engine than before
 
 
 @dataclass(frozen=True)

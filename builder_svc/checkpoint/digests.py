@@ -21,13 +21,12 @@ def file_digests(
 ) -> dict[str, str]:
     """File name -> SHA-256, hexadecimal. Files are hashed in parallel, and only those that changed since the last call."""
     cache = cache or cache_path()
-    known = _load(cache)
+    known = load_cache(cache)
     total, done = sum(path.stat().st_size for path in paths), 0
     found: dict[str, str] = {}
 
     def digest(path: Path) -> tuple[str, str]:
-        status = path.stat()
-        key = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+        key = signature(path)
         return key, known.get(key) or _sha256(path)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -35,7 +34,7 @@ def file_digests(
             known[key] = found[path.name] = value
             done += path.stat().st_size
             progress(done, total)
-    _save(cache, known)
+    save_cache(cache, known)
     return found
 
 
@@ -44,7 +43,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load(cache: Path) -> dict[str, str]:
+def signature(path: Path) -> str:
+    """What changes when a file does."""
+    status = path.stat()
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+def load_cache(cache: Path) -> dict[str, str]:
+    """What was kept; empty if nothing can be read."""
     try:
         value = json.loads(cache.read_text())
     except (OSError, ValueError):
@@ -52,7 +58,7 @@ def _load(cache: Path) -> dict[str, str]:
     return value if isinstance(value, dict) else {}
 
 
-def _save(cache: Path, known: dict[str, str]) -> None:
+def save_cache(cache: Path, known: dict[str, str]) -> None:
     """Best effort: a lost cache costs time only."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,6 @@ class LLM:
                     _config(build_config, dtype, device),
                     store=store,
                     revision=revision,
-                    quant_config=quant_config,
                     keep=enable_build_cache,
                     bars=bars,
                 )
@@ -263,6 +262,8 @@ def _config(build_config: BuildConfig | None, dtype: str, device: str) -> BuildC
 
 
 def _best_device() -> str:
+    if not Path("/dev/nvidiactl").exists():  # to ask torch takes seconds
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,6 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Union
 from urllib.parse import urlsplit, urlunsplit
 
+from builder_svc.build_config import BuildConfig
+from builder_svc.checkpoint.sources import fetch_here
+from builder_svc.recall import recall, remember
+from builder_svc.work_directory import WorkDirectory, clear
 from engine import registry
 from engine.artifact import Engine, is_engine_dir
 from engine.backends import TRANSFER_PATIENCE, open_store
@@ -13,9 +17,7 @@ from enginehouse.home import Home
 from enginehouse.progress import Bars
 
 if TYPE_CHECKING:
-    from builder_svc.build_config import BuildConfig
     from builder_svc.causal_lm import CausalLM
-    from builder_svc.quant_config import QuantConfig
 
 Model = Union[str, Path, Engine, "CausalLM"]  # noqa: UP007  (a name in quotes)
 
@@ -60,11 +62,10 @@ def find_built(model: Model, store: str | None) -> Engine | None:
 
 def build_engine(
     model: Model,
-    build_config: "BuildConfig",
+    build_config: BuildConfig,
     *,
     store: str | None,
     revision: str | None,
-    quant_config: "QuantConfig | None",
     keep: bool,
     bars: Bars,
 ) -> Engine:
@@ -73,30 +74,40 @@ def build_engine(
     Args:
         keep: put it into the store, by default that of the person's data folder; else it goes with the result.
     """
+    if isinstance(model, Engine):
+        raise InvalidArgument(f"{model} is built")
+    source = None
+    if isinstance(model, str | Path):
+        model, source = fetch_here(model, revision, weights=not build_config.dummy_weights, progress=bars.update)
+    home = Home.find()
+    opened = open_store(store or home.store, TRANSFER_PATIENCE) if keep else None
+    if opened and isinstance(model, Path) and (found := _recalled(model, build_config, opened)):
+        return found
     try:
-        from builder_svc.checkpoint.sources import fetch_here
-        from builder_svc.pipeline import build
-        from builder_svc.quant_config import check_not_asked
-        from builder_svc.work_directory import WorkDirectory, clear
+        from builder_svc.pipeline import build  # imports torch, which takes seconds
     except ModuleNotFoundError as error:
         raise FailedPrecondition(
             f"to build an engine in this process needs {error.name}: pip install 'enginehouse[builder]', or give an engine",
             reason="EXTRA_MISSING",
         ) from None
-    check_not_asked(quant_config)
-    source = None
-    if isinstance(model, str | Path):
-        model, source = fetch_here(model, revision, weights=not build_config.dummy_weights, progress=bars.update)
-    if isinstance(model, Engine):
-        raise InvalidArgument(f"{model} is built")
-    if not keep:
+    if not opened:
         return build(model, build_config, source=source, progress=bars.update)
-    home = Home.find()
     home.make()
     clear(home.work)
-    opened: Store = open_store(store or home.store, TRANSFER_PATIENCE)
     with WorkDirectory(home.work) as work:
-        return build(model, build_config, store=opened, source=source, work_dir=work, progress=bars.update)
+        engine = build(model, build_config, store=opened, source=source, work_dir=work, progress=bars.update)
+    if isinstance(model, Path):
+        remember(model, build_config, engine.engine_id)
+    return engine
+
+
+def _recalled(checkpoint: Path, build_config: BuildConfig, store: Store) -> Engine | None:
+    """The engine that the same build has given before, if the store has all of it."""
+    engine_id = recall(checkpoint, build_config)
+    manifest = registry.find_manifest(store, engine_id) if engine_id else None
+    if manifest is None or registry.missing_files(store, manifest):
+        return None
+    return Engine(store, manifest, reused=True)
 
 
 def _named(store: Store, name: str) -> Engine:

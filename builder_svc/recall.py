@@ -1,0 +1,51 @@
+"""Which engine a build has given, so that the same build need not read the checkpoint, or import torch, to find it again.
+
+A shortcut only: the engine id stays what decides. What tells a checkpoint from its next version are its files' names, inodes,
+sizes and times of change, as in `checkpoint/digests.py`.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from builder_svc.build_config import RECIPE_VERSION, BuildConfig
+from builder_svc.checkpoint.digests import cache_path, load_cache, save_cache, signature
+
+_LIBRARIES = ("enginehouse", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "gguf")
+
+
+def recall(checkpoint: Path, build_config: BuildConfig) -> str | None:
+    """The id of the engine that this build has given last; None if nobody knows."""
+    return load_cache(_file()).get(_key(checkpoint, build_config))
+
+
+def remember(checkpoint: Path, build_config: BuildConfig, engine_id: str) -> None:
+    """Keeps it. Best effort: what is lost costs time only."""
+    save_cache(_file(), load_cache(_file()) | {_key(checkpoint, build_config): engine_id})
+
+
+def _file() -> Path:
+    return cache_path().with_name("builds.json")
+
+
+def _key(checkpoint: Path, build_config: BuildConfig) -> str:
+    """Digest of everything that may decide the engine: whatever lies in the directory, the options, the libraries."""
+    directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    files = {str(file.relative_to(directory)): signature(file) for file in directory.rglob("*") if file.is_file()}
+    facts = {
+        "checkpoint": str(checkpoint.relative_to(directory)),
+        "files": files,
+        "options": asdict(build_config),
+        "recipe": RECIPE_VERSION,
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
