@@ -21,6 +21,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/high_level/llm_examples.py examples/low_level/llama.py
 	$(BIN)/lint-imports
 	@tmp=$$(mktemp -d) && $(MAKE) --no-print-directory protos docs OUT=$$tmp && \
 	  for file in $$(cd $$tmp && find protos docs -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make $${file%%/*}"; exit 1; }; done && rm -r $$tmp
@@ -33,6 +34,7 @@ bench: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python bench/cpu.py $(CHECKPOINT) $(GGUF:%=--gguf %)
 	PYTHONPATH=. $(BIN)/python bench/overhead.py
 	PYTHONPATH=. $(BIN)/python bench/gateway.py
+	$(BIN)/python -m bench.llm
 	PYTHONPATH=. $(BIN)/python bench/checkpoint.py
 
 OUT ?= .

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from builder_svc.tensorrt_names import also_takes
 from engine.artifact import Engine
@@ -192,6 +192,16 @@ class GenerationExecutor(Generator):
         if model_world_size != 1:
             raise InvalidArgument(f"model_world_size is {model_world_size}, but the engine has 1 rank")
         return GenerationExecutor(engine, kv_cache_config=executor_config)
+
+    @overload
+    def generate(
+        self, prompt_token_ids: Sequence[int], sampling_params: SamplingParams | None = None
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self, prompt_token_ids: Sequence[Sequence[int]], sampling_params: Params = None
+    ) -> list[RequestOutput]: ...
 
     def generate(self, prompt_token_ids: Any, sampling_params: Params = None) -> RequestOutput | list[RequestOutput]:
         """Completes token ids, or each of a list of them.

@@ -99,9 +99,11 @@ class GenerationResult:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._complete():
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            news = self._stream.wait()
             try:
-                self._stream.wait().result(left)
+                news.result(left)
             except TimeoutError:
+                news.cancel()
                 raise TimeoutError(
                     f"request {self.request_id} has not ended within {timeout:g} s: wait longer, or cancel() it"
                 ) from None

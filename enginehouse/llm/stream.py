@@ -52,13 +52,13 @@ class Stream:
             return News(responses, self._ended, self._error)
 
     def wait(self) -> "Future[None]":
-        """Done when there is something to take."""
+        """Done when there is something to take. Who gives up cancels it."""
         future: Future[None] = Future()
         with self._lock:
             if self._responses or self._ended:
                 future.set_result(None)
             else:
-                self._waiting.append(future)
+                self._waiting = [*(other for other in self._waiting if not other.cancelled()), future]
         return future
 
     def _wake(self) -> None:

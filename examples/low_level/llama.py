@@ -27,7 +27,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.hf_model_dir)
     with GenerationExecutor.create(engine) as executor:
         params = SamplingParams(max_tokens=arguments.max_tokens, end_id=tokenizer.eos_token_id)
-        prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+        prompts: list[list[int]] = [tokenizer.encode(prompt) for prompt in PROMPTS]
         for prompt, output in zip(PROMPTS, executor.generate(prompts, params), strict=True):
             print(f"{prompt!r} -> {tokenizer.decode(output.outputs[0].token_ids)!r}")
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
 from tokenizers import Tokenizer as HubTokenizer
 
@@ -324,6 +325,32 @@ def test_a_name_of_the_store_and_an_engine_at_hand(home: Home, engine_dir: Path)
         assert text(held, max_tokens=4) == " heavens, in the"
 
 
+def test_a_repository_of_the_hub(home: Home, tmp_path: Path) -> None:
+    """Downloaded, built and found again; in a process of its own, in which huggingface_hub reads the environment."""
+    with hub_server.serve({"org/demo": hub_server.Repository(DEMO)}) as hub:
+        process = script(
+            f"""
+            from enginehouse import LLM, SamplingParams
+            for _ in range(2):
+                with LLM("org/demo", revision="main") as llm:
+                    print(llm.engine.reused, llm.engine.manifest.source, end=" ")
+                    print(llm.generate({PROMPT!r}, SamplingParams(max_tokens=4)).outputs[0].text)
+            """,
+            **hub_server.environment(hub.url, tmp_path / "hub"),
+            ENGINEHOUSE_HOME=str(tmp_path / "home"),
+        )
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        source = "hf://org/demo@main"
+        assert out.splitlines() == [f"False {source}  heavens, in the", f"True {source}  heavens, in the"]
+
+
+async def test_made_in_a_thread_of_a_running_loop(engine_dir: Path) -> None:
+    made = await asyncio.to_thread(LLM, engine_dir)
+    assert (await made.generate_async(PROMPT, SamplingParams(max_tokens=4))).outputs[0].text == " heavens, in the"
+    await asyncio.to_thread(made.shutdown)
+
+
 def test_a_name_in_a_bucket(bucket: SeaweedFS, engine_dir: Path) -> None:
     url = bucket.url("llm")
     place, _, query = url.partition("?")
@@ -471,7 +498,7 @@ def test_a_forked_child_neither_uses_nor_ends_it(llm: LLM) -> None:
     assert text(llm, max_tokens=4) == " heavens, in the"
 
 
-def script(code: str) -> "subprocess.Popen[str]":
+def script(code: str, **environment: str) -> "subprocess.Popen[str]":
     """`python -c`, as somebody who has installed the package would have it, in a session of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -479,7 +506,7 @@ def script(code: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=service_environment(),
+        env={**service_environment(), **environment},
         start_new_session=True,
     )
 
