@@ -9,6 +9,8 @@ from builder_svc.causal_lm import CausalLM, class_of, read_config
 from builder_svc.mapping import Mapping
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.quant_config import QuantConfig
+from engine.artifact import is_engine_dir
+from engine.errors import InvalidArgument
 
 
 class AutoConfig:
@@ -93,6 +95,12 @@ def open_model(path: Path, dummy_weights: bool = False) -> CausalLM:
     Raises:
         NotFound, InvalidArgument, Unimplemented, DataLoss: as `CausalLM.from_hugging_face` and `from_checkpoint`.
     """
+    if is_engine_dir(path):
+        raise InvalidArgument(
+            f"{path} is an engine already: load it with LLM, or put it into a store with Engine.from_dir({str(path)!r})"
+            ".push(STORE, NAME)",
+            reason="CHECKPOINT_IS_ENGINE",
+        )
     if saved.is_saved(path):
         if not dummy_weights:
             return AutoModelForCausalLM.from_checkpoint(path)

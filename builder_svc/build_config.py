@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from builder_svc.tensorrt_names import PluginConfig, also_takes
@@ -17,7 +18,7 @@ the unit is "bytes" or "".
 
 RECIPE_VERSION = 2  # raised when the same inputs give another engine than before
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 # What TensorRT must know to set memory aside or to choose kernels: an engine here takes any prompt that max_seq_len leaves
@@ -25,15 +26,14 @@ DEVICES = ("cpu", "cuda")
 _TUNING = (
     "opt_batch_size", "opt_num_tokens", "max_input_len", "max_beam_width", "max_encoder_input_len", "strongly_typed",
     "builder_opt", "force_num_profiles", "profiling_verbosity", "enable_debug_output", "input_timing_cache",
-    "output_timing_cache", "plugin_config", "auto_parallel_config", "visualize_network", "monitor_memory",
+    "output_timing_cache", "plugin_config", "kv_cache_type", "auto_parallel_config", "visualize_network", "monitor_memory",
 )  # fmt: skip
 _ABSENT = {
     "max_prompt_embedding_table_size": 0,
-    "kv_cache_type": "paged",
     "gather_context_logits": False,
     "gather_generation_logits": False,
     "max_draft_len": 0,
-    "speculative_decoding_mode": None,
+    "speculative_decoding_mode": 1,
     "use_refit": False,
     "use_strip_plan": False,
     "lora_config": None,
@@ -54,7 +54,7 @@ class BuildConfig:
 
     Attributes:
         dtype: of weights and activations. "auto" is the checkpoint's own on CUDA and float32 on the CPU.
-        device: "cpu" or "cuda", where the engine will run.
+        device: "cpu" or "cuda", where the engine will run; "auto" is "cuda" where the build finds a GPU.
         compute_capability: of the GPU, such as "9.0"; None when any will do.
         max_batch_size: requests in one step.
         max_seq_len: tokens of a prompt and its completion together; None takes the checkpoint's limit.
@@ -71,7 +71,7 @@ class BuildConfig:
     """
 
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     compute_capability: str | None = None
     max_batch_size: int = 64
     max_seq_len: int | None = None
@@ -85,6 +85,17 @@ class BuildConfig:
     def plugin_config(self) -> PluginConfig:
         """Takes any setting, and has no effect."""
         return PluginConfig()
+
+    @property
+    def target(self) -> str:
+        """The device, of "auto" the one that is meant."""
+        if self.device != "auto":
+            return self.device
+        if not Path("/dev/nvidiactl").exists():  # to ask torch takes seconds
+            return "cpu"
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     @staticmethod
     def from_dict(options: dict[str, Any]) -> "BuildConfig":

@@ -306,6 +306,7 @@ def read_config(
         raise InvalidArgument(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     directory, source = fetch_here(hf_model_or_dir, revision, weights=weights)
     if saved.is_saved(directory):
+        PretrainedConfig.from_json_file(directory / "config.json")  # raises what is wrong with one of another program
         raise InvalidArgument(
             f"{directory} was written by save_checkpoint: read it with from_checkpoint", reason="CHECKPOINT_SAVED"
         )

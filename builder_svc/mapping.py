@@ -4,11 +4,13 @@ from collections.abc import Mapping as Values
 from dataclasses import dataclass
 from typing import Any
 
+from builder_svc.tensorrt_names import also_takes
 from engine.errors import InvalidArgument, Unimplemented
 
 _SAVED = ("world_size", "tp_size", "pp_size")  # the rank is not a checkpoint's
 
 
+@also_takes(off={"cp_size": 1, "moe_tp_size": (-1, 1), "moe_ep_size": (-1, 1), "auto_parallel": False})
 @dataclass(frozen=True)
 class Mapping:
     """The place of a rank among those that run a model together.

@@ -135,7 +135,7 @@ def build(
             model=model_facts(resolved, program),
             limits=resolved.limits,
             mapping=Parallelism(),
-            fingerprint=Fingerprint("torch", options.device, program.opset_version, options.compute_capability),
+            fingerprint=Fingerprint("torch", options.target, program.opset_version, options.compute_capability),
             ranks=(rank,),
             tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
             quantization=weights.facts,
@@ -201,7 +201,7 @@ def read_model(model: Path | CausalLM, options: BuildConfig) -> Model:
 def _dtype(config: PretrainedConfig, options: BuildConfig) -> str:
     """The options' dtype, the model's, or what its checkpoint has."""
     if config.auto_dtype and options.dtype == "auto":
-        return "float32" if options.device == "cpu" else config.checked_dtype
+        return "float32" if options.target == "cpu" else config.checked_dtype
     if config.auto_dtype or options.dtype in ("auto", config.dtype):
         return config.dtype if options.dtype == "auto" else options.dtype
     raise InvalidArgument(
@@ -220,7 +220,7 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
         "limits": msgspec.to_builtins(model.limits),
         "quantization": model.weights.facts,
         "mapping": msgspec.to_builtins(Parallelism()),
-        "target": {"backend": "torch", "device": options.device, "compute_capability": options.compute_capability},
+        "target": {"backend": "torch", "device": options.target, "compute_capability": options.compute_capability},
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
         "recipe_version": RECIPE_VERSION,
     }

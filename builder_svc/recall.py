@@ -37,7 +37,7 @@ def _key(checkpoint: Path, build_config: BuildConfig) -> str:
     facts = {
         "checkpoint": str(checkpoint.relative_to(directory)),
         "files": files,
-        "options": asdict(build_config),
+        "options": asdict(build_config) | {"device": build_config.target},
         "recipe": RECIPE_VERSION,
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }

@@ -121,7 +121,7 @@ def save(
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if (directory / "config.json").exists() and not is_saved(directory):
+        if (directory / "config.json").exists() and OURS not in read_json(directory / "config.json"):
             raise FailedPrecondition(
                 f"{directory} holds another checkpoint, whose config.json would be overwritten: choose another directory",
                 reason="OUTPUT_OCCUPIED",

@@ -75,9 +75,9 @@ class Engine:
         """
         root = Path(engine_dir).expanduser()
         before = _engine_id(root)
-        if before is None and (root / CONFIG).exists():
+        if before is None and ((root / CONFIG).exists() or _foreign(root)):
             raise FailedPrecondition(
-                f"{root} holds another program's {CONFIG}, which would be overwritten: choose another directory",
+                f"{root} holds another program's {CONFIG} or engine: choose another directory",
                 reason="OUTPUT_OCCUPIED",
             )
         store = DirectoryStore(root)
@@ -104,7 +104,7 @@ class Engine:
         if rank != 0:
             raise Unimplemented(f"rank {rank}: this release has engines of one rank", reason="RANKS_UNSUPPORTED")
         root = Path(engine_dir).expanduser()
-        if (root / "rank0.engine").is_file():
+        if _foreign(root):
             raise Unimplemented(
                 f"{root} is an engine of TensorRT-LLM, which runs nowhere but there: build it again from its checkpoint",
                 reason="ENGINE_FOREIGN",
@@ -150,7 +150,12 @@ class Engine:
 
 def is_engine_dir(path: Path) -> bool:
     """Whether `Engine.from_dir` is the one to read a directory, or to say why it cannot."""
-    return (path / "engines").is_dir() or (path / "rank0.engine").is_file()
+    return (path / "engines").is_dir() or _foreign(path)
+
+
+def _foreign(path: Path) -> bool:
+    """Whether TensorRT-LLM has written an engine there."""
+    return path.is_dir() and any(path.glob("*rank*.engine"))
 
 
 def copy(engine: Engine, target: Store, progress: Callable[[int, int], object] = lambda *_: None) -> None:

@@ -4,6 +4,7 @@ Everything here is imported when it is first used: `import enginehouse` costs no
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name == "__version__":
+        value = importlib.metadata.version("enginehouse")
     elif name.endswith("ForCausalLM") and (found := _model_classes().get(name)):
         value = found
     else:

@@ -1,6 +1,7 @@
 """The Python API of TensorRT-LLM 0.8 and 0.9 (`ModelConfig`, `SamplingConfig`, `GenerationOutput`), thin over ours.
 
-Scripts of that time run when they import from here; new ones import from `enginehouse`.
+Scripts of that time run when they import from here; new ones import from `enginehouse`. Between the two, TensorRT-LLM had the
+newer `LLM` under this module's name: without a ModelConfig, `LLM` here is that one.
 """
 
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import enginehouse
+from builder_svc.build_config import BuildConfig as BuildConfig
 from builder_svc.quant_config import QuantAlgo
 from builder_svc.quant_config import QuantConfig as Quantization
 from engine.errors import FailedPrecondition, InvalidArgument
+from enginehouse.llm.executor import KvCacheConfig as KvCacheConfig
 from enginehouse.llm.generator import as_prompts
 from enginehouse.llm.outputs import RequestOutput
+from enginehouse.llm.sampling import SamplingParams as SamplingParams
 
 
 @dataclass
@@ -148,6 +152,7 @@ class SamplingConfig:
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     min_length: int = 1
     beam_search_diversity_rate: float = 0.0
     random_seed: int | None = None
@@ -168,6 +173,7 @@ class SamplingConfig:
             top_p=self.top_p or None,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
             seed=self.random_seed,
             beam_width=self.num_beams,
             length_penalty=self.length_penalty if self.num_beams > 1 else None,
@@ -253,6 +259,12 @@ class LLM:
         >>> llm = LLM(ModelConfig("demo.engine"))
     """
 
+    def __new__(cls, config: Any, *args: Any, **options: Any) -> Any:
+        """What is not a ModelConfig is for the API of 0.10 and later, whose LLM was in the same place."""
+        if isinstance(config, ModelConfig):
+            return super().__new__(cls)
+        return enginehouse.LLM(config, *args, **options)
+
     def __init__(
         self,
         config: ModelConfig,
@@ -295,6 +307,10 @@ class LLM:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """Ends it; one that is forgotten ends with its last reference."""
         self._llm.shutdown()
 
     @property

@@ -1,5 +1,7 @@
 """`GenerationExecutor`: an engine in a worker process of this program's own."""
 
+import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
@@ -9,7 +11,7 @@ from typing import Any, overload
 
 from builder_svc.tensorrt_names import also_takes
 from engine.artifact import Engine
-from engine.errors import FailedPrecondition, InvalidArgument, Unavailable
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, Unavailable, Unimplemented
 from engine.lifetime import at_end
 from enginehouse.llm.generator import Generator, Job, LoopThread, Params
 from enginehouse.llm.outputs import RequestOutput
@@ -141,6 +143,8 @@ class GenerationExecutor(Generator):
             name: what errors call the model.
             progress: called with (bytes loaded, bytes in all).
         """
+        if not isinstance(kv_cache_config, KvCacheConfig | None):
+            raise InvalidArgument(f"the KV cache's settings are {kv_cache_config!r}: give a KvCacheConfig")
         manifest = engine.manifest
         self.engine = engine
         arguments = (kv_cache_config or KvCacheConfig()).arguments(manifest.model.kv_bytes_per_token)
@@ -172,7 +176,12 @@ class GenerationExecutor(Generator):
 
     @staticmethod
     def create(
-        engine: Engine | str | Path, executor_config: KvCacheConfig | None = None, model_world_size: int = 1
+        engine: Engine | str | Path,
+        executor_config: KvCacheConfig | None = None,
+        model_world_size: int = 1,
+        world_size: int = 0,  # noqa: ARG004
+        mpi_session: object = None,  # noqa: ARG004
+        reuse_mpi_comm: bool = False,  # noqa: ARG004
     ) -> "GenerationExecutor":
         """Loads an engine.
 
@@ -180,6 +189,7 @@ class GenerationExecutor(Generator):
             engine: what `build` gave, or an engine directory.
             executor_config: the KV cache's settings.
             model_world_size: ranks; there are engines of one.
+            world_size, mpi_session, reuse_mpi_comm: taken for scripts that give them; there is no MPI.
 
         Raises:
             NotFound: no engine there.
@@ -190,7 +200,7 @@ class GenerationExecutor(Generator):
         if not isinstance(engine, Engine):
             engine = Engine.from_dir(engine)
         if model_world_size != 1:
-            raise InvalidArgument(f"model_world_size is {model_world_size}, but the engine has 1 rank")
+            raise Unimplemented(f"model_world_size is {model_world_size}: this release has engines of one rank")
         return GenerationExecutor(engine, kv_cache_config=executor_config)
 
     @overload
@@ -266,10 +276,15 @@ async def _follow(job: Job, worker: LocalWorker, tokenizer: Tokenizer) -> None:
     submit = job.submit or Submit()
     pause = 0.0 if job.streaming else _STOP_PAUSE if job.request.stop else _WHOLE_PAUSE
     with begin(job.request, submit, job.prompt_token_ids, tokenizer, worker, lambda _: None) as generation:
-        while not generation.done:
-            await generation.wait(pause)
-            if responses := generation.take():
-                job.stream.push(responses)
+        try:
+            while not generation.done:
+                await generation.wait(pause)
+                if responses := generation.take():
+                    job.stream.push(responses)
+        except asyncio.CancelledError:  # what has come so far is the reader's
+            with contextlib.suppress(EnginehouseError):
+                job.stream.push(generation.take())
+            raise
 
 
 def _closer(thread: LoopThread, worker: LocalWorker) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 import abc
 import asyncio
-import contextlib
 import itertools
 import queue
 import threading
@@ -165,6 +164,7 @@ class Generator(abc.ABC):
                 ),
                 streaming=streaming,
                 include_stop=chosen.include_stop_str_in_output,
+                end_id=chosen.end_id,
                 cancel=_canceller(self._thread, job),
                 keep=self,
             )
@@ -197,9 +197,12 @@ def _canceller(thread: LoopThread, job: Job) -> Callable[[], None]:
             job.task.cancel()
 
     def ask() -> None:
-        if not (job.task and job.task.done()):
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and everything with it
-                thread.call(cancel)
+        if job.task and job.task.done():
+            return
+        try:
+            thread.call(cancel)
+        except RuntimeError:  # the loop has ended, and everything with it
+            job.stream.end()
 
     return ask
 
@@ -230,9 +233,9 @@ def as_prompts(inputs: Any) -> tuple[list[Prompt], bool]:
         return [inputs], True
     if not isinstance(inputs, Sequence) or isinstance(inputs, bytes):
         raise _no_prompt(inputs)
-    if inputs and isinstance(inputs[0], Integral | Mapping):
+    if inputs and isinstance(_plain(inputs[0]), Integral | Mapping):
         return [inputs], True
-    prompts = [_plain(prompt) for prompt in inputs]
+    prompts: list[Any] = [_plain(prompt) for prompt in inputs]
     for prompt in prompts:
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise _no_prompt(prompt)
@@ -255,7 +258,9 @@ def as_params(params: Params, count: int) -> Sequence[SamplingParams]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and tensors as lists, tuples as they are."""
+    """Arrays and tensors as lists, {"prompt": text} and {"prompt_token_ids": ids} as what they hold."""
+    if isinstance(value, Mapping):
+        value = value.get("prompt_token_ids", value.get("prompt", value))
     return value.tolist() if hasattr(value, "tolist") else value
 
 

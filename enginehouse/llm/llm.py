@@ -66,7 +66,7 @@ class LLM:
         tokenizer: Any = None,
         skip_tokenizer_init: bool = False,
         tensor_parallel_size: int = 1,
-        dtype: str = "auto",
+        dtype: Any = "auto",
         revision: str | None = None,
         tokenizer_revision: str | None = None,
         *,
@@ -97,7 +97,7 @@ class LLM:
             enable_build_cache: keep a new engine in the store, and take one from there that was built of the same.
             enable_tqdm: show on stderr how far building and loading are, if it is a terminal.
             store: where engines are and go; by default the one of the data folder (see `Home`).
-            device: "cpu" or "cuda"; "auto" is the engine's, of a new one the build_config's, else "cuda" where torch finds a GPU.
+            device: "cpu" or "cuda"; "auto" is the engine's, of a new one the build_config's.
 
         Raises:
             NotFound: no such model.
@@ -108,8 +108,8 @@ class LLM:
         """
         _check_ranks(tensor_parallel_size, pipeline_parallel_size)
         check_not_asked(quant_config)
-        if device not in ("auto", *DEVICES):
-            raise InvalidArgument(f"device {device!r}: choose one of auto, {', '.join(DEVICES)}")
+        if device not in DEVICES:
+            raise InvalidArgument(f"device {device!r}: choose one of {', '.join(DEVICES)}")
         console = stderr()
         console.quiet = not (enable_tqdm and console.is_terminal)
         with Bars(console) as bars:
@@ -249,24 +249,16 @@ def _check_ranks(tensor_parallel_size: int, pipeline_parallel_size: int) -> None
     RankMapping(tp * pp, tp_size=tp, pp_size=pp).check_one_rank()
 
 
-def _config(build_config: BuildConfig | None, dtype: str, device: str) -> BuildConfig:
+def _config(build_config: BuildConfig | None, dtype: Any, device: str) -> BuildConfig:
     """What a new engine is built by."""
-    config = build_config or BuildConfig()
+    if not isinstance(build_config, BuildConfig | None):
+        raise InvalidArgument(f"build_config is {build_config!r}: give a BuildConfig")
+    config, dtype = build_config or BuildConfig(), str(dtype).removeprefix("torch.")
     if dtype != "auto":
         if config.dtype not in ("auto", dtype):
             raise InvalidArgument(f"dtype is {dtype!r}, but build_config has {config.dtype!r}: give it once")
         config = replace(config, dtype=dtype)
-    if device == "auto":
-        device = config.device if build_config else _best_device()
-    return replace(config, device=device)
-
-
-def _best_device() -> str:
-    if not Path("/dev/nvidiactl").exists():  # to ask torch takes seconds
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return replace(config, device=config.target if device == "auto" else device)
 
 
 def _check_device(engine: Engine, device: str) -> None:

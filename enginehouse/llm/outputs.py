@@ -36,11 +36,11 @@ class CompletionOutput:
     Attributes:
         index: its number among those of the prompt, from 0; of beams and best_of, 0 is the best.
         text: empty where there is no tokenizer.
-        token_ids: without the end-of-sequence or stop token that has ended it.
+        token_ids: with the end-of-sequence or stop token that has ended it.
         cumulative_logprob: the sum of the tokens' log-probabilities, where they were asked for or decide; None elsewhere.
         logprobs: one for each token, if they were asked for; else None.
         finish_reason: "stop", "length" or "cancelled"; None while it goes on.
-        stop_reason: the stop token's id or the stop string that has ended it; None for the end of sequence.
+        stop_reason: the stop token's id or the stop string that has ended it; None for the end of sequence, or end_id.
 
     Example:
         >>> from enginehouse import LLM, SamplingParams
@@ -80,11 +80,12 @@ class CompletionOutput:
         """Those of `token_ids_diff`."""
         return None if self.logprobs is None else self.logprobs[self._told_tokens :]
 
-    def add(self, news: GenerateResponse, include_stop: bool) -> None:
+    def add(self, news: GenerateResponse, include_stop: bool, end_id: int | None = None) -> None:
         """Takes what has come for this completion.
 
         Args:
             include_stop: whether a stop string belongs to the text.
+            end_id: the stop token that is an end of sequence.
         """
         self.text += news.text
         self.token_ids.extend(news.token_ids)
@@ -94,12 +95,12 @@ class CompletionOutput:
         if news.HasField("cumulative_logprob"):
             self.cumulative_logprob = news.cumulative_logprob
         if news.HasField("finish"):
-            self._finish(news.finish, include_stop)
+            self._finish(news.finish, include_stop, end_id)
 
-    def _finish(self, finish: FinishInfo, include_stop: bool) -> None:
+    def _finish(self, finish: FinishInfo, include_stop: bool, end_id: int | None) -> None:
         self.finish_reason = FINISH_REASONS.get(finish.reason, "stop")
         kind = finish.WhichOneof("matched")
-        if kind in ("stop_token_id", "stop_string"):
+        if kind == "stop_string" or (kind == "stop_token_id" and finish.stop_token_id != end_id):
             self.stop_reason = getattr(finish, kind)
         if include_stop and kind == "stop_string":
             self.text += finish.stop_string

@@ -34,7 +34,8 @@ class GenerationResult:
         output: RequestOutput,
         *,
         streaming: bool,
-        include_stop: bool,
+        include_stop: bool = False,
+        end_id: int | None = None,
         cancel: Callable[[], object],
         keep: object,
     ) -> None:
@@ -45,7 +46,8 @@ class GenerationResult:
             keep: what must live as long as the request does.
         """
         self._stream, self._output = stream, output
-        self._streaming, self._include_stop = streaming, include_stop
+        self._streaming, self._include_stop, self._end_id = streaming, include_stop, end_id
+        self._told: RequestOutput | None = None  # the last that an iteration gave
         self._keep = keep
         self._unseen = self._told_all = False
         self._lock = threading.Lock()
@@ -73,8 +75,8 @@ class GenerationResult:
 
     @property
     def outputs(self) -> list[CompletionOutput]:
-        """The completions as they were last read."""
-        return self._output.outputs
+        """The completions as the last output had them, or as they were last read."""
+        return (self._told or self._output).outputs
 
     @property
     def finished(self) -> bool:
@@ -142,7 +144,6 @@ class GenerationResult:
         """Ends the request: completions that have not ended have the finish_reason "cancelled". Nothing if it has ended."""
         if not self.done():
             self._cancel()
-            self._stream.end()
 
     def _next(self) -> list[RequestOutput] | None:
         """The next output of an iteration: [output], [] at its end, None if it must wait."""
@@ -162,6 +163,8 @@ class GenerationResult:
         self._read()
         if self._error:
             raise self._error
+        if self.finished:
+            self._told = None
         return self.finished
 
     def _read(self) -> None:
@@ -170,7 +173,7 @@ class GenerationResult:
             news, output = self._stream.take(), self._output
             for response in news.responses:
                 self._unseen = True
-                output.outputs[response.index].add(response, self._include_stop)
+                output.outputs[response.index].add(response, self._include_stop, self._end_id)
                 output.cached_tokens = response.usage.cached_tokens
                 if response.HasField("prompt_logprobs"):
                     output.prompt_logprobs = (output.prompt_logprobs or []) + token_logprobs(response.prompt_logprobs)
@@ -186,7 +189,7 @@ class GenerationResult:
 
     def _snapshot(self) -> RequestOutput:
         self._unseen, now = False, self._output
-        return RequestOutput(
+        self._told = RequestOutput(
             now.request_id,
             now.prompt,
             now.prompt_token_ids,
@@ -195,3 +198,4 @@ class GenerationResult:
             now.prompt_logprobs,
             now.cached_tokens,
         )
+        return self._told

@@ -10,11 +10,13 @@ from builder_svc.tensorrt_names import also_takes
 from engine.errors import InvalidArgument
 from enginehouse.client import not_unicode
 from gateway.submission import check
+from protos.checks import MAX_BIAS
 from protos.v1.common_pb2 import (
     EARLY_STOPPING_ENOUGH,
     EARLY_STOPPING_HEURISTIC,
     EARLY_STOPPING_NEVER,
     BeamSearch,
+    EarlyStopping,
     StoppingCriteria,
 )
 from protos.v1.common_pb2 import (
@@ -30,15 +32,18 @@ _ABSENT = {
     "prompt_tuning_config": None,
     "lora_config": None,
     "logits_post_processor_name": None,
-    "top_p_min": None,
-    "top_p_reset_ids": None,
-    "top_p_decay": None,
-    "no_repeat_ngram_size": 0,
+    "top_p_min": 1e-6,
+    "top_p_reset_ids": -1,
+    "top_p_decay": 1.0,
+    "no_repeat_ngram_size": (0, 1 << 30),
+    "truncate_prompt_tokens": None,
+    "detokenize": True,
+    "spaces_between_special_tokens": True,
     "return_context_logits": False,
     "return_generation_logits": False,
     "return_encoder_output": False,
 }
-_EARLY_STOPPING = {
+_EARLY_STOPPING: dict[bool | int | str | None, EarlyStopping.ValueType] = {
     None: EARLY_STOPPING_HEURISTIC,
     False: EARLY_STOPPING_HEURISTIC,
     True: EARLY_STOPPING_ENOUGH,
@@ -61,7 +66,7 @@ class SamplingParams:
     Attributes:
         max_tokens: of the completion; None is as many as the engine has room for.
         min_tokens: before which no end-of-sequence or stop id is chosen.
-        end_id: the token that ends a sequence, instead of the engine's own; -1 is none.
+        end_id: the token that ends a sequence, instead of the engine's own; a negative one is none.
         ignore_eos: go on behind the engine's end-of-sequence tokens.
         stop: texts that end the completion.
         stop_token_ids: tokens that do, beside the end of sequence.
@@ -70,21 +75,21 @@ class SamplingParams:
         bad_token_ids: tokens, or sequences of tokens, that are never generated.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: of how many most probable tokens one is chosen; 0 is all.
-        top_p: of the fewest tokens with at least this probability together, in (0, 1].
+        top_p: of the fewest tokens with at least this probability together, in (0, 1]; 0 takes the most probable token.
         min_p: of tokens with at least this share of the most probable one's probability, in [0, 1].
         seed: the same one gives the same text, in any batch; by default it is drawn.
         repetition_penalty: divides positive logits of tokens that prompt or completion hold, multiplies negative ones; above 0.
         presence_penalty: subtracted from the logit of each token that the completion holds, in [-2, 2].
         frequency_penalty: the same, times how often it does.
         logit_bias: token id -> what is added to its logit, in [-100, 100].
-        embedding_bias: the same as a sequence, or tensor, of the vocabulary's size; zeros are left out.
+        embedding_bias: the same as a sequence, or tensor, of the vocabulary's size; zeros are left out, others cut to that range.
         n: completions of a prompt.
         best_of: how many are made, of which the n with the highest log-probability a token are given.
         beam_width: above 1, a beam search of so many beams, all of which are given.
         use_beam_search: a beam search of best_of (or n) beams, of which n are given.
         length_penalty: a beam's score is its log-probability over length ** length_penalty.
-        early_stopping: of a beam search: True when enough beams have ended, False when no better one is likely, "never" when none
-            is possible.
+        early_stopping: of a beam search: True when enough beams have ended, False when no better one is likely, "never" (or
+            another number) when none is possible.
         beam_search_diversity_rate: subtracted k times from the k-th best child of a beam.
         return_log_probs: tell the tokens' log-probabilities.
         logprobs: and those of so many most probable tokens, 0 to 20.
@@ -126,7 +131,7 @@ class SamplingParams:
     beam_width: int = 1
     use_beam_search: bool = False
     length_penalty: float | None = None
-    early_stopping: bool | str | None = None
+    early_stopping: bool | int | str | None = None
     beam_search_diversity_rate: float | None = None
     return_log_probs: bool = False
     logprobs: int | None = None
@@ -166,11 +171,12 @@ class SamplingParams:
 
     def _choose(self, sampling: Sampling) -> None:
         chosen = (self.temperature, self.top_k, self.top_p, self.min_p)
+        greedy = all(value is None for value in chosen) or (self.top_p == 0 and not self.top_k)
         _set(
             sampling,
-            temperature=0.0 if all(value is None for value in chosen) else self.temperature,
+            temperature=0.0 if greedy else self.temperature,
             top_k=self.top_k,
-            top_p=self.top_p,
+            top_p=self.top_p or None,
             min_p=self.min_p,
             seed=self.seed,
             repetition_penalty=self.repetition_penalty,
@@ -182,7 +188,8 @@ class SamplingParams:
         biases = {**self.logit_bias}
         if self.embedding_bias is not None:
             values = getattr(self.embedding_bias, "tolist", lambda: self.embedding_bias)()
-            biases = {**{token: value for token, value in enumerate(values) if value}, **biases}
+            cut = {token: min(max(value, -MAX_BIAS), MAX_BIAS) for token, value in enumerate(values) if value}
+            biases = cut | biases
         for token, bias in biases.items():
             try:
                 sampling.logit_bias[token] = bias
@@ -199,7 +206,7 @@ class SamplingParams:
             ignore_eos=self.ignore_eos or self.end_id is not None,
         )
         _extend(stopping.stop_token_ids, "stop_token_ids", self.stop_token_ids or ())
-        if self.end_id not in (None, -1):
+        if not (self.end_id is None or (isinstance(self.end_id, int) and self.end_id < 0)):
             _extend(stopping.stop_token_ids, "end_id", [self.end_id])
 
     def _beams(self, request: GenerateRequest) -> None:
@@ -213,9 +220,14 @@ class SamplingParams:
         elif self.use_beam_search:
             width, best_of = best_of or n, None
         if width > 1 or self.use_beam_search:
-            if self.early_stopping not in _EARLY_STOPPING:
+            early = (
+                "never"
+                if type(self.early_stopping) is int and self.early_stopping not in (0, 1)
+                else self.early_stopping
+            )
+            if not isinstance(early, bool | int | str | None) or early not in _EARLY_STOPPING:
                 raise InvalidArgument(f"early_stopping is {self.early_stopping!r}: give True, False or 'never'")
-            beams = BeamSearch(early_stopping=_EARLY_STOPPING[self.early_stopping])
+            beams = BeamSearch(early_stopping=_EARLY_STOPPING[early])
             _set(beams, width=width, length_penalty=self.length_penalty, diversity_rate=self.beam_search_diversity_rate)
             request.beam_search.CopyFrom(beams)
         _set(request, n=n, best_of=best_of)

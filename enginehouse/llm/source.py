@@ -36,6 +36,11 @@ def find_built(model: Model, store: str | None) -> Engine | None:
     if isinstance(model, Engine):
         return model
     if not isinstance(model, str | Path):
+        if not hasattr(model, "resolve"):  # a `CausalLM`, without importing torch
+            raise InvalidArgument(
+                f"model is {model!r}: give a path, a name, an Engine or a model of AutoModelForCausalLM (a ModelConfig is for "
+                "enginehouse.hlapi.LLM)"
+            )
         return None
     text = str(model)
     if urlsplit(text).scheme in ("s3", "file"):

@@ -122,6 +122,17 @@ def test_quantization_is_described_and_refused(home: Path) -> None:
         LLM(config)
 
 
+def test_between_the_dialects_the_newer_class_had_the_older_place(home: Path) -> None:
+    from enginehouse import LLM as Newer
+    from enginehouse.hlapi import SamplingParams as Params
+
+    llm = LLM(DEMO)
+    assert type(llm) is Newer
+    assert llm.generate(PROMPT, Params(max_tokens=4)).outputs[0].text == " heavens, in the"
+    with pytest.raises(ValueError, match="a ModelConfig is for enginehouse.hlapi.LLM"):
+        Newer(ModelConfig(DEMO))  # type: ignore[arg-type]
+
+
 def test_asynchronous_generation(home: Path) -> None:
     config = ModelConfig(model_dir=DEMO)
     llm = LLM(config, async_mode=True, kvcahe_free_gpu_memory_fraction=0.1)

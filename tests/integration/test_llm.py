@@ -134,7 +134,9 @@ def test_stop_strings_and_the_prompt_in_the_output(llm: LLM) -> None:
     assert text(llm, stop="clouds", include_stop_str_in_output=True) == " heavens, in the clouds"
     assert text(llm, max_tokens=2, exclude_input_from_output=False) == f"{PROMPT} heavens,"
     stopped = llm.generate(PROMPT, SamplingParams(stop_token_ids=[13])).outputs[0]
-    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", 13)
+    assert (stopped.finish_reason, stopped.stop_reason, stopped.token_ids[-1]) == ("stop", 13, 13)
+    ended = llm.generate(PROMPT, SamplingParams(end_id=13)).outputs[0]
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
 
 
 def test_streaming_in_a_script_adds_up(llm: LLM) -> None:
@@ -209,7 +211,11 @@ def test_cancel_frees_the_engine(llm: LLM) -> None:
         time.sleep(0.01)
     for result in results:
         result.cancel()
-    assert [result.result().outputs[0].finish_reason for result in results] == ["cancelled"] * 8
+    whole = llm.generate_async(PROMPT, LONG)
+    time.sleep(0.2)
+    whole.cancel()
+    assert [result.result().outputs[0].finish_reason for result in (*results, whole)] == ["cancelled"] * 9
+    assert 0 < whole.result().outputs[0].length < 480  # what has come so far
     assert results[0].result().outputs[0].length < 480
     assert idle(llm)
 
@@ -267,6 +273,7 @@ def test_what_an_llm_cannot_be_made_of(engine_dir: Path, tmp_path: Path) -> None
         ({"pipeline_parallel_size": 0}, ValueError, "pipeline_parallel_size is 0"),
         ({"quant_config": QuantConfig("FP8")}, NotImplementedError, "asks for FP8"),
         ({"device": "tpu"}, ValueError, "device 'tpu'"),
+        ({"kv_cache_config": {"max_tokens": 5}}, ValueError, "give a KvCacheConfig"),
         ({"device": "cuda"}, ValueError, "was built for 'cpu'"),
         ({"auto_parallel": True}, NotImplementedError, "auto_parallel is True"),
         ({"tokenizer": object()}, ValueError, "has no encode"),
@@ -282,9 +289,12 @@ def test_what_an_llm_cannot_be_made_of(engine_dir: Path, tmp_path: Path) -> None
         ("./no/such/directory", NotFound, "is no directory and no .gguf file"),
         (f"file://{tmp_path}/store/demo", NotFound, "no model 'demo'"),
         ("s3://", ValueError, "names no model"),
+        (5, ValueError, "model is 5: give a path"),
     ):
         with pytest.raises(kind, match=words):
-            LLM(model)
+            LLM(model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give a BuildConfig"):
+        LLM(DEMO, build_config={"max_seq_len": 5})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="tensr_parallel_size"):
         LLM(engine_dir, tensr_parallel_size=2)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="dtype is 'float16', but build_config has 'bfloat16'"):

@@ -104,7 +104,7 @@ async def watch(stub: BuilderStub, build_id: str) -> list[BuildEvent]:
 
 
 def test_options_by_default():
-    assert read_options(BuildSpec(checkpoint="demo")) == BuildConfig()
+    assert read_options(BuildSpec(checkpoint="demo")) == BuildConfig(device="cpu")
 
 
 def test_options_as_given():

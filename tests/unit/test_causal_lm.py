@@ -400,8 +400,14 @@ def test_a_damaged_or_foreign_checkpoint(checkpoint: Path, tmp_path: Path) -> No
         build(saved, store=store)
     theirs = {"architecture": "LlamaForCausalLM", "dtype": "float16", "mapping": {"world_size": 1}}
     (saved / "config.json").write_text(json.dumps(theirs))
-    with pytest.raises(Unimplemented, match="has no 'enginehouse': it was written by another program"):
+    foreign = "has no 'enginehouse': it was written by another program"
+    with pytest.raises(Unimplemented, match=foreign):
         build(saved, store=store)
+    with pytest.raises(Unimplemented, match=foreign):
+        AutoConfig.from_hugging_face(saved)
+    with pytest.raises(FailedPrecondition, match="holds another checkpoint"):
+        AutoModelForCausalLM.from_hugging_face(checkpoint).save_checkpoint(saved)
+    assert json.loads((saved / "config.json").read_text()) == theirs
 
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,8 @@ def test_a_directory_holds_the_engine_and_says_which(engine: Engine, tmp_path: P
     facts = msgspec.json.decode((target / CONFIG).read_bytes())
     assert facts["engine_id"] == engine.engine_id and facts["build_config"]["max_batch_size"] == 64
     assert facts["pretrained_config"]["architecture"] == "LlamaForCausalLM"
+    with pytest.raises(InvalidArgument, match="is an engine already: load it with LLM"):
+        build(target)
     assert is_engine_dir(target) and not is_engine_dir(tmp_path)
     engine.save(target)  # again: nothing changes
     found.save(target)  # into itself
@@ -142,6 +144,8 @@ def test_what_is_no_engine_directory(engine: Engine, other: Engine, tmp_path: Pa
     (tmp_path / "trt" / "rank0.engine").touch()
     with pytest.raises(Unimplemented, match="engine of TensorRT-LLM"):
         Engine.from_dir(tmp_path / "trt")
+    with pytest.raises(FailedPrecondition, match="another program's config.json or engine"):
+        engine.save(tmp_path / "trt")
     with pytest.raises(Unimplemented, match="rank 1"):
         Engine.from_dir(tmp_path, rank=1)
     engine.push(str(tmp_path / "store"))

@@ -18,13 +18,14 @@ LENGTH = FinishInfo(reason=FINISH_REASON_LENGTH)
 
 
 def made(
+    stream: Stream | None = None,
     *,
     streaming: bool = True,
     completions: int = 1,
     include_stop: bool = False,
     cancel: Callable[[], object] = lambda: None,
 ) -> tuple[Stream, GenerationResult]:
-    stream = Stream()
+    stream = stream or Stream()
     output = RequestOutput(1, "in", [7], [CompletionOutput(index) for index in range(completions)])
     keep = object()
     return stream, GenerationResult(
@@ -43,6 +44,7 @@ def test_iterating_gives_what_is_new_each_time() -> None:
     stream.push([said("b", 2)])
     stream.push([said("c", 3)])  # the reader was too slow: two steps are one output
     second = next(result)
+    assert result.outputs[0].text_diff == "bc"  # as scripts read it that look at the result itself
     stream.push([said("d", 4, finish=LENGTH)])
     third = next(result)
     diffs = [(one.outputs[0].text_diff, one.outputs[0].token_ids_diff) for one in (first, second, third)]
@@ -144,12 +146,19 @@ async def test_an_error_wakes_who_awaits() -> None:
 
 def test_cancelled_by_hand_it_ends_with_what_there_is() -> None:
     asked: list[str] = []
-    stream, result = made(completions=2, cancel=lambda: asked.append("cancel"))
+    stream = Stream()
+
+    def end() -> None:  # as the loop does, when it has put what has come so far into the stream
+        asked.append("cancel")
+        stream.push([said("!", 9, index=1)])
+        stream.end()
+
+    result = made(stream, completions=2, cancel=end)[1]
     stream.push([said("a", 1, finish=LENGTH), said("b", 2, index=1)])
     result.cancel()
     output = result.result(timeout=0)
     assert asked == ["cancel"] and output.finished
-    assert [one.finish_reason for one in output.outputs] == ["length", "cancelled"]
+    assert [(one.finish_reason, one.text) for one in output.outputs] == [("length", "a"), ("cancelled", "b!")]
     assert [one.finished for one in result] == [True]
     stream.push([said("c", 3, index=1)])  # on its way when it was cancelled
     result.cancel()

@@ -9,7 +9,7 @@ from google.protobuf.json_format import MessageToDict
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.tensorrt_names import PluginConfig
-from enginehouse import KvCacheConfig, QuantConfig, SamplingParams
+from enginehouse import KvCacheConfig, Mapping, QuantConfig, SamplingParams
 from enginehouse.llm.generator import as_params, as_prompts
 
 
@@ -34,6 +34,9 @@ SAMPLING = [
     ({"top_k": 5}, {"top_k": 5}),
     ({"top_p": 0.5}, {"top_p": 0.5}),
     ({"min_p": 0.25}, {"min_p": 0.25}),
+    ({"top_p": 0.0, "temperature": 0.7}, {"temperature": 0.0}),
+    ({"top_p": 0.0, "top_k": 3}, {"top_k": 3}),
+    ({"embedding_bias": [-float("inf")]}, {"temperature": 0.0, "logit_bias": {"0": -100.0}}),
     ({"temperature": 1, "seed": 2**64 - 1}, {"temperature": 1.0, "seed": "18446744073709551615"}),
     ({"temperature": 1, "random_seed": 3}, {"temperature": 1.0, "seed": "3"}),
     ({"repetition_penalty": 1.5}, {"temperature": 0.0, "repetition_penalty": 1.5}),
@@ -58,6 +61,7 @@ STOPPING = [
     ({"min_length": 3}, {"max_tokens": 32, "min_tokens": 3}),
     ({"ignore_eos": True}, {"max_tokens": 32, "ignore_eos": True}),
     ({"end_id": -1}, {"max_tokens": 32, "ignore_eos": True}),
+    ({"end_id": -2}, {"max_tokens": 32, "ignore_eos": True}),
     ({"end_id": 9, "stop_token_ids": [4]}, {"max_tokens": 32, "ignore_eos": True, "stop_token_ids": [4, 9]}),
 ]
 
@@ -71,12 +75,12 @@ OTHERS = [
     ({"n": 3, "best_of": 5}, {"n": 3, "best_of": 5}),
     ({"beam_width": 4}, {"n": 4, "beam_search": {"width": 4, "early_stopping": "EARLY_STOPPING_HEURISTIC"}}),
     (
-        {"use_beam_search": True, "best_of": 4, "n": 2, "length_penalty": 0.5, "early_stopping": "never"},
+        {"use_beam_search": True, "best_of": 4, "n": 2, "length_penalty": 0.5, "early_stopping": 2},
         {"n": 2, "beam_search": {"width": 4, "length_penalty": 0.5, "early_stopping": "EARLY_STOPPING_NEVER"}},
     ),
     ({"use_beam_search": True}, {"n": 1, "beam_search": {"width": 1, "early_stopping": "EARLY_STOPPING_HEURISTIC"}}),
     (
-        {"beam_width": 2, "early_stopping": True, "beam_search_diversity_rate": 1},
+        {"beam_width": 2, "early_stopping": 1, "beam_search_diversity_rate": 1},
         {"n": 2, "beam_search": {"width": 2, "early_stopping": "EARLY_STOPPING_ENOUGH", "diversity_rate": 1.0}},
     ),
     ({"return_log_probs": True}, {"n": 1, "output": {"logprobs": 0}}),
@@ -110,7 +114,7 @@ WRONG = [
     ({"temperature": -1}, "temperature is -1"),
     ({"temperature": "hot"}, "temperature is 'hot'"),
     ({"top_k": -1}, "top_k is -1"),
-    ({"top_p": 0.0}, "top_p is 0: give a number above 0"),
+    ({"top_p": -0.5}, "top_p is -0.5: give a number above 0"),
     ({"seed": 2**64}, "seed is 18446744073709551616"),
     ({"max_tokens": 0}, "max_tokens is 0"),
     ({"max_tokens": 1.5}, "max_tokens is 1.5"),
@@ -131,6 +135,7 @@ WRONG = [
     ({"beam_width": 0}, "beam_width is 0"),
     ({"beam_width": 2, "n": 3}, "beam_width is 2 and n is 3"),
     ({"beam_width": 2, "early_stopping": "soon"}, "early_stopping is 'soon'"),
+    ({"beam_width": 2, "early_stopping": [1]}, r"early_stopping is \[1\]"),
     ({"beam_width": 2, "return_log_probs": True}, "logprobs is asked for beside beam_search"),
     ({"logprobs": 21}, "logprobs is 21"),
 ]
@@ -195,6 +200,8 @@ CHAT = [{"role": "user", "content": "hi"}]
         (["a", [1], CHAT], ["a", [1], CHAT], False),
         (CHAT, [CHAT], True),
         ([], [], False),
+        ({"prompt": "text"}, ["text"], True),
+        ([{"prompt_token_ids": [1]}, {"prompt": "b"}], [[1], "b"], False),
     ],
     ids=str,
 )
@@ -231,3 +238,18 @@ def test_params_for_all_or_one_for_each() -> None:
         as_params([one], 2)
     with pytest.raises(ValueError, match="give a SamplingParams"):
         as_params({"max_tokens": 3}, 1)  # type: ignore[arg-type]
+
+
+def test_what_is_set_later_is_looked_at_like_what_is_given() -> None:
+    config, params = BuildConfig(), SamplingParams()
+    config.strongly_typed = config.plugin_config = params.pad_id = 5  # type: ignore[attr-defined,misc,assignment]
+    params.top_p_decay, params.no_repeat_ngram_size = 1.0, 1 << 30  # type: ignore[attr-defined]
+    assert config == BuildConfig() and params == SamplingParams() and config.max_input_len is None  # type: ignore[attr-defined]
+    with pytest.raises(NotImplementedError, match="BuildConfig: gather_context_logits is True"):
+        config.gather_context_logits = True  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="BuildConfig has no 'max_btch_size'"):
+        config.max_btch_size = 5  # type: ignore[attr-defined]
+    assert config.plugin_config.gemm_plugin is None
+    assert Mapping(cp_size=1).world_size == 1  # type: ignore[call-arg]
+    with pytest.raises(NotImplementedError, match="Mapping: cp_size is 2"):
+        Mapping(cp_size=2)  # type: ignore[call-arg]
