@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.ops import Step
 from engine.opset import OPERATORS
 from engine.program import Program
+from executor_svc.kernels.fuse import DEVICE_OPERATORS
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Interpreter:
     def __init__(
         self, program: Program, weights: dict[str, Any], implementations: dict[str, Callable[..., Any]]
     ) -> None:
+        specs = {**OPERATORS, **DEVICE_OPERATORS}
         registers = {name: number for number, name in enumerate((*weights, *program.inputs))}
         self._weights = list(weights.values())
         self._inputs = list(program.inputs)
@@ -49,8 +51,8 @@ class Interpreter:
                     tuple(registers[name] if name else -1 for name in op.inputs),
                     tuple(registers[value.name] for value in op.outputs),
                     dict(op.attrs),
-                    uses_step=OPERATORS[op.op].uses_step,
-                    single=len(OPERATORS[op.op].outputs) == 1 and not OPERATORS[op.op].variadic,
+                    uses_step=specs[op.op].uses_step,
+                    single=len(specs[op.op].outputs) == 1 and not specs[op.op].variadic,
                     dead=tuple(registers[name] for name in names if last_use.get(name, number) == number),
                 )
             )

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.fingerprint import Node
 from engine.manifest import Manifest
+from engine.program import Program
 from engine.trust import Trust
 from executor_svc.beams import BeamGroup
 from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, Sequence
@@ -315,20 +317,30 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     program, weights = unpack(arguments.device, loaded.program, weights)
     del loaded  # what was read is given back where it has been moved or unpacked
     prepared = prepare(arguments.device, program, weights)
-    runner = TorchRunner(
-        program,
-        prepared,
-        manifest.limits,
-        device=arguments.device,
-        kv_memory=arguments.kv_memory,
-        kv_share=arguments.kv_share,
-    )
+    runner = _runner(arguments, program, prepared, manifest)
     worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse)
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     log.info("engine %s: %.1f MB loaded in %.2f s", engine_id[:12], size / 1e6, time.monotonic() - began)
     ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=ready).SerializeToString())
     worker.run()
+
+
+def _runner(arguments: argparse.Namespace, program: Program, weights: dict[str, Any], manifest: Manifest) -> Runner:
+    if arguments.device == "cuda":
+        from executor_svc.cuda_runner import CudaRunner  # here, because it needs Triton
+
+        if CudaRunner.takes(program):
+            memory = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share}
+            return CudaRunner(program, weights, manifest.limits, **memory)
+    return TorchRunner(
+        program,
+        weights,
+        manifest.limits,
+        device=arguments.device,
+        kv_memory=arguments.kv_memory,
+        kv_share=arguments.kv_share,
+    )
 
 
 if __name__ == "__main__":

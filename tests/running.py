@@ -15,12 +15,16 @@ from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
 
 
-def make_engine(checkpoint: Path, store: Path, device: str = "cpu", **options: Any) -> LoadedEngine:
-    """Built and loaded, its weights on the device."""
+def make_engine(
+    checkpoint: Path, store: Path, device: str = "cpu", *, prepared: bool = True, **options: Any
+) -> LoadedEngine:
+    """Built and loaded, its weights on the device, and as its operators take them if they are to be prepared."""
     directory = DirectoryStore(store)
     built = build(checkpoint, BuildConfig(device=device, **options), store=directory)
     loaded = load_engine(directory, built.manifest.engine_id, this_node(device))
     weights = {name: tensor.to(device) for name, tensor in loaded.weights.items()}
+    if not prepared:
+        return replace(loaded, weights=weights)
     program, weights = unpack(device, loaded.program, weights)
     return replace(loaded, program=program, weights=prepare(device, program, weights))
 

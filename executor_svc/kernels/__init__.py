@@ -15,6 +15,7 @@ from engine.ops import REFERENCE
 from engine.program import Program
 from executor_svc.kernels import native
 from executor_svc.kernels.expand import expand
+from executor_svc.kernels.fuse import DEVICE_OPERATORS
 
 
 def own(device: str) -> dict[str, Callable[..., Any]]:
@@ -22,7 +23,7 @@ def own(device: str) -> dict[str, Callable[..., Any]]:
     if importlib.util.find_spec(f"{__name__}.{device}") is None:
         return {}
     module = importlib.import_module(f"{__name__}.{device}")
-    return {name: getattr(module, name) for name in REFERENCE if getattr(module, name, None)}
+    return {name: getattr(module, name) for name in (*REFERENCE, *DEVICE_OPERATORS) if getattr(module, name, None)}
 
 
 def implementations(device: str) -> dict[str, Callable[..., Any]]:

@@ -1,0 +1,170 @@
+"""How fast a GPU serves: time to the first token, a decode step at several batch sizes, and mixed requests.
+
+    python -m bench.gpu [--model bench/models/llama-3.1-8b] [--out FILE.json] [--only WORKLOAD ...] [--profile]
+
+Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
+Dummy weights, on this device. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import time
+from collections import deque
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from builder_svc.build_config import BuildConfig
+from builder_svc.pipeline import build
+from executor_svc.core import Batch, Sampling, Sequence
+from executor_svc.cuda_runner import CudaRunner
+from executor_svc.loader import load_engine
+from executor_svc.scheduler import Scheduler
+from executor_svc.worker import scheduler_config, this_node
+
+VLLM = {
+    "ttft_ms_128": 11.5,
+    "ttft_ms_4096": 104.7,
+    "itl_ms_b1": 6.60,
+    "itl_ms_b8": 6.87,
+    "itl_ms_b64": 7.77,
+    "itl_ms_b256": 12.68,
+    "mixed_s": 35.4,
+}
+FLOOR = {
+    "ttft_ms_128": 6,
+    "ttft_ms_4096": 90,
+    "itl_ms_b1": 5.05,
+    "itl_ms_b8": 5.2,
+    "itl_ms_b64": 5.8,
+    "itl_ms_b256": 10.3,
+    "mixed_s": 26,
+}
+AIM = {
+    "ttft_ms_128": 8,
+    "ttft_ms_4096": 98,
+    "itl_ms_b1": 5.5,
+    "itl_ms_b8": 5.8,
+    "itl_ms_b64": 7.1,
+    "itl_ms_b256": 11.6,
+    "mixed_s": 30,
+}
+
+
+class Bench:
+    """An engine of dummy weights, loaded."""
+
+    def __init__(self, model: Path) -> None:
+        began = time.perf_counter()
+        config = BuildConfig(
+            device="cuda", dummy_weights=True, max_batch_size=256, max_seq_len=8192, max_num_tokens=8192
+        )
+        self.engine = build(model, config)
+        loaded = load_engine(self.engine.store, self.engine.engine_id, this_node("cuda"))
+        weights = {name: tensor.to("cuda") for name, tensor in loaded.weights.items()}
+        self.weight_bytes = sum(weight.nbytes for weight in weights.values())
+        ready = time.perf_counter()
+        self.runner = CudaRunner(loaded.program, weights, loaded.manifest.limits)
+        self.manifest = loaded.manifest
+        print(
+            f"built and loaded in {ready - began:.1f} s, runner with graphs in {time.perf_counter() - ready:.1f} s",
+            flush=True,
+        )
+        self.serial = 0
+
+    def requests(self, lengths: list[tuple[int, int]]) -> list[Sequence]:
+        made = []
+        for prompt, tokens in lengths:
+            self.serial += 1
+            ids = torch.randint(0, 120000, (prompt,), generator=torch.Generator().manual_seed(self.serial)).tolist()
+            made.append(Sequence(0, self.serial, ids, prompt, tokens, Sampling(0.0), salt=b"%d" % self.serial))
+        return made
+
+    def run(self, work: list[Sequence]) -> float:
+        """Seconds until all have ended."""
+        scheduler = Scheduler(scheduler_config(self.runner, self.manifest, max_waiting=1 << 20))
+        started: deque[Batch] = deque()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for sequence in work:
+            scheduler.add(sequence)
+        self.steps: dict[str, list[float]] = {}
+        last = began
+        while not scheduler.idle:
+            while batch := scheduler.schedule():
+                self.runner.start(batch)
+                started.append(batch)
+            batch = started.popleft()
+            scheduler.commit(batch, self.runner.finish())
+            now = time.perf_counter()
+            tokens = sum(item.count for item in batch.items)
+            kind = "decode" if tokens == len(batch.items) else "mixed" if tokens < 1280 else "large"
+            self.steps.setdefault(kind, []).append(now - last)
+            last = now
+        return time.perf_counter() - began
+
+    def median(self, lengths: list[tuple[int, int]], rounds: int) -> float:
+        self.run(self.requests(lengths))
+        return statistics.median(self.run(self.requests(lengths)) for _ in range(rounds))
+
+    def measure(self, name: str) -> float:
+        if name == "mixed_s":
+            draw = random.Random(1)
+            lengths = [(draw.randint(32, 1024), draw.randint(32, 512)) for _ in range(1024)]
+            self.run(self.requests(lengths[:64]))
+            found = self.run(self.requests(lengths))
+            for kind, times in self.steps.items():
+                print(
+                    f"  {len(times)} steps {kind}: {sum(times):.2f} s, median {1e3 * statistics.median(times):.1f} ms"
+                )
+            return found
+        kind, _, size = name.rpartition("_")
+        if kind == "ttft_ms":
+            return 1e3 * self.median([(int(size), 1)], 7)
+        count = int(size[1:])
+        one, many = self.median([(128, 1)] * count, 3), self.median([(128, 257)] * count, 3)
+        return 1e3 * (many - one) / 256
+
+    def profile(self, rows: int) -> None:
+        """Kernels of a decode step, or of a prompt of 4096, by time."""
+        work = self.requests([(128, 40)] * rows if rows else [(4096, 1)])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            self.run(work)
+        print(f"batch {rows}: 40 tokens each\n{seen.key_averages().table(sort_by='cuda_time_total', row_limit=16)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("bench/models/llama-3.1-8b"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(AIM), default=list(AIM))
+    parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.model)
+    print(
+        f"{torch.cuda.get_device_name()}, {bench.weight_bytes / 1e9:.2f} GB, {bench.runner.capabilities.num_blocks} blocks"
+    )
+    found = {}
+    print(f"{'':16}{'ours':>9}{'vLLM':>9}{'floor':>9}{'aim':>9}")
+    for name in arguments.only:
+        found[name] = round(bench.measure(name), 3)
+        print(f"{name:16}{found[name]:9.2f}{VLLM[name]:9.2f}{FLOOR[name]:9.2f}{AIM[name]:9.2f}", flush=True)
+    for rows in arguments.profile:
+        bench.profile(rows)
+    if arguments.out:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        facts = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(),
+            "commit": commit,
+            "torch": torch.__version__,
+        }
+        arguments.out.write_text(json.dumps(facts | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

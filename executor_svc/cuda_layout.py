@@ -1,0 +1,133 @@
+"""From a Batch to the few numbers of a step that a device does not have yet: block tables and last tokens stay there."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from executor_svc.core import Batch, Sequence
+from executor_svc.kernels.paged import TILE
+
+UNKNOWN = -1  # a token that a batch in flight is still sampling
+
+
+@dataclass(frozen=True)
+class HostStep:
+    """Columns of int32, T tokens packed one sequence after another, S sequences.
+
+    Attributes:
+        tokens, positions, token_rows: [T]; the token or UNKNOWN, its position, the table row of its sequence.
+        rows: [S], the table row of each sequence. starts: [S + 1]. lengths: [S], keys that its last token sees.
+        num_decodes: the first so many sequences have one token each.
+        samples: [n], the token whose logits are wanted of each item that samples; prompt_rows: those of prompts' tokens.
+        sampling_rows: [n], where the sampled tokens are kept.
+        updates: [u, 2]: entry of the flattened tables, block.
+        rope_lengths: [T].
+        decodes: whether each sequence has one token, and samples.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    token_rows: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    num_decodes: int
+    samples: np.ndarray
+    prompt_rows: np.ndarray
+    sampling_rows: np.ndarray
+    updates: np.ndarray
+    rope_lengths: np.ndarray
+    decodes: bool
+
+    def tiles(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the sequences behind the first num_decodes: which one each tile of queries is of, and its first query."""
+        counts = -(-np.diff(self.starts[self.num_decodes :]) // TILE)
+        rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        first = np.arange(len(rows), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
+        return rows, (first * TILE).astype(np.int32)
+
+
+class CudaLayout:
+    """Knows which table row a running sequence has, and which of its blocks the device has been told.
+
+    A sequence's `blocks` only ever grows in place; for anything else it gets another list. So a row's state is known by the
+    list that it was told of.
+
+    Args:
+        max_batch_size: sequences that run at once.
+        max_blocks: of one sequence.
+    """
+
+    def __init__(self, max_batch_size: int, max_blocks: int) -> None:
+        self._max_blocks = max_blocks
+        self._told_of: list[list[int]] = [[] for _ in range(max_batch_size)]
+        self._told = [0] * max_batch_size
+        self._rows: dict[Sequence, int] = {}  # the longest absent from batches first
+        self._free = list(range(max_batch_size))
+
+    def lay_out(self, batch: Batch) -> HostStep:
+        """The columns of a batch."""
+        items = batch.items
+        rows = self._rows_of(batch)
+        counts = np.array([item.count for item in items], dtype=np.int32)
+        begins = np.array([item.start for item in items], dtype=np.int32)
+        starts = np.zeros(len(items) + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts[1:])
+        tokens: list[int] = []
+        prompt_rows: list[int] = []
+        for item in items:
+            known, start, count = item.sequence.token_ids, item.start, item.count
+            if item.prompt_rows:
+                prompt_rows += range(
+                    *(len(tokens) + at - start for at in (item.prompt_rows.start, item.prompt_rows.stop))
+                )
+            if count == 1:
+                tokens.append(known[start] if start < len(known) else UNKNOWN)
+            else:
+                part = known[start : start + count]
+                tokens += part
+                tokens += [UNKNOWN] * (count - len(part))
+        owner = np.repeat(np.arange(len(items)), counts)
+        positions = (np.arange(len(tokens)) + (begins - starts[:-1])[owner]).astype(np.int32)
+        sampling = np.array([number for number, item in enumerate(items) if item.samples], dtype=np.int64)
+        least = np.array([item.sequence.rope_length for item in items], dtype=np.int32)
+        return HostStep(
+            tokens=np.array(tokens, dtype=np.int32),
+            positions=positions,
+            token_rows=rows[owner],
+            rows=rows,
+            starts=starts,
+            lengths=begins + counts,
+            num_decodes=int(np.argmax(counts > 1)) if (counts > 1).any() else len(items),
+            samples=(starts[1:][sampling] - 1).astype(np.int32),
+            prompt_rows=np.array(prompt_rows, dtype=np.int32),
+            sampling_rows=rows[sampling],
+            updates=self._updates(batch, rows),
+            rope_lengths=np.maximum(least[owner], positions + 1),
+            decodes=len(tokens) == len(items) == len(sampling) and not prompt_rows,
+        )
+
+    def _updates(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
+        """What has been added to the tables of the batch's sequences."""
+        found: list[tuple[int, int]] = []
+        for item, row in zip(batch.items, rows.tolist(), strict=True):
+            blocks = item.sequence.blocks
+            if self._told_of[row] is not blocks:
+                self._told_of[row], self._told[row] = blocks, 0
+            told = self._told[row]
+            if told < len(blocks):
+                base = row * self._max_blocks
+                found += [(base + at, blocks[at]) for at in range(told, len(blocks))]
+                self._told[row] = len(blocks)
+        return np.array(found, dtype=np.int32).reshape(-1, 2)
+
+    def _rows_of(self, batch: Batch) -> np.ndarray:
+        """The rows of the batch's sequences. First all that have one: none of them is given to another sequence."""
+        found = [self._rows.pop(item.sequence, None) for item in batch.items]
+        rows = []
+        for item, row in zip(batch.items, found, strict=True):
+            if row is None:
+                row = self._free.pop() if self._free else self._rows.pop(next(iter(self._rows)))
+            self._rows[item.sequence] = row
+            rows.append(row)
+        return np.array(rows, dtype=np.int32)

@@ -1,0 +1,355 @@
+"""Triton kernels for attention over the paged KV cache: prompts in tiles (FlashAttention-2, Dao 2023), decodes split over the
+context (Flash-Decoding, Dao et al. 2023), query heads of a key head packed into one tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from executor_svc.kernels.rows import pdl, wait_before
+
+TILE = 128  # queries of a sequence that a program of `prefill` takes
+SPLITS_FOR = 132  # programs that fill the device: an H100's multiprocessors
+
+
+@triton.jit
+def _block(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    start,
+    last,
+    position,
+    slope,
+    group,
+    scale,
+    cap,
+    window,
+    best,
+    total,
+    output,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """N keys from `start` on; without MASK every query sees all of them."""
+    dims = tl.arange(0, BD)
+    seen = start + tl.arange(0, N)
+    inside = seen < last
+    page = tl.load(table + seen // PAGE, inside, 0).to(tl.int64)
+    row = ((page * PAGE + seen % PAGE) * G + group) * D
+    k = tl.load(k_cache + row[None, :] + dims[:, None], inside[None, :] & (dims < D)[:, None], 0.0)
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    if CAP:
+        scores = cap * (2.0 / (1.0 + tl.exp(-2.0 * scores / cap)) - 1.0)
+    if ALIBI:
+        scores += slope[:, None] * (seen[None, :] - position[:, None]).to(tl.float32)
+    scores *= 1.4426950408889634  # powers of 2 from here on
+    if MASK:
+        visible = (seen[None, :] <= position[:, None]) & inside[None, :]
+        if WINDOW:
+            visible = visible & (seen[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - base[:, None])
+    rescale = tl.exp2(best - base)
+    v = tl.load(v_cache + row[:, None] + dims[None, :], inside[:, None] & (dims < D)[None, :], 0.0)
+    output = output * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return higher, total * rescale + tl.sum(weights, 1), output
+
+
+@triton.jit
+def _attend(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    first,
+    whole,
+    last,
+    position,
+    slope,
+    group,
+    scale,
+    cap,
+    window,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    """A tile of queries over the keys [first, last), of which they all see those before `whole`: maximum, sum and output."""
+    best = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    output = tl.zeros((M, BD), tl.float32)
+    for start in range(first, whole, N):
+        best, total, output = _block(
+            q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
+            G, D, PAGE, N, BD, CAP, ALIBI, WINDOW, False,
+        )  # fmt: skip
+    for start in range(tl.maximum(first, whole), last, N):
+        best, total, output = _block(
+            q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
+            G, D, PAGE, N, BD, CAP, ALIBI, WINDOW, True,
+        )  # fmt: skip
+    return best, total, output
+
+
+@triton.jit
+def _prefill(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    alibi,
+    tables,
+    table_rows,
+    starts,
+    lengths,
+    tile_row,
+    tile_at,
+    table_stride,
+    scale,
+    cap,
+    window,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    wait_before(PDL)
+    tile, head = tl.program_id(1) // PARTS, tl.program_id(0)
+    row, at = tl.load(tile_row + tile), tl.load(tile_at + tile) + tl.program_id(1) % PARTS * M
+    begin, length = tl.load(starts + row), tl.load(lengths + row)
+    count = tl.load(starts + row + 1) - begin
+    query = at + tl.arange(0, M)
+    dims = tl.arange(0, BD)
+    there = (query < count)[:, None] & (dims < D)[None, :]
+    offset = ((begin + query).to(tl.int64) * H + head)[:, None] * D + dims[None, :]
+    values = tl.load(q + offset, there, 0.0)
+    position = length - count + query
+    slope = tl.zeros((M,), tl.float32)
+    if ALIBI:
+        slope += tl.load(alibi + head)
+    last = tl.minimum(length, length - count + at + M)
+    first = 0
+    if WINDOW:
+        first = tl.maximum(0, length - count + at - window + 1) // N * N
+    whole = (length - count + at + 1) // N * N
+    if WINDOW:
+        whole = first
+    best, total, output = _attend(
+        values,
+        k_cache,
+        v_cache,
+        tables + tl.load(table_rows + row).to(tl.int64) * table_stride,
+        first,
+        whole,
+        last,
+        position,
+        slope,
+        head // (H // G),
+        scale,
+        cap,
+        window,
+        G,
+        D,
+        PAGE,
+        M,
+        N,
+        BD,
+        CAP,
+        ALIBI,
+        WINDOW,
+    )
+    output = output / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + offset, output.to(out.dtype.element_ty), there)
+
+
+def _form(row_bytes: int) -> tuple[int, int, int]:
+    """Queries, keys and stages of a program, by the bytes of a head: shared memory holds them all."""
+    if row_bytes <= 256:
+        return TILE, 64, 3
+    return (64, 64, 2) if row_bytes <= 512 else (32, 32, 1)
+
+
+def prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor, starts: Tensor,
+    lengths: Tensor,
+    tiles: tuple[Tensor, Tensor], out: Tensor, *, scale: float, window: int, soft_cap: float,
+) -> None:  # fmt: skip
+    """Attention of ragged queries [T, H * D] over their sequences' pages, into `out`.
+
+    Args:
+        tables: int32 [rows, max_blocks]. table_rows: int32 [S], each sequence's.
+        starts: int32 [S + 1], rows of q. lengths: int32 [S], keys that a sequence's last query sees.
+        tiles: int32 [n] twice: the sequence of each tile of TILE queries, and the first of them.
+    """
+    _, page, groups, head_dim = k_cache.shape
+    heads = q.shape[1] // head_dim
+    wide = triton.next_power_of_2(head_dim)
+    m, n, stages = _form(wide * q.itemsize)
+    _prefill[(heads, len(tiles[0]) * (TILE // m))](
+        q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, *tiles, tables.stride(0), scale, soft_cap, window,
+        H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=n, PARTS=TILE // m, BD=max(16, wide),
+        CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, num_warps=8 if m == TILE else 4,
+        num_stages=stages, **pdl(),
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode(
+    q,
+    k_cache,
+    v_cache,
+    alibi,
+    tables,
+    table_rows,
+    lengths,
+    out,
+    partial,
+    stats,
+    table_stride,
+    scale,
+    cap,
+    window,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    wait_before(PDL)
+    row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + row)
+    share = tl.cdiv(tl.cdiv(length, SPLITS), N) * N
+    first, last = split * share, tl.minimum(length, (split + 1) * share)
+    if WINDOW:
+        first = tl.maximum(first, (length - window) // N * N)
+        first = tl.maximum(first, 0)
+    mine = tl.arange(0, M)
+    heads = group * (H // G) + mine
+    dims = tl.arange(0, BD)
+    there = (mine < H // G)[:, None] & (dims < D)[None, :]
+    values = tl.load(q + (row.to(tl.int64) * H + heads)[:, None] * D + dims[None, :], there, 0.0)
+    slope = tl.zeros((M,), tl.float32)
+    if ALIBI:
+        slope += tl.load(alibi + heads, mine < H // G, 0.0)
+    position = tl.full((M,), 0, tl.int32) + length - 1
+    whole = tl.minimum(last, length // N * N)
+    if WINDOW:
+        whole = first
+    best, total, output = _attend(
+        values,
+        k_cache,
+        v_cache,
+        tables + tl.load(table_rows + row).to(tl.int64) * table_stride,
+        first,
+        whole,
+        last,
+        position,
+        slope,
+        group,
+        scale,
+        cap,
+        window,
+        G,
+        D,
+        PAGE,
+        M,
+        N,
+        BD,
+        CAP,
+        ALIBI,
+        WINDOW,
+    )
+    output = output / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SPLITS == 1:
+        target = out + (row.to(tl.int64) * H + heads)[:, None] * D + dims[None, :]
+        tl.store(target, output.to(out.dtype.element_ty), there)
+    else:
+        at = (row.to(tl.int64) * SPLITS + split) * H + heads
+        tl.store(partial + at[:, None] * BD + dims[None, :], output, (mine < H // G)[:, None])
+        known = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
+        tl.store(stats + at, known, mine < H // G)
+
+
+@triton.jit
+def _combine(
+    partial,
+    stats,
+    out,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    wait_before(PDL)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split, dims = tl.arange(0, WIDE), tl.arange(0, BD)
+    at = (row * SPLITS + split) * H + head
+    known = tl.load(stats + at, split < SPLITS, float("-inf"))
+    weights = tl.exp2(known - tl.max(known))
+    weights /= tl.sum(weights)
+    parts = tl.load(partial + at[:, None] * BD + dims[None, :], (split < SPLITS)[:, None], 0.0)
+    result = tl.sum(parts * weights[:, None], 0)
+    tl.store(out + (row * H + head) * D + dims, result.to(out.dtype.element_ty), dims < D)
+
+
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor,
+    lengths: Tensor, out: Tensor,
+    *, scale: float, window: int, soft_cap: float,
+) -> None:  # fmt: skip
+    """Attention of one query a sequence, [S, H * D], into `out`.
+
+    The grid depends on S alone, so that a graph holds for all lengths.
+    """
+    _, page, groups, head_dim = k_cache.shape
+    rows, heads = q.shape[0], q.shape[1] // head_dim
+    wide = max(16, triton.next_power_of_2(head_dim))
+    splits = max(1, min(64, triton.next_power_of_2(SPLITS_FOR // (rows * groups) + 1)))
+    partial = q.new_empty((rows, splits, heads, wide), dtype=torch.float32)
+    stats = q.new_empty((rows, splits, heads), dtype=torch.float32)
+    _, n, stages = _form(wide * q.itemsize)
+    options = {"CAP": soft_cap != 0, "ALIBI": alibi is not None, "WINDOW": window != 0, **pdl()}
+    _decode[(rows, groups, splits)](
+        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, tables.stride(0), scale, soft_cap, window,
+        H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=n, BD=wide,
+        SPLITS=splits, num_warps=4, num_stages=stages, **options,
+    )  # fmt: skip
+    if splits > 1:
+        _combine[(rows, heads)](
+            partial, stats, out, H=heads, D=head_dim, BD=wide, SPLITS=splits, WIDE=splits, num_warps=4, **pdl()
+        )

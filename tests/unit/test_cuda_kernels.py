@@ -1,0 +1,85 @@
+"""The Triton kernels against the references on random shapes: here by Triton's interpreter, in `tests/gpu` on the device."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import attend, attention_case, cases
+
+from engine.ops import REFERENCE
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("executor_svc.kernels.gpu")
+
+FEW = settings(max_examples=12, deadline=None)
+
+
+def check(op: str, inputs: list[Any], attrs: dict[str, Any]) -> None:
+    found, wanted = getattr(kernels, op)(*inputs, **attrs), REFERENCE[op](*inputs, **attrs)
+    for ours, theirs in zip(
+        found if isinstance(found, tuple) else (found,), wanted if isinstance(wanted, tuple) else (wanted,), strict=True
+    ):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", sorted(set(kernels.__all__) & set(REFERENCE) - {"attention"}))
+@FEW
+@given(data=st.data())
+def test_equals_its_reference(op: str, data: st.DataObject) -> None:
+    inputs, attrs = data.draw(cases(op).filter(lambda case: case[0][0].dtype is torch.float32))
+    check(op, inputs, attrs)
+
+
+@FEW
+@given(data=st.data())
+def test_attention_equals_its_reference(data: st.DataObject) -> None:
+    tensors, attrs, steps = data.draw(st.composite(attention_case)(torch.float32))
+    ours, theirs = (
+        attend(kernels.attention, tensors, attrs, steps),
+        attend(REFERENCE["attention"], tensors, attrs, steps),
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_a_few_rows(rows: int, bias: bool) -> None:
+    x, weight = torch.randn(rows, 2100, dtype=torch.float16), torch.randn(7, 2100, dtype=torch.float16) / 50
+    added = torch.randn(7, dtype=torch.float16) if bias else None
+    found = kernels.linear(x, weight, added)
+    torch.testing.assert_close(
+        found.float(),
+        torch.nn.functional.linear(x.float(), weight.float(), added if added is None else added.float()),
+        rtol=2e-3,
+        atol=2e-3,
+    )
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 700])
+def test_decodes_split_over_the_context(length: int) -> None:
+    """More splits than the context has keys, and fewer."""
+    torch.manual_seed(length)
+    blocks = -(-length // 16)
+    caches = [torch.randn(blocks + 1, 16, 2, 32) for _ in range(2)]
+    table = torch.randperm(blocks + 1)[:blocks].int()[None, :]
+    step = {"query_lens": [1], "context_lens": [length], "block_tables": table}
+    slots = table[0, (length - 1) // 16].long() * 16 + (length - 1) % 16
+    from engine.ops import Step
+
+    made = [
+        Step(**step, slots=slots[None], k_caches=[caches[0].clone()], v_caches=[caches[1].clone()]) for _ in range(2)
+    ]
+    q, k, v = torch.randn(1, 6 * 32), torch.randn(1, 64), torch.randn(1, 64)
+    attrs = {"cache": 0, "head_dim": 32, "scale": 0.2, "window": 0}
+    ours, theirs = (
+        f(q, k, v, step=s, **attrs) for f, s in zip((kernels.attention, REFERENCE["attention"]), made, strict=True)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(made[0].k_caches[0], made[1].k_caches[0])

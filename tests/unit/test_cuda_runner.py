@@ -1,0 +1,72 @@
+"""The runner of CUDA on the CPU, by Triton's interpreter and without graphs: the tokens of the plain runner, a batch ahead."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+from collections import deque
+
+import pytest
+
+from executor_svc.core import Batch, Sampling, Sequence
+from executor_svc.loader import LoadedEngine
+from executor_svc.scheduler import Scheduler
+from executor_svc.worker import scheduler_config
+from tests.conftest import save_checkpoint
+from tests.running import Engine, make_engine
+
+pytest.importorskip("triton")
+cuda_runner = pytest.importorskip("executor_svc.cuda_runner")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
+    checkpoint = save_checkpoint(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
+    return make_engine(
+        checkpoint,
+        tmp_path_factory.mktemp("store"),
+        prepared=False,
+        max_seq_len=64,
+        max_batch_size=4,
+        max_num_tokens=24,
+    )
+
+
+def sequences(count: int, temperature: float = 0.0) -> list[Sequence]:
+    made = []
+    for number in range(count):
+        prompt = [(7 * number + 3 * at) % 60 for at in range(5 + 12 * number)]
+        sampling = Sampling(temperature if number % 2 else 0.0, seed=number)
+        made.append(Sequence(0, number, prompt, len(prompt), 6 + number, sampling, salt=b"%d" % (number % 2)))
+    return made
+
+
+def run_ahead(runner: "cuda_runner.CudaRunner", scheduler: Scheduler, work: list[Sequence]) -> None:
+    """As the worker does: batches are started while earlier ones are under way."""
+    started: deque[Batch] = deque()
+    for sequence in work:
+        scheduler.add(sequence)
+    while not scheduler.idle:
+        while batch := scheduler.schedule():
+            runner.start(batch)
+            started.append(batch)
+        scheduler.commit(started.popleft(), runner.finish())
+    scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(("temperature", "blocks"), [(0.0, 40), (0.8, 6)])
+def test_gives_the_plain_runners_tokens(
+    engine: LoadedEngine, temperature: float, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunked prompts, cached prefixes, and with few blocks preemption."""
+    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)  # fewer programs, each of which takes its time here
+    expected = sequences(4, temperature)
+    Engine(engine).run(expected)
+    memory = (blocks + 1) * 16 * engine.manifest.model.kv_bytes_per_token
+    runner = cuda_runner.CudaRunner(
+        engine.program, engine.weights, engine.manifest.limits, kv_memory=memory, device="cpu"
+    )
+    scheduler = Scheduler(scheduler_config(runner, engine.manifest))
+    found = sequences(4, temperature)
+    run_ahead(runner, scheduler, found)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
