@@ -37,7 +37,7 @@ def test_equals_its_reference(op: str, data: st.DataObject) -> None:
     check(op, inputs, attrs)
 
 
-@FEW
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_attention_equals_its_reference(data: st.DataObject) -> None:
     tensors, attrs, steps = data.draw(st.composite(attention_case)(torch.float32))
