@@ -1,5 +1,6 @@
 """An engine run in this process: through scheduler and runner, without the services."""
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
-from executor_svc.core import Sequence
+from executor_svc.core import Batch, Sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import LoadedEngine, load_engine
-from executor_svc.runner import TorchRunner
+from executor_svc.runner import Runner, TorchRunner
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
 
@@ -50,3 +51,16 @@ class Engine:
             self.runner.start(batch)
             self.scheduler.commit(batch, self.runner.finish())
             self.scheduler.check_integrity()
+
+
+def run_ahead(runner: Runner, scheduler: Scheduler, work: list[Sequence]) -> None:
+    """As the worker does: batches are started while earlier ones are under way."""
+    started: deque[Batch] = deque()
+    for sequence in work:
+        scheduler.add(sequence)
+    while not scheduler.idle:
+        while batch := scheduler.schedule():
+            runner.start(batch)
+            started.append(batch)
+        scheduler.commit(started.popleft(), runner.finish())
+    scheduler.check_integrity()

@@ -1,16 +1,15 @@
 """The runner with graphs, a batch ahead, against the plain one on the device and transformers."""
 
-from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 
-from executor_svc.core import Batch, Sampling, Sequence
+from executor_svc.core import Sampling, Sequence
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config
 from tests.gpu.test_torch_runner import DEMO, prompts
-from tests.running import Engine, make_engine
+from tests.running import Engine, make_engine, run_ahead
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -35,18 +34,7 @@ def test_gives_the_plain_runners_tokens(tmp_path: Path, temperature: float, bloc
     Engine(loaded).run(expected)
     memory = blocks and (blocks + 1) * 16 * loaded.manifest.model.kv_bytes_per_token
     runner = CudaRunner(loaded.program, loaded.weights, loaded.manifest.limits, kv_memory=memory)
-    scheduler, found, started = (
-        Scheduler(scheduler_config(runner, loaded.manifest)),
-        work(33, temperature),
-        deque[Batch](),
-    )
-    for sequence in found:
-        scheduler.add(sequence)
-    while not scheduler.idle:
-        while batch := scheduler.schedule():
-            runner.start(batch)
-            started.append(batch)
-        scheduler.commit(started.popleft(), runner.finish())
-    scheduler.check_integrity()
+    scheduler, found = Scheduler(scheduler_config(runner, loaded.manifest)), work(33, temperature)
+    run_ahead(runner, scheduler, found)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert blocks is None or scheduler.num_preemptions

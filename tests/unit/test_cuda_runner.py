@@ -4,16 +4,15 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
-from collections import deque
 
 import pytest
 
-from executor_svc.core import Batch, Sampling, Sequence
+from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import LoadedEngine
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
-from tests.running import Engine, make_engine
+from tests.running import Engine, make_engine, run_ahead
 
 pytest.importorskip("triton")
 cuda_runner = pytest.importorskip("executor_svc.cuda_runner")
@@ -39,19 +38,6 @@ def sequences(count: int, temperature: float = 0.0) -> list[Sequence]:
         sampling = Sampling(temperature if number % 2 else 0.0, seed=number)
         made.append(Sequence(0, number, prompt, len(prompt), 6 + number, sampling, salt=b"%d" % (number % 2)))
     return made
-
-
-def run_ahead(runner: "cuda_runner.CudaRunner", scheduler: Scheduler, work: list[Sequence]) -> None:
-    """As the worker does: batches are started while earlier ones are under way."""
-    started: deque[Batch] = deque()
-    for sequence in work:
-        scheduler.add(sequence)
-    while not scheduler.idle:
-        while batch := scheduler.schedule():
-            runner.start(batch)
-            started.append(batch)
-        scheduler.commit(started.popleft(), runner.finish())
-    scheduler.check_integrity()
 
 
 @pytest.mark.parametrize(("temperature", "blocks"), [(0.0, 40), (0.8, 6)])
