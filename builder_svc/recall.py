@@ -33,7 +33,7 @@ def _file() -> Path:
 def _key(checkpoint: Path, build_config: BuildConfig) -> str:
     """Digest of everything that may decide the engine: whatever lies in the directory, the options, the libraries."""
     directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    files = {str(file.relative_to(directory)): signature(file) for file in directory.rglob("*") if file.is_file()}
+    files = {file.name: signature(file) for file in directory.iterdir() if file.is_file()}
     facts = {
         "checkpoint": str(checkpoint.relative_to(directory)),
         "files": files,

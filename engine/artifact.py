@@ -26,6 +26,12 @@ from engine.store import Progress, Store
 CONFIG = "config.json"
 
 
+class _Named(msgspec.Struct):
+    """The part of an engine directory's config.json that is read."""
+
+    engine_id: str
+
+
 class Engine:
     """An engine in a store: what `build` gives and `GenerationExecutor` runs.
 
@@ -196,12 +202,8 @@ def _copy_file(source: Store, target: Store, file: FileRef, progress: Progress) 
 
 def _engine_id(root: Path) -> str | None:
     """Of an engine directory's config.json; None where there is none of ours."""
-
-    class Named(msgspec.Struct):
-        engine_id: str
-
     try:
-        return msgspec.json.decode((root / CONFIG).read_bytes(), type=Named).engine_id
+        return msgspec.json.decode((root / CONFIG).read_bytes(), type=_Named).engine_id
     except (OSError, msgspec.MsgspecError):
         return None
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from executor_svc.core import Batch, Sequence
+from executor_svc.core import Batch
 from executor_svc.kernels.paged import TILE
+from executor_svc.table_rows import TableRows
 
 UNKNOWN = -1  # a token that a batch in flight is still sampling
 
@@ -21,7 +22,6 @@ class HostStep:
         samples: [n], the token whose logits are wanted of each item that samples; prompt_rows: those of prompts' tokens.
         sampling_rows: [n], where the sampled tokens are kept.
         updates: [u, 2]: entry of the flattened tables, block.
-        rope_lengths: [T].
         decodes: whether each sequence has one token, and samples.
     """
 
@@ -36,7 +36,6 @@ class HostStep:
     prompt_rows: np.ndarray
     sampling_rows: np.ndarray
     updates: np.ndarray
-    rope_lengths: np.ndarray
     decodes: bool
 
     def tiles(self) -> tuple[np.ndarray, np.ndarray]:
@@ -48,10 +47,7 @@ class HostStep:
 
 
 class CudaLayout:
-    """Knows which table row a running sequence has, and which of its blocks the device has been told.
-
-    A sequence's `blocks` only ever grows in place; for anything else it gets another list. So a row's state is known by the
-    list that it was told of.
+    """Knows which blocks the device has been told.
 
     Args:
         max_batch_size: sequences that run at once.
@@ -60,15 +56,14 @@ class CudaLayout:
 
     def __init__(self, max_batch_size: int, max_blocks: int) -> None:
         self._max_blocks = max_blocks
-        self._told_of: list[list[int]] = [[] for _ in range(max_batch_size)]
-        self._told = [0] * max_batch_size
-        self._rows: dict[Sequence, int] = {}  # the longest absent from batches first
-        self._free = list(range(max_batch_size))
+        self._rows = TableRows(max_batch_size, self._write)
+        self._updates: list[tuple[int, int]] = []
 
     def lay_out(self, batch: Batch) -> HostStep:
         """The columns of a batch."""
         items = batch.items
-        rows = self._rows_of(batch)
+        rows = np.array(self._rows.of(batch), dtype=np.int32)
+        updates, self._updates = np.array(self._updates, dtype=np.int32).reshape(-1, 2), []
         counts = np.array([item.count for item in items], dtype=np.int32)
         begins = np.array([item.start for item in items], dtype=np.int32)
         starts = np.zeros(len(items) + 1, dtype=np.int32)
@@ -88,12 +83,10 @@ class CudaLayout:
                 tokens += part
                 tokens += [UNKNOWN] * (count - len(part))
         owner = np.repeat(np.arange(len(items)), counts)
-        positions = (np.arange(len(tokens)) + (begins - starts[:-1])[owner]).astype(np.int32)
         sampling = np.array([number for number, item in enumerate(items) if item.samples], dtype=np.int64)
-        least = np.array([item.sequence.rope_length for item in items], dtype=np.int32)
         return HostStep(
             tokens=np.array(tokens, dtype=np.int32),
-            positions=positions,
+            positions=(np.arange(len(tokens)) + (begins - starts[:-1])[owner]).astype(np.int32),
             token_rows=rows[owner],
             rows=rows,
             starts=starts,
@@ -102,32 +95,10 @@ class CudaLayout:
             samples=(starts[1:][sampling] - 1).astype(np.int32),
             prompt_rows=np.array(prompt_rows, dtype=np.int32),
             sampling_rows=rows[sampling],
-            updates=self._updates(batch, rows),
-            rope_lengths=np.maximum(least[owner], positions + 1),
+            updates=updates,
             decodes=len(tokens) == len(items) == len(sampling) and not prompt_rows,
         )
 
-    def _updates(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
-        """What has been added to the tables of the batch's sequences."""
-        found: list[tuple[int, int]] = []
-        for item, row in zip(batch.items, rows.tolist(), strict=True):
-            blocks = item.sequence.blocks
-            if self._told_of[row] is not blocks:
-                self._told_of[row], self._told[row] = blocks, 0
-            told = self._told[row]
-            if told < len(blocks):
-                base = row * self._max_blocks
-                found += [(base + at, blocks[at]) for at in range(told, len(blocks))]
-                self._told[row] = len(blocks)
-        return np.array(found, dtype=np.int32).reshape(-1, 2)
-
-    def _rows_of(self, batch: Batch) -> np.ndarray:
-        """The rows of the batch's sequences. First all that have one: none of them is given to another sequence."""
-        found = [self._rows.pop(item.sequence, None) for item in batch.items]
-        rows = []
-        for item, row in zip(batch.items, found, strict=True):
-            if row is None:
-                row = self._free.pop() if self._free else self._rows.pop(next(iter(self._rows)))
-            self._rows[item.sequence] = row
-            rows.append(row)
-        return np.array(rows, dtype=np.int32)
+    def _write(self, row: int, start: int, blocks: list[int]) -> None:
+        first = row * self._max_blocks + start
+        self._updates += zip(range(first, first + len(blocks)), blocks, strict=True)

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import FailedPrecondition
 from engine.manifest import Limits
-from engine.program import ROPE_LENGTHS, Program
+from engine.program import Program
 from executor_svc.core import Batch, Sampled
 from executor_svc.cuda_layout import CudaLayout, HostStep
 from executor_svc.interpreter import Interpreter
@@ -26,25 +25,13 @@ from executor_svc.kernels.fuse import fuse
 from executor_svc.kernels.gpu import DeviceStep
 from executor_svc.kernels.paged import TILE
 from executor_svc.kernels.stage import keep, put, stage
-from executor_svc.rope_lengths import rope_lengths
-from executor_svc.runner import BLOCK_SIZE, Capabilities
+from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
 
 IN_FLIGHT = 2
-_OPERATORS = frozenset(
-    (
-        "embedding",
-        "linear",
-        "rms_norm",
-        "add_rms_norm",
-        "rope_table",
-        "rope",
-        "attention",
-        "silu_mul",
-        "split",
-        "gather",
-    )
-)
+_OPERATORS = frozenset((
+    "embedding", "linear", "rms_norm", "add_rms_norm", "rope_table", "rope", "attention", "silu_mul", "split", "gather",
+))  # fmt: skip
 _KV_SHARE = 0.85  # of what is free when the weights are there; the rest is for activations and graphs
 _MIXED_TOKENS = (128, 256, 512, 1024)  # of prompts in a step that a graph holds; more keep the device busy anyway
 _MIXED_DECODES = (64, 128, 192, 256)
@@ -94,51 +81,54 @@ class _Columns:
         sequences, rows = decodes + _MIXED_PROMPTS, decodes + tokens
         tiles, self.updates = tokens // TILE + _MIXED_PROMPTS, tokens // BLOCK_SIZE + sequences + _MIXED_PROMPTS
         self.sizes = (
-            [rows] * 4 + [sequences + 1] * 2 + [_MIXED_PROMPTS + 2] + [sequences] * 2 + [tiles] * 2 + [2 * self.updates]
+            [rows] * 3 + [sequences + 1] * 2 + [_MIXED_PROMPTS + 2] + [sequences] * 2 + [tiles] * 2 + [2 * self.updates]
         )
 
     def empty(self) -> list[np.ndarray]:
         """Columns of nothing: a sequence behind the last one has no tokens, and tiles are its."""
-        values = [0, 0, self._fill_row, 0, self._fill_row, 0, self.decodes, 0, self._fill_row, _MIXED_PROMPTS, 0, -1]
+        values = [0, 0, self._fill_row, self._fill_row, 0, self.decodes, 0, self._fill_row, _MIXED_PROMPTS, 0, -1]
         found = [np.full(size, value, dtype=np.int32) for size, value in zip(self.sizes, values, strict=True)]
-        found[5][: self.decodes] = 1
+        found[4][: self.decodes] = 1
         return found
 
     def fill(self, layout: HostStep) -> np.ndarray:
         """The columns of a step that fits; updates that do not fit are left out."""
         whole, count, gap = self.empty(), layout.num_decodes, self.decodes - layout.num_decodes
-        for number, part in enumerate((layout.tokens, layout.positions, layout.token_rows, layout.rope_lengths)):
-            whole[number][:count] = part[:count]
-            whole[number][self.decodes : self.decodes + len(part) - count] = part[count:]
-        for number, part in enumerate((layout.rows, layout.lengths), 4):
-            whole[number][:count] = part[:count]
-            whole[number][self.decodes : self.decodes + len(part) - count] = part[count:]
-        starts = layout.starts[count:] + gap
-        whole[6][: len(starts)], whole[6][len(starts) :] = starts, starts[-1]
-        samples = layout.samples
-        whole[7][: len(samples)] = np.where(samples < count, samples, samples + gap)
-        whole[8][: len(samples)] = layout.sampling_rows
+        parts = (layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.lengths)
+        for column, part in zip(whole, parts, strict=False):
+            column[:count] = part[:count]
+            column[self.decodes : self.decodes + len(part) - count] = part[count:]
+        _, _, _, _, _, starts, samples, sampling_rows, tile_rows, tile_first, updates = whole
+        begins = layout.starts[count:] + gap
+        starts[: len(begins)], starts[len(begins) :] = begins, begins[-1]
+        samples[: len(layout.samples)] = np.where(layout.samples < count, layout.samples, layout.samples + gap)
+        sampling_rows[: len(layout.samples)] = layout.sampling_rows
         rows, first = layout.tiles()
-        whole[9][: len(rows)], whole[10][: len(rows)] = rows, first
-        updates = layout.updates[: self.updates].reshape(-1)
-        whole[11][: len(updates)] = updates
+        tile_rows[: len(rows)], tile_first[: len(rows)] = rows, first
+        news = layout.updates[: self.updates].reshape(-1)
+        updates[: len(news)] = news
         return np.concatenate(whole)
 
 
 @dataclass
 class _Flight:
-    """A batch that was started."""
+    """A batch that was started.
 
-    count: int
-    tokens: Tensor | None = None  # pinned int32, whole when the event has passed
+    Attributes:
+        tokens: int32, on the host, there when the event has passed.
+        sampled: of one that had to wait for its tokens, these.
+    """
+
+    tokens: Tensor
     event: Any = None
-    sampled: Sampled | None = None  # of one that had to wait
+    sampled: Sampled | None = None
 
 
 class CudaRunner:
     """Interprets a program on a GPU.
 
     Args:
+        program: one that `takes` takes.
         weights: by the program's names, on the device.
         kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
             the memory that is free.
@@ -147,7 +137,6 @@ class CudaRunner:
 
     Raises:
         FailedPrecondition: too little memory for one sequence of max_seq_len.
-        Unimplemented: the program's layers differ in what a sequence's length does to them.
     """
 
     def __init__(
@@ -160,30 +149,13 @@ class CudaRunner:
         kv_share: float | None = None,
         device: str = "cuda",
     ) -> None:
-        rope = rope_lengths(program)
         self._device = torch.device(device)
         self._on_gpu = device == "cuda"
         self._interpreter = Interpreter(fuse(program), weights, implementations("gpu"))
-        self._has_rope_lengths = ROPE_LENGTHS in program.inputs
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
-        block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
-        if kv_memory is None:
-            free = torch.cuda.mem_get_info()[0] if self._on_gpu else 1 << 30
-            kv_memory = min(limits.max_batch_size * per_sequence * block_bytes, int((kv_share or _KV_SHARE) * free))
-        num_blocks = kv_memory // block_bytes - 1  # one takes the keys of rows that only fill a graph up
-        if num_blocks < per_sequence:
-            raise FailedPrecondition(
-                f"{kv_memory >> 20} MiB of KV cache hold {max(num_blocks, 0) * BLOCK_SIZE} tokens, less than one sequence of "
-                f"{limits.max_seq_len}: start the executor with --kv-memory {(per_sequence + 1) * block_bytes} or more, or "
-                "build the engine with a smaller --max-seq-len",
-                reason="KV_MEMORY_TOO_SMALL",
-            )
-        shapes = [(num_blocks + 1, BLOCK_SIZE, cache.num_kv_heads, cache.head_dim) for cache in program.caches]
-        dtypes = [getattr(torch, cache.dtype) for cache in program.caches]
-        self._k, self._v = (
-            [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in zip(shapes, dtypes, strict=True)]
-            for _ in range(2)
-        )
+        # one block more takes the keys of rows that only fill a graph up
+        num_blocks = cache_blocks(program, limits, device, kv_memory, kv_share or _KV_SHARE, spare=1)
+        self._k, self._v = caches(program, num_blocks + 1, device)
         rows = limits.max_batch_size + 1  # the last one is the fill's
         self._fill_row = rows - 1
         self._tables = torch.zeros(rows, per_sequence, dtype=torch.int32, device=self._device)
@@ -191,12 +163,13 @@ class CudaRunner:
         self._last = torch.zeros(rows, dtype=torch.int32, device=self._device)
         self._layout = CudaLayout(limits.max_batch_size, per_sequence)
         self._flights: deque[_Flight] = deque()
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: list[tuple[int, _Graph]] = []  # by rows, the fewest first
         self._mixed: list[tuple[_Graph, _Columns]] = []  # the smallest first
         self._pinned = [self._host(max(limits.max_num_tokens, rows) * 12 + 4096) for _ in range(IN_FLIGHT + 1)]
+        self._results = [self._host(rows) for _ in range(IN_FLIGHT + 1)]
         self._turn = 0
         self.capabilities = Capabilities(
-            num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True, rope=rope
+            num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True
         )
         self._capture(limits.max_batch_size, limits.max_num_tokens)
 
@@ -226,7 +199,7 @@ class CudaRunner:
         wanted = count + len(layout.prompt_rows)
         found = answer(logits[:wanted].float(), batch)
         keep(self._last, self._column(layout.sampling_rows), self._column(np.array(found.token_ids, dtype=np.int32)))
-        self._flights.append(_Flight(count, sampled=found))
+        self._flights.append(_Flight(sampled[:0], sampled=found))
 
     def finish(self) -> Sampled:
         flight = self._flights.popleft()
@@ -234,26 +207,23 @@ class CudaRunner:
             return flight.sampled
         if flight.event is not None:
             flight.event.synchronize()
-        tokens: list[int] = flight.tokens[: flight.count].tolist() if flight.tokens is not None else []
-        return Sampled(tokens)
+        return Sampled(flight.tokens.tolist())
 
     def _run(self, layout: HostStep) -> tuple[Tensor, Tensor]:
         """A step of any shape, operator by operator: logits of its samples and prompt rows, and the most probable tokens."""
         rows, first = layout.tiles()
         parts = [
-            layout.tokens, layout.positions, layout.token_rows, layout.rope_lengths, layout.rows, layout.starts, layout.lengths,
+            layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.starts, layout.lengths,
             layout.samples, layout.prompt_rows, layout.sampling_rows, rows, first, layout.updates.reshape(-1),
         ]  # fmt: skip
         columns = self._to_device(parts)
-        tokens, positions, token_rows, lengths_of_rope, seq_rows, starts, lengths = columns[:7]
-        samples, prompt_rows, sampling_rows, tile_rows, tile_first, updates = columns[7:]
+        tokens, positions, token_rows, seq_rows, starts, lengths = columns[:6]
+        samples, prompt_rows, sampling_rows, tile_rows, tile_first, updates = columns[6:]
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
         tiles = (tile_rows, tile_first) if len(tile_rows) else None
         step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], tiles)
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": torch.cat((samples, prompt_rows))}
-        if self._has_rope_lengths:
-            inputs[ROPE_LENGTHS] = lengths_of_rope
         (logits,) = self._interpreter.run(inputs, step)
         sampled = logits[: len(samples)].argmax(-1).int() if len(samples) else samples
         keep(self._last, sampling_rows, sampled)
@@ -261,16 +231,13 @@ class CudaRunner:
 
     def _replay(self, graph: _Graph, layout: HostStep) -> tuple[Tensor, Tensor]:
         size = graph.columns.shape[1]
-        columns = np.zeros((6, size), dtype=np.int32)
-        columns[2], columns[4] = self._fill_row, -1
-        count = len(layout.rows)
-        columns[0, :count], columns[1, :count], columns[2, :count] = layout.tokens, layout.positions, layout.rows
-        columns[3, :count] = layout.rope_lengths
-        updates = layout.updates
+        count, updates = len(layout.rows), layout.updates
         if len(updates) > size:  # a sequence that comes back brings more than one block
             put(self._tables, self._column(updates[size:].reshape(-1)))
             updates = updates[:size]
-        columns[4, : len(updates)], columns[5, : len(updates)] = updates[:, 0], updates[:, 1]
+        columns = self._empty_decode(size)
+        columns[:3, :count] = layout.tokens, layout.positions, layout.rows
+        columns[3:, : len(updates)] = updates.T
         return graph.run(self._pin(columns.reshape(-1)))
 
     def _mixed_of(self, layout: HostStep) -> tuple[_Graph, _Columns] | None:
@@ -288,14 +255,12 @@ class CudaRunner:
 
     def _compute_mixed(self, whole: Tensor, columns: _Columns) -> tuple[Tensor, Tensor]:
         """What a graph of a step with prompts holds."""
-        tokens, positions, token_rows, lengths_of_rope, rows, lengths, starts, *rest = whole.split(columns.sizes)
+        tokens, positions, token_rows, rows, lengths, starts, *rest = whole.split(columns.sizes)
         samples, sampling_rows, tile_rows, tile_first, updates = rest
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
         step = self._step(slots, columns.decodes, rows, lengths, starts, (tile_rows, tile_first))
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": samples}
-        if self._has_rope_lengths:
-            inputs[ROPE_LENGTHS] = lengths_of_rope
         (logits,) = self._interpreter.run(inputs, step)
         sampled = logits.argmax(-1).int()
         keep(self._last, sampling_rows, sampled)
@@ -303,14 +268,12 @@ class CudaRunner:
 
     def _decode(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """What a graph holds."""
-        tokens, positions, rows, lengths_of_rope, at, blocks = columns.unbind(0)
-        put(self._tables, torch.stack((at, blocks), -1).view(-1))
+        tokens, positions, rows, entries, blocks = columns.unbind(0)
+        put(self._tables, torch.stack((entries, blocks), -1).view(-1))
         token_ids, slots = stage(tokens, positions, rows, self._last, self._tables, BLOCK_SIZE)
         step = self._step(slots, len(rows), rows, positions + 1, None, None)
         inputs = {"token_ids": token_ids, "positions": positions}
         inputs["logit_indices"] = torch.arange(len(tokens), dtype=torch.int32, device=self._device)
-        if self._has_rope_lengths:
-            inputs[ROPE_LENGTHS] = lengths_of_rope
         (logits,) = self._interpreter.run(inputs, step)
         sampled = logits.argmax(-1).int()
         keep(self._last, rows, sampled)
@@ -321,22 +284,30 @@ class CudaRunner:
         """Graphs for a ladder of batch sizes and of mixed steps, the largest first, which share their memory."""
         pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         for size in reversed(_up_to(_LADDER, max_batch_size)):
-            columns = torch.zeros(6, size, dtype=torch.int32, device=self._device)
-            columns[2], columns[4] = self._fill_row, -1
-            self._graphs[size] = _Graph(columns, functools.partial(self._decode, columns))
+            columns = torch.from_numpy(self._empty_decode(size)).to(self._device)
+            self._graphs.insert(0, (size, _Graph(columns, functools.partial(self._decode, columns))))
         for decodes in reversed((0, *_up_to(_MIXED_DECODES, max_batch_size))):
             for tokens in reversed(_up_to(_MIXED_TOKENS, max_num_tokens)):
                 shape = _Columns(decodes, tokens, self._fill_row)
                 whole = torch.from_numpy(np.concatenate(shape.empty())).to(self._device)
                 self._mixed.insert(0, (_Graph(whole, functools.partial(self._compute_mixed, whole, shape)), shape))
         if self._on_gpu:
-            for graph in (*self._graphs.values(), *(graph for graph, _ in reversed(self._mixed))):
+            for graph in (
+                *(graph for _, graph in reversed(self._graphs)),
+                *(graph for graph, _ in reversed(self._mixed)),
+            ):
                 graph.capture(pool)
             torch.cuda.synchronize()
 
     def _graph_of(self, size: int) -> _Graph | None:
         """The smallest that holds so many rows."""
-        return next((self._graphs[rows] for rows in sorted(self._graphs) if rows >= size), None)
+        return next((graph for rows, graph in self._graphs if rows >= size), None)
+
+    def _empty_decode(self, size: int) -> np.ndarray:
+        """Columns of a decode step of nothing: token, position and table row of each row; entry and block of each update."""
+        columns = np.zeros((5, size), dtype=np.int32)
+        columns[2], columns[3] = self._fill_row, -1
+        return columns
 
     def _step(
         self,
@@ -351,13 +322,12 @@ class CudaRunner:
 
     def _send(self, sampled: Tensor) -> _Flight:
         """Tokens on their way to the host."""
-        if not self._on_gpu:
-            return _Flight(len(sampled), tokens=sampled.clone())
-        tokens = self._host(len(sampled))
+        tokens = self._results[self._turn][: len(sampled)]
         tokens.copy_(sampled, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return _Flight(len(sampled), tokens, event)
+        event = torch.cuda.Event() if self._on_gpu else None
+        if event:
+            event.record()
+        return _Flight(tokens, event)
 
     def _to_device(self, parts: list[np.ndarray]) -> list[Tensor]:
         """Columns of int32, in one copy."""
@@ -369,7 +339,7 @@ class CudaRunner:
         return torch.from_numpy(values).to(self._device)
 
     def _pin(self, values: np.ndarray) -> Tensor:
-        """In pinned memory that no copy under way reads: there is one buffer more than batches in flight."""
+        """In pinned memory that no copy under way reads: each batch takes the next buffer, one more than there are in flight."""
         self._turn = (self._turn + 1) % len(self._pinned)
         if len(self._pinned[self._turn]) < len(values):
             self._pinned[self._turn] = self._host(len(values))

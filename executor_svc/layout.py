@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executor_svc.core import Batch, Sequence
+from executor_svc.core import Batch
+from executor_svc.table_rows import TableRows
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,6 @@ class StepLayout:
 class Layout:
     """Lays batches out. Keeps the block table of each running sequence, to which only new blocks are added.
 
-    A sequence's `blocks` only ever grows in place; for anything else, giving its blocks back above all, it gets another
-    list. So a table is known by the list that it was made of.
-
     Args:
         max_batch_size: sequences that run at once; more in one batch cannot be laid out.
         max_blocks: of one sequence.
@@ -51,10 +49,7 @@ class Layout:
         self._block_size = block_size
         self._rope_lengths = rope_lengths
         self._tables = np.zeros((max_batch_size, max_blocks), dtype=np.int32)
-        self._made_of: list[list[int]] = [[] for _ in range(max_batch_size)]  # by row: the list
-        self._filled = [0] * max_batch_size  # by row: the entries that have been taken over
-        self._rows: dict[Sequence, int] = {}  # the longest absent from batches first
-        self._free = list(range(max_batch_size))
+        self._rows = TableRows(max_batch_size, self._write)
 
     def lay_out(self, batch: Batch) -> StepLayout:
         """The tensors of a batch; token ids up to its items' ends are known."""
@@ -78,7 +73,7 @@ class Layout:
         context_lens = np.array(starts) + query_lens
         ends = np.cumsum(query_lens)  # behind each sequence's last token of the step
         longest = -(-int(context_lens.max()) // self._block_size)
-        tables = np.ascontiguousarray(self._tables[self._rows_of(batch), :longest])
+        tables = np.ascontiguousarray(self._tables[self._rows.of(batch), :longest])
         if len(token_ids) == len(counts):  # decodes only
             owner, positions = np.arange(len(counts)), context_lens - 1
         else:
@@ -100,32 +95,5 @@ class Layout:
             rope_lengths=lengths,
         )
 
-    def _rows_of(self, batch: Batch) -> list[int]:
-        """The rows of the batch's sequences, brought up to date."""
-        rows, found = [], self._rows
-        for item in batch.items:  # first all that have one: none of them is given to another sequence
-            if (row := found.pop(item.sequence, None)) is not None:
-                found[item.sequence] = row
-        for item in batch.items:
-            sequence = item.sequence
-            row = found.get(sequence)
-            if row is None:
-                row = self._take(sequence)
-            blocks = sequence.blocks
-            if self._made_of[row] is not blocks:
-                self._made_of[row], self._filled[row] = blocks, 0
-            filled = self._filled[row]
-            if filled < len(blocks):
-                self._tables[row, filled : len(blocks)] = blocks[filled:]
-                self._filled[row] = len(blocks)
-            rows.append(row)
-        return rows
-
-    def _take(self, sequence: Sequence) -> int:
-        """A row for a sequence that has none: a free one, or that of the sequence which has been absent for longest."""
-        if not self._free:
-            absent = next(iter(self._rows))
-            self._free.append(self._rows.pop(absent))
-        row = self._rows[sequence] = self._free.pop()
-        self._made_of[row], self._filled[row] = sequence.blocks, 0
-        return row
+    def _write(self, row: int, start: int, blocks: list[int]) -> None:
+        self._tables[row, start : start + len(blocks)] = blocks

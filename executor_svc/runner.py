@@ -93,21 +93,9 @@ class TorchRunner:
         self._interpreter = Interpreter(program, weights, operators or implementations(device))
         self._device = torch.device(device)
         self._finished: deque[Sampled] = deque()
-        block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
-        if kv_memory is None:
-            kv_memory = min(
-                limits.max_batch_size * per_sequence * block_bytes, int((kv_share or _KV_SHARE) * _free_memory(device))
-            )
-        num_blocks = kv_memory // block_bytes
-        if num_blocks < per_sequence:
-            raise FailedPrecondition(
-                f"{kv_memory >> 20} MiB of KV cache hold {num_blocks * BLOCK_SIZE} tokens, less than one sequence of "
-                f"{limits.max_seq_len}: start the executor with --kv-memory {per_sequence * block_bytes} or more, or build the "
-                "engine with a smaller --max-seq-len",
-                reason="KV_MEMORY_TOO_SMALL",
-            )
-        self._k, self._v = ([_cache(spec, num_blocks, device) for spec in program.caches] for _ in range(2))
+        num_blocks = cache_blocks(program, limits, device, kv_memory, kv_share or _KV_SHARE)
+        self._k, self._v = caches(program, num_blocks, device)
         self._inputs = tuple(program.inputs)
         self._layout = Layout(
             limits.max_batch_size, per_sequence, BLOCK_SIZE, rope_lengths=ROPE_LENGTHS in program.inputs
@@ -135,6 +123,40 @@ class TorchRunner:
         inputs = {name: getattr(layout, name).to(self._device) for name in self._inputs}
         (logits,) = self._interpreter.run(inputs, step)
         return logits.float()
+
+
+def cache_blocks(
+    program: Program, limits: Limits, device: str, kv_memory: int | None, kv_share: float, spare: int = 0
+) -> int:
+    """How many blocks the KV cache has.
+
+    Args:
+        kv_memory: bytes; None is what max_batch_size sequences of max_seq_len need, at most kv_share of the free memory.
+        spare: blocks that are no sequence's, and not counted.
+
+    Raises:
+        FailedPrecondition: less than one sequence of max_seq_len needs.
+    """
+    block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
+    per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
+    if kv_memory is None:
+        most = (limits.max_batch_size * per_sequence + spare) * block_bytes
+        kv_memory = min(most, int(kv_share * _free_memory(device)))
+    num_blocks = max(kv_memory // block_bytes - spare, 0)
+    if num_blocks < per_sequence:
+        raise FailedPrecondition(
+            f"{kv_memory >> 20} MiB of KV cache hold {num_blocks * BLOCK_SIZE} tokens, less than one sequence of "
+            f"{limits.max_seq_len}: start the executor with --kv-memory {(per_sequence + spare) * block_bytes} or more, or "
+            "build the engine with a smaller --max-seq-len",
+            reason="KV_MEMORY_TOO_SMALL",
+        )
+    return num_blocks
+
+
+def caches(program: Program, num_blocks: int, device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of each of the program's caches, [num_blocks, BLOCK_SIZE, num_kv_heads, head_dim]."""
+    keys, values = ([_cache(spec, num_blocks, device) for spec in program.caches] for _ in range(2))
+    return keys, values
 
 
 def _cache(spec: KVCache, num_blocks: int, device: str) -> Tensor:

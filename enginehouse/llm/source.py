@@ -1,5 +1,6 @@
 """What a person calls a model, and the engine that is meant: found, or built."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 from urllib.parse import urlsplit, urlunsplit
@@ -36,7 +37,8 @@ def find_built(model: Model, store: str | None) -> Engine | None:
     if isinstance(model, Engine):
         return model
     if not isinstance(model, str | Path):
-        if not hasattr(model, "resolve"):  # a `CausalLM`, without importing torch
+        known = sys.modules.get("builder_svc.causal_lm")  # there, if it is one: it imports torch
+        if known is None or not isinstance(model, known.CausalLM):
             raise InvalidArgument(
                 f"model is {model!r}: give a path, a name, an Engine or a model of AutoModelForCausalLM (a ModelConfig is for "
                 "enginehouse.hlapi.LLM)"

@@ -27,14 +27,13 @@ def fuse(program: Program) -> Program:
     for op in program.ops:
         if op.op != "attention":
             continue
-        turns = [makers.get(name) for name in op.inputs[:2]]
-        q, k = turns
+        q, k = (makers.get(name) for name in op.inputs[:2])
         if not (q and k and q.op == k.op == "rope" and q.inputs[1:] == k.inputs[1:] and q.attrs == k.attrs):
             continue
         if any(readers[name] != 1 for name in op.inputs[:2]):
             continue
         gone |= {id(q), id(k)}
-        attrs = {**{"soft_cap": 0.0}, **op.attrs, "interleaved": q.attrs["interleaved"]}
+        attrs = {"soft_cap": 0.0, **op.attrs, "interleaved": q.attrs["interleaved"]}
         inputs = (q.inputs[0], k.inputs[0], op.inputs[2], *q.inputs[1:], *(op.inputs[3:] or ("",)))
         fused[id(op)] = msgspec.structs.replace(op, op="rope_attention", inputs=inputs, attrs=attrs)
     ops = tuple(fused.get(id(op), op) for op in program.ops if id(op) not in gone)

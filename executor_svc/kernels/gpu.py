@@ -23,7 +23,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_attention",
-    "scale",
     "silu_mul",
 ]
 
@@ -101,11 +100,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """One kernel."""
     return rows.silu_mul(gate_up)
-
-
-def scale(x: Tensor, *, factor: float) -> Tensor:
-    """By a number that the host rounds: a tensor of it would have to be sent."""
-    return x * float(torch.tensor(factor, dtype=x.dtype))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: bool) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+HEADS = 8  # that a program rotates
+
 
 @functools.cache
 def pdl() -> dict[str, bool]:
@@ -77,46 +79,47 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rope(
-    x,
-    cos,
-    sin,
-    y,
-    stride,
-    half,
-    heads,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
-    wait_before(PDL)
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+def _turn(source, heads, there, cos, sin, half, D: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    """Heads [HEADS] of a token at `source`, rotated, [HEADS, BLOCK]."""
     at = tl.arange(0, BLOCK)
-    inside, turned = at < D, at < 2 * half
+    inside, turned = there[:, None] & (at < D)[None, :], at < 2 * half
     if INTERLEAVED:
         first = at % 2 == 0
         partner, angle = tl.where(first, at + 1, at - 1), at // 2
     else:
         first = at < half
         partner, angle = tl.where(first, at + half, at - half), tl.where(first, at, at - half)
-    source = x + token * stride + head * D
-    value = tl.load(source + at, inside, 0.0)
-    other = tl.load(source + partner, inside & turned, 0.0).to(tl.float32)
-    c = tl.load(cos + token * half + angle, turned, 1.0)
-    s = tl.load(sin + token * half + angle, turned, 0.0)
+    rows = source + heads[:, None] * D
+    value = tl.load(rows + at[None, :], inside, 0.0)
+    other = tl.load(rows + partner[None, :], inside & turned[None, :], 0.0).to(tl.float32)
+    c, s = tl.load(cos + angle, turned, 1.0)[None, :], tl.load(sin + angle, turned, 0.0)[None, :]
     wide = value.to(tl.float32)
-    result = tl.where(first, wide * c - other * s, wide * c + other * s)
-    tl.store(y + (token * heads + head) * D + at, result.to(value.dtype), inside)
+    return tl.where(first[None, :], wide * c - other * s, wide * c + other * s).to(value.dtype)
+
+
+@triton.jit
+def _rope(
+    x, cos, sin, y, stride, half, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    wait_before(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    heads, at = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    there = heads < H
+    result = _turn(
+        x + token * stride, heads, there, cos + token * half, sin + token * half, half, D, BLOCK, INTERLEAVED
+    )
+    target = y + token * H * D + heads[:, None] * D + at[None, :]
+    tl.store(target, result, there[:, None] & (at < D)[None, :])
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: bool) -> Tensor:
     """[T, heads * D], whose last dimension is contiguous, rotated by cos and sin [T, r / 2] float32."""
     heads = x.shape[1] // head_dim
     y = x.new_empty(x.shape)
-    _rope[(len(x), heads)](
-        x, cos, sin, y, x.stride(0), cos.shape[-1], heads,
-        D=head_dim, BLOCK=triton.next_power_of_2(head_dim), INTERLEAVED=interleaved, num_warps=1, **pdl(),
+    _rope[(len(x), triton.cdiv(heads, HEADS))](
+        x, cos, sin, y, x.stride(0), cos.shape[-1], H=heads, D=head_dim, BLOCK=triton.next_power_of_2(head_dim), HEADS=HEADS,
+        INTERLEAVED=interleaved, num_warps=4, **pdl(),
     )  # fmt: skip
     return y
 
@@ -138,25 +141,6 @@ def write(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor)
     _write[(len(k), triton.cdiv(size, 1024))](
         k, v, slots, k_cache, v_cache, k.stride(0), v.stride(0), size, BLOCK=1024, num_warps=4, **pdl()
     )
-
-
-@triton.jit
-def _turn(source, heads, there, cos, sin, half, D: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
-    """Heads [HEADS] of a token at `source`, rotated, [HEADS, BLOCK]."""
-    at = tl.arange(0, BLOCK)
-    inside, turned = there[:, None] & (at < D)[None, :], at < 2 * half
-    if INTERLEAVED:
-        first = at % 2 == 0
-        partner, angle = tl.where(first, at + 1, at - 1), at // 2
-    else:
-        first = at < half
-        partner, angle = tl.where(first, at + half, at - half), tl.where(first, at, at - half)
-    rows = source + heads[:, None] * D
-    value = tl.load(rows + at[None, :], inside, 0.0)
-    other = tl.load(rows + partner[None, :], inside & turned[None, :], 0.0).to(tl.float32)
-    c, s = tl.load(cos + angle, turned, 1.0)[None, :], tl.load(sin + angle, turned, 0.0)[None, :]
-    wide = value.to(tl.float32)
-    return tl.where(first[None, :], wide * c - other * s, wide * c + other * s).to(value.dtype)
 
 
 @triton.jit
@@ -217,10 +201,9 @@ def rope_write(
     groups, head_dim = k_cache.shape[-2:]
     tokens, heads = q.shape[0], q.shape[1] // head_dim
     out = q.new_empty(q.shape)
-    each = 8
-    _rope_write[(tokens, triton.cdiv(heads, each) + 2 * triton.cdiv(groups, each))](
+    _rope_write[(tokens, triton.cdiv(heads, HEADS) + 2 * triton.cdiv(groups, HEADS))](
         q, k, v, cos, sin, slots, out, k_cache, v_cache, q.stride(0), k.stride(0), v.stride(0), cos.shape[-1],
-        H=heads, G=groups, D=head_dim, BLOCK=triton.next_power_of_2(head_dim), HEADS=each, INTERLEAVED=interleaved,
+        H=heads, G=groups, D=head_dim, BLOCK=triton.next_power_of_2(head_dim), HEADS=HEADS, INTERLEAVED=interleaved,
         num_warps=4, **pdl(),
     )  # fmt: skip
     return out
