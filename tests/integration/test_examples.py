@@ -3,7 +3,6 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from enginehouse import (
     AutoModelForCausalLM,
     BuildConfig,
     GenerationExecutor,
+    Home,
     Mapping,
     SamplingParams,
     build,
@@ -21,18 +21,9 @@ from enginehouse import (
 from enginehouse.hlapi import LLM, GenerationOutput, ModelConfig, ParallelConfig, QuantConfig, SamplingConfig
 from enginehouse.hlapi import GenerationExecutor as TextExecutor
 from enginehouse.process import service_environment
-from tests.integration.test_llm import IDS, PROMPT
+from tests.integration.llm_harness import DEMO, IDS, PROMPT
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "examples" / "demo-model"
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("examples")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENGINEHOUSE_HOME", str(folder / "home"))
-        yield folder
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -43,8 +34,8 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_run_examples(home: Path) -> None:
-    said = run(str(ROOT / "examples" / "high_level" / "run_examples.sh"), str(DEMO), cwd=home)
+def test_run_examples(home: Home) -> None:
+    said = run(str(ROOT / "examples" / "high_level" / "run_examples.sh"), str(DEMO), cwd=home.root)
     tasks = dict(part.split("\n", 1) for part in said.split("== ")[1:])
     assert len(tasks) == 7
     whole = " heavens, in the clouds of the earth"
@@ -57,18 +48,18 @@ def test_run_examples(home: Path) -> None:
     assert "total_kv_blocks=256" in tasks["run_llm_with_kv_cache_config"]
 
 
-def test_low_level(home: Path) -> None:
+def test_low_level(home: Home) -> None:
     script = str(ROOT / "examples" / "low_level" / "llama.py")
     command = [sys.executable, script, "--hf_model_dir", str(DEMO), "--engine_dir", "llama.engine"]
-    said = run(*command, cwd=home)
+    said = run(*command, cwd=home.root)
     assert f"{PROMPT!r} -> ' heavens, in the clouds of the earth" in said
-    assert run(*command, cwd=home) == said  # out of the directory
+    assert run(*command, cwd=home.root) == said  # out of the directory
 
 
 # The first dialect
 
 
-def test_basic_usage_and_the_engine_as_a_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_basic_usage_and_the_engine_as_a_model(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     config = ModelConfig(model_dir=DEMO)
     llm = LLM(config)
     prompts = ["To tell a story"]
@@ -76,8 +67,8 @@ def test_basic_usage_and_the_engine_as_a_model(home: Path, capsys: pytest.Captur
         print(output)
     said = capsys.readouterr().out
     assert said.startswith("GenerationOutput(text=") and "token_ids" not in said
-    llm.save(home / "first")
-    again = LLM(ModelConfig(model_dir=home / "first"))
+    llm.save(home.root / "first")
+    again = LLM(ModelConfig(model_dir=home.root / "first"))
     assert [output.text for output in again.generate(prompts)] == [output.text for output in llm.generate(prompts)]
     default = again.get_default_sampling_config()
     default.max_new_tokens = 3
@@ -91,12 +82,12 @@ def test_basic_usage_and_the_engine_as_a_model(home: Path, capsys: pytest.Captur
     assert told.logprobs is not None and len(told.logprobs) == 4
     with pytest.raises(Exception, match="async_mode=True"):
         again.generate_async("To tell a story")
-    with TextExecutor.create(home / "first", DEMO) as executor:
+    with TextExecutor.create(home.root / "first", DEMO) as executor:
         both = executor.generate(["In the", "And it"], [2, 3])
         assert isinstance(both, list) and [output.text[:6] for output in both] == ["In the", "And it"]
 
 
-def test_quantization_is_described_and_refused(home: Path) -> None:
+def test_quantization_is_described_and_refused(home: Home) -> None:
     config = ModelConfig(model_dir=DEMO)
     config.quant_config.init_from_description(quantize_weights=True, use_int4_weights=True, per_group=True)
     assert config.quant_config.asked.quant_algo == "W4A16_AWQ"
@@ -113,6 +104,12 @@ def test_quantization_is_described_and_refused(home: Path) -> None:
         described = QuantConfig()
         described.init_from_description(**flags)
         assert (described.asked.quant_algo, described.asked.kv_cache_quant_algo) == (algo, cache)
+    described = QuantConfig()
+    described.set_fp8_qdq()
+    described.set_int8_kv_cache()
+    assert (described.asked.quant_algo, described.asked.kv_cache_quant_algo) == ("FP8", "INT8")
+    described.set_fp8_kv_cache()
+    assert described.asked.kv_cache_quant_algo == "FP8"
     for wrong in ({"quantize_activations": True}, {"per_channel": True}):
         with pytest.raises(ValueError, match="need"):
             QuantConfig().init_from_description(**wrong)
@@ -122,7 +119,7 @@ def test_quantization_is_described_and_refused(home: Path) -> None:
         LLM(config)
 
 
-def test_between_the_dialects_the_newer_class_had_the_older_place(home: Path) -> None:
+def test_between_the_dialects_the_newer_class_had_the_older_place(home: Home) -> None:
     from enginehouse import LLM as Newer
     from enginehouse.hlapi import SamplingParams as Params
 
@@ -133,7 +130,7 @@ def test_between_the_dialects_the_newer_class_had_the_older_place(home: Path) ->
         Newer(ModelConfig(DEMO))  # type: ignore[arg-type]
 
 
-def test_asynchronous_generation(home: Path) -> None:
+def test_asynchronous_generation(home: Home) -> None:
     config = ModelConfig(model_dir=DEMO)
     llm = LLM(config, async_mode=True, kvcahe_free_gpu_memory_fraction=0.1)
     outputs: list[GenerationOutput] = []
@@ -148,11 +145,16 @@ def test_asynchronous_generation(home: Path) -> None:
     asyncio.run(main())
     assert len(outputs) > 1 and "".join(output.text_diff for output in outputs) == outputs[-1].text
     assert [output.text for output in llm.generate_async("To tell a story")] == [outputs[-1].text]
+    assert llm.generate_async("To tell a story").result(60).text == outputs[-1].text
+    ended = llm.generate_async("To tell a story", SamplingConfig(max_new_tokens=1000, end_id=-1))
+    ended.cancel()
+    assert len(ended.result(60).token_ids) < 1000
+    llm.shutdown()
     with pytest.raises(TypeError, match="no_such"):
         LLM(config, no_such=1)
 
 
-def test_customization(home: Path) -> None:
+def test_customization(home: Home) -> None:
     config = ModelConfig(model_dir=DEMO)
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     llm = LLM(config, tokenizer=tokenizer)
@@ -168,12 +170,14 @@ def test_customization(home: Path) -> None:
 # The second dialect
 
 
-def test_auto_model_and_auto_config(home: Path) -> None:
+def test_auto_model_and_auto_config(home: Home) -> None:
     hf_model_dir, world_size, tp, pp = DEMO, 1, 1, 1
     build_config = BuildConfig(max_input_len=256, max_seq_len=512, max_batch_size=8)  # type: ignore[call-arg]
     mapping = Mapping(world_size=world_size, rank=0, tp_size=tp, pp_size=pp)
     trtllm_model = AutoModelForCausalLM.from_hugging_face(hf_model_dir, mapping=mapping)
     engine = build(trtllm_model, build_config)
+    with pytest.raises(NotImplementedError, match="model_world_size is 2"):
+        GenerationExecutor.create(engine, None, 2, world_size=2, mpi_session=None, reuse_mpi_comm=False)
     executor = GenerationExecutor.create(engine)
     assert executor.generate(IDS, SamplingParams(max_new_tokens=4)).outputs[0].length == 4  # type: ignore[call-arg]
     executor.shutdown()

@@ -1,16 +1,13 @@
 """LLM over the demo model, with its real worker process: what a script, a notebook, a server and a careless user do with it."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import textwrap
+import pty
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +16,11 @@ import pytest
 from tokenizers import Tokenizer as HubTokenizer
 
 from builder_svc.build_config import BuildConfig
-from builder_svc.pipeline import build
 from engine.artifact import Engine
-from engine.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
-from enginehouse import LLM, GenerationExecutor, Home, KvCacheConfig, QuantConfig, SamplingParams
-from enginehouse.process import service_environment
-from executor_svc.launch import WORKER, Spares
+from engine.errors import DataLoss, FailedPrecondition, NotFound
+from enginehouse import LLM, Home, KvCacheConfig, QuantConfig, SamplingParams
+from tests.integration.llm_harness import DEMO, IDS, LONG, PROMPT, script, text, workers
 from tests.seaweed import SeaweedFS
-
-DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
-PROMPT = "In the beginning God created the"
-IDS = [0, 1082, 261, 2178, 411, 1859, 285, 261]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENGINEHOUSE_HOME", str(folder))
-        yield Home.find()
-
-
-@pytest.fixture(scope="module")
-def engine_dir(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("engine") / "demo"
-    engine = build(DEMO, store=home.store)
-    engine.save(directory)
-    engine.push(home.store, "demo")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def llm(engine_dir: Path) -> Iterator[LLM]:
-    with LLM(engine_dir) as made:
-        yield made
-
-
-def text(llm: LLM, prompt: Any = PROMPT, **options: Any) -> str:
-    return llm.generate(prompt, SamplingParams(**options)).outputs[0].text
-
-
-def workers(parent: int) -> list[int]:
-    """Worker processes below a process."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-            command = (status.parent / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if int(lines["PPid"]) == parent and WORKER[1].encode() in command:
-            found.append(int(status.parent.name))
-    return found
-
-
-def gone(pids: Sequence[int], seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in _state(pid) for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
-
 
 # Prompts and outputs
 
@@ -201,9 +134,6 @@ def idle(llm: LLM) -> bool:
     return False
 
 
-LONG = SamplingParams(max_tokens=480, ignore_eos=True)
-
-
 def test_cancel_frees_the_engine(llm: LLM) -> None:
     results = [llm.generate_async(f"{PROMPT} {number}", LONG, streaming=True) for number in range(8)]
     next(results[0])
@@ -299,7 +229,7 @@ def test_what_an_llm_cannot_be_made_of(engine_dir: Path, tmp_path: Path) -> None
         LLM(engine_dir, tensr_parallel_size=2)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="dtype is 'float16', but build_config has 'bfloat16'"):
         LLM(DEMO, dtype="float16", build_config=BuildConfig(dtype="bfloat16"))
-    assert workers(os.getpid()) == workers(os.getpid())[:1]  # the module's own at most
+    assert len(workers(os.getpid())) <= 1  # the module's own
 
 
 # Where the model comes from
@@ -320,7 +250,11 @@ def test_a_checkpoint_is_built_once_and_found_again(home: Home, engine_dir: Path
         assert saved.engine is not None and saved.engine.manifest.limits.max_seq_len == 64
         assert text(saved, max_tokens=4) == expected
     before = list((tmp_path / "store" / "engines").iterdir())
-    with LLM(DEMO, build_config=BuildConfig(max_seq_len=63), store=str(tmp_path / "store"), enable_build_cache=False):
+    config = BuildConfig(max_seq_len=63)
+    with LLM(
+        DEMO, dtype="bfloat16", build_config=config, store=str(tmp_path / "store"), enable_build_cache=False
+    ) as gone:
+        assert gone.engine is not None and gone.engine.manifest.model.dtype == "bfloat16"
         assert list((tmp_path / "store" / "engines").iterdir()) == before
     assert list(home.work.iterdir()) == []
 
@@ -335,7 +269,7 @@ def test_a_name_of_the_store_and_an_engine_at_hand(home: Home, engine_dir: Path)
         assert text(held, max_tokens=4) == " heavens, in the"
 
 
-def test_a_repository_of_the_hub(home: Home, tmp_path: Path) -> None:
+def test_a_repository_of_the_hub(engine_dir: Path, tmp_path: Path) -> None:
     """Downloaded, built and found again; in a process of its own, in which huggingface_hub reads the environment."""
     with hub_server.serve({"org/demo": hub_server.Repository(DEMO)}) as hub:
         process = script(
@@ -345,6 +279,8 @@ def test_a_repository_of_the_hub(home: Home, tmp_path: Path) -> None:
                 with LLM("org/demo", revision="main") as llm:
                     print(llm.engine.reused, llm.engine.manifest.source, end=" ")
                     print(llm.generate({PROMPT!r}, SamplingParams(max_tokens=4)).outputs[0].text)
+            with LLM({str(engine_dir)!r}, tokenizer="org/demo", tokenizer_revision="main") as llm:
+                print(llm.generate({PROMPT!r}, SamplingParams(max_tokens=4)).outputs[0].text)
             """,
             **hub_server.environment(hub.url, tmp_path / "hub"),
             ENGINEHOUSE_HOME=str(tmp_path / "home"),
@@ -352,7 +288,8 @@ def test_a_repository_of_the_hub(home: Home, tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         source = "hf://org/demo@main"
-        assert out.splitlines() == [f"False {source}  heavens, in the", f"True {source}  heavens, in the"]
+        said = " heavens, in the"
+        assert out.splitlines() == [f"False {source} {said}", f"True {source} {said}", said]
 
 
 async def test_made_in_a_thread_of_a_running_loop(engine_dir: Path) -> None:
@@ -380,6 +317,41 @@ def test_a_damaged_engine_is_told_by_the_process_that_loads_it(engine_dir: Path,
     file.write_bytes(data)
     with pytest.raises(DataLoss, match="is damaged: chunk 0"):
         LLM(tmp_path / "copy")
+
+
+def test_how_much_memory_keys_and_values_get(engine_dir: Path, llm: LLM) -> None:
+    """A part of what is free, some 12 MB; and nothing shared between prompts."""
+    with open("/proc/meminfo") as file:
+        free = 1024 * int(next(line for line in file if line.startswith("MemAvailable:")).split()[1])
+    config = KvCacheConfig(free_gpu_memory_fraction=12e6 / free, enable_block_reuse=False)
+    prompt = IDS * 20
+    with LLM(engine_dir, kv_cache_config=config) as small:
+        assert 128 <= small.get_stats().total_kv_blocks < 600 < llm.get_stats().total_kv_blocks
+        assert [small.generate(prompt).cached_tokens for _ in range(2)] == [0, 0]
+    assert [llm.generate(prompt).cached_tokens for _ in range(2)][1] >= 144
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_terminal_shows_how_far_it_is(engine_dir: Path, shown: bool) -> None:
+    ours, theirs = pty.openpty()
+    process = script(
+        f"""
+        from enginehouse import LLM
+        with LLM({str(engine_dir)!r}, enable_tqdm={shown}) as llm:
+            llm.generate(["In the", "And"], use_tqdm={shown})
+        """,
+        stderr=theirs,
+        TERM="xterm",
+    )
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while data := os.read(ours, 4096):
+            said += data
+    os.close(ours)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [word in said for word in (b"load", b"generate")] == [shown, shown]
 
 
 # Tokenizers
@@ -423,165 +395,3 @@ def test_without_a_tokenizer(engine_dir: Path, llm: LLM) -> None:
             bare.generate(PROMPT)
         with pytest.raises(FailedPrecondition, match="no stop string can be found"):
             bare.generate(IDS, SamplingParams(stop="x"))
-
-
-# The process behind it
-
-
-def test_a_worker_that_dies_raises_in_every_waiting_call(engine_dir: Path) -> None:
-    with GenerationExecutor.create(engine_dir) as executor:
-        results = [executor.generate_async([*IDS, number], LONG) for number in range(8)]
-        errors: list[BaseException] = []
-
-        def wait() -> None:
-            try:
-                executor.generate([IDS] * 2, LONG)
-            except Unavailable as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=wait)
-        thread.start()
-        streamed = executor.generate_async(IDS, LONG, streaming=True)
-        next(streamed)
-        os.kill(executor.worker_pid, signal.SIGKILL)
-        killed = time.monotonic()
-        for result in results:
-            with pytest.raises(Unavailable, match="has ended by SIGKILL: make another one. The end of its log:"):
-                result.result()
-        with pytest.raises(Unavailable):
-            list(streamed)
-        thread.join()
-        assert len(errors) == 1 and time.monotonic() - killed < 2
-        with pytest.raises(Unavailable, match="has ended by SIGKILL"):
-            executor.generate(IDS)
-
-
-def test_the_last_lines_of_its_log_are_told(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that fails in the middle of a step, as a bug would have it."""
-    program = textwrap.dedent("""
-        import sys
-        from executor_svc import runner, worker
-        def fail(self, batch):
-            raise RuntimeError("the matrix has fallen over")
-        runner.TorchRunner.start = fail
-        sys.exit(worker.main())
-    """)
-    monkeypatch.setattr(Spares.__init__, "__defaults__", (("-c", program), None, None))
-    with GenerationExecutor.create(engine_dir) as executor, pytest.raises(Unavailable) as caught:
-        executor.generate(IDS)
-    assert "| RuntimeError: the matrix has fallen over" in caught.value.message
-    assert "Traceback" in caught.value.message
-
-
-def test_forgotten_it_ends_with_its_last_reference(engine_dir: Path) -> None:
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    made = LLM(engine_dir)
-    result = made.generate_async(PROMPT, SamplingParams(max_tokens=4))
-    (worker,) = (pid for pid in workers(os.getpid()) if _is_of(made, pid))
-    del made
-    gc.collect()
-    assert result.result(10).outputs[0].length == 4  # what is under way keeps it
-    del result
-    gc.collect()
-    assert gone([worker])
-    assert not [thread for thread in threading.enumerate() if thread.name == "enginehouse"][1:]  # the module's own
-    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1
-
-
-def _is_of(llm: LLM, pid: int) -> bool:
-    generator = llm._generator
-    assert isinstance(generator, GenerationExecutor)
-    return generator.worker_pid == pid
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_forked_child_neither_uses_nor_ends_it(llm: LLM) -> None:
-    child = os.fork()
-    if not child:
-        try:
-            llm.generate(PROMPT)
-        except Unavailable as error:
-            llm.shutdown()
-            os._exit(0 if "a fork of it" in error.message else 3)
-        os._exit(4)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert text(llm, max_tokens=4) == " heavens, in the"
-
-
-def script(code: str, **environment: str) -> "subprocess.Popen[str]":
-    """`python -c`, as somebody who has installed the package would have it, in a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**service_environment(), **environment},
-        start_new_session=True,
-    )
-
-
-def test_a_script_that_forgets_shutdown_ends_and_leaves_no_process(engine_dir: Path) -> None:
-    process = script(f"""
-        from enginehouse import LLM, SamplingParams
-        llm = LLM({str(engine_dir)!r})
-        print(llm._generator.worker_pid)
-        print(llm.generate({PROMPT!r}, SamplingParams(max_tokens=4)).outputs[0].text)
-        pending = llm.generate_async({PROMPT!r}, SamplingParams(max_tokens=480, ignore_eos=True))
-    """)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and err == ""
-    worker, said = out.splitlines()
-    assert said == " heavens, in the" and gone([int(worker)])
-
-
-@pytest.mark.parametrize("when", ["generating", "loading"])
-def test_ctrl_c_ends_it_at_once_and_leaves_no_process(engine_dir: Path, when: str) -> None:
-    process = script(f"""
-        import sys
-        from enginehouse import LLM, SamplingParams
-        print("begin", flush=True)
-        llm = LLM({str(engine_dir)!r})
-        print("loaded", flush=True)
-        while True:
-            llm.generate([{PROMPT!r}] * 64, SamplingParams(max_tokens=480, ignore_eos=True))
-    """)
-    assert process.stdout is not None
-    process.stdout.readline()
-    if when == "generating":
-        process.stdout.readline()
-    time.sleep(0.5)
-    below = workers(process.pid)
-    assert len(below) == 1
-    began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker gets it, too
-    _, err = process.communicate(timeout=20)
-    assert time.monotonic() - began < 2
-    assert process.returncode == -signal.SIGINT and err.rstrip().endswith("KeyboardInterrupt")
-    assert gone(below)
-
-
-def test_a_script_that_is_killed_leaves_no_process(engine_dir: Path) -> None:
-    process = script(f"""
-        from enginehouse import LLM
-        llm = LLM({str(engine_dir)!r})
-        print("loaded", flush=True)
-        input()
-    """)
-    assert process.stdout is not None
-    process.stdout.readline()
-    below = workers(process.pid)
-    process.kill()
-    process.communicate()
-    assert len(below) == 1 and gone(below)
-
-
-def test_after_shutdown_it_says_so(engine_dir: Path) -> None:
-    made = LLM(engine_dir)
-    pending = made.generate_async(PROMPT, LONG)
-    made.shutdown()
-    made.shutdown()
-    with pytest.raises(Unavailable, match="was shut down"):
-        pending.result(5)
-    with pytest.raises(Unavailable, match="was shut down"):
-        made.generate(PROMPT)

@@ -1,6 +1,7 @@
 """The model classes of the Python API: what they read, what they hold, and that what they save builds the same engine."""
 
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -441,6 +442,10 @@ def test_what_scripts_of_the_source_api_pass(checkpoint: Path) -> None:
         AutoModelForCausalLM.from_hugging_face(checkpoint, "bfloat16", trust_remote_code=True).config.dtype
         == "bfloat16"
     )
+
+
+def test_the_version_is_the_packages() -> None:
+    assert enginehouse.__version__ == importlib.metadata.version("enginehouse")
 
 
 def test_type_checkers_know_every_class() -> None:

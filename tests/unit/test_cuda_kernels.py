@@ -1,9 +1,6 @@
 """The Triton kernels against the references on random shapes: here by Triton's interpreter, in `tests/gpu` on the device."""
 
 import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ from test_ops import attend, attention_case, cases
 from engine.ops import REFERENCE
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
 kernels = pytest.importorskip("executor_svc.kernels.gpu")
 
 FEW = settings(max_examples=12, deadline=None)

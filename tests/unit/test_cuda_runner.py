@@ -2,9 +2,6 @@
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-
-
 import pytest
 
 from executor_svc.core import Sampling, Sequence
@@ -15,6 +12,7 @@ from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine, run_ahead
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
 cuda_runner = pytest.importorskip("executor_svc.cuda_runner")
 
 

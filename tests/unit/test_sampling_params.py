@@ -1,5 +1,6 @@
 """SamplingParams as a gateway's request: every option arrives, every wrong value is refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -253,3 +254,14 @@ def test_what_is_set_later_is_looked_at_like_what_is_given() -> None:
     assert Mapping(cp_size=1).world_size == 1  # type: ignore[call-arg]
     with pytest.raises(NotImplementedError, match="Mapping: cp_size is 2"):
         Mapping(cp_size=2)  # type: ignore[call-arg]
+
+
+def test_a_build_is_for_the_gpu_that_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BuildConfig(device="cuda").target == "cuda"
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # no driver: torch need not be asked
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert BuildConfig().target == "cpu"
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    assert BuildConfig().target == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert BuildConfig().target == "cpu"
