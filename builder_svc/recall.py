@@ -16,22 +16,11 @@ from builder_svc.checkpoint.digests import cache_path, load_cache, save_cache, s
 _LIBRARIES = ("enginehouse", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "gguf")
 
 
-def recall(checkpoint: Path, build_config: BuildConfig) -> str | None:
-    """The id of the engine that this build has given last; None if nobody knows."""
-    return load_cache(_file()).get(_key(checkpoint, build_config))
+def build_key(checkpoint: Path, build_config: BuildConfig) -> str:
+    """Digest of everything that may decide the engine: whatever lies in the directory, the options, the libraries.
 
-
-def remember(checkpoint: Path, build_config: BuildConfig, engine_id: str) -> None:
-    """Keeps it. Best effort: what is lost costs time only."""
-    save_cache(_file(), load_cache(_file()) | {_key(checkpoint, build_config): engine_id})
-
-
-def _file() -> Path:
-    return cache_path().with_name("builds.json")
-
-
-def _key(checkpoint: Path, build_config: BuildConfig) -> str:
-    """Digest of everything that may decide the engine: whatever lies in the directory, the options, the libraries."""
+    To be taken before the build: files may change while it reads them.
+    """
     directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
     files = {file.name: signature(file) for file in directory.iterdir() if file.is_file()}
     facts = {
@@ -42,6 +31,20 @@ def _key(checkpoint: Path, build_config: BuildConfig) -> str:
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def recall(key: str) -> str | None:
+    """The id of the engine that this build has given last; None if nobody knows."""
+    return load_cache(_file()).get(key)
+
+
+def remember(key: str, engine_id: str) -> None:
+    """Keeps it. Best effort: what is lost costs time only."""
+    save_cache(_file(), load_cache(_file()) | {key: engine_id})
+
+
+def _file() -> Path:
+    return cache_path().with_name("builds.json")
 
 
 def _version(library: str) -> str | None:

@@ -8,6 +8,7 @@ from executor_svc.core import Batch
 from executor_svc.kernels.paged import TILE
 from executor_svc.table_rows import TableRows
 
+PROMPTS = 16  # in a step that a graph holds
 UNKNOWN = -1  # a token that a batch in flight is still sampling
 
 
@@ -22,7 +23,6 @@ class HostStep:
         samples: [n], the token whose logits are wanted of each item that samples; prompt_rows: those of prompts' tokens.
         sampling_rows: [n], where the sampled tokens are kept.
         updates: [u, 2]: entry of the flattened tables, block.
-        decodes: whether each sequence has one token, and samples.
     """
 
     tokens: np.ndarray
@@ -36,7 +36,6 @@ class HostStep:
     prompt_rows: np.ndarray
     sampling_rows: np.ndarray
     updates: np.ndarray
-    decodes: bool
 
     def tiles(self) -> tuple[np.ndarray, np.ndarray]:
         """Of the sequences behind the first num_decodes: which one each tile of queries is of, and its first query."""
@@ -44,6 +43,61 @@ class HostStep:
         rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         first = np.arange(len(rows), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
         return rows, (first * TILE).astype(np.int32)
+
+
+class Shape:
+    """A step of a fixed size: rows for sequences with one token each, then rows for the tokens of prompts, filled up.
+
+    Args:
+        decodes, tokens: the rows of either kind.
+        block_size: of the cache.
+        fill_row: the table row of what only fills it up.
+
+    Attributes:
+        sizes: of the columns: tokens, positions, token_rows, rows, lengths, starts (of the prompts), samples, sampling_rows, the
+            tiles' sequences and first queries, and updates.
+        updates: pairs that the last column has room for.
+    """
+
+    def __init__(self, decodes: int, tokens: int, block_size: int, fill_row: int) -> None:
+        self.decodes, self.tokens, self._fill_row = decodes, tokens, fill_row
+        self._prompts = prompts = PROMPTS if tokens else 0
+        self.updates = tokens // block_size + decodes + 2 * prompts
+        sequences, tiles = decodes + prompts, tokens // TILE + prompts
+        self.sizes = [decodes + tokens] * 3 + [sequences + 1] * 2 + [prompts + 2] + [sequences] * 2 + [tiles] * 2
+        self.sizes.append(2 * self.updates)
+
+    def fits(self, layout: HostStep) -> bool:
+        """Whether a step finds its place in it."""
+        prompts, tokens = len(layout.rows) - layout.num_decodes, len(layout.tokens) - layout.num_decodes
+        large = layout.num_decodes > self.decodes or prompts > self._prompts or tokens > self.tokens
+        return not large and not len(layout.prompt_rows)
+
+    def empty(self) -> list[np.ndarray]:
+        """Columns of nothing: a sequence behind the last one has no tokens, and the tiles are its."""
+        fill, behind = self._fill_row, self._prompts
+        values = [0, 0, fill, fill, 0, self.decodes, 0, fill, behind, 0, -1]
+        found = [np.full(size, value, dtype=np.int32) for size, value in zip(self.sizes, values, strict=True)]
+        found[4][: self.decodes] = 1
+        return found
+
+    def fill(self, layout: HostStep) -> np.ndarray:
+        """The columns of a step that fits, one after another; updates that do not fit are left out."""
+        whole, count, gap = self.empty(), layout.num_decodes, self.decodes - layout.num_decodes
+        parts = (layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.lengths)
+        for column, part in zip(whole, parts, strict=False):
+            column[:count] = part[:count]
+            column[self.decodes : self.decodes + len(part) - count] = part[count:]
+        starts, samples, sampling_rows, tile_rows, tile_first, updates = whole[len(parts) :]
+        begins = layout.starts[count:] + gap
+        starts[: len(begins)], starts[len(begins) :] = begins, begins[-1]
+        samples[: len(layout.samples)] = np.where(layout.samples < count, layout.samples, layout.samples + gap)
+        sampling_rows[: len(layout.samples)] = layout.sampling_rows
+        rows, first = layout.tiles()
+        tile_rows[: len(rows)], tile_first[: len(rows)] = rows, first
+        news = layout.updates[: self.updates].reshape(-1)
+        updates[: len(news)] = news
+        return np.concatenate(whole)
 
 
 class CudaLayout:
@@ -96,7 +150,6 @@ class CudaLayout:
             prompt_rows=np.array(prompt_rows, dtype=np.int32),
             sampling_rows=rows[sampling],
             updates=updates,
-            decodes=len(tokens) == len(items) == len(sampling) and not prompt_rows,
         )
 
     def _write(self, row: int, start: int, blocks: list[int]) -> None:

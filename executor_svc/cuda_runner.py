@@ -6,6 +6,7 @@ and sent to the host. Nothing waits for the host but rows that want more than th
 """
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +19,11 @@ from torch import Tensor
 from engine.manifest import Limits
 from engine.program import Program
 from executor_svc.core import Batch, Sampled
-from executor_svc.cuda_layout import CudaLayout, HostStep
+from executor_svc.cuda_layout import CudaLayout, HostStep, Shape
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
 from executor_svc.kernels.fuse import fuse
 from executor_svc.kernels.gpu import DeviceStep
-from executor_svc.kernels.paged import TILE
 from executor_svc.kernels.stage import keep, put, stage
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
@@ -33,10 +33,9 @@ _OPERATORS = frozenset((
     "embedding", "linear", "rms_norm", "add_rms_norm", "rope_table", "rope", "attention", "silu_mul", "split", "gather",
 ))  # fmt: skip
 _KV_SHARE = 0.85  # of what is free when the weights are there; the rest is for activations and graphs
-_MIXED_TOKENS = (128, 256, 512, 1024)  # of prompts in a step that a graph holds; more keep the device busy anyway
-_MIXED_DECODES = (64, 128, 192, 256)
-_MIXED_PROMPTS = 16
 _LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_MIXED_DECODES = (64, 128, 192, 256)
+_MIXED_TOKENS = (128, 256, 512, 1024)  # of prompts in a step that a graph holds; more keep the device busy anyway
 
 
 @dataclass
@@ -46,6 +45,7 @@ class _Graph:
     Off the GPU there are no graphs, and it is computed each time.
     """
 
+    shape: Shape
     columns: Tensor
     compute: Callable[[], tuple[Tensor, Tensor]]
     graph: Any = None
@@ -61,53 +61,11 @@ class _Graph:
 
     def run(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The step with other columns, from pinned memory."""
-        self.columns.view(-1).copy_(columns, non_blocking=True)
+        self.columns.copy_(columns, non_blocking=True)
         if self.graph is None or self.results is None:
             return self.compute()
         self.graph.replay()
         return self.results
-
-
-class _Columns:
-    """Where a mixed step's columns lie in one static tensor: first the decodes, then the prompts, each filled up.
-
-    Args:
-        decodes, tokens: the rows that the step has for them.
-        fill_row: the table row of what only fills it up.
-    """
-
-    def __init__(self, decodes: int, tokens: int, fill_row: int) -> None:
-        self.decodes, self.tokens, self._fill_row = decodes, tokens, fill_row
-        sequences, rows = decodes + _MIXED_PROMPTS, decodes + tokens
-        tiles, self.updates = tokens // TILE + _MIXED_PROMPTS, tokens // BLOCK_SIZE + sequences + _MIXED_PROMPTS
-        self.sizes = (
-            [rows] * 3 + [sequences + 1] * 2 + [_MIXED_PROMPTS + 2] + [sequences] * 2 + [tiles] * 2 + [2 * self.updates]
-        )
-
-    def empty(self) -> list[np.ndarray]:
-        """Columns of nothing: a sequence behind the last one has no tokens, and tiles are its."""
-        values = [0, 0, self._fill_row, self._fill_row, 0, self.decodes, 0, self._fill_row, _MIXED_PROMPTS, 0, -1]
-        found = [np.full(size, value, dtype=np.int32) for size, value in zip(self.sizes, values, strict=True)]
-        found[4][: self.decodes] = 1
-        return found
-
-    def fill(self, layout: HostStep) -> np.ndarray:
-        """The columns of a step that fits; updates that do not fit are left out."""
-        whole, count, gap = self.empty(), layout.num_decodes, self.decodes - layout.num_decodes
-        parts = (layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.lengths)
-        for column, part in zip(whole, parts, strict=False):
-            column[:count] = part[:count]
-            column[self.decodes : self.decodes + len(part) - count] = part[count:]
-        _, _, _, _, _, starts, samples, sampling_rows, tile_rows, tile_first, updates = whole
-        begins = layout.starts[count:] + gap
-        starts[: len(begins)], starts[len(begins) :] = begins, begins[-1]
-        samples[: len(layout.samples)] = np.where(layout.samples < count, layout.samples, layout.samples + gap)
-        sampling_rows[: len(layout.samples)] = layout.sampling_rows
-        rows, first = layout.tiles()
-        tile_rows[: len(rows)], tile_first[: len(rows)] = rows, first
-        news = layout.updates[: self.updates].reshape(-1)
-        updates[: len(news)] = news
-        return np.concatenate(whole)
 
 
 @dataclass
@@ -163,15 +121,13 @@ class CudaRunner:
         self._last = torch.zeros(rows, dtype=torch.int32, device=self._device)
         self._layout = CudaLayout(limits.max_batch_size, per_sequence)
         self._flights: deque[_Flight] = deque()
-        self._graphs: list[tuple[int, _Graph]] = []  # by rows, the fewest first
-        self._mixed: list[tuple[_Graph, _Columns]] = []  # the smallest first
         self._pinned = [self._host(max(limits.max_num_tokens, rows) * 12 + 4096) for _ in range(IN_FLIGHT + 1)]
         self._results = [self._host(rows) for _ in range(IN_FLIGHT + 1)]
         self._turn = 0
         self.capabilities = Capabilities(
             num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True
         )
-        self._capture(limits.max_batch_size, limits.max_num_tokens)
+        self._graphs = self._capture(limits)
 
     @staticmethod
     def takes(program: Program) -> bool:
@@ -184,14 +140,8 @@ class CudaRunner:
     def start(self, batch: Batch) -> None:
         layout = self._layout.lay_out(batch)
         plain = all(item.sequence.plain for item in batch.items if item.samples)
-        size = len(layout.rows)
-        graph = self._graph_of(size) if layout.decodes else None
-        if graph:
-            logits, sampled = self._replay(graph, layout)
-        elif mixed := self._mixed_of(layout):
-            logits, sampled = self._replay_mixed(*mixed, layout)
-        else:
-            logits, sampled = self._run(layout)
+        graph = next((graph for graph in self._graphs if graph.shape.fits(layout)), None)
+        logits, sampled = self._replay(graph, layout) if graph else self._run(layout)
         count = len(layout.samples)
         if plain and not len(layout.prompt_rows):
             self._flights.append(self._send(sampled[:count]))
@@ -230,84 +180,42 @@ class CudaRunner:
         return logits, sampled
 
     def _replay(self, graph: _Graph, layout: HostStep) -> tuple[Tensor, Tensor]:
-        size = graph.columns.shape[1]
-        count, updates = len(layout.rows), layout.updates
-        if len(updates) > size:  # a sequence that comes back brings more than one block
-            put(self._tables, self._column(updates[size:].reshape(-1)))
-            updates = updates[:size]
-        columns = self._empty_decode(size)
-        columns[:3, :count] = layout.tokens, layout.positions, layout.rows
-        columns[3:, : len(updates)] = updates.T
-        return graph.run(self._pin(columns.reshape(-1)))
+        if len(rest := layout.updates[graph.shape.updates :]):  # a sequence that comes back brings many blocks
+            put(self._tables, self._column(rest.reshape(-1)))
+        return graph.run(self._pin(graph.shape.fill(layout)))
 
-    def _mixed_of(self, layout: HostStep) -> tuple[_Graph, _Columns] | None:
-        """The smallest graph that holds such a step."""
-        prompts, tokens = len(layout.rows) - layout.num_decodes, len(layout.tokens) - layout.num_decodes
-        if not prompts or prompts > _MIXED_PROMPTS or len(layout.prompt_rows):
-            return None
-        fits = (held for held in self._mixed if held[1].decodes >= layout.num_decodes and held[1].tokens >= tokens)
-        return next(fits, None)
-
-    def _replay_mixed(self, graph: _Graph, columns: _Columns, layout: HostStep) -> tuple[Tensor, Tensor]:
-        if len(layout.updates) > columns.updates:
-            put(self._tables, self._column(layout.updates[columns.updates :].reshape(-1)))
-        return graph.run(self._pin(columns.fill(layout)))
-
-    def _compute_mixed(self, whole: Tensor, columns: _Columns) -> tuple[Tensor, Tensor]:
-        """What a graph of a step with prompts holds."""
-        tokens, positions, token_rows, rows, lengths, starts, *rest = whole.split(columns.sizes)
+    def _compute(self, columns: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """What a graph holds."""
+        tokens, positions, token_rows, rows, lengths, starts, *rest = columns.split(shape.sizes)
         samples, sampling_rows, tile_rows, tile_first, updates = rest
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
-        step = self._step(slots, columns.decodes, rows, lengths, starts, (tile_rows, tile_first))
+        step = self._step(
+            slots, shape.decodes, rows, lengths, starts, (tile_rows, tile_first) if shape.tokens else None
+        )
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": samples}
         (logits,) = self._interpreter.run(inputs, step)
         sampled = logits.argmax(-1).int()
         keep(self._last, sampling_rows, sampled)
         return logits, sampled
 
-    def _decode(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """What a graph holds."""
-        tokens, positions, rows, entries, blocks = columns.unbind(0)
-        put(self._tables, torch.stack((entries, blocks), -1).view(-1))
-        token_ids, slots = stage(tokens, positions, rows, self._last, self._tables, BLOCK_SIZE)
-        step = self._step(slots, len(rows), rows, positions + 1, None, None)
-        inputs = {"token_ids": token_ids, "positions": positions}
-        inputs["logit_indices"] = torch.arange(len(tokens), dtype=torch.int32, device=self._device)
-        (logits,) = self._interpreter.run(inputs, step)
-        sampled = logits.argmax(-1).int()
-        keep(self._last, rows, sampled)
-        return logits, sampled
-
     @torch.inference_mode()
-    def _capture(self, max_batch_size: int, max_num_tokens: int) -> None:
-        """Graphs for a ladder of batch sizes and of mixed steps, the largest first, which share their memory."""
-        pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        for size in reversed(_up_to(_LADDER, max_batch_size)):
-            columns = torch.from_numpy(self._empty_decode(size)).to(self._device)
-            self._graphs.insert(0, (size, _Graph(columns, functools.partial(self._decode, columns))))
-        for decodes in reversed((0, *_up_to(_MIXED_DECODES, max_batch_size))):
-            for tokens in reversed(_up_to(_MIXED_TOKENS, max_num_tokens)):
-                shape = _Columns(decodes, tokens, self._fill_row)
-                whole = torch.from_numpy(np.concatenate(shape.empty())).to(self._device)
-                self._mixed.insert(0, (_Graph(whole, functools.partial(self._compute_mixed, whole, shape)), shape))
+    def _capture(self, limits: Limits) -> list[_Graph]:
+        """Graphs for a ladder of decodes, then of decodes with prompts, the smallest first; they share their memory."""
+        sizes = [(decodes, 0) for decodes in _up_to(_LADDER, limits.max_batch_size)]
+        mixed = (0, *_up_to(_MIXED_DECODES, limits.max_batch_size))
+        sizes += itertools.product(mixed, _up_to(_MIXED_TOKENS, limits.max_num_tokens))
+        graphs = []
+        for decodes, tokens in sizes:
+            shape = Shape(decodes, tokens, BLOCK_SIZE, self._fill_row)
+            columns = torch.from_numpy(np.concatenate(shape.empty())).to(self._device)
+            graphs.append(_Graph(shape, columns, functools.partial(self._compute, columns, shape)))
         if self._on_gpu:
-            for graph in (
-                *(graph for _, graph in reversed(self._graphs)),
-                *(graph for graph, _ in reversed(self._mixed)),
-            ):
+            pool = torch.cuda.graph_pool_handle()
+            for graph in reversed(graphs):  # the largest first, whose memory the others then share
                 graph.capture(pool)
             torch.cuda.synchronize()
-
-    def _graph_of(self, size: int) -> _Graph | None:
-        """The smallest that holds so many rows."""
-        return next((graph for rows, graph in self._graphs if rows >= size), None)
-
-    def _empty_decode(self, size: int) -> np.ndarray:
-        """Columns of a decode step of nothing: token, position and table row of each row; entry and block of each update."""
-        columns = np.zeros((5, size), dtype=np.int32)
-        columns[2], columns[3] = self._fill_row, -1
-        return columns
+        return graphs
 
     def _step(
         self,

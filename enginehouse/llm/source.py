@@ -7,7 +7,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.checkpoint.sources import fetch_here
-from builder_svc.recall import recall, remember
+from builder_svc.recall import build_key, recall, remember
 from builder_svc.work_directory import WorkDirectory, clear
 from engine import registry
 from engine.artifact import Engine, is_engine_dir
@@ -88,7 +88,8 @@ def build_engine(
         model, source = fetch_here(model, revision, weights=not build_config.dummy_weights, progress=bars.update)
     home = Home.find()
     opened = open_store(store or home.store, TRANSFER_PATIENCE) if keep else None
-    if opened and isinstance(model, Path) and (found := _recalled(model, build_config, opened)):
+    key = build_key(model, build_config) if isinstance(model, Path) else None
+    if opened and key and (found := _recalled(key, opened)):
         return found
     try:
         from builder_svc.pipeline import build  # imports torch, which takes seconds
@@ -103,14 +104,14 @@ def build_engine(
     clear(home.work)
     with WorkDirectory(home.work) as work:
         engine = build(model, build_config, store=opened, source=source, work_dir=work, progress=bars.update)
-    if isinstance(model, Path):
-        remember(model, build_config, engine.engine_id)
+    if key:
+        remember(key, engine.engine_id)
     return engine
 
 
-def _recalled(checkpoint: Path, build_config: BuildConfig, store: Store) -> Engine | None:
+def _recalled(key: str, store: Store) -> Engine | None:
     """The engine that the same build has given before, if the store has all of it."""
-    engine_id = recall(checkpoint, build_config)
+    engine_id = recall(key)
     manifest = registry.find_manifest(store, engine_id) if engine_id else None
     if manifest is None or registry.missing_files(store, manifest):
         return None

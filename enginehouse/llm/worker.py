@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-from engine.errors import EnginehouseError, Unavailable
+from engine.errors import EnginehouseError, Internal, Unavailable
 from executor_svc.launch import Spares
 from executor_svc.workers import Client, WorkerProcess
 from gateway.inbox import Inbox
@@ -44,53 +44,61 @@ class LocalWorker:
         except OSError as error:
             raise Unavailable(f"cannot start a worker process: {error}", reason="WORKER_NOT_STARTED") from None
         self._inboxes = Inboxes(self.cancel)
+        self._client = Client(on_failure=lambda _: None)
+        self._process: WorkerProcess | None = None
 
     async def start(self) -> None:
         """Loads the engine; raises why it can't be."""
-        self._client = Client(on_failure=lambda _: None)
-        self._process = WorkerProcess(self._engine_id, {self._client.number: self._client}, self._ended, self._add)
-        await self._process.start(self._spares)
+        clients = {self._client.number: self._client}
+        process = self._process = WorkerProcess(self._engine_id, clients, self._ended, self._add)
+        await process.start(self._spares)
         self._reading = asyncio.create_task(self._read())
         try:
-            await asyncio.shield(self._process.ready)
+            await asyncio.shield(process.ready)
         except EnginehouseError as error:
             raise self.error if self.error and error.reason == "ENGINE_LOST" else error from None
 
     @property
     def progress(self) -> tuple[int, int]:
         """Bytes loaded and in all; (0, 0) before that is known."""
-        process = getattr(self, "_process", None)
-        return (process.progress.bytes_done, process.progress.bytes_total) if process else (0, 0)
+        if self._process is None:
+            return 0, 0
+        return self._process.progress.bytes_done, self._process.progress.bytes_total
 
     @property
     def load(self) -> EngineLoad:
         """How busy it is, as it has told last: at most 0.1 s ago."""
-        return self._process.status.load
+        return self._started().status.load
 
     @property
     def pid(self) -> int:
         """Of the process."""
-        return self._process.pid
+        return self._started().pid
 
     def send(self, submit: Submit, news: asyncio.Event) -> Inbox:
         """Sends a request and gives its inbox, which sets `news`. Raises `error`."""
         if self.error:
             raise self.error
         inbox = self._inboxes.open(submit, news)
-        self._process.send(ToWorker(client=self._client.number, submit=submit, arrived=time.monotonic()))
+        self._started().send(ToWorker(client=self._client.number, submit=submit, arrived=time.monotonic()))
         return inbox
 
     def cancel(self, inbox: Inbox) -> None:
         """Cancels a request that has not ended; does nothing for one that has."""
         if self._inboxes.forget(inbox.handle):
-            self._process.send(ToWorker(client=self._client.number, cancel=Cancel(handles=[inbox.handle])))
+            self._started().send(ToWorker(client=self._client.number, cancel=Cancel(handles=[inbox.handle])))
 
     async def stop(self) -> None:
         """Ends the process at once: it holds nothing that could be lost."""
         self._spares.close()
-        if hasattr(self, "_process"):
+        if self._process:
             await self._process.stop(grace=0)
         self._log.close()
+
+    def _started(self) -> WorkerProcess:
+        if self._process is None:
+            raise Internal("the worker process has not been started")
+        return self._process
 
     async def _read(self) -> None:
         async for data in self._client.outputs():

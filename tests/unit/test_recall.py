@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from builder_svc import recall as cache
 from builder_svc.build_config import BuildConfig
-from builder_svc.recall import recall, remember
+from builder_svc.pipeline import build
 from engine import registry
 from engine.backends import open_store
 from engine.blobs import blob_key
@@ -34,33 +35,49 @@ def made(
     return engine.engine_id, engine.reused
 
 
+def recalled(checkpoint: Path, config: BuildConfig) -> str | None:
+    return cache.recall(cache.build_key(checkpoint, config))
+
+
 def test_it_is_what_a_build_would_give(copy: Path, tmp_path: Path) -> None:
-    assert recall(copy, BuildConfig()) is None
+    assert recalled(copy, BuildConfig()) is None
     engine_id, reused = made(copy)
-    assert not reused and recall(copy, BuildConfig()) == engine_id
+    assert not reused and recalled(copy, BuildConfig()) == engine_id
     assert made(copy) == (engine_id, True)
     assert made(copy, store=str(tmp_path / "other")) == (engine_id, False)  # known, but not there
     assert made(copy, keep=False) == (engine_id, False)
 
 
 def test_whatever_changes_it_is_noticed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remember(copy, BuildConfig(), "a" * 64)
-    assert recall(copy, BuildConfig(max_seq_len=8)) is None
+    cache.remember(cache.build_key(copy, BuildConfig()), "a" * 64)
+    assert recalled(copy, BuildConfig(max_seq_len=8)) is None
     monkeypatch.setattr("builder_svc.recall.RECIPE_VERSION", 10**6)
-    assert recall(copy, BuildConfig()) is None
+    assert recalled(copy, BuildConfig()) is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(copy.parent / "cache"))
     monkeypatch.setattr("builder_svc.recall.version", lambda _: "another")
-    assert recall(copy, BuildConfig()) is None
+    assert recalled(copy, BuildConfig()) is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(copy.parent / "cache"))
-    assert recall(copy, BuildConfig()) == "a" * 64
+    assert recalled(copy, BuildConfig()) == "a" * 64
     for file in sorted(copy.iterdir()):
         os.utime(file)  # as a file of the same bytes that was written again
-        assert recall(copy, BuildConfig()) is None
-        remember(copy, BuildConfig(), "a" * 64)
+        assert recalled(copy, BuildConfig()) is None
+        cache.remember(cache.build_key(copy, BuildConfig()), "a" * 64)
     (copy / "generation_config.json").write_text("{}")
-    assert recall(copy, BuildConfig()) is None
+    assert recalled(copy, BuildConfig()) is None
+
+
+def test_a_checkpoint_that_changes_while_it_is_built_is_not_taken_for_the_other(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(*arguments: object, **options: object) -> object:
+        os.utime(copy / "config.json")
+        return build(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("builder_svc.pipeline.build", touched)
+    made(copy)
+    assert recalled(copy, BuildConfig()) is None
 
 
 def test_an_engine_that_has_lost_a_file_is_built_again(copy: Path, tmp_path: Path) -> None:
