@@ -46,55 +46,60 @@ class HostStep:
 
 
 class Shape:
-    """A step of a fixed size: rows for sequences with one token each, then rows for the tokens of prompts, filled up.
+    """A step of a fixed size: room for sequences with one token each and, behind them, for the tokens of prompts.
 
     Args:
-        decodes, tokens: the rows of either kind.
+        decodes: sequences with one token each, at most.
+        tokens: in all, at most; as many as decodes: none of prompts.
+        samples: rows whose logits are computed.
         block_size: of the cache.
         fill_row: the table row of what only fills it up.
 
     Attributes:
-        sizes: of the columns: tokens, positions, token_rows, rows, lengths, starts (of the prompts), samples, sampling_rows, the
-            tiles' sequences and first queries, and updates.
+        sizes: of the columns: tokens, positions, token_rows; rows and lengths of the decodes, then of the prompts; starts (of the
+            prompts), samples, sampling_rows, the tiles' sequences and first queries, and updates.
         updates: pairs that the last column has room for.
     """
 
-    def __init__(self, decodes: int, tokens: int, block_size: int, fill_row: int) -> None:
+    def __init__(self, decodes: int, tokens: int, samples: int, block_size: int, fill_row: int) -> None:
         self.decodes, self.tokens, self._fill_row = decodes, tokens, fill_row
-        self._prompts = prompts = PROMPTS if tokens else 0
+        self._prompts = prompts = PROMPTS if tokens > decodes else 0
+        self._samples = samples = min(samples, decodes + prompts)
         self.updates = tokens // block_size + decodes + 2 * prompts
-        sequences, tiles = decodes + prompts, tokens // TILE + prompts
-        self.sizes = [decodes + tokens] * 3 + [sequences + 1] * 2 + [prompts + 2] + [sequences] * 2 + [tiles] * 2
-        self.sizes.append(2 * self.updates)
+        sequences, tiles = decodes + prompts, (tokens // TILE + prompts if prompts else 0)
+        self.sizes = (
+            [tokens] * 3 + [sequences + 1] * 2 + [prompts + 2] + [samples] * 2 + [tiles] * 2 + [2 * self.updates]
+        )
 
     def fits(self, layout: HostStep) -> bool:
         """Whether a step finds its place in it."""
-        prompts, tokens = len(layout.rows) - layout.num_decodes, len(layout.tokens) - layout.num_decodes
+        prompts, tokens = len(layout.rows) - layout.num_decodes, len(layout.tokens)
         large = layout.num_decodes > self.decodes or prompts > self._prompts or tokens > self.tokens
-        return not large and not len(layout.prompt_rows)
+        return not large and len(layout.samples) <= self._samples and not len(layout.prompt_rows)
 
     def empty(self) -> list[np.ndarray]:
-        """Columns of nothing: a sequence behind the last one has no tokens, and the tiles are its."""
-        fill, behind = self._fill_row, self._prompts
-        values = [0, 0, fill, fill, 0, self.decodes, 0, fill, behind, 0, -1]
-        found = [np.full(size, value, dtype=np.int32) for size, value in zip(self.sizes, values, strict=True)]
-        found[4][: self.decodes] = 1
-        return found
+        """Columns of nothing: sequences have no tokens, and the tiles are of one behind the last."""
+        fill = self._fill_row
+        values = [0, 0, fill, fill, 0, 0, 0, fill, self._prompts, 0, -1]
+        return [np.full(size, value, dtype=np.int32) for size, value in zip(self.sizes, values, strict=True)]
 
     def fill(self, layout: HostStep) -> np.ndarray:
         """The columns of a step that fits, one after another; updates that do not fit are left out."""
-        whole, count, gap = self.empty(), layout.num_decodes, self.decodes - layout.num_decodes
-        parts = (layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.lengths)
-        for column, part in zip(whole, parts, strict=False):
+        whole, count, total = self.empty(), layout.num_decodes, len(layout.rows)
+        tokens, positions, token_rows, rows, lengths, starts, samples, sampling_rows, tile_rows, tile_first, updates = (
+            whole
+        )
+        for column, part in ((tokens, layout.tokens), (positions, layout.positions), (token_rows, layout.token_rows)):
+            column[: len(part)] = part
+        for column, part in ((rows, layout.rows), (lengths, layout.lengths)):
             column[:count] = part[:count]
-            column[self.decodes : self.decodes + len(part) - count] = part[count:]
-        starts, samples, sampling_rows, tile_rows, tile_first, updates = whole[len(parts) :]
-        begins = layout.starts[count:] + gap
+            column[self.decodes : self.decodes + total - count] = part[count:]
+        begins = layout.starts[count:]
         starts[: len(begins)], starts[len(begins) :] = begins, begins[-1]
-        samples[: len(layout.samples)] = np.where(layout.samples < count, layout.samples, layout.samples + gap)
+        samples[: len(layout.samples)] = layout.samples
         sampling_rows[: len(layout.samples)] = layout.sampling_rows
-        rows, first = layout.tiles()
-        tile_rows[: len(rows)], tile_first[: len(rows)] = rows, first
+        tiles = layout.tiles()
+        tile_rows[: len(tiles[0])], tile_first[: len(tiles[0])] = tiles
         news = layout.updates[: self.updates].reshape(-1)
         updates[: len(news)] = news
         return np.concatenate(whole)

@@ -6,7 +6,6 @@ and sent to the host. Nothing waits for the host but rows that want more than th
 """
 
 import functools
-import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,8 +33,10 @@ _OPERATORS = frozenset((
 ))  # fmt: skip
 _KV_SHARE = 0.85  # of what is free when the weights are there; the rest is for activations and graphs
 _LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-_MIXED_DECODES = (64, 128, 192, 256)
-_MIXED_TOKENS = (128, 256, 512, 1024)  # of prompts in a step that a graph holds; more keep the device busy anyway
+_MIXED = (
+    1024  # tokens of prompts in a step that a graph holds; more keep the device busy while the host starts the next
+)
+_ROWS = 128  # cuBLAS takes as long for fewer
 
 
 @dataclass
@@ -191,7 +192,7 @@ class CudaRunner:
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
         step = self._step(
-            slots, shape.decodes, rows, lengths, starts, (tile_rows, tile_first) if shape.tokens else None
+            slots, shape.decodes, rows, lengths, starts, (tile_rows, tile_first) if len(tile_rows) else None
         )
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": samples}
         (logits,) = self._interpreter.run(inputs, step)
@@ -202,12 +203,9 @@ class CudaRunner:
     @torch.inference_mode()
     def _capture(self, limits: Limits) -> list[_Graph]:
         """Graphs for a ladder of decodes, then of decodes with prompts, the smallest first; they share their memory."""
-        sizes = [(decodes, 0) for decodes in _up_to(_LADDER, limits.max_batch_size)]
-        mixed = (0, *_up_to(_MIXED_DECODES, limits.max_batch_size))
-        sizes += itertools.product(mixed, _up_to(_MIXED_TOKENS, limits.max_num_tokens))
         graphs = []
-        for decodes, tokens in sizes:
-            shape = Shape(decodes, tokens, BLOCK_SIZE, self._fill_row)
+        for decodes, tokens in _shapes(limits.max_batch_size, limits.max_num_tokens):
+            shape = Shape(decodes, tokens, limits.max_batch_size, BLOCK_SIZE, self._fill_row)
             columns = torch.from_numpy(np.concatenate(shape.empty())).to(self._device)
             graphs.append(_Graph(shape, columns, functools.partial(self._compute, columns, shape)))
         if self._on_gpu:
@@ -258,6 +256,18 @@ class CudaRunner:
         return torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
 
 
-def _up_to(ladder: tuple[int, ...], most: int) -> list[int]:
-    """The steps of a ladder below `most`, and `most` or the ladder's last."""
-    return sorted({*(step for step in ladder if step < most), min(most, ladder[-1])})
+def _shapes(max_batch_size: int, max_num_tokens: int) -> list[tuple[int, int]]:
+    """Decodes and tokens of the steps that graphs hold, the smallest first: decodes alone, then with prompts."""
+    most = min(max_batch_size, _LADDER[-1])
+    mixed = {(0, tokens) for tokens in (128, 256, 512, 1024)}
+    for decodes in {min(64, most), most}:
+        first = decodes // _ROWS * _ROWS + _ROWS
+        mixed |= {(decodes, tokens) for tokens in range(first, first + _MIXED, _ROWS)}
+    alone = {*(size for size in _LADDER if size < most), most}
+    return [
+        *((size, size) for size in sorted(alone)),
+        *sorted(
+            {(decodes, min(tokens, max_num_tokens)) for decodes, tokens in mixed} - {(most, most)},
+            key=lambda pair: pair[::-1],
+        ),
+    ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from executor_svc.kernels.rows import pdl, wait_before
 
 TILE = 128  # queries of a sequence that a program of `prefill` takes
+LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of 2: their exponential is one instruction
 SPLITS_FOR = 132  # programs that fill the device: an H100's multiprocessors
 
 
@@ -47,12 +48,13 @@ def _block(
     page = tl.load(table + seen // PAGE, inside, 0).to(tl.int64)
     row = ((page * PAGE + seen % PAGE) * G + group) * D
     k = tl.load(k_cache + row[None, :] + dims[:, None], inside[None, :] & (dims < D)[:, None], 0.0)
-    scores = tl.dot(q, k, input_precision="ieee") * scale
+    scores = tl.dot(q, k, input_precision="ieee")
     if CAP:
-        scores = cap * (2.0 / (1.0 + tl.exp(-2.0 * scores / cap)) - 1.0)
+        scores = cap * LOG2E * (2.0 / (1.0 + tl.exp(-2.0 * scores * scale / cap)) - 1.0)
+    else:
+        scores *= scale * LOG2E
     if ALIBI:
-        scores += slope[:, None] * (seen[None, :] - position[:, None]).to(tl.float32)
-    scores *= 1.4426950408889634  # powers of 2 from here on
+        scores += slope[:, None] * LOG2E * (seen[None, :] - position[:, None]).to(tl.float32)
     if MASK:
         visible = (seen[None, :] <= position[:, None]) & inside[None, :]
         if WINDOW:
@@ -251,6 +253,8 @@ def _decode(
     wait_before(PDL)
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
+    if length == 0:  # the step has fewer sequences than room for them: this row of `out` is another's
+        return
     share = tl.cdiv(tl.cdiv(length, SPLITS), N) * N
     first, last = split * share, tl.minimum(length, (split + 1) * share)
     if WINDOW:
@@ -307,6 +311,7 @@ def _decode(
 def _combine(
     partial,
     stats,
+    lengths,
     out,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -317,6 +322,8 @@ def _combine(
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(lengths + row) == 0:
+        return
     split, dims = tl.arange(0, WIDE), tl.arange(0, BD)
     at = (row * SPLITS + split) * H + head
     known = tl.load(stats + at, split < SPLITS, float("-inf"))
@@ -332,7 +339,7 @@ def decode(
     lengths: Tensor, out: Tensor,
     *, scale: float, window: int, soft_cap: float,
 ) -> None:  # fmt: skip
-    """Attention of one query a sequence, [S, H * D], into `out`.
+    """Attention of one query a sequence, [S, H * D], into `out`, whose rows with a length of 0 stay as they are.
 
     The grid depends on S alone, so that a graph holds for all lengths.
     """
@@ -351,5 +358,5 @@ def decode(
     )  # fmt: skip
     if splits > 1:
         _combine[(rows, heads)](
-            partial, stats, out, H=heads, D=head_dim, BD=wide, SPLITS=splits, WIDE=splits, num_warps=4, **pdl()
+            partial, stats, lengths, out, H=heads, D=head_dim, BD=wide, SPLITS=splits, WIDE=splits, num_warps=4, **pdl()
         )
