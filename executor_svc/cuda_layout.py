@@ -37,12 +37,27 @@ class HostStep:
     sampling_rows: np.ndarray
     updates: np.ndarray
 
-    def tiles(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the sequences behind the first num_decodes: which one each tile of queries is of, and its first query."""
+    def tiles(self, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Of the sequences behind the first num_decodes: which one each tile of queries is of, and its first query.
+
+        Those with the most keys come first, so that none of them is left for the end.
+
+        Args:
+            chosen: bool, which of the sequences; all by default.
+        """
         counts = -(-np.diff(self.starts[self.num_decodes :]) // TILE)
+        if chosen is not None:
+            counts = np.where(chosen, counts, 0)
         rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        first = np.arange(len(rows), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
-        return rows, (first * TILE).astype(np.int32)
+        first = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * TILE
+        order = np.argsort(-first, kind="stable")
+        return rows[order], first[order].astype(np.int32)
+
+    @property
+    def begins(self) -> np.ndarray:
+        """bool, which of the sequences behind the first num_decodes have all their keys in this step."""
+        lengths: np.ndarray = self.lengths[self.num_decodes :]
+        return np.diff(self.starts[self.num_decodes :]) == lengths
 
 
 class Shape:

@@ -162,18 +162,18 @@ class CudaRunner:
 
     def _run(self, layout: HostStep) -> tuple[Tensor, Tensor]:
         """A step of any shape, operator by operator: logits of its samples and prompt rows, and the most probable tokens."""
-        rows, first = layout.tiles()
+        begins = layout.begins
+        tiles = [column for chosen in (None, begins, ~begins) for column in layout.tiles(chosen)]
         parts = [
             layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.starts, layout.lengths,
-            layout.samples, layout.prompt_rows, layout.sampling_rows, rows, first, layout.updates.reshape(-1),
+            layout.samples, layout.prompt_rows, layout.sampling_rows, layout.updates.reshape(-1), *tiles,
         ]  # fmt: skip
         columns = self._to_device(parts)
         tokens, positions, token_rows, seq_rows, starts, lengths = columns[:6]
-        samples, prompt_rows, sampling_rows, tile_rows, tile_first, updates = columns[6:]
+        samples, prompt_rows, sampling_rows, updates = columns[6:10]
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
-        tiles = (tile_rows, tile_first) if len(tile_rows) else None
-        step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], tiles)
+        step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], *columns[10:])
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": torch.cat((samples, prompt_rows))}
         (logits,) = self._interpreter.run(inputs, step)
         sampled = logits[: len(samples)].argmax(-1).int() if len(samples) else samples
@@ -191,9 +191,7 @@ class CudaRunner:
         samples, sampling_rows, tile_rows, tile_first, updates = rest
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
-        step = self._step(
-            slots, shape.decodes, rows, lengths, starts, (tile_rows, tile_first) if len(tile_rows) else None
-        )
+        step = self._step(slots, shape.decodes, rows, lengths, starts, tile_rows, tile_first)
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": samples}
         (logits,) = self._interpreter.run(inputs, step)
         sampled = logits.argmax(-1).int()
@@ -216,15 +214,12 @@ class CudaRunner:
         return graphs
 
     def _step(
-        self,
-        slots: Tensor,
-        num_decodes: int,
-        rows: Tensor,
-        lengths: Tensor,
-        starts: Tensor | None,
-        tiles: tuple[Tensor, Tensor] | None,
+        self, slots: Tensor, num_decodes: int, rows: Tensor, lengths: Tensor, starts: Tensor, *columns: Tensor
     ) -> DeviceStep:
-        return DeviceStep([], [], self._tables, slots, self._k, self._v, num_decodes, rows, lengths, starts, tiles)
+        """columns: sequences and first queries of all tiles, and where known of the fresh and of the cached ones."""
+        pairs = zip(columns[::2], columns[1::2], strict=True)
+        tiles = [pair if len(pair[0]) else None for pair in pairs]
+        return DeviceStep([], [], self._tables, slots, self._k, self._v, num_decodes, rows, lengths, starts, *tiles)
 
     def _send(self, sampled: Tensor) -> _Flight:
         """Tokens on their way to the host."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.ops import Step
 from engine.ops import rms_norm as reference_rms_norm
-from executor_svc.kernels import paged, rows
+from executor_svc.kernels import paged, prompt, rows
 
 __all__ = [
     "DeviceStep",
@@ -31,6 +31,9 @@ _THIN_ROWS = 64
 _LARGE = 50_000_000  # elements of a matrix (bench/products.py: measured on an H100)
 
 
+Tiles = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class DeviceStep(Step):
     """A step as the device sees it: first sequences with one token each, then the others, in tiles.
@@ -41,13 +44,16 @@ class DeviceStep(Step):
         lengths: int32 [num_seqs], context_lens.
         starts: int32, the rows of the batch at which the other sequences begin, and the last one's end.
         tiles: int32 [n] twice, as `paged.prefill` takes them.
+        fresh, cached: the tiles of sequences that begin in this step, and the rest; None where that is not known.
     """
 
     num_decodes: int
     rows: Tensor
     lengths: Tensor
     starts: Tensor | None = None
-    tiles: tuple[Tensor, Tensor] | None = None
+    tiles: Tiles | None = None
+    fresh: Tiles | None = None
+    cached: Tiles | None = None
 
     @staticmethod
     def of(step: Step) -> "DeviceStep":
@@ -58,14 +64,23 @@ class DeviceStep(Step):
         count = next((row for row, length in enumerate(lens) if length > 1), len(lens))
         starts = [0, *itertools.accumulate(lens)][count:]
         at = [(row, first) for row, length in enumerate(lens[count:]) for first in range(0, length, paged.TILE)]
-        tiles = [torch.tensor(part, dtype=torch.int32, device=device) for part in zip(*at, strict=True)]
+        begins = [length == context for length, context in zip(lens[count:], step.context_lens[count:], strict=True)]
+
+        def tiles(chosen: list[tuple[int, int]]) -> Tiles | None:
+            if not chosen:
+                return None
+            of, first = (torch.tensor(part, dtype=torch.int32, device=device) for part in zip(*chosen, strict=True))
+            return of, first
+
         return DeviceStep(
             **{name: getattr(step, name) for name in Step.__dataclass_fields__},
             num_decodes=count,
             rows=torch.arange(len(lens), dtype=torch.int32, device=device),
             lengths=torch.tensor(step.context_lens, dtype=torch.int32, device=device),
             starts=torch.tensor(starts, dtype=torch.int32, device=device),
-            tiles=(tiles[0], tiles[1]) if tiles else None,
+            tiles=tiles(at),
+            fresh=tiles([tile for tile in at if begins[tile[0]]]),
+            cached=tiles([tile for tile in at if not begins[tile[0]]]),
         )
 
 
@@ -121,8 +136,9 @@ def attention(
     soft_cap: float = 0.0,
 ) -> Tensor:
     """Writes keys and values, then reads them: prompts in tiles, decodes split over the context."""
-    rows.write(k, v, step.slots, step.k_caches[cache], step.v_caches[cache])
-    return _attend(q.contiguous(), alibi, step, cache, scale=scale, window=window, soft_cap=soft_cap)
+    here = DeviceStep.of(step)
+    rows.write(k, v, here.slots, here.k_caches[cache], here.v_caches[cache])
+    return _attend(q.contiguous(), k, v, alibi, here, cache, scale=scale, window=window, soft_cap=soft_cap)
 
 
 def rope_attention(
@@ -142,24 +158,33 @@ def rope_attention(
     interleaved: bool,
 ) -> Tensor:
     """`rope` of q and k, and `attention`: what is rotated goes straight into the cache."""
-    k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
-    q = rows.rope_write(q, k, v, cos, sin, step.slots, k_cache, v_cache, interleaved=interleaved)
-    return _attend(q, alibi, step, cache, scale=scale, window=window, soft_cap=soft_cap)
+    here = DeviceStep.of(step)
+    k_cache, v_cache = here.k_caches[cache], here.v_caches[cache]
+    keep = here.fresh is not None
+    q, k = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, interleaved=interleaved, keep=keep)
+    return _attend(q, k, v, alibi, here, cache, scale=scale, window=window, soft_cap=soft_cap)
 
 
 def _attend(
-    q: Tensor, alibi: Tensor | None, step: Step, cache: int, *, scale: float, window: int, soft_cap: float
-) -> Tensor:
-    here = DeviceStep.of(step)
+    q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None, step: DeviceStep, cache: int,
+    *, scale: float, window: int, soft_cap: float,
+) -> Tensor:  # fmt: skip
+    """Attention of what the cache holds already."""
     k_cache, v_cache, tables = step.k_caches[cache], step.v_caches[cache], step.block_tables
     settings = {"scale": scale, "window": window, "soft_cap": soft_cap}
     # Rows that only fill a step up are of no sequence, and keep what lies there; numbers that overflow would be told of on a CPU.
-    out, count = torch.empty_like(q) if q.is_cuda else torch.zeros_like(q), here.num_decodes
+    out, count = torch.empty_like(q) if q.is_cuda else torch.zeros_like(q), step.num_decodes
     if count:
         paged.decode(
-            q[:count], k_cache, v_cache, alibi, tables, here.rows[:count], here.lengths[:count], out[:count], **settings
+            q[:count], k_cache, v_cache, alibi, tables, step.rows[:count], step.lengths[:count], out[:count], **settings
         )
-    if here.tiles is not None and here.starts is not None:
-        rest = (here.rows[count:], here.starts, here.lengths[count:], here.tiles)
+    if step.starts is None:
+        return out
+    tiles, head_dim = step.tiles, k_cache.shape[-1]
+    if step.fresh and alibi is None and not (window or soft_cap) and prompt.takes(q, k, v, head_dim):
+        prompt.prompt(q, k, v, step.starts, step.fresh, out, head_dim=head_dim, scale=scale)
+        tiles = step.cached
+    if tiles:
+        rest = (step.rows[count:], step.starts, step.lengths[count:], tiles)
         paged.prefill(q, k_cache, v_cache, alibi, tables, *rest, out, **settings)
     return out

@@ -152,6 +152,7 @@ def _rope_write(
     sin,
     slots,
     q_out,
+    k_out,
     k_cache,
     v_cache,
     q_stride,
@@ -164,6 +165,7 @@ def _rope_write(
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001
     wait_before(PDL)
@@ -185,6 +187,9 @@ def _rope_write(
         result = _turn(k + token * k_stride, heads, there, cos, sin, half, D, BLOCK, INTERLEAVED)
         target = k_cache + tl.load(slots + token) * G * D + heads[:, None] * D + at[None, :]
         tl.store(target, result, there[:, None] & (at < D)[None, :])
+        if KEEP:
+            target = k_out + token * G * D + heads[:, None] * D + at[None, :]
+            tl.store(target, result, there[:, None] & (at < D)[None, :])
     else:
         heads = (part - queries - keys) * HEADS + mine
         inside = (heads < G)[:, None] & (at < D)[None, :]
@@ -195,18 +200,18 @@ def _rope_write(
 
 def rope_write(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
-    *, interleaved: bool,
-) -> Tensor:  # fmt: skip
-    """`rope` of q and k and `write` of k and v in one kernel; the rotated q [T, H * D]."""
+    *, interleaved: bool, keep: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`rope` of q and k and `write` of k and v in one kernel; the rotated q [T, H * D] and, to keep, k [T, G * D]."""
     groups, head_dim = k_cache.shape[-2:]
     tokens, heads = q.shape[0], q.shape[1] // head_dim
-    out = q.new_empty(q.shape)
+    out, k_out = q.new_empty(q.shape), k.new_empty(k.shape) if keep else k
     _rope_write[(tokens, triton.cdiv(heads, HEADS) + 2 * triton.cdiv(groups, HEADS))](
-        q, k, v, cos, sin, slots, out, k_cache, v_cache, q.stride(0), k.stride(0), v.stride(0), cos.shape[-1],
+        q, k, v, cos, sin, slots, out, k_out, k_cache, v_cache, q.stride(0), k.stride(0), v.stride(0), cos.shape[-1],
         H=heads, G=groups, D=head_dim, BLOCK=triton.next_power_of_2(head_dim), HEADS=HEADS, INTERLEAVED=interleaved,
-        num_warps=4, **pdl(),
+        KEEP=keep, num_warps=4, **pdl(),
     )  # fmt: skip
-    return out
+    return out, k_out
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import attend, attention_case, cases
 
-from engine.ops import REFERENCE
+from engine.ops import REFERENCE, Step
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
@@ -69,8 +69,6 @@ def test_decodes_split_over_the_context(length: int) -> None:
     table = torch.randperm(blocks + 1)[:blocks].int()[None, :]
     step = {"query_lens": [1], "context_lens": [length], "block_tables": table}
     slots = table[0, (length - 1) // 16].long() * 16 + (length - 1) % 16
-    from engine.ops import Step
-
     made = [
         Step(**step, slots=slots[None], k_caches=[caches[0].clone()], v_caches=[caches[1].clone()]) for _ in range(2)
     ]
@@ -81,3 +79,34 @@ def test_decodes_split_over_the_context(length: int) -> None:
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert torch.equal(made[0].k_caches[0], made[1].k_caches[0])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prompts_that_begin_read_their_keys_where_they_are(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode, a prompt with a cached prefix and two that begin, of which one ends inside a block of keys."""
+    torch.manual_seed(head_dim)
+    query_lens, context_lens = [1, 5, 130, 3], [9, 21, 130, 3]
+    blocks = [-(-length // 16) for length in context_lens]
+    table = torch.zeros(4, max(blocks), dtype=torch.int32)
+    for row, count in enumerate(blocks):
+        table[row, :count] = torch.arange(count) + sum(blocks[:row])
+    ends = [range(context - count, context) for count, context in zip(query_lens, context_lens, strict=True)]
+    slots = torch.tensor([table[row, at // 16] * 16 + at % 16 for row, part in enumerate(ends) for at in part])
+    caches = [torch.randn(sum(blocks), 16, 2, head_dim, dtype=torch.float16) for _ in range(2)]
+    q, k, v = (torch.randn(len(slots), heads * head_dim, dtype=torch.float16) for heads in (4, 2, 2))
+    taken: list[int] = []
+    ours = kernels.prompt.prompt
+    monkeypatch.setattr(kernels.prompt, "prompt", lambda *a, **b: taken.append(len(a[4][0])) or ours(*a, **b))
+
+    def run(operator: Any, dtype: torch.dtype) -> torch.Tensor:
+        step = Step(
+            query_lens, context_lens, table, slots, [caches[0].clone().to(dtype)], [caches[1].clone().to(dtype)]
+        )
+        attrs = {"cache": 0, "head_dim": head_dim, "scale": 0.1, "window": 0}
+        found: torch.Tensor = operator(q.to(dtype), k.to(dtype), v.to(dtype), step=step, **attrs)
+        return found.float()
+
+    torch.testing.assert_close(
+        run(kernels.attention, torch.float16), run(REFERENCE["attention"], torch.float32), rtol=4e-3, atol=4e-3
+    )
+    assert taken == [3]  # tiles of the two
