@@ -48,7 +48,7 @@ def _block(
     page = tl.load(table + seen // PAGE, inside, 0).to(tl.int64)
     row = ((page * PAGE + seen % PAGE) * G + group) * D
     k = tl.load(k_cache + row[None, :] + dims[:, None], inside[None, :] & (dims < D)[:, None], 0.0)
-    scores = tl.dot(q, k, input_precision="ieee")
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
     if CAP:
         scores = cap * LOG2E * (2.0 / (1.0 + tl.exp(-2.0 * scores * scale / cap)) - 1.0)
     else:
@@ -65,7 +65,7 @@ def _block(
     weights = tl.exp2(scores - base[:, None])
     rescale = tl.exp2(best - base)
     v = tl.load(v_cache + row[:, None] + dims[None, :], inside[:, None] & (dims < D)[None, :], 0.0)
-    output = output * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    output = output * rescale[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
     return higher, total * rescale + tl.sum(weights, 1), output
 
 
@@ -82,6 +82,7 @@ def _attend(
     slope,
     group,
     scale,
+    v_scale,
     cap,
     window,
     G: tl.constexpr,
@@ -94,7 +95,10 @@ def _attend(
     ALIBI: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
-    """A tile of queries over the keys [first, last), of which they all see those before `whole`: maximum, sum and output."""
+    """A tile of queries over the keys [first, last), of which they all see those before `whole`: maximum, sum and output.
+
+    Keys and values of 8 bits are in units of scales: that of keys is part of `scale`.
+    """
     best = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     output = tl.zeros((M, BD), tl.float32)
@@ -108,7 +112,7 @@ def _attend(
             q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
             G, D, PAGE, N, BD, CAP, ALIBI, WINDOW, True,
         )  # fmt: skip
-    return best, total, output
+    return best, total, output * v_scale
 
 
 @triton.jit
@@ -126,6 +130,7 @@ def _prefill(
     tile_at,
     table_stride,
     scale,
+    v_scale,
     cap,
     window,
     H: tl.constexpr,
@@ -174,6 +179,7 @@ def _prefill(
         slope,
         head // (H // G),
         scale,
+        v_scale,
         cap,
         window,
         G,
@@ -200,7 +206,7 @@ def _form(row_bytes: int) -> tuple[int, int, int]:
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor, starts: Tensor,
     lengths: Tensor,
-    tiles: tuple[Tensor, Tensor], out: Tensor, *, scale: float, window: int, soft_cap: float,
+    tiles: tuple[Tensor, Tensor], out: Tensor, *, scale: float, v_scale: float, window: int, soft_cap: float,
 ) -> None:  # fmt: skip
     """Attention of ragged queries [T, H * D] over their sequences' pages, into `out`.
 
@@ -214,8 +220,8 @@ def prefill(
     wide = triton.next_power_of_2(head_dim)
     m, n, stages = _form(wide * q.itemsize)
     _prefill[(heads, len(tiles[0]) * (TILE // m))](
-        q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, *tiles, tables.stride(0), scale, soft_cap, window,
-        H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=n, PARTS=TILE // m, BD=max(16, wide),
+        q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, *tiles, tables.stride(0), scale, v_scale, soft_cap,
+        window, H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=n, PARTS=TILE // m, BD=max(16, wide),
         CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, num_warps=8 if m == TILE else 4,
         num_stages=stages, **pdl(),
     )  # fmt: skip
@@ -235,6 +241,7 @@ def _decode(
     stats,
     table_stride,
     scale,
+    v_scale,
     cap,
     window,
     H: tl.constexpr,
@@ -284,6 +291,7 @@ def _decode(
         slope,
         group,
         scale,
+        v_scale,
         cap,
         window,
         G,
@@ -337,7 +345,7 @@ def _combine(
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor,
     lengths: Tensor, out: Tensor,
-    *, scale: float, window: int, soft_cap: float,
+    *, scale: float, v_scale: float, window: int, soft_cap: float,
 ) -> None:  # fmt: skip
     """Attention of one query a sequence, [S, H * D], into `out`, whose rows with a length of 0 stay as they are.
 
@@ -352,8 +360,8 @@ def decode(
     _, n, stages = _form(wide * q.itemsize)
     options = {"CAP": soft_cap != 0, "ALIBI": alibi is not None, "WINDOW": window != 0, **pdl()}
     _decode[(rows, groups, splits)](
-        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, tables.stride(0), scale, soft_cap, window,
-        H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=n, BD=wide,
+        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, tables.stride(0), scale, v_scale, soft_cap,
+        window, H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=n, BD=wide,
         SPLITS=splits, num_warps=4, num_stages=stages, **options,
     )  # fmt: skip
     if splits > 1:
