@@ -1,9 +1,11 @@
 """How fast a GPU serves: time to the first token, a decode step at several batch sizes, and mixed requests.
 
-    python -m bench.gpu [--model bench/models/llama-3.1-8b] [--out FILE.json] [--only WORKLOAD ...] [--profile]
+    python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8]] [--kv-cache-dtype fp8] [--out FILE.json] [--only WORKLOAD ...]
+        [--profile ROWS ...]
 
 Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
-Dummy weights, on this device. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
+Dummy weights, on this device. Names of results begin with `fp8_` where products are of 8 bits; `kv_` follows where the KV cache
+is. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
 """
 
 import argparse
@@ -26,42 +28,29 @@ from executor_svc.loader import load_engine
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
 
-VLLM = {
-    "ttft_ms_128": 11.5,
-    "ttft_ms_4096": 104.7,
-    "itl_ms_b1": 6.60,
-    "itl_ms_b8": 6.87,
-    "itl_ms_b64": 7.77,
-    "itl_ms_b256": 12.68,
-    "mixed_s": 35.4,
-}
-FLOOR = {
-    "ttft_ms_128": 6,
-    "ttft_ms_4096": 90,
-    "itl_ms_b1": 5.05,
-    "itl_ms_b8": 5.2,
-    "itl_ms_b64": 5.8,
-    "itl_ms_b256": 10.3,
-    "mixed_s": 26,
-}
-AIM = {
-    "ttft_ms_128": 8,
-    "ttft_ms_4096": 98,
-    "itl_ms_b1": 5.5,
-    "itl_ms_b8": 5.8,
-    "itl_ms_b64": 7.1,
-    "itl_ms_b256": 11.6,
-    "mixed_s": 30,
-}
+WORKLOADS = ("ttft_ms_128", "ttft_ms_4096", "itl_ms_b1", "itl_ms_b8", "itl_ms_b64", "itl_ms_b256", "mixed_s")
+# vLLM 0.26, the floor and what we mean to reach, on one H100; by the prefix of a result's name
+TABLES = {
+    "": ((11.5, 104.7, 6.60, 6.87, 7.77, 12.68, 35.4), (6, 90, 5.05, 5.2, 5.8, 10.3, 26), (8, 98, 5.5, 5.8, 7.1, 11.6, 30)),
+    "fp8_": (
+        (8.0, 68.1, 4.27, 4.39, 5.42, 9.91, 28.0), (3.5, 57, 2.7, 2.8, 3.6, 7.1, 19), (5.5, 64, 3.4, 3.6, 4.7, 8.8, 23),
+    ),
+    "fp8_kv_": ((), (*[None] * 6, 14.5), (*[None] * 6, 19)),
+}  # fmt: skip
 
 
 class Bench:
     """An engine of dummy weights, loaded."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, kv_cache_dtype: str) -> None:
         began = time.perf_counter()
         config = BuildConfig(
-            device="cuda", dummy_weights=True, max_batch_size=256, max_seq_len=8192, max_num_tokens=8192
+            device="cuda",
+            dummy_weights=True,
+            max_batch_size=256,
+            max_seq_len=8192,
+            max_num_tokens=8192,
+            kv_cache_dtype=kv_cache_dtype,
         )
         self.engine = build(model, config)
         loaded = load_engine(self.engine.store, self.engine.engine_id, this_node("cuda"))
@@ -70,6 +59,8 @@ class Bench:
         ready = time.perf_counter()
         self.runner = CudaRunner(loaded.program, weights, loaded.manifest.limits)
         self.manifest = loaded.manifest
+        self.prefix = "fp8_" if self.manifest.quantization else ""
+        self.prefix += "kv_" if kv_cache_dtype == "fp8" else ""
         print(
             f"built and loaded in {ready - began:.1f} s, runner with graphs in {time.perf_counter() - ready:.1f} s",
             flush=True,
@@ -141,18 +132,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("bench/models/llama-3.1-8b"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", choices=list(AIM), default=list(AIM))
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
     arguments = parser.parse_args()
-    bench = Bench(arguments.model)
+    bench = Bench(arguments.model, arguments.kv_cache_dtype)
     print(
         f"{torch.cuda.get_device_name()}, {bench.weight_bytes / 1e9:.2f} GB, {bench.runner.capabilities.num_blocks} blocks"
     )
     found = {}
-    print(f"{'':16}{'ours':>9}{'vLLM':>9}{'floor':>9}{'aim':>9}")
-    for name in arguments.only:
-        found[name] = round(bench.measure(name), 3)
-        print(f"{name:16}{found[name]:9.2f}{VLLM[name]:9.2f}{FLOOR[name]:9.2f}{AIM[name]:9.2f}", flush=True)
+    columns = [dict(zip(WORKLOADS, column, strict=False)) for column in TABLES.get(bench.prefix, ())]
+    print(f"{'':20}{'ours':>9}{'vLLM':>9}{'floor':>9}{'aim':>9}")
+    for workload in arguments.only:
+        name = bench.prefix + workload
+        found[name] = round(bench.measure(workload), 3)
+        others = [column.get(workload) for column in columns]
+        told = "".join(f"{'-' if other is None else format(other, '.2f'):>9}" for other in others)
+        print(f"{name:20}{found[name]:9.2f}{told}", flush=True)
     for rows in arguments.profile:
         bench.profile(rows)
     if arguments.out:

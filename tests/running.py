@@ -5,10 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
+from engine.ops import REFERENCE, Step
 from executor_svc.core import Batch, Sequence
+from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import LoadedEngine, load_engine
 from executor_svc.runner import Runner, TorchRunner
@@ -64,3 +69,28 @@ def run_ahead(runner: Runner, scheduler: Scheduler, work: list[Sequence]) -> Non
             started.append(batch)
         scheduler.commit(started.popleft(), runner.finish())
     scheduler.check_integrity()
+
+
+def reference_logits(loaded: LoadedEngine, tokens: list[int]) -> Tensor:
+    """Of all of a sequence's tokens, computed at once by the references: float32 [tokens, vocab_size]."""
+    device = next(iter(loaded.weights.values())).device
+    at, blocks = torch.arange(len(tokens), device=device), -(-len(tokens) // 16)
+    keys, values = (
+        [
+            torch.zeros(blocks, 16, kept.num_kv_heads, kept.head_dim, dtype=getattr(torch, kept.dtype), device=device)
+            for kept in loaded.program.caches
+        ]
+        for _ in range(2)
+    )
+    table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
+    inputs = {"token_ids": torch.tensor(tokens, device=device).int(), "positions": at.int(), "logit_indices": at.int()}
+    step = Step([len(tokens)], [len(tokens)], table, at, keys, values)
+    (logits,) = Interpreter(loaded.program, loaded.weights, REFERENCE).run(inputs, step)
+    return logits.float()
+
+
+def shortfall(loaded: LoadedEngine, sequence: Sequence) -> Tensor:
+    """By how much the references' logit of each completion token is less than their best, over their largest: [completion]."""
+    logits = reference_logits(loaded, sequence.token_ids[:-1])[sequence.prompt_len - 1 :]
+    tokens = torch.tensor(sequence.token_ids[sequence.prompt_len :], device=logits.device)
+    return (logits.amax(1) - logits.gather(1, tokens[:, None])[:, 0]) / logits.abs().amax(1)

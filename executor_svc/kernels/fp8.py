@@ -152,7 +152,8 @@ def _tiles(
         inside = start + at < columns
         w = tl.load(ours + start, there[:, None] & inside[None, :], 0.0)
         values = tl.load(theirs + start, here[None, :] & inside[:, None], 0.0)
-        sums = tl.dot(w, values, sums)
+        # The tensor core adds up with some 14 bits: its sums go into others of 32 at each turn.
+        sums = tl.dot(w, values, sums, max_num_imprecise_acc=K)
     sums *= of_out[:, None] * tl.load(q_scales + row, here, 0.0)[None, :]
     if BIAS:
         sums += tl.load(bias + out, there, 0.0).to(tl.float32)[:, None]
@@ -175,9 +176,10 @@ def tiles(
     return y
 
 
-def library(q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """The product by torch, bfloat16; for sizes that are multiples of 16."""
-    return torch._scaled_mm(q, weight.t(), q_scales, scales.view(1, -1), out_dtype=torch.bfloat16, use_fast_accum=True)
+def library(q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, *, fast: bool = True) -> Tensor:
+    """The product by torch, bfloat16; for sizes that are multiples of 16. Fast is with the tensor core's own sums."""
+    of_outputs = scales.view(1, -1)
+    return torch._scaled_mm(q, weight.t(), q_scales, of_outputs, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def product(

@@ -236,3 +236,14 @@ def test_tokens_come_of_a_cache_of_8_bits_on_the_cpu(plain: Path, tmp_path: Path
     sequence = Sequence(0, 0, [3, 4, 5], 3, 4, Sampling(0.0))
     Engine(loaded).run([sequence])
     assert len(sequence.token_ids) == 7
+
+
+def test_the_8b_that_benchmarks_take(tmp_path: Path) -> None:
+    """All its layers' products are of 8 bits by token, the head is as it was; half of the KV cache."""
+    large = Path(__file__).parents[2] / "bench" / "models" / "llama-3.1-8b-fp8"
+    manifest, program = make(large, tmp_path, dummy_weights=True, max_seq_len=8192, kv_cache_dtype="fp8")
+    products = [op for op in program.ops if op.op.startswith("linear")]
+    assert [op.attrs.get("per_token", False) for op in products] == [True] * 128 + [False]
+    assert program.weights["lm_head.weight"].dtype == "bfloat16"
+    assert manifest.model.num_parameters == 8_030_261_312
+    assert manifest.model.kv_bytes_per_token == 2 * 8 * 128 * 32
