@@ -1,6 +1,8 @@
 """The FP8 kernels against the references, by Triton's interpreter, and programs that use them; `tests/gpu` has the device's."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,15 @@ def test_rotation_and_attention_over_a_cache_of_8_bits(head_dim: int, monkeypatc
     assert len(taken) == (head_dim == 64)
 
 
+def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "tests.compile_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("bytes of shared memory") == 12
+
+
 # --- programs
 
 
@@ -171,9 +182,9 @@ def test_the_runner_takes_no_product_that_it_has_no_kernel_for(name: str, plain:
     assert not cuda_runner.CudaRunner.takes(load(plain, tmp_path, name).program)
 
 
-@pytest.mark.parametrize(("name", "cache"), [("by token", "auto"), ("by tensor", "fp8")])
+@pytest.mark.parametrize(("name", "cache", "count"), [("by token", "auto", 2), ("by tensor", "fp8", 1)])
 def test_gives_the_references_tokens(
-    name: str, cache: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, cache: str, count: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the sense of docs/architecture.md."""
     monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)
@@ -182,7 +193,7 @@ def test_gives_the_references_tokens(
         loaded.program, loaded.weights, loaded.manifest.limits, kv_memory=1 << 20, device="cpu"
     )
     work = [Sequence(0, row, [(7 * row + 3 * at) % 60 for at in range(5 + 12 * row)], 5 + 12 * row, 3, Sampling(0.0))
-            for row in range(2)]  # fmt: skip
+            for row in range(count)]  # fmt: skip
     run_ahead(runner, Scheduler(scheduler_config(runner, loaded.manifest)), work)
     for sequence in work:
         assert len(sequence.token_ids) == sequence.prompt_len + 3
