@@ -3,7 +3,7 @@
     python -m bench.products [--dtype bfloat16 fp8] [--rows 8 16 32 64] [--shapes qkv ...] [--forms] [--out FILE.json]
 
 bfloat16: cuBLAS, and `rows.thin` in several forms. fp8: what `fp8.product` chooses now; torch's product with a scale a row, and
-with one scale for all, which is no answer but a bound; `fp8.gemv` and `fp8.tiles` in several forms. The floor: the weight at
+with one scale for all, which is no answer but a bound; `fp8.gemv`, `tiles` and `bulk` in several forms. The floor: the weight at
 2,970 GB/s, or the arithmetic at 716 (bfloat16) and 1,432 TFLOP/s, whichever takes longer.
 """
 
@@ -79,8 +79,11 @@ def in_fp8(size: int, weight: Tensor) -> tuple[Tensor, dict[str, Product]]:
         if size == 1 or (size in (2, 4) and out == 1):
             form = {"out": out, "block": block, "warps": warps}
             found[f"gemv {out} {block} {warps}"] = functools.partial(fp8.gemv, q, q_scales, **rest, **form)
+    for n, k, stages in ((128, 128, 4), (256, 128, 3), (64, 128, 4)) if size > 64 else ():
+        form = {"n": n, "k": k, "stages": stages}
+        found[f"bulk {n} {k} {stages}"] = functools.partial(fp8.bulk, q, q_scales, **rest, **form)
     few = ((64, 64, 256, 5, 4), (64, 64, 256, 3, 4), (64, 64, 128, 5, 4), (64, 32, 256, 5, 4))
-    for m, n, k, stages, warps in few if size <= 64 else ((128, 128, 128, 3, 8), (64, 128, 128, 4, 4)):
+    for m, n, k, stages, warps in few if size <= 64 else ((128, 64, 128, 4, 4),):
         form = {"m": m, "n": n, "k": k, "stages": stages, "warps": warps}
         found[f"tiles {m} {n} {k} {stages} {warps}"] = functools.partial(fp8.tiles, q, q_scales, **rest, **form)
     return (((q.float() @ weight.float().T) * q_scales) * scales.view(-1)).to(BF16), found

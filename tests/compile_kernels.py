@@ -46,7 +46,8 @@ def main() -> None:
     compile(fp8._gemv, PRODUCT, {**one, "ROWS": 2, "OUT": 1}, 4)
     compile(fp8._tiles, PRODUCT, {"M": 16, "N": 64, "K": 256, "BIAS": True, "PDL": True}, 4, 5)
     compile(fp8._tiles, PRODUCT, {"M": 64, "N": 64, "K": 256, "BIAS": False, "PDL": True}, 4, 5)
-    compile(fp8._tiles, PRODUCT, {"M": 128, "N": 128, "K": 128, "BIAS": False, "PDL": True}, 8, 3)
+    brought = {**PRODUCT, "q": "tensordesc<fp8e4nv[128,128]>", "weight": "tensordesc<fp8e4nv[128,128]>"}
+    compile(fp8._bulk, brought, {"M": 128, "N": 128, "K": 128, "BAND": 8, "BIAS": False, "PDL": True}, 8, 4)
     kept = {"q": B, "k": B, "v": B, "cos": F, "sin": F, "q_out": B, "k_out": B, "v_out": B, "k_cache": Q, "v_cache": Q}
     form = {**HEADS, "BLOCK": 128, "HEADS": 8, "INTERLEAVED": False, "KEEP": True, "FP8": True, "PDL": True}
     compile(rows._rope_write, kept, form, 4)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.rows import gated, normed, pdl, to_fp8, wait_before
 
@@ -163,7 +164,7 @@ def _tiles(
 
 def tiles(
     q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    *, m: int = 128, n: int = 64, k: int = 256, stages: int = 5, warps: int = 4,
+    *, m: int = 64, n: int = 64, k: int = 256, stages: int = 5, warps: int = 4,
 ) -> Tensor:  # fmt: skip
     """The product for any number of rows, of which a program takes up to m; the weight is the tall side, read once for them."""
     rows, (outputs, columns) = len(q), weight.shape
@@ -172,6 +173,44 @@ def tiles(
     _tiles[(triton.cdiv(rows, m), triton.cdiv(outputs, n))](
         q, q_scales, weight, scales, bias, y, rows, outputs, columns,
         M=m, N=n, K=k, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _bulk(
+    q, weight, q_scales, scales, bias, y, rows, outputs, columns,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BAND: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    """Programs beside one another share weights, and BAND of them later their rows: the L2 cache has both."""
+    wait_before(PDL)
+    wide = BAND * tl.cdiv(outputs, N)
+    first = tl.program_id(0) // wide * BAND
+    high = tl.minimum(tl.cdiv(rows, M) - first, BAND)
+    top, left = (first + tl.program_id(0) % wide % high) * M, tl.program_id(0) % wide // high * N
+    sums = tl.zeros((M, N), tl.float32)
+    for start in range(0, columns, K):
+        sums = tl.dot(q.load([top, start]), weight.load([left, start]).T, sums)
+    row, out = top + tl.arange(0, M), left + tl.arange(0, N)
+    here, there = row < rows, out < outputs
+    sums *= tl.load(q_scales + row, here, 0.0)[:, None] * tl.load(scales + out, there, 0.0)[None, :]
+    if BIAS:
+        sums += tl.load(bias + out, there, 0.0).to(tl.float32)[None, :]
+    target = y + row.to(tl.int64)[:, None] * outputs + out[None, :]
+    tl.store(target, sums.to(y.dtype.element_ty), here[:, None] & there[None, :])
+
+
+def bulk(
+    q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    *, m: int = 128, n: int = 128, k: int = 128, stages: int = 4, warps: int = 8,
+) -> Tensor:  # fmt: skip
+    """The product for many rows, of a multiple of 16 inputs, which the bulk copy engine (TMA) brings."""
+    rows, (outputs, columns) = len(q), weight.shape
+    y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
+    left, right = (TensorDescriptor.from_tensor(part, [size, k]) for part, size in ((q, m), (weight, n)))
+    _bulk[(triton.cdiv(rows, m) * triton.cdiv(outputs, n),)](
+        left, right, q_scales, scales, bias, y, rows, outputs, columns,
+        M=m, N=n, K=k, BAND=8, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
     )  # fmt: skip
     return y
 
@@ -198,4 +237,6 @@ def product(
     if q.is_cuda and dtype is torch.bfloat16 and not any(size % 16 for size in weight.shape):
         y = library(q, q_scales, weight, scales)
         return y if bias is None else y.add_(bias)
-    return tiles(q, q_scales, weight, scales, bias, dtype, n=128, k=128, stages=3, warps=8)
+    if weight.shape[1] % 16 == 0:
+        return bulk(q, q_scales, weight, scales, bias, dtype)
+    return tiles(q, q_scales, weight, scales, bias, dtype)
