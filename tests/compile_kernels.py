@@ -38,6 +38,8 @@ def compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps
 
 def main() -> None:
     row = {"x": B, "gate_up": B, "residual": B, "weight": B, "total": B, "input_scale": F, "q": Q, "scales": F}
+    compile(rows._norm, {**row, "y": B}, {"ADD": True, "BLOCK": 4096, "PDL": True}, 8)
+    compile(rows._silu_mul, {**row, "y": B}, {"BLOCK": 1024, "PDL": True}, 4)
     compile(fp8._norm, row, {"ADD": True, "STATIC": False, "BLOCK": 4096, "PDL": True}, 8)
     compile(fp8._silu_mul, row, {"STATIC": False, "BLOCK": 16384, "PDL": True}, 16)
     compile(fp8._quantize, row, {"STATIC": True, "BLOCK": 4096, "PDL": True}, 8)

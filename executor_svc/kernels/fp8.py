@@ -1,5 +1,7 @@
 """Triton kernels in float8_e4m3fn: rows that are quantized where they are made, and their products (`engine.ops.linear_fp8`)."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from executor_svc.kernels.rows import gated, normed, pdl, to_fp8, wait_before
 
 _LARGE = 50_000_000  # elements of a matrix
+
+
+@functools.cache
+def able() -> bool:
+    """Whether the device has the instructions: Hopper and later."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
 
 
 @triton.jit
@@ -231,7 +239,7 @@ def product(
     rows = len(q)
     if rows in (1, 2):
         return gemv(q, q_scales, weight, scales, bias, dtype)
-    if 0 < rows <= 64:
+    if rows <= 64:
         large = rows > 16 and weight.numel() > _LARGE
         return tiles(q, q_scales, weight, scales, bias, dtype, stages=3 if large else 5)
     if q.is_cuda and dtype is torch.bfloat16 and not any(size % 16 for size in weight.shape):

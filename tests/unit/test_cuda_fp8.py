@@ -3,18 +3,14 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from quantized_writers import floats, save_quantized
 from test_fp8 import CONFIGS, GPU, SCALES, make
-from test_ops import attend, attention_case
 from test_quantized import no_head
 from torch import Tensor
 
@@ -101,16 +97,6 @@ def test_products(rows: int, bias: bool) -> None:
         close(found, wanted.to(getattr(torch, dtype)), bound)
 
 
-@settings(max_examples=4, deadline=None)
-@given(data=st.data())
-def test_attention_over_a_cache_of_8_bits(data: st.DataObject) -> None:
-    tensors, attrs, steps = data.draw(st.composite(attention_case)(torch.float32))
-    steps = [replace(step, k_caches=[step.k_caches[0].to(F8)], v_caches=[step.v_caches[0].to(F8)]) for step in steps]
-    attrs |= {"k_scale": 0.02, "v_scale": 0.005}
-    ours, theirs = (attend(function, tensors, attrs, steps) for function in (cuda.attention, REFERENCE["attention"]))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-
-
 def rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, **attrs: Any) -> Tensor:
     """The references, one after another."""
     turn = {"head_dim": attrs["head_dim"], "interleaved": attrs.pop("interleaved")}
@@ -118,9 +104,10 @@ def rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, **attrs: 
     return found
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("head_dim", [20, 64])
-def test_rotation_and_attention_over_a_cache_of_8_bits(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decode, a prompt with a cached prefix, and one that begins, which reads its keys where they are made."""
+def test_attention_over_a_cache_of_8_bits(head_dim: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode, a prompt with a cached prefix, and one that begins, which may read its keys where they are rotated."""
     torch.manual_seed(head_dim)
     taken: list[int] = []
     ours = cuda.prompt.prompt
@@ -128,18 +115,26 @@ def test_rotation_and_attention_over_a_cache_of_8_bits(head_dim: int, monkeypatc
     table = torch.tensor([[1, 0], [2, 3], [4, 0]], dtype=torch.int32)
     slots = torch.tensor([16 + 8, *range(48, 53), *range(64, 71)])
     cached = [(torch.randn(5, 16, 2, head_dim) * 30).to(F8) for _ in range(2)]
-    fused = torch.randn(13, 8 * head_dim).half()
-    parts = torch.split(fused, [4 * head_dim, 2 * head_dim, 2 * head_dim], 1)
+    parts = torch.split(torch.randn(13, 8 * head_dim).half(), [4 * head_dim, 2 * head_dim, 2 * head_dim], 1)
     angles = torch.randn(13, head_dim // 2)
-    attrs = {"cache": 0, "head_dim": head_dim, "scale": 0.1, "window": 0, "k_scale": 0.03, "v_scale": 0.01}
+    attrs: dict[str, Any] = {
+        "cache": 0,
+        "head_dim": head_dim,
+        "scale": 0.1,
+        "window": 0,
+        "k_scale": 0.03,
+        "v_scale": 0.01,
+    }
+    if fused:
+        attrs["interleaved"], parts = False, (*parts, angles.cos(), angles.sin())
     found = []
-    for function in (cuda.rope_attention, rotated):
+    for function in (cuda.rope_attention, rotated) if fused else (cuda.attention, REFERENCE["attention"]):
         caches = [cache.clone() for cache in cached]
         step = Step([1, 5, 7], [9, 21, 7], table, slots, [caches[0]], [caches[1]])
-        found.append((function(*parts, angles.cos(), angles.sin(), step=step, interleaved=False, **attrs), *caches))
+        found.append((function(*parts, step=step, **attrs), *caches))
     for one, other in zip(*found, strict=True):
         close(one.float(), other.float())
-    assert len(taken) == (head_dim == 64)
+    assert len(taken) == (fused and head_dim == 64)
 
 
 def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
@@ -148,7 +143,7 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.compile_kernels"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("bytes of shared memory") == 12
+    assert done.stdout.count("bytes of shared memory") == 14
 
 
 # --- programs
@@ -180,6 +175,14 @@ def test_what_is_fused(plain: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["weights alone", "by group"])
 def test_the_runner_takes_no_product_that_it_has_no_kernel_for(name: str, plain: Path, tmp_path: Path) -> None:
     assert not cuda_runner.CudaRunner.takes(load(plain, tmp_path, name).program)
+
+
+def test_the_runner_takes_8_bits_on_hopper_alone(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(plain, tmp_path, "by token", kv_cache_dtype="fp8")
+    _, half = make(plain, tmp_path / "store", dtype="float16")
+    _, cache = make(plain, tmp_path / "store", dtype="float16", kv_cache_dtype="fp8")
+    monkeypatch.setattr(fp8, "able", lambda: False)
+    assert [cuda_runner.CudaRunner.takes(program) for program in (half, cache, loaded.program)] == [True, False, False]
 
 
 @pytest.mark.parametrize(("name", "cache", "count"), [("by token", "auto", 2), ("by tensor", "fp8", 1)])
