@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from executor_svc.kernels import fp8, paged, rows
+from executor_svc.kernels import fp8, paged, prompt, rows
 
 SHARED = 227 * 1024  # bytes that a program may have
 B, F, Q, I32, I64 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"
@@ -38,12 +38,14 @@ def compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps
 
 def main() -> None:
     row = {"x": B, "gate_up": B, "residual": B, "weight": B, "total": B, "input_scale": F, "q": Q, "scales": F}
-    compile(rows._norm, {**row, "y": B}, {"ADD": True, "BLOCK": 4096, "PDL": True}, 8)
+    compile(rows._norm, {**row, "y": B}, {"residual": None, "ADD": False, "BLOCK": 4096, "PDL": True}, 8)
     compile(rows._silu_mul, {**row, "y": B}, {"BLOCK": 1024, "PDL": True}, 4)
-    compile(fp8._norm, row, {"ADD": True, "STATIC": False, "BLOCK": 4096, "PDL": True}, 8)
-    compile(fp8._silu_mul, row, {"STATIC": False, "BLOCK": 16384, "PDL": True}, 16)
+    by_token = {"input_scale": None, "STATIC": False, "PDL": True}
+    compile(fp8._norm, row, {**by_token, "residual": None, "ADD": False, "BLOCK": 4096}, 8)
+    compile(fp8._norm, row, {**by_token, "ADD": True, "BLOCK": 4096}, 8)
+    compile(fp8._silu_mul, row, {**by_token, "BLOCK": 16384}, 16)
     compile(fp8._quantize, row, {"STATIC": True, "BLOCK": 4096, "PDL": True}, 8)
-    one = {"ROWS": 1, "OUT": 2, "BIAS": False, "BLOCK": 2048, "PDL": True}
+    one = {"bias": None, "ROWS": 1, "OUT": 2, "BIAS": False, "BLOCK": 2048, "PDL": True}
     compile(fp8._gemv, PRODUCT, one, 4)
     compile(fp8._gemv, PRODUCT, {**one, "ROWS": 2, "OUT": 1}, 4)
     compile(fp8._tiles, PRODUCT, {"M": 16, "N": 64, "K": 256, "BIAS": True, "PDL": True}, 4, 5)
@@ -60,6 +62,13 @@ def main() -> None:
     compile(
         paged._prefill, {**reads, "starts": I32, "tile_row": I32, "tile_at": I32}, {**tile, "M": 128, "PARTS": 1}, 8
     )
+    fresh = {
+        "q": "tensordesc<bf16[128,128]>",
+        "keys": "tensordesc<bf16[128,128]>",
+        "values": "tensordesc<bf16[128,128]>",
+    }
+    tiles = {"out": B, "starts": I32, "tile_row": I32, "tile_at": I32}
+    compile(prompt._prompt, {**fresh, **tiles}, {**HEADS, "M": 128, "N": 128, "PDL": True}, 8, 2)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     weight            float8_e4m3fn [out, in]
     weight_scale_inv  [ceil(out / 128), ceil(in / 128)]     what a block is multiplied with, whatever its name says
     weight_scale      one for the tensor ("fp8" without blocks), or [out, 1] ("fbgemm_fp8")
-
     input_scale       one for the tensor, with activation_scheme "static"
 
 By blocks, activations stay as they are. activation_scale_ub of "fbgemm_fp8", a bound of tokens' scales, is left out: larger

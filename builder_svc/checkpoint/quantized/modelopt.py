@@ -1,9 +1,10 @@
 """FP8 as NVIDIA's ModelOpt writes it: hf_quant_config.json, or a quantization_config with quant_method "modelopt".
 
-weight        float8_e4m3fn [out, in]
-weight_scale  one for the tensor (FP8), or [out] (FP8_PER_CHANNEL_PER_TOKEN)
+    weight        float8_e4m3fn [out, in]
+    weight_scale  one for the tensor (FP8), or [out] (FP8_PER_CHANNEL_PER_TOKEN)
+    input_scale   one for the tensor (FP8)
 
-input_scale   one for the tensor (FP8)
+k_scale and v_scale, of the KV cache, are a layer's attention's (`resolve.kv_scales`).
 """
 
 from builder_svc.checkpoint.quantized.fp8 import facts
