@@ -120,6 +120,8 @@ class CudaRunner:
         self._tables = torch.zeros(rows, per_sequence, dtype=torch.int32, device=self._device)
         self._tables[self._fill_row] = num_blocks
         self._last = torch.zeros(rows, dtype=torch.int32, device=self._device)
+        groups = max(cache.num_kv_heads for cache in program.caches)
+        self._arrived = torch.zeros(rows * groups, dtype=torch.int32, device=self._device)
         self._layout = CudaLayout(limits.max_batch_size, per_sequence)
         self._flights: deque[_Flight] = deque()
         self._pinned = [self._host(max(limits.max_num_tokens, rows) * 12 + 4096) for _ in range(IN_FLIGHT + 1)]
@@ -219,7 +221,9 @@ class CudaRunner:
         """columns: sequences and first queries of all tiles, and where known of the fresh and of the cached ones."""
         pairs = zip(columns[::2], columns[1::2], strict=True)
         tiles = [pair if len(pair[0]) else None for pair in pairs]
-        return DeviceStep([], [], self._tables, slots, self._k, self._v, num_decodes, rows, lengths, starts, *tiles)
+        return DeviceStep(
+            [], [], self._tables, slots, self._k, self._v, num_decodes, rows, lengths, self._arrived, starts, *tiles
+        )
 
     def _send(self, sampled: Tensor) -> _Flight:
         """Tokens on their way to the host."""

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from engine.ops import Step
 from engine.ops import rms_norm as reference_rms_norm
-from executor_svc.kernels import paged, prompt, rows
+from executor_svc.kernels import paged, products, prompt, rows
 
 __all__ = [
     "DeviceStep",
     "add_rms_norm",
     "attention",
     "linear",
+    "linear_silu_mul",
     "rms_norm",
     "rope",
     "rope_attention",
@@ -44,12 +45,14 @@ class DeviceStep(Step):
         lengths: int32 [num_seqs], context_lens.
         starts: int32, the rows of the batch at which the other sequences begin, and the last one's end.
         tiles: int32 [n] twice, as `paged.prefill` takes them.
+        arrived: int32 zeros, a number for each decode and key head: `paged.decode` counts there.
         fresh, cached: the tiles of sequences that begin in this step, and the rest; None where that is not known.
     """
 
     num_decodes: int
     rows: Tensor
     lengths: Tensor
+    arrived: Tensor
     starts: Tensor | None = None
     tiles: Tiles | None = None
     fresh: Tiles | None = None
@@ -77,6 +80,7 @@ class DeviceStep(Step):
             num_decodes=count,
             rows=torch.arange(len(lens), dtype=torch.int32, device=device),
             lengths=torch.tensor(step.context_lens, dtype=torch.int32, device=device),
+            arrived=torch.zeros(count * max(k.shape[2] for k in step.k_caches), dtype=torch.int32, device=device),
             starts=torch.tensor(starts, dtype=torch.int32, device=device),
             tiles=tiles(at),
             fresh=tiles([tile for tile in at if begins[tile[0]]]),
@@ -86,15 +90,31 @@ class DeviceStep(Step):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Where the time goes into reading the weight, kernels that read it as fast as memory gives it; else cuBLAS."""
-    count = x.shape[0]
-    if 0 < count <= _THIN_ROWS and x.dtype is not torch.float32 and weight.is_contiguous() and x.stride(-1) == 1:
-        if count in _GEMV_ROWS:
-            return rows.gemv(x, weight, bias)
-        large = weight.numel() > _LARGE
-        if count <= 16:
-            return rows.thin(x, weight, bias, k=256 if large else 128)
-        return rows.thin(x, weight, bias, stages=3 if large and weight.shape[0] > weight.shape[1] else 5)
-    return F.linear(x, weight, bias)
+    return _few_rows(x, weight, bias) if _reads_the_weight(x, weight) else F.linear(x, weight, bias)
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`silu_mul` of `linear`: one kernel where the weight's reading takes the time."""
+    if _reads_the_weight(x, weight):
+        return _few_rows(x, weight, bias, pair=True)
+    return rows.silu_mul(F.linear(x, weight, bias))
+
+
+def _reads_the_weight(x: Tensor, weight: Tensor) -> bool:
+    few = 0 < x.shape[0] <= _THIN_ROWS and x.dtype is not torch.float32
+    return few and weight.is_contiguous() and x.stride(-1) == 1
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, *, pair: bool = False) -> Tensor:
+    """The forms are the fastest of bench/products.py on an H100."""
+    if x.shape[0] in _GEMV_ROWS:
+        return products.gemv(x, weight, bias, pair=pair)
+    large = weight.numel() > _LARGE
+    if x.shape[0] <= 16:
+        form = products.Form(k=256 if large else 128)
+    else:
+        form = products.Form(stages=3 if large and weight.shape[0] > weight.shape[1] else 5)
+    return products.thin(x, weight, bias, form, pair=pair)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -176,8 +196,9 @@ def _attend(
     out, count = torch.empty_like(q) if q.is_cuda else torch.zeros_like(q), step.num_decodes
     if count:
         paged.decode(
-            q[:count], k_cache, v_cache, alibi, tables, step.rows[:count], step.lengths[:count], out[:count], **settings
-        )
+            q[:count], k_cache, v_cache, alibi, tables, step.rows[:count], step.lengths[:count], step.arrived, out[:count],
+            **settings,
+        )  # fmt: skip
     if step.starts is None:
         return out
     tiles, head_dim = step.tiles, k_cache.shape[-1]

@@ -2,6 +2,8 @@
 context (Flash-Decoding, Dao et al. 2023), query heads of a key head packed into one tile.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,33 +16,20 @@ LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of 2: their expone
 SPLITS_FOR = 132  # programs that fill the device: an H100's multiprocessors
 
 
+class Form(NamedTuple):
+    """Keys of a block, warps and stages of a program: bench/attention.py tries them."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
 @triton.jit
 def _block(
-    q,
-    k_cache,
-    v_cache,
-    table,
-    start,
-    last,
-    position,
-    slope,
-    group,
-    scale,
-    cap,
-    window,
-    best,
-    total,
-    output,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MASK: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
+    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     """N keys from `start` on; without MASK every query sees all of them."""
     dims = tl.arange(0, BD)
     seen = start + tl.arange(0, N)
@@ -71,29 +60,10 @@ def _block(
 
 @triton.jit
 def _attend(
-    q,
-    k_cache,
-    v_cache,
-    table,
-    first,
-    whole,
-    last,
-    position,
-    slope,
-    group,
-    scale,
-    cap,
-    window,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    q, k_cache, v_cache, table, first, whole, last, position, slope, group, scale, cap, window, G: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     """A tile of queries over the keys [first, last), of which they all see those before `whole`: maximum, sum and output."""
     best = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -113,34 +83,11 @@ def _attend(
 
 @triton.jit
 def _prefill(
-    q,
-    k_cache,
-    v_cache,
-    out,
-    alibi,
-    tables,
-    table_rows,
-    starts,
-    lengths,
-    tile_row,
-    tile_at,
-    table_stride,
-    scale,
-    cap,
-    window,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    PARTS: tl.constexpr,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, tile_row, tile_at, table_stride, scale, cap,
+    window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,
+    PARTS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
+    WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     tile, head = tl.program_id(1) // PARTS, tl.program_id(0)
     row, at = tl.load(tile_row + tile), tl.load(tile_at + tile) + tl.program_id(1) % PARTS * M
@@ -190,11 +137,11 @@ def _prefill(
     tl.store(out + offset, output.to(out.dtype.element_ty), there)
 
 
-def _form(row_bytes: int) -> tuple[int, int, int]:
-    """Queries, keys and stages of a program, by the bytes of a head: shared memory holds them all."""
+def _form(row_bytes: int) -> tuple[int, Form]:
+    """Queries of a program, and its form, by the bytes of a head: shared memory holds them all."""
     if row_bytes <= 256:
-        return TILE, 64, 3
-    return (64, 64, 2) if row_bytes <= 512 else (32, 32, 1)
+        return TILE, Form(64, 8, 3)
+    return (64, Form(64, 4, 2)) if row_bytes <= 512 else (32, Form(32, 4, 1))
 
 
 def prefill(
@@ -212,44 +159,21 @@ def prefill(
     _, page, groups, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim
     wide = triton.next_power_of_2(head_dim)
-    m, n, stages = _form(wide * q.itemsize)
+    m, form = _form(wide * q.itemsize)
     _prefill[(heads, len(tiles[0]) * (TILE // m))](
         q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, *tiles, tables.stride(0), scale, soft_cap, window,
-        H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=n, PARTS=TILE // m, BD=max(16, wide),
-        CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, num_warps=8 if m == TILE else 4,
-        num_stages=stages, **pdl(),
+        H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=form.keys, PARTS=TILE // m, BD=max(16, wide),
+        CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, num_warps=form.warps, num_stages=form.stages, **pdl(),
     )  # fmt: skip
 
 
 @triton.jit
 def _decode(
-    q,
-    k_cache,
-    v_cache,
-    alibi,
-    tables,
-    table_rows,
-    lengths,
-    out,
-    partial,
-    stats,
-    table_stride,
-    scale,
-    cap,
-    window,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr,
+    q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride, scale, cap,
+    window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BD: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
@@ -305,43 +229,37 @@ def _decode(
         tl.store(partial + at[:, None] * BD + dims[None, :], output, (mine < H // G)[:, None])
         known = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
         tl.store(stats + at, known, mine < H // G)
+        tl.debug_barrier()  # what all threads have stored is there before one of them says so
+        if tl.atomic_add(arrived + row * G + group, 1) == SPLITS - 1:
+            tl.store(arrived + row * G + group, 0)
+            for number in tl.static_range(H // G):
+                _combine(partial, stats, out, row.to(tl.int64), group * (H // G) + number, H, D, BD, SPLITS)
 
 
 @triton.jit
-def _combine(
-    partial,
-    stats,
-    lengths,
-    out,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
-    wait_before(PDL)
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if tl.load(lengths + row) == 0:
-        return
-    split, dims = tl.arange(0, WIDE), tl.arange(0, BD)
-    at = (row * SPLITS + split) * H + head
-    known = tl.load(stats + at, split < SPLITS, float("-inf"))
+def _combine(partial, stats, out, row, head, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """What the splits have found of a head, weighed by their sums; read past the first cache, which may hold what was there."""
+    dims = tl.arange(0, BD)
+    at = (row * SPLITS + tl.arange(0, SPLITS)) * H + head
+    known = tl.load(stats + at, cache_modifier=".cg")
     weights = tl.exp2(known - tl.max(known))
     weights /= tl.sum(weights)
-    parts = tl.load(partial + at[:, None] * BD + dims[None, :], (split < SPLITS)[:, None], 0.0)
+    parts = tl.load(partial + at[:, None] * BD + dims[None, :], cache_modifier=".cg")
     result = tl.sum(parts * weights[:, None], 0)
     tl.store(out + (row * H + head) * D + dims, result.to(out.dtype.element_ty), dims < D)
 
 
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor,
-    lengths: Tensor, out: Tensor,
-    *, scale: float, window: int, soft_cap: float,
+    lengths: Tensor, arrived: Tensor, out: Tensor,
+    *, scale: float, window: int, soft_cap: float, form: Form | None = None,
 ) -> None:  # fmt: skip
     """Attention of one query a sequence, [S, H * D], into `out`, whose rows with a length of 0 stay as they are.
 
-    The grid depends on S alone, so that a graph holds for all lengths.
+    The grid depends on S alone, so that a graph holds for all lengths. Of a sequence's splits the last to end combines them.
+
+    Args:
+        arrived: int32, at least [S, G], zeros, and zeros again afterwards: how many splits have ended.
     """
     _, page, groups, head_dim = k_cache.shape
     rows, heads = q.shape[0], q.shape[1] // head_dim
@@ -349,14 +267,11 @@ def decode(
     splits = max(1, min(64, triton.next_power_of_2(SPLITS_FOR // (rows * groups) + 1)))
     partial = q.new_empty((rows, splits, heads, wide), dtype=torch.float32)
     stats = q.new_empty((rows, splits, heads), dtype=torch.float32)
-    _, n, stages = _form(wide * q.itemsize)
+    form = form or _form(wide * q.itemsize)[1]._replace(warps=4)
     options = {"CAP": soft_cap != 0, "ALIBI": alibi is not None, "WINDOW": window != 0, **pdl()}
     _decode[(rows, groups, splits)](
-        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, tables.stride(0), scale, soft_cap, window,
-        H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=n, BD=wide,
-        SPLITS=splits, num_warps=4, num_stages=stages, **options,
+        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, tables.stride(0), scale,
+        soft_cap, window,
+        H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=form.keys, BD=wide,
+        SPLITS=splits, num_warps=form.warps, num_stages=form.stages, **options,
     )  # fmt: skip
-    if splits > 1:
-        _combine[(rows, heads)](
-            partial, stats, lengths, out, H=heads, D=head_dim, BD=wide, SPLITS=splits, WIDE=splits, num_warps=4, **pdl()
-        )

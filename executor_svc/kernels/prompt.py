@@ -3,7 +3,6 @@ engine (TMA, Hopper and later) brings them, and no page table is read (FlashAtte
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -11,16 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from executor_svc.kernels.paged import Form
 from executor_svc.kernels.rows import pdl, wait_before
-
-
-class Form(NamedTuple):
-    """Keys of a block, warps and stages of a program: bench/attention.py tries them."""
-
-    keys: int
-    warps: int
-    stages: int
-
 
 FORM = Form(128, 8, 2)
 
