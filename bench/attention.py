@@ -44,9 +44,9 @@ def ints(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-def tiles(lengths: list[int], size: int) -> tuple[Tensor, Tensor]:
-    """Tiles of `size` queries, those with the most keys first."""
-    at = [(first, row) for row, length in enumerate(lengths) for first in range(0, length, size)]
+def tiles(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Tiles of TILE queries, those with the most keys first."""
+    at = [(first, row) for row, length in enumerate(lengths) for first in range(0, length, paged.TILE)]
     at.sort(key=lambda pair: -pair[0])
     return ints([row for _, row in at]), ints([first for first, _ in at])
 
@@ -95,14 +95,14 @@ def prompts(table: Table, case: str, lengths: list[int]) -> None:
     k = k.contiguous()  # as `rope_write` keeps it
     wanted = sdpa(q, k, v, lengths)
     out = torch.zeros_like(q)
-    starts = ints([0, *itertools.accumulate(lengths)])
+    starts, places = ints([0, *itertools.accumulate(lengths)]), tiles(lengths)
     flops = sum(2 * HEADS * DIM * length * (length + 1) for length in lengths) / 1e6
     for rows, keys, warps, stages in [
         (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3),
     ]:  # fmt: skip
-        places, form = tiles(lengths, rows), Form(keys, warps, stages)
+        form = Form(keys, warps, stages)
 
-        def ours(_: int, places: tuple[Tensor, Tensor] = places, form: Form = form, rows: int = rows) -> Tensor:
+        def ours(_: int, form: Form = form, rows: int = rows) -> Tensor:
             prompt.prompt(q, k, v, starts, places, out, head_dim=DIM, scale=SCALE, rows=rows, form=form)
             return out
 
@@ -117,7 +117,7 @@ def prompts(table: Table, case: str, lengths: list[int]) -> None:
         for cache, new in zip(caches, (k, v), strict=True):
             cache[part[at // PAGE].long() * PAGE + at % PAGE] = new[starts[row] : starts[row + 1]]
     k_cache, v_cache = (cache.view(-1, PAGE, GROUPS, DIM) for cache in caches)
-    all_rows, sizes, places = ints(list(range(len(lengths)))), ints(lengths), tiles(lengths, paged.TILE)
+    all_rows, sizes = ints(list(range(len(lengths)))), ints(lengths)
 
     def by_pages(_: int) -> Tensor:
         paged.prefill(

@@ -23,7 +23,7 @@ from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
 from executor_svc.kernels.fuse import fuse
 from executor_svc.kernels.gpu import DeviceStep
-from executor_svc.kernels.stage import keep, put, stage
+from executor_svc.kernels.stage import choose, keep, put, stage
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
 
@@ -178,9 +178,7 @@ class CudaRunner:
         step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], *columns[10:])
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": torch.cat((samples, prompt_rows))}
         (logits,) = self._interpreter.run(inputs, step)
-        sampled = logits[: len(samples)].argmax(-1).int() if len(samples) else samples
-        keep(self._last, sampling_rows, sampled)
-        return logits, sampled
+        return logits, choose(logits[: len(samples)], sampling_rows, self._last)
 
     def _replay(self, graph: _Graph, layout: HostStep) -> tuple[Tensor, Tensor]:
         if len(rest := layout.updates[graph.shape.updates :]):  # a sequence that comes back brings many blocks
@@ -196,9 +194,7 @@ class CudaRunner:
         step = self._step(slots, shape.decodes, rows, lengths, starts, tile_rows, tile_first)
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": samples}
         (logits,) = self._interpreter.run(inputs, step)
-        sampled = logits.argmax(-1).int()
-        keep(self._last, sampling_rows, sampled)
-        return logits, sampled
+        return logits, choose(logits, sampling_rows, self._last)
 
     @torch.inference_mode()
     def _capture(self, limits: Limits) -> list[_Graph]:

@@ -92,7 +92,7 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, pair: bool = False, 
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _thin(
     x,
     weight,

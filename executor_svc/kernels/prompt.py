@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from executor_svc.kernels.paged import Form
+from executor_svc.kernels.paged import TILE, Form
 from executor_svc.kernels.rows import pdl, wait_before
 
-FORM = Form(128, 8, 2)
+ROWS, FORM = 64, Form(64, 4, 3)  # queries of a program; the fastest of bench/attention.py on an H200
 
 
 @triton.jit
@@ -37,13 +37,15 @@ def _block(
 @triton.jit
 def _prompt(
     q, keys, values, out, starts, tile_row, tile_at, scale,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
-    tile, head = tl.program_id(1), tl.program_id(0)
-    at = tl.load(tile_at + tile)
+    tile, head = tl.program_id(1) // PARTS, tl.program_id(0)
+    at = tl.load(tile_at + tile) + (PARTS - 1 - tl.program_id(1) % PARTS) * M
     begin = tl.load(starts + tl.load(tile_row + tile))
     count = tl.load(starts + tl.load(tile_row + tile) + 1) - begin
+    if at >= count:
+        return
     query, column = at + tl.arange(0, M), head // (H // G) * D
     ours = q.load([begin + at, head * D])
     scale *= 1.4426950408889634  # scores are powers of 2
@@ -76,18 +78,19 @@ def takes(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
 
 def prompt(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, tiles: tuple[Tensor, Tensor], out: Tensor,
-    *, head_dim: int, scale: float, rows: int = 128, form: Form = FORM,
+    *, head_dim: int, scale: float, rows: int = ROWS, form: Form = FORM,
 ) -> None:  # fmt: skip
     """Causal attention of ragged prompts [T, H * D] over their own keys and values [T, G * D], into `out`.
 
     Args:
         starts: int32 [S + 1], the rows at which the prompts begin and end.
-        tiles: int32 [n] twice: the prompt of each tile of `rows` queries, and the first of them.
+        tiles: int32 [n] twice: the prompt of each tile of TILE queries, and the first of them.
     """
     heads, groups = q.shape[1] // head_dim, k.shape[1] // head_dim
     queries = TensorDescriptor.from_tensor(q, [rows, head_dim])
     keys, values = (TensorDescriptor.from_tensor(part, [form.keys, head_dim]) for part in (k, v))
-    _prompt[(heads, len(tiles[0]))](
+    _prompt[(heads, len(tiles[0]) * (TILE // rows))](
         queries, keys, values, out, starts, *tiles, scale,
-        H=heads, G=groups, D=head_dim, M=rows, N=form.keys, num_warps=form.warps, num_stages=form.stages, **pdl(),
+        H=heads, G=groups, D=head_dim, M=rows, PARTS=TILE // rows, N=form.keys, num_warps=form.warps,
+        num_stages=form.stages, **pdl(),
     )  # fmt: skip

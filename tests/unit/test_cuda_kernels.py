@@ -110,3 +110,16 @@ def test_prompts_that_begin_read_their_keys_where_they_are(head_dim: int, monkey
         run(kernels.attention, torch.float16), run(REFERENCE["attention"], torch.float32), rtol=4e-3, atol=4e-3
     )
     assert taken == [3]  # tiles of the two
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 50), (3, 20000)])
+def test_chooses_the_first_of_the_most_probable(rows: int, vocab: int) -> None:
+    from executor_svc.kernels.stage import choose
+
+    torch.manual_seed(rows)
+    logits = torch.randint(-9, 9, (rows + 2, vocab), dtype=torch.int8).half()[1 : rows + 1]
+    logits[0] = float("-inf")
+    last, places = torch.full((9,), -1, dtype=torch.int32), torch.tensor([4, 0, 7][:rows], dtype=torch.int32)
+    chosen = choose(logits, places, last)
+    assert chosen.tolist() == [logits[row].tolist().index(logits[row].max()) for row in range(rows)]
+    assert last[places.long()].tolist() == chosen.tolist() and (last >= 0).sum() == rows
