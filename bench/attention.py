@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.products import timed
 from executor_svc.kernels import paged, prompt
 from executor_svc.kernels.paged import Form
+from executor_svc.kernels.tactics import timed
 
 HEADS, GROUPS, DIM, PAGE = 32, 8, 128, 16
 SCALE = DIM**-0.5

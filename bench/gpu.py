@@ -22,6 +22,8 @@ from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from executor_svc.core import Batch, Sampling, Sequence
 from executor_svc.cuda_runner import CudaRunner
+from executor_svc.kernels import tactics
+from executor_svc.kernels.fuse import fuse
 from executor_svc.loader import load_engine
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
@@ -58,7 +60,7 @@ AIM = {
 class Bench:
     """An engine of dummy weights, loaded."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, tuned: bool = False) -> None:
         began = time.perf_counter()
         config = BuildConfig(
             device="cuda", dummy_weights=True, max_batch_size=256, max_seq_len=8192, max_num_tokens=8192
@@ -68,10 +70,14 @@ class Bench:
         weights = {name: tensor.to("cuda") for name, tensor in loaded.weights.items()}
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         ready = time.perf_counter()
-        self.runner = CudaRunner(loaded.program, weights, loaded.manifest.limits)
+        limits = loaded.manifest.limits
+        table = tactics.tune(fuse(loaded.program), limits.max_batch_size, torch.bfloat16) if tuned else {}
+        tuning, ready = time.perf_counter() - ready, time.perf_counter()
+        self.runner = CudaRunner(loaded.program, weights, limits, table=table)
         self.manifest = loaded.manifest
         print(
-            f"built and loaded in {ready - began:.1f} s, runner with graphs in {time.perf_counter() - ready:.1f} s",
+            f"built and loaded in {ready - began - tuning:.1f} s, tuned in {tuning:.1f} s, runner with graphs in "
+            f"{time.perf_counter() - ready:.1f} s",
             flush=True,
         )
         self.serial = 0
@@ -141,10 +147,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("bench/models/llama-3.1-8b"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=list(AIM), default=list(AIM))
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
     arguments = parser.parse_args()
-    bench = Bench(arguments.model)
+    bench = Bench(arguments.model, arguments.tune)
     print(
         f"{torch.cuda.get_device_name()}, {bench.weight_bytes / 1e9:.2f} GB, {bench.runner.capabilities.num_blocks} blocks"
     )

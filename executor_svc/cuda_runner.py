@@ -22,8 +22,9 @@ from executor_svc.cuda_layout import CudaLayout, HostStep, Shape
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
 from executor_svc.kernels.fuse import fuse
-from executor_svc.kernels.gpu import DeviceStep
+from executor_svc.kernels.gpu import RULE, DeviceStep
 from executor_svc.kernels.stage import choose, keep, put, stage
+from executor_svc.kernels.tactics import Table
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
 
@@ -92,6 +93,7 @@ class CudaRunner:
         kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
             the memory that is free.
         kv_share: in (0, 1]; by default 0.85.
+        table: tactics of products; by default the rule's.
         device: "cuda", or "cpu" where Triton interprets its kernels; then there are no graphs.
 
     Raises:
@@ -106,11 +108,15 @@ class CudaRunner:
         *,
         kv_memory: int | None = None,
         kv_share: float | None = None,
+        table: Table = RULE,
         device: str = "cuda",
     ) -> None:
         self._device = torch.device(device)
         self._on_gpu = device == "cuda"
-        self._interpreter = Interpreter(fuse(program), weights, implementations("gpu"))
+        operators = implementations("gpu")
+        for name in ("linear", "linear_silu_mul"):
+            operators[name] = functools.partial(operators[name], table=table)
+        self._interpreter = Interpreter(fuse(program), weights, operators)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         # one block more takes the keys of rows that only fill a graph up
         num_blocks = cache_blocks(program, limits, device, kv_memory, kv_share or _KV_SHARE, spare=1)

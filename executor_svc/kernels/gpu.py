@@ -8,12 +8,11 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import Step
 from engine.ops import rms_norm as reference_rms_norm
-from executor_svc.kernels import paged, products, prompt, rows
+from executor_svc.kernels import paged, prompt, rows, tactics
 
 __all__ = [
     "DeviceStep",
@@ -27,11 +26,7 @@ __all__ = [
     "silu_mul",
 ]
 
-_GEMV_ROWS = (1, 2, 4)
-_THIN_ROWS = 64
-_LARGE = 50_000_000  # elements of a matrix (bench/products.py: measured on an H100)
-
-
+RULE: tactics.Table = {}  # no table: the rule alone
 Tiles = tuple[Tensor, Tensor]
 
 
@@ -88,33 +83,23 @@ class DeviceStep(Step):
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Where the time goes into reading the weight, kernels that read it as fast as memory gives it; else cuBLAS."""
-    return _few_rows(x, weight, bias) if _reads_the_weight(x, weight) else F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: tactics.Table = RULE) -> Tensor:
+    """With few rows, where the time goes into reading the weight, by the tactic of its shape; else cuBLAS."""
+    return _multiply(x, weight, bias, table, pair=False)
 
 
-def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: tactics.Table = RULE) -> Tensor:
     """`silu_mul` of `linear`: one kernel where the weight's reading takes the time."""
-    if _reads_the_weight(x, weight):
-        return _few_rows(x, weight, bias, pair=True)
-    return rows.silu_mul(F.linear(x, weight, bias))
+    return _multiply(x, weight, bias, table, pair=True)
 
 
-def _reads_the_weight(x: Tensor, weight: Tensor) -> bool:
-    few = 0 < x.shape[0] <= _THIN_ROWS and x.dtype is not torch.float32
-    return few and weight.is_contiguous() and x.stride(-1) == 1
-
-
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, *, pair: bool = False) -> Tensor:
-    """The forms are the fastest of bench/products.py on an H100."""
-    if x.shape[0] in _GEMV_ROWS:
-        return products.gemv(x, weight, bias, pair=pair)
-    large = weight.numel() > _LARGE
-    if x.shape[0] <= 16:
-        form = products.Form(k=256 if large else 128)
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, table: tactics.Table, *, pair: bool) -> Tensor:
+    few = 0 < len(x) <= tactics.MOST_ROWS and x.dtype is not torch.float32
+    if few and weight.is_contiguous() and x.stride(-1) == 1:
+        how = tactics.choose(tactics.shape_of(x, weight, pair), table)
     else:
-        form = products.Form(stages=3 if large and weight.shape[0] > weight.shape[1] else 5)
-    return products.thin(x, weight, bias, form, pair=pair)
+        how = tactics.CUBLAS
+    return tactics.multiply(x, weight, bias, how, pair=pair)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

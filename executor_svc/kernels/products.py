@@ -14,16 +14,12 @@ from executor_svc.kernels.rows import pdl, wait_before
 
 
 class Form(NamedTuple):
-    """Rows of the weight and columns of a block, stages and warps of a program of `thin`: bench/products.py tries them.
-
-    early: whether the first block is loaded before the wait.
-    """
+    """Rows of the weight and columns of a block, stages and warps of a program of `thin`: bench/products.py tries them."""
 
     n: int = 64
     k: int = 128
     stages: int = 5
     warps: int = 4
-    early: bool = False
 
 
 @triton.jit
@@ -40,9 +36,7 @@ def _gemv(
     bias,
     y,
     columns,
-    x_stride,
     outputs,
-    ROWS: tl.constexpr,
     PAIR: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -50,7 +44,6 @@ def _gemv(
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001
     out = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    row = tl.arange(0, ROWS)
     ours = weight + out * columns + at
     second = weight + (out + outputs) * columns + at
     ahead = tl.load(ours, at < columns, 0.0)
@@ -58,36 +51,34 @@ def _gemv(
     if PAIR:
         ahead_up = tl.load(second, at < columns, 0.0)
     wait_before(PDL)
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
     sums_up = sums
     for start in range(0, columns, BLOCK):
         following = start + BLOCK + at < columns
         w = ahead.to(tl.float32)
         ahead = tl.load(ours + start + BLOCK, following, 0.0)
-        values = tl.load(x + row[:, None] * x_stride + start + at[None, :], (start + at < columns)[None, :], 0.0)
-        values = values.to(tl.float32)
-        sums += values * w[None, :]
+        values = tl.load(x + start + at, start + at < columns, 0.0).to(tl.float32)
+        sums += values * w
         if PAIR:
             w = ahead_up.to(tl.float32)
             ahead_up = tl.load(second + start + BLOCK, following, 0.0)
-            sums_up += values * w[None, :]
-    result, result_up = tl.sum(sums, 1), tl.sum(sums_up, 1)
+            sums_up += values * w
+    result, result_up = tl.sum(sums), tl.sum(sums_up)
     if BIAS:
         result += tl.load(bias + out).to(tl.float32)
         if PAIR:
             result_up += tl.load(bias + outputs + out).to(tl.float32)
     result = _silu_mul(result, result_up, y.dtype.element_ty) if PAIR else result.to(y.dtype.element_ty)
-    tl.store(y + row * outputs + out, result)
+    tl.store(y + out, result)
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, pair: bool = False, block: int = 2048) -> Tensor:
-    """linear, or of a pair linear and silu_mul, for 1, 2 or 4 rows of x: each row of the weight is read once."""
-    rows, columns = x.shape[0], weight.shape[1]
+    """linear, or of a pair linear and silu_mul, for one row x [1, columns]: a program for each row of the weight."""
+    columns = weight.shape[1]
     outputs = weight.shape[0] // 2 if pair else weight.shape[0]
-    y = x.new_empty(rows, outputs)
+    y = x.new_empty(1, outputs)
     _gemv[(outputs,)](
-        x, weight, bias, y, columns, x.stride(0), outputs, ROWS=rows, PAIR=pair, BIAS=bias is not None, BLOCK=block,
-        num_warps=4, **pdl(),
+        x, weight, bias, y, columns, outputs, PAIR=pair, BIAS=bias is not None, BLOCK=block, num_warps=4, **pdl()
     )  # fmt: skip
     return y
 
@@ -105,7 +96,6 @@ def _thin(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    EARLY: tl.constexpr,
     PAIR: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -119,16 +109,9 @@ def _thin(
         mine = tl.program_id(0) * N + tl.arange(0, N)
         out = mine
     ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
-    if EARLY:
-        ahead = tl.load(ours, (mine < outputs)[:, None] & (at < columns)[None, :], 0.0)
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
-    if EARLY:
-        values = tl.load(
-            x + row[None, :] * x_stride + at[:, None], (row < rows)[None, :] & (at < columns)[:, None], 0.0
-        )
-        sums = tl.dot(ahead, values, sums)
-    for start in range(K if EARLY else 0, columns, K):
+    for start in range(0, columns, K):
         inside = start + at < columns
         w = tl.load(ours + start, (mine < outputs)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first")
         values = tl.load(
@@ -155,6 +138,6 @@ def thin(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form = Form(), *,
     y = x.new_empty(rows, outputs)
     _thin[(triton.cdiv(outputs, form.n // 2 if pair else form.n),)](
         x, weight, bias, y, rows, outputs, columns, x.stride(0), M=max(16, triton.next_power_of_2(rows)), N=form.n,
-        K=form.k, EARLY=form.early, PAIR=pair, BIAS=bias is not None, num_stages=form.stages, num_warps=form.warps, **pdl(),
+        K=form.k, PAIR=pair, BIAS=bias is not None, num_stages=form.stages, num_warps=form.warps, **pdl(),
     )  # fmt: skip
     return y
