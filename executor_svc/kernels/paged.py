@@ -81,7 +81,7 @@ def _attend(
     return best, total, output
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_rows", "starts", "lengths", "tile_row", "tile_at"])
 def _prefill(
     q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, tile_row, tile_at, table_stride, scale, cap,
     window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,
@@ -110,29 +110,9 @@ def _prefill(
     if WINDOW:
         whole = first
     best, total, output = _attend(
-        values,
-        k_cache,
-        v_cache,
-        tables + tl.load(table_rows + row).to(tl.int64) * table_stride,
-        first,
-        whole,
-        last,
-        position,
-        slope,
-        head // (H // G),
-        scale,
-        cap,
-        window,
-        G,
-        D,
-        PAGE,
-        M,
-        N,
-        BD,
-        CAP,
-        ALIBI,
-        WINDOW,
-    )
+        values, k_cache, v_cache, tables + tl.load(table_rows + row).to(tl.int64) * table_stride, first, whole, last, position,
+        slope, head // (H // G), scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
+    )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + offset, output.to(out.dtype.element_ty), there)
 
@@ -167,7 +147,7 @@ def prefill(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_rows", "lengths"])
 def _decode(
     q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride, scale, cap,
     window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -179,11 +159,15 @@ def _decode(
     length = tl.load(lengths + row)
     if length == 0:  # the step has fewer sequences than room for them: this row of `out` is another's
         return
-    share = tl.cdiv(tl.cdiv(length, SPLITS), N) * N
-    first, last = split * share, tl.minimum(length, (split + 1) * share)
+    begin = 0
     if WINDOW:
-        first = tl.maximum(first, (length - window) // N * N)
-        first = tl.maximum(first, 0)
+        begin = tl.maximum(0, (length - window) // N * N)
+    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), N) * N
+    splits = tl.cdiv(length - begin, share)  # a short context has work for fewer
+    first = begin + split * share
+    last = tl.minimum(length, first + share)
+    if split >= splits:
+        return
     mine = tl.arange(0, M)
     heads = group * (H // G) + mine
     dims = tl.arange(0, BD)
@@ -197,31 +181,11 @@ def _decode(
     if WINDOW:
         whole = first
     best, total, output = _attend(
-        values,
-        k_cache,
-        v_cache,
-        tables + tl.load(table_rows + row).to(tl.int64) * table_stride,
-        first,
-        whole,
-        last,
-        position,
-        slope,
-        group,
-        scale,
-        cap,
-        window,
-        G,
-        D,
-        PAGE,
-        M,
-        N,
-        BD,
-        CAP,
-        ALIBI,
-        WINDOW,
-    )
+        values, k_cache, v_cache, tables + tl.load(table_rows + row).to(tl.int64) * table_stride, first, whole, last, position,
+        slope, group, scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
+    )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
-    if SPLITS == 1:
+    if splits == 1:
         target = out + (row.to(tl.int64) * H + heads)[:, None] * D + dims[None, :]
         tl.store(target, output.to(out.dtype.element_ty), there)
     else:
@@ -230,23 +194,29 @@ def _decode(
         known = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
         tl.store(stats + at, known, mine < H // G)
         tl.debug_barrier()  # what all threads have stored is there before one of them says so
-        if tl.atomic_add(arrived + row * G + group, 1) == SPLITS - 1:
+        if tl.atomic_add(arrived + row * G + group, 1) == splits - 1:
             tl.store(arrived + row * G + group, 0)
             for number in tl.static_range(H // G):
-                _combine(partial, stats, out, row.to(tl.int64), group * (H // G) + number, H, D, BD, SPLITS)
+                _combine(partial, stats, out, row.to(tl.int64), group * (H // G) + number, splits, H, D, BD, SPLITS)
 
 
 @triton.jit
-def _combine(partial, stats, out, row, head, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _combine(
+    partial, stats, out, row, head, splits, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr
+):  # type: ignore[no-untyped-def]  # noqa: ANN001
     """What the splits have found of a head, weighed by their sums; read past the first cache, which may hold what was there."""
     dims = tl.arange(0, BD)
-    at = (row * SPLITS + tl.arange(0, SPLITS)) * H + head
-    known = tl.load(stats + at, cache_modifier=".cg")
+    split = tl.arange(0, SPLITS)
+    at = (row * SPLITS + split) * H + head
+    known = tl.load(stats + at, split < splits, float("-inf"), cache_modifier=".cg")
     weights = tl.exp2(known - tl.max(known))
     weights /= tl.sum(weights)
-    parts = tl.load(partial + at[:, None] * BD + dims[None, :], cache_modifier=".cg")
+    parts = tl.load(partial + at[:, None] * BD + dims[None, :], (split < splits)[:, None], 0.0, cache_modifier=".cg")
     result = tl.sum(parts * weights[:, None], 0)
     tl.store(out + (row * H + head) * D + dims, result.to(out.dtype.element_ty), dims < D)
+
+
+_DECODE = Form(64, 2, 2)  # the fastest of bench/attention.py, of heads of up to 128 numbers of 16 bits
 
 
 def decode(
@@ -267,7 +237,8 @@ def decode(
     splits = max(1, min(64, triton.next_power_of_2(SPLITS_FOR // (rows * groups) + 1)))
     partial = q.new_empty((rows, splits, heads, wide), dtype=torch.float32)
     stats = q.new_empty((rows, splits, heads), dtype=torch.float32)
-    form = form or _form(wide * q.itemsize)[1]._replace(warps=4)
+    if form is None:
+        form = _DECODE if wide * q.itemsize <= 256 else _form(wide * q.itemsize)[1]
     options = {"CAP": soft_cap != 0, "ALIBI": alibi is not None, "WINDOW": window != 0, **pdl()}
     _decode[(rows, groups, splits)](
         q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, tables.stride(0), scale,

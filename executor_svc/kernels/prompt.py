@@ -34,7 +34,7 @@ def _block(
     return higher, total * rescale + tl.sum(weights, 1), output
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["starts", "tile_row", "tile_at"])
 def _prompt(
     q, keys, values, out, starts, tile_row, tile_at, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,

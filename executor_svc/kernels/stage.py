@@ -10,7 +10,9 @@ from executor_svc.kernels.rows import pdl, wait_before
 _CHUNK = 8192  # logits that a program looks through
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(
+    do_not_specialize=["count"], do_not_specialize_on_alignment=["tokens", "positions", "rows", "token_ids", "slots"]
+)
 def _stage(tokens, positions, rows, last, tables, token_ids, slots, count, width, page, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -40,7 +42,7 @@ def stage(
     return token_ids, slots
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["updates"])
 def _put(tables, updates, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     entry = tl.load(updates + 2 * at, at < count, -1)
@@ -54,7 +56,7 @@ def put(tables: Tensor, updates: Tensor) -> None:
         _put[(triton.cdiv(count, 128),)](tables, updates, count, BLOCK=128)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows", "sampled"])
 def _keep(last, rows, sampled, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -79,7 +81,7 @@ def _highest(logits, values, places, vocab, stride, CHUNK: tl.constexpr, PDL: tl
     tl.store(places + target, tl.minimum(chunk * CHUNK + place, vocab - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _choose(values, places, rows, last, sampled, CHUNKS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     row = tl.program_id(0)

@@ -52,13 +52,14 @@ def choose(shape: Shape, table: Table) -> Tactic:
 
 def _rule(shape: Shape) -> Tactic:
     elements = shape.outputs * shape.columns
+    large = elements > 100_000_000
     if shape.rows == 1:
-        return Tactic("gemv", Form(k=2048 if elements > 100_000_000 else 1024))
-    if elements > 400_000_000:
-        return Tactic("thin", Form(stages=3))
+        return Tactic("gemv", Form(k=2048 if large else 1024))
+    if large:
+        return Tactic("thin", Form(stages=3 if elements > 400_000_000 or shape.rows > 32 else 4))
     if shape.rows <= 16:
-        return Tactic("thin", Form(k=256) if shape.outputs <= 4096 else Form(stages=4))
-    return Tactic("thin") if shape.rows <= 32 else CUBLAS
+        return Tactic("thin", Form(k=256) if shape.outputs <= 4096 else Form())
+    return Tactic("thin") if shape.rows <= 32 and shape.columns <= 8192 else CUBLAS
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tactic: Tactic, *, pair: bool) -> Tensor:
