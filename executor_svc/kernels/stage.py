@@ -50,7 +50,7 @@ def put(tables: Tensor, updates: Tensor) -> None:
         _put[(triton.cdiv(count, 128),)](tables, updates, count, BLOCK=128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _keep(last, rows, sampled, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
