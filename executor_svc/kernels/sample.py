@@ -88,14 +88,18 @@ def _weigh(logits, tokens, settings, counts, masses, vocab, stride, chunks, CHUN
         weights = _weight(keys)
         lines = (row * chunks + chunk) * LEVELS
         _, _, _, limited = _limits(settings, vocab)
+        total = tl.sum(weights)  # of what is behind the vocabulary it is 0
         if limited:
-            level = _level(keys)
+            size, level = tl.minimum(vocab - chunk * CHUNK, CHUNK), _level(keys)
+            lowest, highest = tl.min(level), tl.max(level)
             for edge in tl.static_range(LEVELS - 1):
-                inside = level <= edge
-                tl.store(counts + lines + edge, tl.sum(inside.to(tl.int32)))
-                tl.store(masses + lines + edge, tl.sum(tl.where(inside, weights, 0)))
-            tl.store(counts + lines + LEVELS - 1, tl.minimum(vocab - chunk * CHUNK, CHUNK))
-        tl.store(masses + lines + LEVELS - 1, tl.sum(weights))  # of what is behind the vocabulary it is 0
+                count, mass = tl.where(edge < highest, 0, size), tl.where(edge < highest, 0, total)
+                if (edge >= lowest) & (edge < highest):
+                    count, mass = tl.sum((level <= edge).to(tl.int32)), tl.sum(tl.where(level <= edge, weights, 0))
+                tl.store(counts + lines + edge, count)
+                tl.store(masses + lines + edge, mass)
+            tl.store(counts + lines + LEVELS - 1, size)
+        tl.store(masses + lines + LEVELS - 1, total)
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def _entry(column, number):  # type: ignore[no-untyped-def]  # noqa: ANN001
 
 @triton.jit
 def _bracket(counts, masses, chunks, top_k, top_p, min_p, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """The levels [first, last] that hold the last token that is kept; tokens and mass before them and up to their end.
+    """The levels [first, last] that hold the last token that is kept; tokens before them and up to their end, mass so, and all.
 
     top_p's share is of the mass that top_k leaves, which is only known to be no less than what lies before top_k's level: so
     `first` may be too low, never too high. Where all of the bracket that top_k and top_p need is kept by them, min_p decides
@@ -117,7 +121,8 @@ def _bracket(counts, masses, chunks, top_k, top_p, min_p, CHUNKS: tl.constexpr):
     there = (chunk < chunks)[:, None] & (level < LEVELS)[None, :]
     count, mass = tl.sum(tl.load(counts + lines, there, 0), 0), tl.sum(tl.load(masses + lines, there, 0), 0)
     by_count = tl.where(top_k > 0, tl.sum((count < top_k).to(tl.int32)), LEVELS - 1)
-    least = tl.where(top_k > 0, _entry(mass, by_count - 1), _entry(mass, LEVELS - 1))
+    everything = _entry(mass, LEVELS - 1)
+    least = tl.where(top_k > 0, _entry(mass, by_count - 1), everything)
     by_mass = tl.where(top_p < 1, tl.sum((mass < _share(top_p, least)).to(tl.int32)), by_count)
     last = tl.where(top_k > 0, by_count, by_mass)
     first = tl.minimum(by_mass, last)
@@ -126,13 +131,13 @@ def _bracket(counts, masses, chunks, top_k, top_p, min_p, CHUNKS: tl.constexpr):
     alone = by_ratio < first
     first, last = tl.minimum(first, by_ratio), tl.where(alone, by_ratio, last)
     before, until = _entry(count, first - 1), _entry(count, last)
-    return first, last, alone, before, until, _entry(mass, first - 1), _entry(mass, last)
+    return first, last, alone, before, until, _entry(mass, first - 1), _entry(mass, last), everything
 
 
 @triton.jit
 def _gather(
     logits, tokens, settings, counts, masses, found, vocab, stride, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -142,19 +147,21 @@ def _gather(
     if (temperature > 0) & limited:
         counts += row * chunks * LEVELS
         masses += row * chunks * LEVELS
-        first, last, _, _, _, _, _ = _bracket(counts, masses, chunks, top_k, top_p, min_p, CHUNKS)
+        first, last, _, _, _, _, _, _ = _bracket(counts, masses, chunks, top_k, top_p, min_p, CHUNKS)
         chunk = tl.arange(0, CHUNKS)
         earlier = chunk < number
         sizes = tl.load(counts + chunk * LEVELS + last, earlier, 0)
         sizes -= tl.load(counts + chunk * LEVELS + first - 1, earlier & (first > 0), 0)
         logits += row * stride
         best = tl.load(logits + tl.load(tokens + row)).to(tl.float32)
-        at = number * CHUNK + tl.arange(0, CHUNK)
-        keys = _keys(logits, at, vocab, best, temperature)
-        level = _level(keys)
-        inside = (level >= first) & (level <= last) & (at < vocab)
-        place = tl.sum(sizes) + tl.cumsum(inside.to(tl.int32), 0) - 1
-        tl.store(found + row * (vocab + CHUNK) + place, keys, inside)
+        found += row * (vocab + CHUNK) + tl.sum(sizes)
+        for start in range(number * CHUNK, (number + 1) * CHUNK, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            keys = _keys(logits, at, vocab, best, temperature)
+            level = _level(keys)
+            inside = ((level >= first) & (level <= last) & (at < vocab)).to(tl.int32)
+            tl.store(found + tl.cumsum(inside, 0) - 1, keys, inside > 0)
+            found += tl.sum(inside)
 
 
 @triton.jit
@@ -203,6 +210,16 @@ def _search(
 
 
 @triton.jit
+def _kept(found, start, stop, bound, min_p, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """The mass of those of found[start:stop] that are kept."""
+    at, mass = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.int64)
+    for begin in range(start, stop, BLOCK):
+        keys = tl.load(found + begin + at, begin + at < stop, _INFINITE)
+        mass += tl.where((keys <= bound) & (_probability(keys) >= min_p), _weight(keys), 0)  # that of infinity is 0
+    return tl.sum(mass)
+
+
+@triton.jit
 def _choose(
     logits, tokens, settings, counts, masses, found, vocab, stride, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
@@ -214,54 +231,59 @@ def _choose(
     if temperature > 0:
         counts += row * chunks * LEVELS
         masses += row * chunks * LEVELS
-        at, chunk = tl.arange(0, CHUNK), tl.arange(0, CHUNKS)
-        sums = tl.load(masses + chunk * LEVELS + LEVELS - 1, chunk < chunks, 0)
         top_k, top_p, min_p, limited = _limits(settings, vocab)
-        bound, sure = tl.full((), _INFINITE, tl.int32), tl.full((), 0, tl.int32)
+        # without limits: no bracket, and all are before it
+        first, last, size = tl.full((), LEVELS, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+        low, bound = tl.full((), _INFINITE, tl.int32), tl.full((), _INFINITE, tl.int32)
         if limited:
             found += row * (vocab + CHUNK)
             few = found + vocab
-            first, last, alone, before, until, mass_before, mass_until = _bracket(
+            first, last, alone, before, until, lighter, heavier, everything = _bracket(
                 counts, masses, chunks, top_k, top_p, min_p, CHUNKS
             )
             size = until - before
-            sure = tl.where(first > 0, (first + (_FIRST - 1)) << 22, 0)
+            low = tl.where(first > 0, (first + (_FIRST - 1)) << 22, 0) - 1
             bound = tl.where(last < LEVELS - 1, ((last + _FIRST) << 22) - 1, _INFINITE)
             if (top_k > 0) & (alone == 0):
-                bound, until, mass_until = _search(
-                    found, size, few, sure - 1, bound, before, until, mass_before, mass_until, top_k, False, CHUNK
+                bound, until, heavier = _search(
+                    found, size, few, low, bound, before, until, lighter, heavier, top_k, False, CHUNK
                 )
             if (top_p < 1) & (alone == 0):
-                over = tl.where(top_k > 0, until - top_k, 0)  # equal ones that top_k does not count
-                mass = tl.where(top_k > 0, mass_until - over.to(tl.int64) * _weight(bound), tl.sum(sums))
-                bound, until, mass_until = _search(
-                    found, size, few, sure - 1, bound, before, until, mass_before, mass_until, _share(top_p, mass), True,
-                    CHUNK,
-                )  # fmt: skip
-            begin = 0
-            for number in range(0, chunks):
-                lines = number * LEVELS
-                earlier = tl.load(counts + lines + first - 1, first > 0, 0)
-                here = tl.load(counts + lines + last) - earlier
-                keys = tl.load(found + begin + at, at < here, _INFINITE)
-                kept = (keys <= bound) & (_probability(keys) >= min_p) & (at < here)
-                mass = tl.load(masses + lines + first - 1, first > 0, 0) + tl.sum(tl.where(kept, _weight(keys), 0))
-                sums = tl.where(chunk == number, mass, sums)
-                begin += here
-        total = tl.sum(sums)
+                equals = tl.where(top_k > 0, until - top_k, 0)  # of the last one, that top_k does not count
+                mass = tl.where(top_k > 0, heavier - equals.to(tl.int64) * _weight(bound), everything)
+                bound, until, heavier = _search(
+                    found, size, few, low, bound, before, until, lighter, heavier, _share(top_p, mass), True, CHUNK
+                )
+        chunk = tl.arange(0, CHUNKS)
+        lines, there = chunk * LEVELS, chunk < chunks
+        sums = tl.load(masses + lines + first - 1, there & (first > 0), 0)  # before the bracket
+        sizes = tl.load(counts + lines + last, there & limited, 0)
+        sizes -= tl.load(counts + lines + first - 1, there & limited & (first > 0), 0)
+        total = tl.sum(sums) + _kept(found, 0, size, bound, min_p, CHUNK)
         if total > 0:  # else nothing is known of the row, and its token stays
             word, _, _, _ = tl.philox(_wide(settings), tl.load(settings + 7), 0, 0, 0)
-            number = (word >> 8).to(tl.int64)  # of 2**24; the product with the total has more than 64 bits
-            target = (total >> 24) * number + (((total & 0xFFFFFF) * number) >> 24)
-            chosen = tl.sum((tl.cumsum(sums, 0) <= target).to(tl.int32))
-            rest = target - tl.sum(tl.where(chunk < chosen, sums, 0))
+            number = (word >> 8).to(tl.int64)  # of 2**24; its product with the total has more than 64 bits
+            rest = (total >> 24) * number + (((total & 0xFFFFFF) * number) >> 24)
+            begin, end, place = (
+                tl.full((), 0, tl.int32),
+                chunks,
+                tl.full((), 0, tl.int32),
+            )  # place: in `found`, of begin
+            while end - begin > 1:
+                middle = (begin + end) // 2
+                part = (chunk >= begin) & (chunk < middle)
+                stop = place + tl.sum(tl.where(part, sizes, 0))
+                mass = tl.sum(tl.where(part, sums, 0)) + _kept(found, place, stop, bound, min_p, CHUNK)
+                behind = mass <= rest
+                begin, end = tl.where(behind, middle, begin), tl.where(behind, end, middle)
+                place, rest = tl.where(behind, stop, place), tl.where(behind, rest - mass, rest)
             logits += row * stride
             best = tl.load(logits + tl.load(tokens + row)).to(tl.float32)
-            keys = _keys(logits, chosen * CHUNK + at, vocab, best, temperature)
-            kept = (keys <= bound) & ((keys < sure) | (_probability(keys) >= min_p))
+            keys = _keys(logits, begin * CHUNK + tl.arange(0, CHUNK), vocab, best, temperature)
+            kept = (keys <= bound) & ((keys <= low) | (_probability(keys) >= min_p))
             inside = tl.cumsum(tl.where(kept, _weight(keys), 0), 0)
             tl.debug_barrier()  # the token that is overwritten has been read
-            tl.store(tokens + row, chosen * CHUNK + tl.sum((inside <= rest).to(tl.int32)))
+            tl.store(tokens + row, begin * CHUNK + tl.sum((inside <= rest).to(tl.int32)))
 
 
 def sample(logits: Tensor, tokens: Tensor, settings: Tensor, *, limited: bool, chunk: int = CHUNK) -> None:
@@ -278,11 +300,23 @@ def sample(logits: Tensor, tokens: Tensor, settings: Tensor, *, limited: bool, c
     chunks = triton.cdiv(vocab, chunk)
     size = chunks * LEVELS.value
     counts, masses = tokens.new_empty(rows * size), tokens.new_empty(rows * size, dtype=torch.int64)
-    sizes, warps = (vocab, logits.stride(0), chunks), max(chunk // 256, 1)
-    _weigh[(rows, chunks)](logits, tokens, settings, counts, masses, *sizes, CHUNK=chunk, num_warps=warps, **pdl())
-    form = {"CHUNK": chunk, "CHUNKS": triton.next_power_of_2(chunks), "num_warps": warps, **pdl()}
+    sizes, able = (vocab, logits.stride(0), chunks), pdl()["PDL"]  # what is before the first kernel may be a graph
+    warps = max(chunk // 512, 1)
+    _weigh[(rows, chunks)](logits, tokens, settings, counts, masses, *sizes, CHUNK=chunk, PDL=able, num_warps=warps)
+    form = {"CHUNK": chunk, "CHUNKS": triton.next_power_of_2(chunks), **pdl()}
     found = counts
     if limited:
         found = tokens.new_empty(rows * (vocab + chunk))
-        _gather[(rows, chunks)](logits, tokens, settings, counts, masses, found, *sizes, **form)
-    _choose[(rows,)](logits, tokens, settings, counts, masses, found, *sizes, **form)
+        _gather[(rows, chunks)](
+            logits,
+            tokens,
+            settings,
+            counts,
+            masses,
+            found,
+            *sizes,
+            BLOCK=min(chunk, 128 * warps),
+            num_warps=warps,
+            **form,
+        )
+    _choose[(rows,)](logits, tokens, settings, counts, masses, found, *sizes, num_warps=2 * warps, **form)
