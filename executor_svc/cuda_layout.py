@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from executor_svc.core import Batch
+from executor_svc.core import Batch, Scheduled
 from executor_svc.kernels.paged import TILE
+from executor_svc.kernels.sample import WIDTH
 from executor_svc.table_rows import TableRows
 
 PROMPTS = 16  # in a step that a graph holds
 UNKNOWN = -1  # a token that a batch in flight is still sampling
+NOTHING = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -175,3 +177,18 @@ class CudaLayout:
     def _write(self, row: int, start: int, blocks: list[int]) -> None:
         first = row * self._max_blocks + start
         self._updates += zip(range(first, first + len(blocks)), blocks, strict=True)
+
+
+def draws(items: list[Scheduled], rows: np.ndarray) -> np.ndarray:
+    """How `kernels.sample` is to draw the tokens of items, int32 [n * WIDTH], then the rows where they are kept, [n].
+
+    NOTHING if the most probable ones are wanted of all.
+    """
+    samplings = [item.sequence.sampling for item in items]
+    if all(sampling.temperature == 0 for sampling in samplings):
+        return NOTHING
+    table = np.empty((len(items), WIDTH), dtype=np.int32)
+    packed = b"".join([sampling.packed for sampling in samplings])
+    table[:, : WIDTH - 1] = np.frombuffer(packed, dtype=np.int32).reshape(len(items), WIDTH - 1)
+    table[:, WIDTH - 1] = [item.start + item.count for item in items]
+    return np.concatenate([table.reshape(-1), rows])

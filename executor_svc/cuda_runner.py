@@ -1,8 +1,8 @@
 """The runner for CUDA: decodes are replayed graphs, tokens stay on the device, and the host is a step ahead.
 
 A step in the stream: its columns come from a pinned buffer; `stage` fills in tokens that only the device knows, and finds each
-token's row of the cache; the program runs; the most probable tokens are kept by table row, where the next step finds them,
-and sent to the host. Nothing waits for the host but rows that want more than the most probable token.
+token's row of the cache; the program runs; a token of each row is drawn and kept by table row, where the next step finds it,
+and sent to the host. Nothing waits for the host but batches with a row whose logits are edited, or of which more is told.
 """
 
 import functools
@@ -18,11 +18,12 @@ from torch import Tensor
 from engine.manifest import Limits
 from engine.program import Program
 from executor_svc.core import Batch, Sampled
-from executor_svc.cuda_layout import CudaLayout, HostStep, Shape
+from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
 from executor_svc.kernels.fuse import fuse
 from executor_svc.kernels.gpu import RULE, DeviceStep
+from executor_svc.kernels.sample import WIDTH, sample
 from executor_svc.kernels.stage import choose, keep, put, stage
 from executor_svc.kernels.tactics import Table
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
@@ -148,11 +149,16 @@ class CudaRunner:
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:
         layout = self._layout.lay_out(batch)
-        plain = all(item.sequence.plain for item in batch.items if item.samples)
+        items = [item for item in batch.items if item.samples]
+        unedited = not len(layout.prompt_rows) and all(item.unedited for item in items)
+        random = draws(items, layout.sampling_rows) if unedited else NOTHING
         graph = next((graph for graph in self._graphs if graph.shape.fits(layout)), None)
-        logits, sampled = self._replay(graph, layout) if graph else self._run(layout)
+        logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
         count = len(layout.samples)
-        if plain and not len(layout.prompt_rows):
+        if unedited:
+            if len(random):
+                limited = any(item.sequence.sampling.limited for item in items)
+                self._sample(logits[:count], sampled[:count], moved, limited=limited)
             self._flights.append(self._send(sampled[:count]))
             return
         wanted = count + len(layout.prompt_rows)
@@ -168,15 +174,15 @@ class CudaRunner:
             flight.event.synchronize()
         return Sampled(flight.tokens.tolist())
 
-    def _run(self, layout: HostStep) -> tuple[Tensor, Tensor]:
-        """A step of any shape, operator by operator: logits of its samples and prompt rows, and the most probable tokens."""
+    def _run(self, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """A step of any shape, operator by operator: logits of its samples and prompt rows, the best tokens; and `random`."""
         begins = layout.begins
         tiles = [column for chosen in (None, begins, ~begins) for column in layout.tiles(chosen)]
         parts = [
             layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.starts, layout.lengths,
             layout.samples, layout.prompt_rows, layout.sampling_rows, layout.updates.reshape(-1), *tiles,
         ]  # fmt: skip
-        columns = self._to_device(parts)
+        moved, *columns = self._to_device([random, *parts])
         tokens, positions, token_rows, seq_rows, starts, lengths = columns[:6]
         samples, prompt_rows, sampling_rows, updates = columns[6:10]
         put(self._tables, updates)
@@ -184,12 +190,21 @@ class CudaRunner:
         step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], *columns[10:])
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": torch.cat((samples, prompt_rows))}
         (logits,) = self._interpreter.run(inputs, step)
-        return logits, choose(logits[: len(samples)], sampling_rows, self._last)
+        return logits, choose(logits[: len(samples)], sampling_rows, self._last), moved
 
-    def _replay(self, graph: _Graph, layout: HostStep) -> tuple[Tensor, Tensor]:
+    def _replay(self, graph: _Graph, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         if len(rest := layout.updates[graph.shape.updates :]):  # a sequence that comes back brings many blocks
             put(self._tables, self._column(rest.reshape(-1)))
-        return graph.run(self._pin(graph.shape.fill(layout)))
+        columns = graph.shape.fill(layout)
+        pinned = self._pin(columns, random)
+        moved = pinned[len(columns) :].to(self._device, non_blocking=True)
+        return *graph.run(pinned[: len(columns)]), moved
+
+    def _sample(self, logits: Tensor, sampled: Tensor, random: Tensor, *, limited: bool) -> None:
+        """Draws tokens in place of the most probable ones, as `random` says, and keeps them."""
+        settings, rows = random.split((len(sampled) * WIDTH, len(sampled)))
+        sample(logits, sampled, settings, limited=limited)
+        keep(self._last, rows, sampled)
 
     def _compute(self, columns: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """What a graph holds."""
@@ -214,6 +229,9 @@ class CudaRunner:
             pool = torch.cuda.graph_pool_handle()
             for graph in reversed(graphs):  # the largest first, whose memory the others then share
                 graph.capture(pool)
+            (logits, sampled), greedy = graphs[0].compute(), torch.zeros(WIDTH + 1, dtype=torch.int32)
+            greedy[WIDTH] = self._fill_row
+            self._sample(logits[:1], sampled[:1], greedy.to(self._device), limited=True)  # compiles
             torch.cuda.synchronize()
         return graphs
 
@@ -238,15 +256,15 @@ class CudaRunner:
 
     def _to_device(self, parts: list[np.ndarray]) -> list[Tensor]:
         """Columns of int32, in one copy."""
-        whole = np.concatenate([part.astype(np.int32, copy=False) for part in parts])
-        moved = self._pin(whole).to(self._device, non_blocking=True)
+        moved = self._pin(*parts).to(self._device, non_blocking=True)
         return list(moved.split([len(part) for part in parts]))
 
     def _column(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
 
-    def _pin(self, values: np.ndarray) -> Tensor:
+    def _pin(self, *parts: np.ndarray) -> Tensor:
         """In pinned memory that no copy under way reads: each batch takes the next buffer, one more than there are in flight."""
+        values = np.concatenate([part.astype(np.int32, copy=False) for part in parts])
         self._turn = (self._turn + 1) % len(self._pinned)
         if len(self._pinned[self._turn]) < len(values):
             self._pinned[self._turn] = self._host(len(values))
