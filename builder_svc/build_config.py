@@ -19,6 +19,7 @@ the unit is "bytes" or "".
 RECIPE_VERSION = 2  # raised when the same inputs give another engine than before
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 # What TensorRT must know to set memory aside or to choose kernels: an engine here takes any prompt that max_seq_len leaves
@@ -60,6 +61,7 @@ class BuildConfig:
         max_seq_len: tokens of a prompt and its completion together; None takes the checkpoint's limit.
         max_num_tokens: tokens in one step over all requests; longer prompts are computed in chunks.
         dummy_weights: read no weights; executors make random ones.
+        kv_cache_dtype: "auto" is that of activations, "fp8" float8_e4m3fn, by the checkpoint's scales where it has any.
 
     Raises:
         InvalidArgument: (a ValueError) names the value and what is allowed.
@@ -77,6 +79,7 @@ class BuildConfig:
     max_seq_len: int | None = None
     max_num_tokens: int = 2048
     dummy_weights: bool = False
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         self.check()
@@ -112,6 +115,8 @@ class BuildConfig:
             raise InvalidArgument(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         if self.device not in DEVICES:
             raise InvalidArgument(f"device {self.device!r}: choose one of {', '.join(DEVICES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise InvalidArgument(f"kv_cache_dtype {self.kv_cache_dtype!r}: choose one of {', '.join(KV_CACHE_DTYPES)}")
         if self.compute_capability is not None:
             if self.device != "cuda":
                 raise InvalidArgument(

@@ -19,7 +19,7 @@ from builder_svc.checkpoint import reader
 from builder_svc.checkpoint.digests import file_digests
 from builder_svc.checkpoint.quantized import find_method, open_quantized
 from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
-from builder_svc.checkpoint.quantized.resolve import Resolved, planned, resolve
+from builder_svc.checkpoint.quantized.resolve import Resolved, kv_scales, planned, resolve
 from builder_svc.checkpoint.sources import fetch_here
 from builder_svc.mapping import Mapping as RankMapping
 from builder_svc.models.decoder import Decoder
@@ -194,16 +194,21 @@ class CausalLM:
             return self.config.family.NAMES.sources(self.config.decoder, self.checkpoint.shapes)
         return self._own_names()
 
-    def resolve(self) -> Resolved:
-        """What a build takes of the checkpoint: its weights as they are packed or dequantized."""
+    def resolve(self, device: str) -> Resolved:
+        """What a build for a kind of device takes of the checkpoint: its weights as they are packed or dequantized."""
         if self.checkpoint:
-            return resolve(self.checkpoint, self.sources())
+            return resolve(self.checkpoint, self.sources(), device)
         config, names = self.config, self.config.family.NAMES
         method = find_method(config.fields, config.path) if config.path else None
         if method is None:
             return Resolved(None, {})
         columns = Decoder.on_meta(config.decoder, "float32").linears()
-        return planned(method, names.sources(config.decoder, (names.prefix,)), columns, config.dtype)
+        return planned(method, names.sources(config.decoder, (names.prefix,)), columns, config.dtype, device)
+
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """Of keys and of values, for each layer, in a KV cache of 8 bits."""
+        sources = self.sources() if self.checkpoint else {}
+        return kv_scales(self.checkpoint, sources, len(self.config.decoder.layers))
 
     def tokenizer(self) -> NormalizedTokenizer | None:
         """The tokenizer; None where dummy or given weights come without one.

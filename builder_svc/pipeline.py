@@ -18,7 +18,7 @@ from builder_svc.causal_lm import DUMMY_SEED, CausalLM
 from builder_svc.checkpoint.quantized.resolve import Resolved
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
-from builder_svc.models.decoder import Decoder
+from builder_svc.models.decoder import Decoder, KVScales
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights import check_weights, read_parts, write_weights
@@ -47,6 +47,7 @@ class Model:
     tokenizer: NormalizedTokenizer | None
     dtype: str
     limits: Limits
+    kv_scales: KVScales | None = None  # of a KV cache of 8 bits
 
     @property
     def config(self) -> DecoderConfig:
@@ -195,7 +196,9 @@ def read_model(model: Path | CausalLM, options: BuildConfig) -> Model:
             reason="MAX_SEQ_LEN_INVALID",
         )
     limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
-    return Model(model, model.resolve(), model.tokenizer(), _dtype(config, options), limits)
+    kv_scales = model.kv_scales() if options.kv_cache_dtype == "fp8" else None
+    weights = model.resolve(options.target)
+    return Model(model, weights, model.tokenizer(), _dtype(config, options), limits, kv_scales)
 
 
 def _dtype(config: PretrainedConfig, options: BuildConfig) -> str:
@@ -217,6 +220,7 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
         "checkpoint": model.pretrained.digests(progress),
         "tokenizer": [describe("", data).digest for data in tokenizer.values()],
         "dtype": model.dtype,
+        "kv_cache_dtype": model.dtype if model.kv_scales is None else "float8_e4m3fn",
         "limits": msgspec.to_builtins(model.limits),
         "quantization": model.weights.facts,
         "mapping": msgspec.to_builtins(Parallelism()),
@@ -229,7 +233,7 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
 
 def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
     """The model's program, and the weights that no checkpoint holds."""
-    decoder = Decoder.on_meta(model.config, model.dtype, model.weights.packed)
+    decoder = Decoder.on_meta(model.config, model.dtype, model.weights.packed, model.kv_scales)
     program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
     return program, decoder.constants()
 

@@ -94,5 +94,6 @@ def read_options(spec: BuildSpec) -> BuildConfig:
         device=device,
         compute_capability=spec.target.compute_capability or None,
         dummy_weights=spec.dummy_weights,
+        kv_cache_dtype=spec.kv_cache_dtype or "auto",
         **{field.name: value for field, value in spec.ListFields() if field.name in _LIMITS},
     )

@@ -61,7 +61,7 @@ def check_weights(checkpoint: Tensors, sources: Mapping[str, Source], declared: 
 
 def _check_source(checkpoint: Tensors, source: Source, expected: tuple[int, ...]) -> None:
     """Several tensors have the expected one's columns, and its rows together."""
-    rows, stacked = 0, len(source.names) > 1
+    rows, stacked = 0, len(source.names) > 1 and not source.largest
     for name in source.names:
         shape = checkpoint.shapes.get(name)
         if shape is None:
@@ -76,7 +76,7 @@ def _check_source(checkpoint: Tensors, source: Source, expected: tuple[int, ...]
         columns = expected[-1:] if len(expected) > 1 else ()
         if stacked and turned[len(turned) - len(columns) :] != columns:
             raise _mismatch(name, shape, (-1, *columns))
-        rows += math.prod(turned) // math.prod(columns)
+        rows = math.prod(turned) // math.prod(columns) + (rows if stacked else 0)
     if rows != math.prod(expected) // math.prod(columns):
         together = math.prod(expected) // math.prod(columns)
         raise _mismatch(" + ".join(source.names), (rows, *columns), (together, *columns))
@@ -254,6 +254,9 @@ def _ahead(parts: Iterator[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[
 
 def read_parts(checkpoint: Tensors, source: Source) -> Iterator[torch.Tensor]:
     """The tensors that form a weight, one after another, as they lie in it."""
+    if source.largest:
+        yield torch.stack([checkpoint.read(name).float().max() for name in source.names]).max(0, keepdim=True).values
+        return
     for name in source.names:
         tensor = checkpoint.read(name)
         for part in tensor if tensor.dim() == 3 else (tensor,):  # experts one by one: they are mapped, not read

@@ -102,12 +102,48 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None =
     return F.linear(x, dense_int8(weight, scales).to(x.dtype), bias)
 
 
+FP8_MAX = 448.0
+"""The largest number of float8_e4m3fn."""
+
+
+def to_fp8(x: Tensor, scale: Tensor | float) -> Tensor:
+    """x / scale in float8_e4m3fn, to nearest even; what is larger than its largest number becomes that."""
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[T, n] -> (q float8_e4m3fn [T, n], scales float32 [T, 1]), of which q * scales is about x.
+
+    The scale is input_scale (one number, float32), or each row's own, by which its largest number becomes FP8_MAX.
+    """
+    if input_scale is None:
+        scales = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    else:
+        scales = input_scale.reshape(1, 1).expand(len(x), 1)
+    return to_fp8(x, scales), scales
+
+
 def linear_fp8(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, block_rows: int, block_columns: int
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    *,
+    block_rows: int,
+    block_columns: int,
+    per_token: bool = False,
 ) -> Tensor:
-    """linear with the matrix of `dense_fp8`, rounded to the dtype of x."""
+    """linear with the matrix of `dense_fp8`, rounded to the dtype of x.
+
+    With an input_scale (float32 [1]), or per_token, x is quantized, too (`quantize_fp8`), and what then stands for it is
+    multiplied with the matrix in float32.
+    """
     matrix = dense_fp8(weight, scales, block_rows=block_rows, block_columns=block_columns)
-    return F.linear(x, matrix.to(x.dtype), bias)
+    if input_scale is None and not per_token:
+        return F.linear(x, matrix.to(x.dtype), bias)
+    q, of_rows = quantize_fp8(x, input_scale)
+    return F.linear(q.float() * of_rows, matrix, None if bias is None else bias.float()).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -210,6 +246,8 @@ def attention(
     scale: float,
     window: int,
     soft_cap: float = 0.0,
+    k_scale: float = 0.0,
+    v_scale: float = 0.0,
 ) -> Tensor:
     """Causal attention of each sequence over its cached and new tokens; writes the new keys and values first.
 
@@ -217,16 +255,20 @@ def attention(
     sees positions max(0, p - window + 1) ... p; window 0 is unlimited. The score of position s is q.k * scale, in
     soft_cap * tanh(score / soft_cap) unless soft_cap is 0, plus alibi[h] * (s - p) (alibi [H] float32: Press et al. 2022).
     Scores and softmax in float32. -> [T, H * D].
+
+    With k_scale and v_scale the caches are float8_e4m3fn: what is written is `to_fp8` of k by k_scale and of v by v_scale, what
+    is read that times the scale, also of this step's own keys and values.
     """
     k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
     block_size, groups = k_cache.shape[1], k_cache.shape[2]
+    k, v = (to_fp8(part, unit) if unit else part for part, unit in ((k, k_scale), (v, v_scale)))
     k_cache.view(-1, groups, head_dim)[step.slots] = k.view(-1, groups, head_dim)
     v_cache.view(-1, groups, head_dim)[step.slots] = v.view(-1, groups, head_dim)
     outputs, start = [], 0
     for row, (query_len, context_len) in enumerate(zip(step.query_lens, step.context_lens, strict=True)):
         blocks = step.block_tables[row, : -(-context_len // block_size)].long()
-        keys = k_cache[blocks].view(-1, groups, head_dim)[:context_len].float()
-        values = v_cache[blocks].view(-1, groups, head_dim)[:context_len].float()
+        keys = k_cache[blocks].view(-1, groups, head_dim)[:context_len].float() * (k_scale or 1)
+        values = v_cache[blocks].view(-1, groups, head_dim)[:context_len].float() * (v_scale or 1)
         queries = q[start : start + query_len].view(query_len, groups, -1, head_dim).float()
         scores = torch.einsum("tgmd,sgd->gmts", queries, keys) * scale
         at = torch.arange(context_len - query_len, context_len, device=q.device)[:, None]

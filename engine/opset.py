@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-OPSET_VERSION = 2
+OPSET_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ OPERATORS: dict[str, Operator] = {
     "linear_int4": Operator(("x", "weight", "scales", "zeros?", "bias?"), attrs={"group_size": int}, since=2),
     "linear_int8": Operator(("x", "weight", "scales", "bias?"), since=2),
     "linear_fp8": Operator(
-        ("x", "weight", "scales", "bias?"), attrs={"block_rows": int, "block_columns": int}, since=2
+        ("x", "weight", "scales", "bias?", "input_scale?"),
+        attrs={"block_rows": int, "block_columns": int, "per_token": bool},
+        since=2,
+        later={"input_scale": (3, ""), "per_token": (3, False)},
     ),
     "rms_norm": Operator(("x", "weight"), attrs={"eps": float}),
     "add_rms_norm": Operator(("x", "residual", "weight"), ("y", "sum"), {"eps": float}),
@@ -68,9 +71,17 @@ OPERATORS: dict[str, Operator] = {
     "rope": Operator(("x", "cos", "sin"), attrs={"head_dim": int, "interleaved": bool}),
     "attention": Operator(
         ("q", "k", "v", "alibi?"),
-        attrs={"cache": int, "head_dim": int, "scale": float, "window": int, "soft_cap": float},
+        attrs={
+            "cache": int,
+            "head_dim": int,
+            "scale": float,
+            "window": int,
+            "soft_cap": float,
+            "k_scale": float,
+            "v_scale": float,
+        },
         uses_step=True,
-        later={"alibi": (2, ""), "soft_cap": (2, 0.0)},
+        later={"alibi": (2, ""), "soft_cap": (2, 0.0), "k_scale": (3, 0.0), "v_scale": (3, 0.0)},
     ),
     "silu_mul": Operator(("gate_up",)),
     "gelu": Operator(("x",), attrs={"tanh": bool}, since=2),
@@ -86,6 +97,19 @@ OPERATORS: dict[str, Operator] = {
 
 PACKED = {"linear_int4": 2, "linear_int8": 1, "linear_fp8": 1}
 """The operators whose weight is quantized: parameters in each of its elements. The inputs between it and the bias scale it."""
+
+
+def packed_inputs(op: str, inputs: tuple[str, ...]) -> tuple[str, list[str], str, str]:
+    """The weight of a packed operator, what scales it ("" where one is left out), its bias and its input's scale, or ""."""
+    named = dict(zip((slot.rstrip("?") for slot in OPERATORS[op].inputs), inputs, strict=False))
+    del named["x"]
+    bias, input_scale = named.pop("bias"), named.pop("input_scale", "")
+    return named.pop("weight"), list(named.values()), bias, input_scale
+
+
+def quantizes_input(op: str, inputs: tuple[str, ...], attrs: dict[str, Any]) -> bool:
+    """Whether a packed operator rounds its input, too: then it is no `linear` with another matrix."""
+    return bool(packed_inputs(op, inputs)[3] or attrs.get("per_token"))
 
 
 def version_of(op: str, inputs: tuple[str, ...], attrs: Collection[str]) -> int:

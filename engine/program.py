@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from engine.errors import InvalidArgument
-from engine.opset import OPERATORS, OPSET_VERSION, PACKED, attr_problem, version_of
+from engine.opset import OPERATORS, OPSET_VERSION, PACKED, attr_problem, packed_inputs, version_of
 
 SCHEMA_VERSION = 1
 
@@ -54,7 +54,10 @@ class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KVCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one attention operator keeps of a token: K and V of shape [num_kv_heads, head_dim] each."""
+    """What one attention operator keeps of a token: K and V of shape [num_kv_heads, head_dim] each.
+
+    They have the dtype of its keys, or float8_e4m3fn, in units of its attributes k_scale and v_scale.
+    """
 
     num_kv_heads: int
     head_dim: int
@@ -104,9 +107,9 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         counts = {name: declared.size for name, declared in self.weights.items()}
         for op in self.ops:
             if op.op in PACKED:
-                _, weight, *scales, _ = op.inputs
+                weight, scales, _, input_scale = packed_inputs(op.op, op.inputs)
                 counts[weight] = self.weights[weight].size * PACKED[op.op]
-                counts |= dict.fromkeys(filter(None, scales), 0)
+                counts |= dict.fromkeys(filter(None, [*scales, input_scale]), 0)
         return counts
 
     def to_json(self) -> bytes:
@@ -170,6 +173,8 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
             if spec.uses_step and not 0 <= int(str(op.attrs["cache"])) < len(self.caches):
                 raise _invalid(where, f"cache {op.attrs['cache']}, but there are {len(self.caches)}")
+            if spec.uses_step:
+                self._check_scales(where, op)
             for made in op.outputs:
                 if not made.name or made.name in defined:
                     raise _invalid(where, f"output {made.name!r} is empty or defined twice")
@@ -180,6 +185,14 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in self.outputs:
             if name not in defined:
                 raise _invalid("outputs", f"{name!r} is not defined")
+
+    def _check_scales(self, where: str, op: Op) -> None:
+        """A cache of 8 bits, and no other one, holds keys and values in units of their scales."""
+        dtype = self.caches[int(str(op.attrs["cache"]))].dtype
+        scales = [float(str(op.attrs.get(name, 0.0))) for name in ("k_scale", "v_scale")]
+        right = all(0 < scale < math.inf for scale in scales) if dtype == "float8_e4m3fn" else scales == [0, 0]
+        if not right:
+            raise _invalid(where, f"k_scale and v_scale are {scales} for a cache of {dtype}")
 
     def _check_type(self, name: str, declared: TensorType) -> None:
         for dim in declared.shape:

@@ -43,6 +43,13 @@ from enginehouse.options import MOST, check_address, with_data, with_json
 )
 @click.option("--max-num-tokens", type=click.IntRange(1, MOST), help="Tokens in one step.  [default: 2048]")
 @click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "fp8"]),
+    default="auto",
+    show_default=True,
+    help="Of the KV cache: auto is that of activations, fp8 takes half of 16 bits.",
+)
+@click.option(
     "--dummy-weights",
     is_flag=True,
     help="Read no weights: config.json is enough. Executors make random ones, the engine is some megabytes.",

@@ -12,7 +12,7 @@ from typing import TypeVar
 from engine import blobs, registry
 from engine.errors import FailedPrecondition, InvalidArgument, NotFound
 from engine.manifest import Limits
-from engine.opset import PACKED
+from engine.opset import PACKED, packed_inputs
 from engine.program import Program
 from engine.store import Store
 from enginehouse.roofline import Attention, Experts, Shape
@@ -74,7 +74,7 @@ def of_checkpoint(source: str, dtype: str | None) -> Shape:
     chosen = dtype or _declared(config.hugging_face if config.auto_dtype else {"dtype": config.dtype}, str(path))
     options = BuildConfig()
     program = lower(
-        Decoder.on_meta(decoder, chosen, model.resolve().packed),
+        Decoder.on_meta(decoder, chosen, model.resolve("cuda").packed),
         max_num_tokens=options.max_num_tokens,
         rope_lengths=decoder.rope_lengths,
     )
@@ -97,7 +97,8 @@ def of_program(program: Program, limits: Limits, *, name: str) -> Shape:
     for op in program.ops:
         matrices = [used for used in op.inputs if used in program.weights and len(program.weights[used].shape) > 1]
         if op.op in PACKED:
-            matrices = [used for used in op.inputs[1:-1] if used]
+            weight, scales, *_ = packed_inputs(op.op, op.inputs)
+            matrices = [weight, *filter(None, scales)]
         elif op.op not in ("embedding", "attention", "linear", "experts"):
             continue  # such as a norm that has a row of weights for each head
         if op.op == "embedding":
@@ -130,7 +131,7 @@ def of_program(program: Program, limits: Limits, *, name: str) -> Shape:
         replicated_bytes=sum(declared.nbytes for weight, declared in program.weights.items() if weight not in divided),
         attention=tuple(replace(kind, layers=count) for kind, count in attention.items()),
         experts=tuple(replace(kind, layers=count) for kind, count in experts.items()),
-        kv_dtype=program.caches[0].dtype,
+        kv_dtype="fp8" if program.caches[0].dtype == "float8_e4m3fn" else program.caches[0].dtype,
         num_parameters=sum(parameters.values()),
         max_seq_len=limits.max_seq_len,
         max_num_tokens=limits.max_num_tokens,

@@ -21,7 +21,7 @@ from executor_svc.core import Batch, Sampled
 from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
-from executor_svc.kernels.fuse import fuse
+from executor_svc.kernels.fuse import fuse, whole_rows
 from executor_svc.kernels.gpu import RULE, DeviceStep
 from executor_svc.kernels.sample import WIDTH, sample
 from executor_svc.kernels.stage import choose, keep, put, stage
@@ -141,10 +141,16 @@ class CudaRunner:
 
     @staticmethod
     def takes(program: Program) -> bool:
-        """Whether it has been measured on such a program: LLaMA's operators, heads of up to 128 numbers of 16 bits."""
-        plain = all(len(op.inputs) == 3 and not op.attrs.get("soft_cap") for op in program.ops if op.op == "attention")
-        heads = all(cache.head_dim <= 128 and cache.dtype in ("bfloat16", "float16") for cache in program.caches)
-        return plain and heads and {op.op for op in program.ops} <= _OPERATORS
+        """Whether it has been measured on such a program: LLaMA's operators, heads of up to 128 numbers of 16 bits.
+
+        KV caches may be of 8 bits, and products, where activations are rounded, too, and the weight has a scale for each row.
+        """
+        attends = [op for op in program.ops if op.op == "attention"]
+        dtypes = {op.outputs[0].type.dtype for op in attends}
+        plain = all(len(op.inputs) == 3 and not op.attrs.get("soft_cap") for op in attends)
+        heads = all(cache.head_dim <= 128 for cache in program.caches) and dtypes <= {"bfloat16", "float16"}
+        small = all(whole_rows(op, program) for op in program.ops if op.op == "linear_fp8")
+        return plain and heads and small and {op.op for op in program.ops} <= {*_OPERATORS, "linear_fp8"}
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:

@@ -13,6 +13,7 @@ from executor_svc import memory
 
 _ALIGNMENT = 64  # bytes, as in a file of weights
 _SPREAD = 1 / math.sqrt(3)  # standard deviation of numbers that are uniform from -1 to 1
+_INPUT_SCALE = 1 / 32  # of activations whose size is about 1: float8_e4m3fn then reaches to 14
 _SMALL = 0.02  # standard deviation of biases, and of what norms' weights differ from 1
 
 
@@ -70,7 +71,9 @@ def _fill(weight: Tensor, op: Op, slot: str, program: Program, generator: torch.
         bits.random_(low, high, generator=generator)
         return
     mean, std = 0.0, 1 / math.sqrt(weight.shape[-1]) if weight.shape else 1.0
-    if "scale" in slot:
+    if slot == "input_scale":
+        mean, std = _INPUT_SCALE, 0.0
+    elif "scale" in slot:
         mean, std = _scale(op, program), 0.0
     elif "norm" in op.op and slot == "weight":
         mean, std = 1.0, _SMALL

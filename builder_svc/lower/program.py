@@ -59,7 +59,8 @@ class _Recording:
             if attr not in spec.later or value != spec.later[attr][1]
         }
         if "cache" in attrs:
-            heads, dtype = tensors[1].shape[1] // attrs["head_dim"], _type(tensors[1]).dtype
+            heads = tensors[1].shape[1] // attrs["head_dim"]
+            dtype = "float8_e4m3fn" if "k_scale" in attrs else _type(tensors[1]).dtype
             self.caches[attrs["cache"]] = KVCache(heads, attrs["head_dim"], dtype)
         outputs = []
         for index, tensor in enumerate(results):

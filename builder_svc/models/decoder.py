@@ -18,6 +18,9 @@ from builder_svc.models.operators import op
 from builder_svc.models.packed import Packed
 from engine.program import TensorType
 
+KVScales = tuple[tuple[float, float], ...]
+"""Of keys and of values, for each layer."""
+
 
 @contextmanager
 def _default_dtype(dtype: str) -> Iterator[None]:
@@ -36,6 +39,7 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, index: int) -> None:
         super().__init__()
         self.spec, self.index = spec, index
+        self.kv_scales = (0.0, 0.0)  # a cache in the dtype of keys and values
         self.qkv = Linear(hidden_size, sum(spec.qkv_sizes), spec.qkv_bias)
         self.q_norm = HeadNorm(spec, spec.num_heads, eps) if spec.qk_norm else None
         self.k_norm = HeadNorm(spec, spec.num_kv_heads, eps) if spec.qk_norm else None
@@ -50,7 +54,8 @@ class Attention(nn.Module):
         if rotation:
             q, k = (op.rope(part, *rotation, spec.head_dim, spec.rope.interleaved) for part in (q, k))
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        return self.out(op.attention(q, k, v, alibi, self.index, spec.head_dim, scale, spec.window, spec.soft_cap))
+        settings = (self.index, spec.head_dim, scale, spec.window, spec.soft_cap, *self.kv_scales)
+        return self.out(op.attention(q, k, v, alibi, *settings))
 
 
 class Mlp(nn.Module):
@@ -160,9 +165,15 @@ class Decoder(nn.Module):
 
     Args:
         packed: name of a linear, such as "layers.0.attention.qkv" -> the form of its weight, where it is not dense.
+        kv_scales: of keys and of values, for each layer, where the KV cache is float8_e4m3fn.
     """
 
-    def __init__(self, config: DecoderConfig, packed: Mapping[str, Packed] = {}) -> None:  # noqa: B006  (not changed)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        packed: Mapping[str, Packed] = {},  # noqa: B006  (not changed)
+        kv_scales: KVScales | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -176,6 +187,8 @@ class Decoder(nn.Module):
         self.lm_head = Head(config)
         for name, form in packed.items():
             self.get_submodule(name).pack(form)
+        for layer, scales in zip(self.layers, kv_scales or (), strict=kv_scales is not None):
+            layer.attention.kv_scales = scales
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, logit_indices: Tensor, rope_lengths: Tensor | None = None
@@ -200,10 +213,16 @@ class Decoder(nn.Module):
         return op.soft_cap(logits, config.logit_soft_cap) if config.logit_soft_cap else logits
 
     @classmethod
-    def on_meta(cls, config: DecoderConfig, dtype: str, packed: Mapping[str, Packed] = {}) -> "Decoder":  # noqa: B006
+    def on_meta(
+        cls,
+        config: DecoderConfig,
+        dtype: str,
+        packed: Mapping[str, Packed] = {},  # noqa: B006
+        kv_scales: KVScales | None = None,
+    ) -> "Decoder":
         """The decoder on the meta device, its weights of this dtype where the config does not say otherwise."""
         with torch.device("meta"), _default_dtype(dtype):
-            return cls(config, packed)
+            return cls(config, packed, kv_scales)
 
     def declared(self) -> dict[str, TensorType]:
         """Name and type of each weight that a checkpoint holds."""

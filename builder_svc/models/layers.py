@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from builder_svc.models.config import AttentionSpec, DynamicRope, LongRope, NormSpec, RopeSpec
 from builder_svc.models.operators import op
 from builder_svc.models.packed import Packed
+from engine.opset import OPERATORS
 
 
 class Linear(nn.Module):
@@ -29,8 +30,9 @@ class Linear(nn.Module):
         """[T, inputs] -> [T, outputs]."""
         if self.packed is None:
             return op.linear(x, self.weight, self.bias)
-        tensors = [getattr(self, name, None) for name in self.packed.inputs]
-        return getattr(op, self.packed.operator)(x, *tensors, self.bias, *self.attrs.values())
+        _, *slots = OPERATORS[self.packed.operator].inputs
+        tensors = [getattr(self, slot.rstrip("?"), None) for slot in slots]
+        return getattr(op, self.packed.operator)(x, *tensors, *self.attrs.values())
 
 
 class Norm(nn.Module):

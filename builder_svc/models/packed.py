@@ -63,25 +63,43 @@ class Int8:
 
 @dataclass(frozen=True)
 class Fp8:
-    """`linear_fp8`, with a scale for each block of so many rows and columns."""
+    """`linear_fp8`, with a scale for each block of so many rows and columns.
+
+    Attributes:
+        activations: how the operator's input is quantized: "token", by a scale for each token; "tensor", by one of the
+            checkpoint's; "" for not at all.
+    """
 
     block_rows: int = 1
     block_columns: int = WHOLE
+    activations: str = ""
     operator = "linear_fp8"
-    inputs = ("weight", "scales")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of its tensors."""
+        return ("weight", "scales", "input_scale") if self.activations == "tensor" else ("weight", "scales")
 
     def attrs(self, columns: int) -> dict[str, Any]:
         """The operator's attributes for rows of that many inputs."""
-        return {"block_rows": self.block_rows, "block_columns": self.block_columns or columns}
+        return {
+            "block_rows": self.block_rows,
+            "block_columns": self.block_columns or columns,
+            "per_token": self.activations == "token",
+        }
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As above."""
         blocks = (-(-rows // self.block_rows), -(-columns // (self.block_columns or columns)))
-        return {"weight": ("float8_e4m3fn", (rows, columns)), "scales": ("float32", blocks)}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight": ("float8_e4m3fn", (rows, columns)),
+            "scales": ("float32", blocks),
+        }
+        return found | ({"input_scale": ("float32", (1,))} if self.activations == "tensor" else {})
 
     def __str__(self) -> str:
         blocks = f"blocks of {self.block_rows} x {self.block_columns}" if self.block_columns else "a scale a row"
-        return f"float8_e4m3fn, {blocks}"
+        return f"float8_e4m3fn, {blocks}" + (f", activations by {self.activations}" if self.activations else "")
 
 
 Packed = Int4 | Int8 | Fp8

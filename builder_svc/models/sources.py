@@ -32,12 +32,14 @@ class Source:
         transposed: they are [in, out].
         heads: how their rows lie, if not queries, keys and values one after another.
         offset: added to every value.
+        largest: the weight is the largest number of them all.
     """
 
     names: tuple[str, ...]
     transposed: bool = False
     heads: Heads | None = None
     offset: float = 0.0
+    largest: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Choices:
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
     dummy_weights: bool = False
+    kv_cache_dtype: str = "auto"
 
     def spec(self, checkpoint: str) -> BuildSpec:
         """The same on the wire. Raises InvalidArgument for a path that is not valid Unicode."""
@@ -47,6 +48,7 @@ class Choices:
                 max_seq_len=self.max_seq_len,
                 max_num_tokens=self.max_num_tokens,
                 dummy_weights=self.dummy_weights,
+                kv_cache_dtype=self.kv_cache_dtype,
             )
         except UnicodeEncodeError as error:
             raise not_unicode(error) from None

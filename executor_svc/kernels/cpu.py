@@ -50,14 +50,15 @@ def attention(
     scale: float,
     window: int,
     soft_cap: float = 0.0,
+    **units: float,
 ) -> Tensor:
     """torch's flash attention: sequences with one new token in groups of like length, the others one by one.
 
-    Keys and values are gathered from their blocks. With alibi or a soft cap, the reference serves.
+    Keys and values are gathered from their blocks. With alibi, a soft cap or a cache of 8 bits, the reference serves.
     """
-    if alibi is not None or soft_cap:
+    if alibi is not None or soft_cap or any(units.values()):
         settings = {"cache": cache, "head_dim": head_dim, "scale": scale, "window": window, "soft_cap": soft_cap}
-        result: Tensor = REFERENCE["attention"](q, k, v, alibi, step=step, **settings)
+        result: Tensor = REFERENCE["attention"](q, k, v, alibi, step=step, **settings, **units)
         return result
     k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
     block_size, groups = k_cache.shape[1], k_cache.shape[2]

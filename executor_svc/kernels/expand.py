@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import DENSE
-from engine.opset import PACKED
+from engine.opset import PACKED, packed_inputs, quantizes_input
 from engine.program import Op, Program, TensorType
 from executor_svc import memory
 
@@ -15,28 +15,32 @@ _ROWS = 1024  # that are expanded at a time, where rows do not depend on each ot
 
 
 def expand(program: Program, weights: dict[str, Tensor]) -> tuple[Program, dict[str, Tensor]]:
-    """A program of the same meaning whose packed products are `linear`, and its weights.
+    """A program of the same meaning whose packed products are `linear`, and its weights; those that round their input stay.
 
     Each matrix is rounded to the dtype of the activations, as the packed operators' references do. Other weights are copied: then
     nothing holds the memory any more that the files were read into.
     """
-    if not any(op.op in PACKED for op in program.ops):
+    if not any(_expands(op) for op in program.ops):
         return program, weights
     ops: list[Op] = []
     types, made = dict(program.weights), dict[str, Tensor]()
     for op in program.ops:
-        if op.op in PACKED:
-            x, weight, *scales, bias = op.inputs
+        if _expands(op):
+            weight, scales, bias, _ = packed_inputs(op.op, op.inputs)
             dtype = op.outputs[0].type.dtype
             parts = [weights[name] if name else None for name in scales]
             made[weight] = _matrix(op.op, weights[weight], parts, op.attrs, getattr(torch, dtype))
             types[weight] = TensorType(dtype, tuple(made[weight].shape))
-            op = msgspec.structs.replace(op, op="linear", inputs=(x, weight, bias), attrs={})
+            op = msgspec.structs.replace(op, op="linear", inputs=(op.inputs[0], weight, bias), attrs={})
         ops.append(op)
     used = {name for op in ops for name in op.inputs}
     types = {name: declared for name, declared in types.items() if name in used}
     found = {name: made[name] if name in made else _zeros(weights[name]).copy_(weights[name]) for name in types}
     return msgspec.structs.replace(program, ops=tuple(ops), weights=types), found
+
+
+def _expands(op: Op) -> bool:
+    return op.op in PACKED and not quantizes_input(op.op, op.inputs, op.attrs)
 
 
 def _matrix(op: str, weight: Tensor, scales: list[Tensor | None], attrs: dict[str, Any], dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,11 @@ from collections import Counter
 
 import msgspec
 
-from engine.opset import OPERATORS, Operator
-from engine.program import Op, Program
+from engine.opset import OPERATORS, Operator, packed_inputs, quantizes_input
+from engine.program import Op, Program, TensorType, Value
+
+FLOATS = ("bfloat16", "float16", "float32")
+QUANTIZED = ("q", "scales")
 
 DEVICE_OPERATORS = {
     "rope_attention": Operator(
@@ -14,12 +17,24 @@ DEVICE_OPERATORS = {
         uses_step=True,
     ),
     "linear_silu_mul": Operator(OPERATORS["linear"].inputs),
+    "quantize_fp8": Operator(("x", "input_scale?"), QUANTIZED),
+    "rms_norm_fp8": Operator(("x", "weight", "input_scale?"), QUANTIZED, {"eps": float}),
+    "add_rms_norm_fp8": Operator(("x", "residual", "weight", "input_scale?"), (*QUANTIZED, "sum"), {"eps": float}),
+    "silu_mul_fp8": Operator(("gate_up", "input_scale?"), QUANTIZED),
+    "product_fp8": Operator(("q", "q_scales", "weight", "scales", "bias?"), attrs={"dtype": int}),
 }
-"""rope_attention: `rope` of q and of k, then `attention`. linear_silu_mul: `linear`, then `silu_mul`."""
+"""rope_attention: `rope` of q and of k, then `attention`. linear_silu_mul: `linear`, then `silu_mul`. product_fp8: `linear_fp8`
+of what `quantize_fp8` has made of its input, in dtype FLOATS[dtype]; another operator X, as X_fp8, leaves the quantized form of
+its first result alone."""
 
 
 def fuse(program: Program) -> Program:
-    """The program with operators whose results nobody else reads drawn into the one that does."""
+    """The program in the device's operators, where it has what they stand for."""
+    return _quantize_where_made(_draw_in(program))
+
+
+def _draw_in(program: Program) -> Program:
+    """Operators whose results nobody else reads, drawn into the one that does."""
     readers = Counter(name for op in program.ops for name in op.inputs)
     readers.update(program.outputs)
     makers = {value.name: op for op in program.ops for value in op.outputs if readers[value.name] == 1}
@@ -40,7 +55,7 @@ def _rope_attention(op: Op, makers: dict[str, Op]) -> tuple[tuple[Op, ...], Op]:
     q, k = (makers.get(name) for name in op.inputs[:2])
     if not (q and k and q.op == k.op == "rope" and q.inputs[1:] == k.inputs[1:] and q.attrs == k.attrs):
         return (), op
-    attrs = {"soft_cap": 0.0, **op.attrs, "interleaved": q.attrs["interleaved"]}
+    attrs = {**op.attrs, "interleaved": q.attrs["interleaved"]}
     inputs = (q.inputs[0], k.inputs[0], op.inputs[2], *q.inputs[1:], *(op.inputs[3:] or ("",)))
     return (q, k), msgspec.structs.replace(op, op="rope_attention", inputs=inputs, attrs=attrs)
 
@@ -53,3 +68,61 @@ def _linear_silu_mul(op: Op, makers: dict[str, Op]) -> tuple[tuple[Op, ...], Op]
 
 
 _PATTERNS = {"attention": _rope_attention, "silu_mul": _linear_silu_mul}
+
+
+def whole_rows(op: Op, program: Program) -> bool:
+    """Whether it is a `linear_fp8` that rounds its input, with a scale for each row of its weight."""
+    if op.op != "linear_fp8" or not quantizes_input(op.op, op.inputs, op.attrs):
+        return False
+    return (op.attrs["block_rows"], op.attrs["block_columns"]) == (1, program.weights[op.inputs[1]].shape[1])
+
+
+def _quantize_where_made(program: Program) -> Program:
+    """Each `linear_fp8` as a product of 8 bits, whose input is quantized once, by the operator that makes it where it can."""
+    readers = _readers(program)
+    types = {value.name: value.type for op in program.ops for value in op.outputs}
+    ops: list[Op] = []
+    made: set[tuple[str, str]] = set()  # values that are there in 8 bits, and by which scale
+    for op in program.ops:
+        if whole_rows(op, program):
+            weight, scales, bias, by = packed_inputs(op.op, op.inputs)
+            x = op.inputs[0]
+            if (x, by) not in made:
+                made.add((x, by))
+                ops.append(Op("quantize_fp8", (x, by), _quantized(x, by, types[x])))
+            q, q_scales = _names(x, by)
+            attrs: dict[str, int | float | bool | list[int]] = {"dtype": FLOATS.index(op.outputs[0].type.dtype)}
+            ops.append(Op("product_fp8", (q, q_scales, weight, *scales, bias), op.outputs, attrs))
+            continue
+        y = op.outputs[0]
+        wanted = {
+            _scale(reader) if reader and whole_rows(reader, program) else None for reader in readers.get(y.name, [])
+        }
+        if f"{op.op}_fp8" in DEVICE_OPERATORS and len(wanted) == 1 and (by := wanted.pop()) is not None:
+            made.add((y.name, by))
+            outputs = (*_quantized(y.name, by, y.type), *op.outputs[1:])
+            op = Op(f"{op.op}_fp8", (*op.inputs, by), outputs, op.attrs)
+        ops.append(op)
+    return msgspec.structs.replace(program, ops=tuple(ops))
+
+
+def _scale(product: Op) -> str:
+    return packed_inputs(product.op, product.inputs)[3]
+
+
+def _names(x: str, by: str) -> tuple[str, str]:
+    return f"{x} in 8 bits {by}", f"{x} scales {by}"
+
+
+def _quantized(x: str, by: str, kind: TensorType) -> tuple[Value, Value]:
+    q, scales = _names(x, by)
+    return Value(q, TensorType("float8_e4m3fn", kind.shape)), Value(scales, TensorType("float32", (kind.shape[0], 1)))
+
+
+def _readers(program: Program) -> dict[str, list[Op | None]]:
+    """Value -> the operators that read it, each as often as it does; None for the program's output."""
+    found: dict[str, list[Op | None]] = {name: [None] for name in program.outputs}
+    for op in program.ops:
+        for name in op.inputs:
+            found.setdefault(name, []).append(op)
+    return found

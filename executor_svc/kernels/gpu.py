@@ -5,25 +5,31 @@ a step.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from engine.ops import Step
 from engine.ops import rms_norm as reference_rms_norm
-from executor_svc.kernels import paged, prompt, rows, tactics
+from executor_svc.kernels import fp8, paged, prompt, rows, tactics
+from executor_svc.kernels.fuse import FLOATS
 
 __all__ = [
     "DeviceStep",
     "add_rms_norm",
     "attention",
+    "add_rms_norm_fp8",
     "linear",
     "linear_silu_mul",
+    "product_fp8",
+    "quantize_fp8",
     "rms_norm",
+    "rms_norm_fp8",
     "rope",
     "rope_attention",
     "silu_mul",
+    "silu_mul_fp8",
 ]
 
 RULE: tactics.Table = {}  # no table: the rule alone
@@ -122,6 +128,40 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return rows.silu_mul(gate_up)
 
 
+def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As the reference says. The others here do it as they make x."""
+    return fp8.quantize(x, input_scale)
+
+
+def rms_norm_fp8(x: Tensor, weight: Tensor, input_scale: Tensor | None = None, *, eps: float) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` of `rms_norm`."""
+    if weight.dtype != x.dtype:
+        return fp8.quantize(rms_norm(x, weight, eps=eps), input_scale)
+    return fp8.norm(x, None, weight, input_scale, eps)[:2]
+
+
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, input_scale: Tensor | None = None, *, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_fp8` of the norm, and the sum."""
+    if weight.dtype != x.dtype:
+        y, total = add_rms_norm(x, residual, weight, eps=eps)
+        return *fp8.quantize(y, input_scale), total
+    return fp8.norm(x, residual, weight, input_scale, eps)
+
+
+def silu_mul_fp8(gate_up: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` of `silu_mul`."""
+    return fp8.silu_mul(gate_up, input_scale)
+
+
+def product_fp8(
+    q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, dtype: int
+) -> Tensor:
+    """`linear_fp8` of what is quantized, with a scale for each row of the weight."""
+    return fp8.product(q, q_scales, weight, scales, bias, getattr(torch, FLOATS[dtype]))
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: bool) -> Tensor:
     """One kernel."""
     return rows.rope(x, cos, sin, head_dim=head_dim, interleaved=interleaved)
@@ -139,11 +179,16 @@ def attention(
     scale: float,
     window: int,
     soft_cap: float = 0.0,
+    k_scale: float = 0.0,
+    v_scale: float = 0.0,
 ) -> Tensor:
     """Writes keys and values, then reads them: prompts in tiles, decodes split over the context."""
     here = DeviceStep.of(step)
-    rows.write(k, v, here.slots, here.k_caches[cache], here.v_caches[cache])
-    return _attend(q.contiguous(), k, v, alibi, here, cache, scale=scale, window=window, soft_cap=soft_cap)
+    rows.write(k, v, here.slots, here.k_caches[cache], here.v_caches[cache], k_scale, v_scale)
+    if k_scale:  # what counts is what was written
+        here = replace(here, fresh=None)
+    settings = {"scale": scale * (k_scale or 1), "v_scale": v_scale or 1.0, "window": window, "soft_cap": soft_cap}
+    return _attend(q.contiguous(), k, v, alibi, here, cache, **settings)
 
 
 def rope_attention(
@@ -159,24 +204,28 @@ def rope_attention(
     head_dim: int,  # noqa: ARG001  (the cache has it)
     scale: float,
     window: int,
-    soft_cap: float,
     interleaved: bool,
+    soft_cap: float = 0.0,
+    k_scale: float = 0.0,
+    v_scale: float = 0.0,
 ) -> Tensor:
     """`rope` of q and k, and `attention`: what is rotated goes straight into the cache."""
     here = DeviceStep.of(step)
     k_cache, v_cache = here.k_caches[cache], here.v_caches[cache]
     keep = here.fresh is not None
-    q, k = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, interleaved=interleaved, keep=keep)
-    return _attend(q, k, v, alibi, here, cache, scale=scale, window=window, soft_cap=soft_cap)
+    form = {"interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale, "keep": keep}
+    q, k, v = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, **form)
+    settings = {"scale": scale * (k_scale or 1), "v_scale": v_scale or 1.0, "window": window, "soft_cap": soft_cap}
+    return _attend(q, k, v, alibi, here, cache, **settings)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None, step: DeviceStep, cache: int,
-    *, scale: float, window: int, soft_cap: float,
+    *, scale: float, v_scale: float, window: int, soft_cap: float,
 ) -> Tensor:  # fmt: skip
-    """Attention of what the cache holds already."""
+    """Attention of what the cache holds already, and k and v with it."""
     k_cache, v_cache, tables = step.k_caches[cache], step.v_caches[cache], step.block_tables
-    settings = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    settings = {"scale": scale, "v_scale": v_scale, "window": window, "soft_cap": soft_cap}
     # Rows that only fill a step up are of no sequence, and keep what lies there; numbers that overflow would be told of on a CPU.
     out, count = torch.empty_like(q) if q.is_cuda else torch.zeros_like(q), step.num_decodes
     if count:
@@ -188,7 +237,7 @@ def _attend(
         return out
     tiles, head_dim = step.tiles, k_cache.shape[-1]
     if step.fresh and alibi is None and not (window or soft_cap) and prompt.takes(q, k, v, head_dim):
-        prompt.prompt(q, k, v, step.starts, step.fresh, out, head_dim=head_dim, scale=scale)
+        prompt.prompt(q, k, v, step.starts, step.fresh, out, head_dim=head_dim, scale=scale, v_scale=v_scale)
         tiles = step.cached
     if tiles:
         rest = (step.rows[count:], step.starts, step.lengths[count:], tiles)

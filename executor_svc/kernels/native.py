@@ -227,11 +227,12 @@ def _attention(
     scale: float,
     window: int,
     soft_cap: float = 0.0,
+    **units: float,
 ) -> Any:
     """The caches' memory is taken as keys [blocks, G, D, 16] and values [blocks, G, 16, D]."""
     k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
     block_size, groups = k_cache.shape[1], k_cache.shape[2]
-    if not _takes("attention", q) or k_cache.dtype != q.dtype or block_size != KEYS_PER_BLOCK:
+    if not _takes("attention", q) or any(units.values()) or k_cache.dtype != q.dtype or block_size != KEYS_PER_BLOCK:
         return NotImplemented
     heads, rest = divmod(q.shape[1], head_dim)
     fits = k_cache.shape[3] == head_dim and k.shape == v.shape == (len(q), groups * head_dim)

@@ -37,7 +37,7 @@ def _block(
     page = tl.load(table + seen // PAGE, inside, 0).to(tl.int64)
     row = ((page * PAGE + seen % PAGE) * G + group) * D
     k = tl.load(k_cache + row[None, :] + dims[:, None], inside[None, :] & (dims < D)[:, None], 0.0)
-    scores = tl.dot(q, k, input_precision="ieee")
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
     if CAP:
         scores = cap * LOG2E * (2.0 / (1.0 + tl.exp(-2.0 * scores * scale / cap)) - 1.0)
     else:
@@ -54,17 +54,20 @@ def _block(
     weights = tl.exp2(scores - base[:, None])
     rescale = tl.exp2(best - base)
     v = tl.load(v_cache + row[:, None] + dims[None, :], inside[:, None] & (dims < D)[None, :], 0.0)
-    output = output * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    output = output * rescale[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
     return higher, total * rescale + tl.sum(weights, 1), output
 
 
 @triton.jit
 def _attend(
-    q, k_cache, v_cache, table, first, whole, last, position, slope, group, scale, cap, window, G: tl.constexpr,
+    q, k_cache, v_cache, table, first, whole, last, position, slope, group, scale, v_scale, cap, window, G: tl.constexpr,
     D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
     ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
-    """A tile of queries over the keys [first, last), of which they all see those before `whole`: maximum, sum and output."""
+    """A tile of queries over the keys [first, last), of which they all see those before `whole`: maximum, sum and output.
+
+    Keys and values of 8 bits are in units of scales: that of keys is part of `scale`.
+    """
     best = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     output = tl.zeros((M, BD), tl.float32)
@@ -78,12 +81,12 @@ def _attend(
             q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
             G, D, PAGE, N, BD, CAP, ALIBI, WINDOW, True,
         )  # fmt: skip
-    return best, total, output
+    return best, total, output * v_scale
 
 
 @triton.jit(do_not_specialize_on_alignment=["table_rows", "starts", "lengths", "tile_row", "tile_at"])
 def _prefill(
-    q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, tile_row, tile_at, table_stride, scale, cap,
+    q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, tile_row, tile_at, table_stride, scale, v_scale, cap,
     window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,
     PARTS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
     WINDOW: tl.constexpr, PDL: tl.constexpr,
@@ -111,7 +114,7 @@ def _prefill(
         whole = first
     best, total, output = _attend(
         values, k_cache, v_cache, tables + tl.load(table_rows + row).to(tl.int64) * table_stride, first, whole, last, position,
-        slope, head // (H // G), scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
+        slope, head // (H // G), scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
     )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + offset, output.to(out.dtype.element_ty), there)
@@ -127,7 +130,7 @@ def _form(row_bytes: int) -> tuple[int, Form]:
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor, starts: Tensor,
     lengths: Tensor,
-    tiles: tuple[Tensor, Tensor], out: Tensor, *, scale: float, window: int, soft_cap: float,
+    tiles: tuple[Tensor, Tensor], out: Tensor, *, scale: float, v_scale: float = 1.0, window: int, soft_cap: float,
 ) -> None:  # fmt: skip
     """Attention of ragged queries [T, H * D] over their sequences' pages, into `out`.
 
@@ -141,7 +144,8 @@ def prefill(
     wide = triton.next_power_of_2(head_dim)
     m, form = _form(wide * q.itemsize)
     _prefill[(heads, len(tiles[0]) * (TILE // m))](
-        q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, *tiles, tables.stride(0), scale, soft_cap, window,
+        q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, *tiles, tables.stride(0), scale, v_scale, soft_cap,
+        window,
         H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=form.keys, PARTS=TILE // m, BD=max(16, wide),
         CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, num_warps=form.warps, num_stages=form.stages, **pdl(),
     )  # fmt: skip
@@ -149,7 +153,7 @@ def prefill(
 
 @triton.jit(do_not_specialize_on_alignment=["table_rows", "lengths"])
 def _decode(
-    q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride, scale, cap,
+    q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride, scale, v_scale, cap,
     window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     BD: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     PDL: tl.constexpr,
@@ -182,7 +186,7 @@ def _decode(
         whole = first
     best, total, output = _attend(
         values, k_cache, v_cache, tables + tl.load(table_rows + row).to(tl.int64) * table_stride, first, whole, last, position,
-        slope, group, scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
+        slope, group, scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
     )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
     if splits == 1:
@@ -222,7 +226,7 @@ _DECODE = Form(64, 2, 2)  # the fastest of bench/attention.py, of heads of up to
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor,
     lengths: Tensor, arrived: Tensor, out: Tensor,
-    *, scale: float, window: int, soft_cap: float, form: Form | None = None,
+    *, scale: float, v_scale: float = 1.0, window: int, soft_cap: float, form: Form | None = None,
 ) -> None:  # fmt: skip
     """Attention of one query a sequence, [S, H * D], into `out`, whose rows with a length of 0 stay as they are.
 
@@ -241,7 +245,7 @@ def decode(
         form = _DECODE if wide * q.itemsize <= 256 else _form(wide * q.itemsize)[1]
     options = {"CAP": soft_cap != 0, "ALIBI": alibi is not None, "WINDOW": window != 0, **pdl()}
     _decode[(rows, groups, splits)](
-        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, tables.stride(0), scale,
+        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, tables.stride(0), scale, v_scale,
         soft_cap, window,
         H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=form.keys, BD=wide,
         SPLITS=splits, num_warps=form.warps, num_stages=form.stages, **options,

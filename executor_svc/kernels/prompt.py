@@ -36,7 +36,7 @@ def _block(
 
 @triton.jit(do_not_specialize_on_alignment=["starts", "tile_row", "tile_at"])
 def _prompt(
-    q, keys, values, out, starts, tile_row, tile_at, scale,
+    q, keys, values, out, starts, tile_row, tile_at, scale, v_scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
@@ -62,7 +62,7 @@ def _prompt(
             ours, keys, values, begin, count, start, column, query, scale, best, total, output, N, True
         )  # fmt: skip
     target = ((begin + query).to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(out + target, (output / total[:, None]).to(out.dtype.element_ty), (query < count)[:, None])
+    tl.store(out + target, (output * (v_scale / total)[:, None]).to(out.dtype.element_ty), (query < count)[:, None])
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
 
 def prompt(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, tiles: tuple[Tensor, Tensor], out: Tensor,
-    *, head_dim: int, scale: float, rows: int = ROWS, form: Form = FORM,
+    *, head_dim: int, scale: float, v_scale: float = 1.0, rows: int = ROWS, form: Form = FORM,
 ) -> None:  # fmt: skip
     """Causal attention of ragged prompts [T, H * D] over their own keys and values [T, G * D], into `out`.
 
@@ -90,7 +90,7 @@ def prompt(
     queries = TensorDescriptor.from_tensor(q, [rows, head_dim])
     keys, values = (TensorDescriptor.from_tensor(part, [form.keys, head_dim]) for part in (k, v))
     _prompt[(heads, len(tiles[0]) * (TILE // rows))](
-        queries, keys, values, out, starts, *tiles, scale,
+        queries, keys, values, out, starts, *tiles, scale, v_scale,
         H=heads, G=groups, D=head_dim, M=rows, PARTS=TILE // rows, N=form.keys, num_warps=form.warps,
         num_stages=form.stages, **pdl(),
     )  # fmt: skip

@@ -30,10 +30,14 @@ def wait_before(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm(x, residual, weight, y, total, size, stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    wait_before(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
+def to_fp8(value, scale):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """`engine.ops.to_fp8`."""
+    return tl.minimum(tl.maximum(value.to(tl.float32) / scale, -448.0), 448.0).to(tl.float8e4nv)
+
+
+@triton.jit
+def normed(x, residual, weight, total, row, at, size, stride, eps, ADD: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """A row of `rms_norm`, or of `add_rms_norm`, whose sum it writes."""
     inside = at < size
     value = tl.load(x + row * stride + at, inside, 0.0)
     if ADD:
@@ -42,7 +46,14 @@ def _norm(x, residual, weight, y, total, size, stride, eps, ADD: tl.constexpr, B
     wide = value.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide) / size + eps)
     scales = tl.load(weight + at, inside, 0.0)
-    tl.store(y + row * size + at, (scales * wide.to(scales.dtype)).to(value.dtype), inside)
+    return (scales * wide.to(scales.dtype)).to(value.dtype)
+
+
+@triton.jit
+def _norm(x, residual, weight, y, total, size, stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    wait_before(PDL)
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    tl.store(y + row * size + at, normed(x, residual, weight, total, row, at, size, stride, eps, ADD), at < size)
 
 
 def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -59,15 +70,20 @@ def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
 
 
 @triton.jit
+def gated(gate_up, row, at, size):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Numbers `at` of a row of `silu_mul`."""
+    gate = tl.load(gate_up + row * 2 * size + at, at < size, 0.0)
+    up = tl.load(gate_up + row * 2 * size + size + at, at < size, 0.0)
+    wide = gate.to(tl.float32)
+    return (wide * tl.sigmoid(wide)).to(gate.dtype) * up
+
+
+@triton.jit
 def _silu_mul(gate_up, y, size, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     wait_before(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    gate = tl.load(gate_up + row * 2 * size + at, inside, 0.0)
-    up = tl.load(gate_up + row * 2 * size + size + at, inside, 0.0)
-    wide = gate.to(tl.float32)
-    tl.store(y + row * size + at, (wide * tl.sigmoid(wide)).to(gate.dtype) * up, inside)
+    tl.store(y + row * size + at, gated(gate_up, row, at, size), at < size)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -125,22 +141,45 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: boo
 
 
 @triton.jit
-def _write(k, v, slots, k_cache, v_cache, k_stride, v_stride, size, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _write(
+    k, v, slots, k_cache, v_cache, k_stride, v_stride, k_scale, v_scale, size,
+    FP8: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     slot = tl.load(slots + token)
-    tl.store(k_cache + slot * size + at, tl.load(k + token * k_stride + at, inside, 0.0), inside)
-    tl.store(v_cache + slot * size + at, tl.load(v + token * v_stride + at, inside, 0.0), inside)
+    keys, values = tl.load(k + token * k_stride + at, inside, 0.0), tl.load(v + token * v_stride + at, inside, 0.0)
+    if FP8:
+        keys, values = to_fp8(keys, k_scale), to_fp8(values, v_scale)
+    tl.store(k_cache + slot * size + at, keys, inside)
+    tl.store(v_cache + slot * size + at, values, inside)
 
 
-def write(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """Keys and values [T, G * D] into the rows slots [T] of the flattened caches."""
+def write(
+    k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: float, v_scale: float
+) -> None:
+    """Keys and values [T, G * D] into the rows slots [T] of the flattened caches; scales of 0 are those of no 8 bits."""
     size = k.shape[1]
     _write[(len(k), triton.cdiv(size, 1024))](
-        k, v, slots, k_cache, v_cache, k.stride(0), v.stride(0), size, BLOCK=1024, num_warps=4, **pdl()
-    )
+        k, v, slots, k_cache, v_cache, k.stride(0), v.stride(0), k_scale, v_scale, size,
+        FP8=k_scale != 0, BLOCK=1024, num_warps=4, **pdl(),
+    )  # fmt: skip
+
+
+@triton.jit
+def _put(
+    value, cache, kept, token, slot, heads, inside, scale,
+    G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr, KEEP: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    """Heads of a token into its row of the cache, and as they are there, in their own dtype, into a row of `kept`."""
+    place = heads[:, None] * D + tl.arange(0, BLOCK)[None, :]
+    if FP8:
+        value = to_fp8(value, scale)
+    tl.store(cache + slot * G * D + place, value, inside)
+    if KEEP:
+        tl.store(kept + token * G * D + place, value.to(kept.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -153,11 +192,14 @@ def _rope_write(
     slots,
     q_out,
     k_out,
+    v_out,
     k_cache,
     v_cache,
     q_stride,
     k_stride,
     v_stride,
+    k_scale,
+    v_scale,
     half,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -166,6 +208,7 @@ def _rope_write(
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     KEEP: tl.constexpr,
+    FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001
     wait_before(PDL)
@@ -185,30 +228,33 @@ def _rope_write(
         heads = (part - queries) * HEADS + mine
         there = heads < G
         result = _turn(k + token * k_stride, heads, there, cos, sin, half, D, BLOCK, INTERLEAVED)
-        target = k_cache + tl.load(slots + token) * G * D + heads[:, None] * D + at[None, :]
-        tl.store(target, result, there[:, None] & (at < D)[None, :])
-        if KEEP:
-            target = k_out + token * G * D + heads[:, None] * D + at[None, :]
-            tl.store(target, result, there[:, None] & (at < D)[None, :])
+        inside = there[:, None] & (at < D)[None, :]
+        _put(result, k_cache, k_out, token, tl.load(slots + token), heads, inside, k_scale, G, D, BLOCK, FP8, KEEP)
     else:
         heads = (part - queries - keys) * HEADS + mine
         inside = (heads < G)[:, None] & (at < D)[None, :]
         value = tl.load(v + token * v_stride + heads[:, None] * D + at[None, :], inside, 0.0)
-        target = v_cache + tl.load(slots + token) * G * D + heads[:, None] * D + at[None, :]
-        tl.store(target, value, inside)
+        slot = tl.load(slots + token)
+        _put(value, v_cache, v_out, token, slot, heads, inside, v_scale, G, D, BLOCK, FP8, KEEP and FP8)
 
 
 def rope_write(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
-    *, interleaved: bool, keep: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`rope` of q and k and `write` of k and v in one kernel; the rotated q [T, H * D] and, to keep, k [T, G * D]."""
+    *, interleaved: bool, k_scale: float = 0.0, v_scale: float = 0.0, keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`rope` of q and k and `write` of k and v in one kernel.
+
+    Returns:
+        The rotated q [T, H * D]; and where they are to be kept, k and v [T, G * D], as they were written, in the dtype of q.
+    """
     groups, head_dim = k_cache.shape[-2:]
     tokens, heads = q.shape[0], q.shape[1] // head_dim
     out, k_out = q.new_empty(q.shape), k.new_empty(k.shape) if keep else k
+    v_out = v.new_empty(v.shape) if keep and k_scale else v
     _rope_write[(tokens, triton.cdiv(heads, HEADS) + 2 * triton.cdiv(groups, HEADS))](
-        q, k, v, cos, sin, slots, out, k_out, k_cache, v_cache, q.stride(0), k.stride(0), v.stride(0), cos.shape[-1],
+        q, k, v, cos, sin, slots, out, k_out, v_out, k_cache, v_cache, q.stride(0), k.stride(0), v.stride(0),
+        k_scale, v_scale, cos.shape[-1],
         H=heads, G=groups, D=head_dim, BLOCK=triton.next_power_of_2(head_dim), HEADS=HEADS, INTERLEAVED=interleaved,
-        KEEP=keep, num_warps=4, **pdl(),
+        KEEP=keep, FP8=k_scale != 0, num_warps=4, **pdl(),
     )  # fmt: skip
-    return out, k_out
+    return out, k_out, v_out

@@ -99,6 +99,7 @@ class BuildSpec(_message.Message):
     MAX_SEQ_LEN_FIELD_NUMBER: _builtins.int
     MAX_NUM_TOKENS_FIELD_NUMBER: _builtins.int
     DUMMY_WEIGHTS_FIELD_NUMBER: _builtins.int
+    KV_CACHE_DTYPE_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     """A directory or .gguf file under the builder's checkpoint root, "hf://ORG/NAME[/FILE.gguf][@REVISION]" of the Hugging Face
     hub, or what OfferCheckpoint gave.
@@ -113,6 +114,8 @@ class BuildSpec(_message.Message):
     """[2048] tokens in one step"""
     dummy_weights: _builtins.bool
     """read no weights: executors make random ones"""
+    kv_cache_dtype: _builtins.str
+    """["auto"] of activations; or "fp8" """
     @_builtins.property
     def target(self) -> Global___Target: ...
     def __init__(
@@ -125,10 +128,11 @@ class BuildSpec(_message.Message):
         max_seq_len: _builtins.int | None = ...,
         max_num_tokens: _builtins.int | None = ...,
         dummy_weights: _builtins.bool = ...,
+        kv_cache_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "kv_cache_dtype", b"kv_cache_dtype", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_batch_size: _TypeAlias = _typing.Literal["max_batch_size"]  # noqa: Y015
     _WhichOneofArgType__max_batch_size: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size"]  # noqa: Y015

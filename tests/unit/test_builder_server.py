@@ -109,14 +109,16 @@ def test_options_by_default():
 
 def test_options_as_given():
     target = Target(device=DEVICE_KIND_CUDA, compute_capability="9.0")
-    spec = BuildSpec(dtype="bfloat16", target=target, max_batch_size=8, max_seq_len=512, max_num_tokens=256)
-    assert read_options(spec) == BuildConfig("bfloat16", "cuda", "9.0", 8, 512, 256)
+    sizes = {"max_batch_size": 8, "max_seq_len": 512, "max_num_tokens": 256}
+    spec = BuildSpec(dtype="bfloat16", target=target, kv_cache_dtype="fp8", **sizes)
+    assert read_options(spec) == BuildConfig("bfloat16", "cuda", "9.0", **sizes, kv_cache_dtype="fp8")
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         (BuildSpec(dtype="int3"), "'int3'"),
+        (BuildSpec(kv_cache_dtype="int8"), "kv_cache_dtype 'int8': choose one of auto, fp8"),
         (BuildSpec(max_batch_size=0), "max_batch_size is 0"),
         (BuildSpec(max_seq_len=0), "max_seq_len is 0"),
         (BuildSpec(max_num_tokens=0), "max_num_tokens is 0"),

@@ -606,7 +606,10 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
         BuildEvent(state=Build(build_id="b1", state=BUILD_STATE_SUCCEEDED, engine_id="ef" * 32)),
     ]
     result = enginehouse(
-        "build", "My-Llama/", *["--dtype", "bfloat16", "--device", "cuda", "--compute-capability", "9.0"]
+        "build",
+        "My-Llama/",
+        *["--dtype", "bfloat16", "--device", "cuda", "--compute-capability", "9.0"],
+        *["--kv-cache-dtype", "fp8"],
     )
     assert result.exit_code == 0
     assert "My-Llama: engine efefefefefef, built in " in result.stdout
@@ -619,6 +622,7 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
     assert (request.model, request.spec.checkpoint) == ("My-Llama", str(tmp_path / "My-Llama"))
     spec = request.spec
     assert (spec.dtype, spec.target.device, spec.target.compute_capability) == ("bfloat16", DEVICE_KIND_CUDA, "9.0")
+    assert spec.kv_cache_dtype == "fp8"
     assert not any(spec.HasField(name) for name in ("max_batch_size", "max_seq_len", "max_num_tokens"))
 
     told = json.loads(enginehouse("build", "./elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json").stdout)

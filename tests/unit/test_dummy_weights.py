@@ -25,7 +25,7 @@ from engine.errors import FailedPrecondition
 from engine.fingerprint import Node
 from engine.manifest import Manifest
 from engine.ops import DENSE
-from engine.opset import OPERATORS
+from engine.opset import OPERATORS, packed_inputs
 from engine.program import Op, Program, TensorType, Value
 from engine.verify import verify
 from enginehouse import AutoConfig, AutoModelForCausalLM, BuildConfig, build
@@ -188,7 +188,8 @@ def test_packed_weights_stand_for_a_matrix_like_any_other(case: str) -> None:
     program = Program({"num_tokens": 4, "num_logits": 1}, inputs, held, (), ops, ("y",))
     program.validate()
     made = random_weights.make(program, list(held), 0, "cpu")
-    dense = DENSE[op](*map(made.get, given[:-1]), **attrs)
+    weight, scales, *_ = packed_inputs(op, ("x", *given))
+    dense = DENSE[op](*map(made.get, (weight, *scales)), **attrs)
     assert dense.shape == (512, 256) and abs(dense.mean().item()) < 0.01
     assert dense.std().item() == pytest.approx(1 / 16, rel=0.03)
     bits = made["weight"].view(torch.uint8)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from builder_svc.checkpoint.huggingface import declared_dtype
-from builder_svc.checkpoint.quantized.layers import FLOATS, Expected, Floats, Layer, Read, Scheme
+from builder_svc.checkpoint.quantized.layers import FLOATS, NUMBER, Expected, Floats, Layer, Read, Scheme
 from builder_svc.checkpoint.quantized.method import Method
 from builder_svc.checkpoint.reader import Checkpoint
 from builder_svc.models.packed import Packed
 from engine.errors import InvalidArgument
 
-# Of activations and of KV caches, which stay in the engine's dtype.
+# Of activations and of KV caches, read where an engine quantizes these, too.
 _OTHER_SCALES = (
     "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point",
     "q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale",
@@ -53,7 +54,7 @@ class QuantizedCheckpoint:
         hidden = {f"{module}.{tensor}" for module, scheme in self.layers.items() for tensor in scheme.tensors(1, 1)}
         ignored = {name for name in checkpoint.shapes if name.rpartition(".")[2] in _OTHER_SCALES}
         if ignored:
-            log.info("%d scales of activations or KV caches are left out: %s, ...", len(ignored), min(ignored))
+            log.info("%d scales of activations or KV caches: %s, ...", len(ignored), min(ignored))
         self._plain = {name: shape for name, shape in checkpoint.shapes.items() if name not in hidden | ignored}
         self._packed: dict[str, tuple[str, str]] = {}  # a tensor of a packed form -> its layer and what it is
         self.shapes: Mapping[str, tuple[int, ...]] = {
@@ -105,6 +106,20 @@ class QuantizedCheckpoint:
             raise self._missing(name, scheme.tensors(*self._sizes[module])[scheme.scale])
         return self._dtype(name)
 
+    def kv_scale(self, names: Sequence[str]) -> float | None:
+        """The first of these tensors that is there, one number. Raises InvalidArgument for what is no scale."""
+        name = next((name for name in names if name in self._checkpoint.shapes), None)
+        if name is None:
+            return None
+        self._check_tensor(name, NUMBER)
+        found = float(self._checkpoint.read(name))
+        if not 0 < found < math.inf:
+            raise InvalidArgument(
+                f"tensor {name!r} holds {found}, which is no scale: take the weights again, or leave kv_cache_dtype at 'auto'",
+                reason="QUANTIZATION_MISMATCH",
+            )
+        return found
+
     def size(self, module: str) -> tuple[int, int]:
         """(rows, columns) of a quantized layer's weight, by its main tensor."""
         return self._sizes[module]
@@ -129,6 +144,8 @@ class QuantizedCheckpoint:
             own = rows if len(modules) == 1 else self._sizes[module][0]
             for tensor, expected in self.layers[module].tensors(own, columns).items():
                 self._check_tensor(f"{module}.{tensor}", expected)
+            if f"{module}.input_scale" in self._packed:
+                self._check_tensor(f"{module}.input_scale", NUMBER)
             if found := self.layers[module].problem(Layer(self._of(module), own, columns)):
                 tensor, problem = found
                 raise InvalidArgument(

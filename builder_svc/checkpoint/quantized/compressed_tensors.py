@@ -8,6 +8,7 @@
     naive-quantized   either, by the type of the weights
 
 weight_scale is [out, groups], of one column by channel, or one number for the tensor; for blocks it is [rows, columns] of them.
+input_scale is one number, where activations of a float-quantized layer are quantized and not "dynamic".
 """
 
 from dataclasses import dataclass
@@ -169,6 +170,14 @@ def read(config: Fields) -> Method:
     return Method("compressed-tensors", {"groups": told}, scheme, ("weight_packed", "weight_scale"))
 
 
+def _activations(group: Fields) -> str:
+    """How the inputs of a float-quantized layer are; what is dynamic by tensor is here by token, which is finer."""
+    found = _object(group.values.get("input_activations"))
+    if found.get("type") != "float" or found.get("num_bits") != 8 or found.get("strategy") not in ("token", "tensor"):
+        return ""
+    return "token" if found.get("dynamic") or found["strategy"] == "token" else "tensor"
+
+
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -189,7 +198,8 @@ def _scheme(config: Fields, group: Fields) -> Integers | Floats:
             )
         one_of(weights, "num_bits", (8,))
         blocks = block_size(weights, "block_structure") if strategy == "block" else None
-        return Floats(blocks or ("channel" if strategy == "channel" else "tensor"))
+        kept = blocks or ("channel" if strategy == "channel" else "tensor")
+        return Floats(kept, activations="" if blocks else _activations(group))
     if stored == "float-quantized" or strategy == "block":
         raise unsupported(
             weights,

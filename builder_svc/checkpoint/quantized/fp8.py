@@ -4,7 +4,10 @@
     weight_scale_inv  [ceil(out / 128), ceil(in / 128)]     what a block is multiplied with, whatever its name says
     weight_scale      one for the tensor ("fp8" without blocks), or [out, 1] ("fbgemm_fp8")
 
-Scales of activations are of no use here: activations stay as they are.
+    input_scale       one for the tensor, with activation_scheme "static"
+
+By blocks, activations stay as they are. activation_scale_ub of "fbgemm_fp8", a bound of tokens' scales, is left out: larger
+numbers are kept and not cut off.
 """
 
 from typing import Any
@@ -13,6 +16,8 @@ from builder_svc.checkpoint.quantized.layers import Floats
 from builder_svc.checkpoint.quantized.method import Method, one_of, texts, unsupported
 from builder_svc.models.fields import Fields
 
+_ACTIVATIONS = {"dynamic": "token", "static": "tensor"}
+
 
 def read(config: Fields) -> Method:
     """The quantization_config of quant_method "fp8"."""
@@ -20,7 +25,10 @@ def read(config: Fields) -> Method:
     one_of(config, "expert_dtype", ("fp8",), "fp8")
     blocks = block_size(config, "weight_block_size")
     excluded = (*texts(config, "modules_to_not_convert"), *texts(config, "ignored_layers"), "lm_head")
-    layer = Floats(blocks or "tensor", "weight_scale_inv" if blocks else "weight_scale")
+    scheme = one_of(config, "activation_scheme", tuple(_ACTIVATIONS), "dynamic")
+    layer = Floats(
+        blocks or "tensor", "weight_scale_inv" if blocks else "weight_scale", "" if blocks else _ACTIVATIONS[scheme]
+    )
     # Writers of a scale a tensor have taken either name.
     markers = ("weight_scale_inv",) if blocks else ("weight_scale", "weight_scale_inv")
     return Method("fp8", facts(layer), lambda _: layer, markers, excluded)
@@ -28,7 +36,7 @@ def read(config: Fields) -> Method:
 
 def read_fbgemm(config: Fields) -> Method:
     """The quantization_config of quant_method "fbgemm_fp8"."""
-    layer = Floats("channel")
+    layer = Floats("channel", activations="token")
     excluded = (*texts(config, "modules_to_not_convert"), "lm_head")
     return Method("fbgemm_fp8", facts(layer), lambda _: layer, ("weight_scale",), excluded)
 

@@ -40,6 +40,10 @@ class Expected:
     dtypes: tuple[str, ...]
 
 
+NUMBER = Expected(((1,), (), (1, 1)), FLOATS)
+"""A scale for all."""
+
+
 class Scheme(ABC):
     """One way to store a linear layer.
 
@@ -158,10 +162,12 @@ class Floats(Scheme):
     Attributes:
         blocks: rows and columns that share a scale; "channel" is a scale for each row, "tensor" one for all.
         scale: last name of the scales, which not all writers call alike.
+        activations: as they are quantized where the operator can (`Fp8`); "tensor" has a tensor "input_scale".
     """
 
     blocks: tuple[int, int] | str
     scale: str = "weight_scale"
+    activations: str = ""
     main = "weight"
 
     @property
@@ -184,11 +190,11 @@ class Floats(Scheme):
 
     def form(self, columns: int, scales: str) -> Packed | str:
         del columns, scales
-        return Fp8(*self.blocks) if isinstance(self.blocks, tuple) else Fp8()
+        return Fp8(*self.blocks) if isinstance(self.blocks, tuple) else Fp8(activations=self.activations)
 
     def part(self, name: str, layer: Layer) -> Tensor:
-        if name == "weight":
-            return layer.read("weight")
+        if name != "scales":
+            return layer.read(name)
         scales = layer.read(self.scale).float()
         return scales if isinstance(self.blocks, tuple) else scales.view(-1, 1).expand(layer.rows, 1)
 

@@ -1,9 +1,9 @@
 """FP8 as NVIDIA's ModelOpt writes it: hf_quant_config.json, or a quantization_config with quant_method "modelopt".
 
-    weight        float8_e4m3fn [out, in]
-    weight_scale  one for the tensor (FP8), or [out] (FP8_PER_CHANNEL_PER_TOKEN)
+weight        float8_e4m3fn [out, in]
+weight_scale  one for the tensor (FP8), or [out] (FP8_PER_CHANNEL_PER_TOKEN)
 
-input_scale, and k_scale and v_scale of the KV cache, are left out: activations and caches stay in the engine's dtype.
+input_scale   one for the tensor (FP8)
 """
 
 from builder_svc.checkpoint.quantized.fp8 import facts
@@ -12,15 +12,18 @@ from builder_svc.checkpoint.quantized.method import Method, one_of, texts
 from builder_svc.models.fields import Fields
 
 FILE = "hf_quant_config.json"
-_SCALES = {"FP8": "tensor", "FP8_PER_CHANNEL_PER_TOKEN": "channel"}
+_LAYERS = {
+    "FP8": Floats("tensor", activations="tensor"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Floats("channel", activations="token"),
+}
 
 
 def read(config: Fields) -> Method:
     """The object "quantization" of hf_quant_config.json, or the quantization_config."""
     nested = config.get("quantization", dict, {})
     config = Fields(nested or config.values, config.where)
-    algorithm = str(one_of(config, "quant_algo", tuple(_SCALES)))
-    layer = Floats(_SCALES[algorithm])
+    algorithm = str(one_of(config, "quant_algo", tuple(_LAYERS)))
+    layer = _LAYERS[algorithm]
     excluded = (*texts(config, "exclude_modules"), *texts(config, "ignore"))
     files = (FILE,) if config.where.endswith(FILE) else ()
     return Method(

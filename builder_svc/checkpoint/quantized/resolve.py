@@ -58,8 +58,8 @@ class Resolved:
                 checkpoint.check_dense(name)
 
 
-def resolve(checkpoint: Tensors, sources: Mapping[str, Source]) -> Resolved:
-    """Chooses for each of our linears. Logs a warning of those that are dequantized."""
+def resolve(checkpoint: Tensors, sources: Mapping[str, Source], device: str) -> Resolved:
+    """Chooses for each of our linears, as they will run on a kind of device. Logs a warning of those that are dequantized."""
     if not isinstance(checkpoint, QuantizedCheckpoint):
         return Resolved(checkpoint, sources)
     packed: dict[str, Packed] = {}
@@ -73,7 +73,7 @@ def resolve(checkpoint: Tensors, sources: Mapping[str, Source]) -> Resolved:
             found[ours] = source
             continue
         linear, layers[ours] = ours.removesuffix(".weight"), modules
-        chosen = _form(ours, source, modules, checkpoint)
+        chosen = _on(device, _form(ours, source, modules, checkpoint))
         source = replace(source, transposed=False)  # which a dense one might be
         if isinstance(chosen, str):
             dequantized[linear], found[ours] = chosen, source
@@ -81,14 +81,19 @@ def resolve(checkpoint: Tensors, sources: Mapping[str, Source]) -> Resolved:
         packed[linear] = chosen
         forms |= dict.fromkeys(modules, chosen)
         for name in chosen.tensors(2, 2):
-            found[f"{linear}.{name}"] = replace(source, names=tuple(f"{module}.{name}" for module in modules))
+            names = tuple(f"{module}.{name}" for module in modules)
+            found[f"{linear}.{name}"] = (
+                Source(names, largest=True) if name == "input_scale" else replace(source, names=names)
+            )
     _warn(checkpoint, dequantized)
     facts = _facts(checkpoint.method, packed, dequantized)
     used = {name for source in sources.values() for name in source.names}
     return Resolved(checkpoint.packed(forms, used), found, packed, layers, facts)
 
 
-def planned(method: Method, sources: Mapping[str, Source], columns: Mapping[str, int], dtype: str) -> Resolved:
+def planned(
+    method: Method, sources: Mapping[str, Source], columns: Mapping[str, int], dtype: str, device: str
+) -> Resolved:
     """What dummy weights are packed as: the forms as far as a config alone tells, without a checkpoint's tensors.
 
     Args:
@@ -99,7 +104,7 @@ def planned(method: Method, sources: Mapping[str, Source], columns: Mapping[str,
     for linear, count in columns.items():
         source = sources[f"{linear}.weight"]
         modules = [name.removesuffix(".weight") for name in source.names]
-        chosen = _together([method.planned(module) for module in modules], lambda _: dtype, count)
+        chosen = _on(device, _together([method.planned(module) for module in modules], lambda _: dtype, count))
         if not isinstance(chosen, str):
             packed[linear] = chosen
     return Resolved(None, {}, packed, facts=_facts(method, packed, {}))
@@ -112,6 +117,28 @@ def _facts(method: Method, packed: Mapping[str, Packed], dequantized: Mapping[st
         "packed": _in_ranges({name: str(form) for name, form in packed.items()}),
         "dequantized": _in_ranges(dequantized),
     }
+
+
+def _on(device: str, form: Packed | str) -> Packed | str:
+    """The CPU multiplies with matrices of floats (`executor_svc/kernels/expand.py`): there, activations stay as they are."""
+    return replace(form, activations="") if isinstance(form, Fp8) and device == "cpu" else form
+
+
+def kv_scales(
+    checkpoint: Tensors | None, sources: Mapping[str, Source], layers: int
+) -> tuple[tuple[float, float], ...]:
+    """What keys and values of each layer are divided by in a cache of 8 bits: the checkpoint's scales, else 1."""
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return ((1.0, 1.0),) * layers
+    found = []
+    for layer in range(layers):
+        outer = sources[f"layers.{layer}.attention.qkv.weight"].names[0].removesuffix(".weight").rpartition(".")[0]
+        pair = []
+        for letter in "kv":
+            names = [f"{outer}.{name}" for name in (f"{letter}_scale", f"{letter}_proj.{letter}_scale", "kv_scale")]
+            pair.append(checkpoint.kv_scale(names) or 1.0)
+        found.append((pair[0], pair[1]))
+    return tuple(found)
 
 
 def _form(ours: str, source: Source, modules: Sequence[str], checkpoint: QuantizedCheckpoint) -> Packed | str:

@@ -1,0 +1,199 @@
+"""Triton kernels in float8_e4m3fn: rows that are quantized where they are made, and their products (`engine.ops.linear_fp8`)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from executor_svc.kernels.rows import gated, normed, pdl, to_fp8, wait_before
+
+_LARGE = 50_000_000  # elements of a matrix
+
+
+@triton.jit
+def _keep(value, input_scale, q, scales, row, at, size, STATIC: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Writes a whole row in 8 bits, and its scale."""
+    wide = value.to(tl.float32)
+    if STATIC:
+        scale = tl.load(input_scale)
+    else:
+        scale = tl.maximum(tl.max(tl.abs(wide)), 1e-12) / 448.0
+    tl.store(q + row * size + at, to_fp8(wide, scale), at < size)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _quantize(x, input_scale, q, scales, size, stride, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    wait_before(PDL)
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = tl.load(x + row * stride + at, at < size, 0.0)
+    _keep(value, input_scale, q, scales, row, at, size, STATIC)
+
+
+@triton.jit
+def _norm(
+    x, residual, weight, input_scale, q, scales, total, size, stride, eps,
+    ADD: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    wait_before(PDL)
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = normed(x, residual, weight, total, row, at, size, stride, eps, ADD)
+    _keep(value, input_scale, q, scales, row, at, size, STATIC)
+
+
+@triton.jit
+def _silu_mul(gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    wait_before(PDL)
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    _keep(gated(gate_up, row, at, size), input_scale, q, scales, row, at, size, STATIC)
+
+
+def _empty(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """For the rows of x: numbers of 8 bits [T, size], and scales [T, 1]."""
+    q = torch.empty(len(x), size, dtype=torch.float8_e4m3fn, device=x.device)
+    return q, torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+
+
+def _form(size: int) -> dict[str, int]:
+    """A program has a whole row: its largest number is the row's scale."""
+    block = triton.next_power_of_2(size)
+    return {"BLOCK": block, "num_warps": max(4, min(16, block // 512))}
+
+
+def quantize(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` of x [T, n], whose last dimension is contiguous."""
+    size = x.shape[1]
+    q, scales = _empty(x, size)
+    _quantize[(len(x),)](
+        x, input_scale, q, scales, size, x.stride(0), STATIC=input_scale is not None, **_form(size), **pdl()
+    )
+    return q, scales
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, input_scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_fp8` of `rows.norm`, and the sum."""
+    size = x.shape[1]
+    q, scales = _empty(x, size)
+    total = x if residual is None else x.new_empty(x.shape)
+    _norm[(len(x),)](
+        x, residual, weight, input_scale, q, scales, total, size, x.stride(0), eps,
+        ADD=residual is not None, STATIC=input_scale is not None, **_form(size), **pdl(),
+    )  # fmt: skip
+    return q, scales, total
+
+
+def silu_mul(gate_up: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` of `rows.silu_mul`."""
+    size = gate_up.shape[1] // 2
+    q, scales = _empty(gate_up, size)
+    _silu_mul[(len(gate_up),)](
+        gate_up, input_scale, q, scales, size, STATIC=input_scale is not None, **_form(size), **pdl()
+    )
+    return q, scales
+
+
+@triton.jit
+def _gemv(
+    q, q_scales, weight, scales, bias, y, outputs, columns,
+    ROWS: tl.constexpr, OUT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    """ROWS or OUT is 1, so that a block of products has two dimensions."""
+    out, row, at = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    there = out < outputs
+    ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
+    ahead = tl.load(ours, there[:, None] & (at < columns)[None, :], 0.0)  # no kernel before this one writes weights
+    of_out = tl.load(scales + out, there, 0.0)
+    wait_before(PDL)
+    sums = tl.zeros((ROWS * OUT, BLOCK), tl.float32)
+    for start in range(0, columns, BLOCK):
+        # By way of 16 bits: the device has an instruction for two numbers at a time.
+        w = ahead.to(tl.float16).to(tl.float32)
+        ahead = tl.load(ours + start + BLOCK, there[:, None] & (start + BLOCK + at < columns)[None, :], 0.0)
+        inside = (start + at < columns)[None, :]
+        values = tl.load(q + row[:, None] * columns + start + at[None, :], inside, 0.0)
+        sums += values.to(tl.float16).to(tl.float32) * w
+    result = tl.sum(sums, 1) * tl.load(q_scales + row) * of_out
+    if BIAS:
+        result += tl.load(bias + out, there, 0.0).to(tl.float32)
+    tl.store(y + row * outputs + out, result.to(y.dtype.element_ty), there)
+
+
+def gemv(
+    q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    *, out: int = 2, block: int = 2048, warps: int = 4,
+) -> Tensor:  # fmt: skip
+    """The product for 1, 2 or 4 rows, at memory's speed; of one row, a program makes `out` numbers."""
+    rows, (outputs, columns) = len(q), weight.shape
+    y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
+    out = out if rows == 1 else 1
+    _gemv[(triton.cdiv(outputs, out),)](
+        q, q_scales, weight, scales, bias, y, outputs, columns,
+        ROWS=rows, OUT=out, BIAS=bias is not None, BLOCK=block, num_warps=warps, **pdl(),
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _tiles(
+    q, q_scales, weight, scales, bias, y, rows, outputs, columns,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    row, out = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
+    at = tl.arange(0, K)
+    here, there = row < rows, out < outputs
+    ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
+    theirs = q + row.to(tl.int64)[None, :] * columns + at[:, None]
+    of_out = tl.load(scales + out, there, 0.0)
+    wait_before(PDL)
+    sums = tl.zeros((N, M), tl.float32)
+    for start in range(0, columns, K):
+        inside = start + at < columns
+        w = tl.load(ours + start, there[:, None] & inside[None, :], 0.0)
+        values = tl.load(theirs + start, here[None, :] & inside[:, None], 0.0)
+        sums = tl.dot(w, values, sums)
+    sums *= of_out[:, None] * tl.load(q_scales + row, here, 0.0)[None, :]
+    if BIAS:
+        sums += tl.load(bias + out, there, 0.0).to(tl.float32)[:, None]
+    target = y + row.to(tl.int64)[None, :] * outputs + out[:, None]
+    tl.store(target, sums.to(y.dtype.element_ty), there[:, None] & here[None, :])
+
+
+def tiles(
+    q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    *, m: int = 128, n: int = 64, k: int = 256, stages: int = 5, warps: int = 4,
+) -> Tensor:  # fmt: skip
+    """The product for any number of rows, of which a program takes up to m; the weight is the tall side, read once for them."""
+    rows, (outputs, columns) = len(q), weight.shape
+    y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
+    m = min(m, max(16, triton.next_power_of_2(rows)))
+    _tiles[(triton.cdiv(rows, m), triton.cdiv(outputs, n))](
+        q, q_scales, weight, scales, bias, y, rows, outputs, columns,
+        M=m, N=n, K=k, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
+    )  # fmt: skip
+    return y
+
+
+def library(q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """The product by torch, bfloat16; for sizes that are multiples of 16."""
+    return torch._scaled_mm(q, weight.t(), q_scales, scales.view(1, -1), out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def product(
+    q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """float8_e4m3fn [T, in] and [out, in], with a scale a row each ([T, 1] and [out, 1] float32) -> [T, out].
+
+    bench/products.py says which kernel is the fastest for which shape.
+    """
+    rows = len(q)
+    if rows in (1, 2):
+        return gemv(q, q_scales, weight, scales, bias, dtype)
+    if 0 < rows <= 64:
+        large = rows > 16 and weight.numel() > _LARGE
+        return tiles(q, q_scales, weight, scales, bias, dtype, stages=3 if large else 5)
+    if q.is_cuda and dtype is torch.bfloat16 and not any(size % 16 for size in weight.shape):
+        y = library(q, q_scales, weight, scales)
+        return y if bias is None else y.add_(bias)
+    return tiles(q, q_scales, weight, scales, bias, dtype, n=128, k=128, stages=3, warps=8)

@@ -1,0 +1,209 @@
+"""The FP8 kernels against the references, by Triton's interpreter, and programs that use them; `tests/gpu` has the device's."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantized_writers import floats, save_quantized
+from test_fp8 import CONFIGS, GPU, SCALES, make
+from test_ops import attend, attention_case
+from test_quantized import no_head
+from torch import Tensor
+
+from engine.directory import DirectoryStore
+from engine.ops import REFERENCE, Step, quantize_fp8
+from engine.program import Program
+from executor_svc.core import Sampling, Sequence
+from executor_svc.interpreter import Interpreter
+from executor_svc.loader import LoadedEngine, load_engine
+from executor_svc.scheduler import Scheduler
+from executor_svc.worker import scheduler_config
+from tests.conftest import save_checkpoint
+from tests.running import run_ahead
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
+cuda = pytest.importorskip("executor_svc.kernels.gpu")
+fp8 = pytest.importorskip("executor_svc.kernels.fp8")
+fuse = pytest.importorskip("executor_svc.kernels.fuse")
+cuda_runner = pytest.importorskip("executor_svc.cuda_runner")
+
+F8 = torch.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cuts numbers off where it makes 8 bits of them; the device rounds to the nearest, as torch does."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, kind: Any, wanted: Any, mode: Any) -> Any:
+        if wanted.name != "fp8e4nv":
+            return convert(data, kind, wanted, mode)
+        assert kind.name == "fp32"
+        return torch.from_numpy(np.ascontiguousarray(data)).to(F8).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def close(found: Tensor, wanted: Tensor, bound: float = 1e-2) -> None:
+    """By relative L2 error: where rounding turns around by a bit, single numbers differ by more."""
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    assert (found.float() - wanted.float()).norm() <= bound * wanted.float().norm()
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("size", [40, 300])
+def test_rows_are_quantized_where_they_are_made(static: bool, size: int) -> None:
+    torch.manual_seed(size)
+    x, residual = (torch.randn(5, size).half() * 3 for _ in range(2))
+    x[2] = residual[2] = 0
+    weight, by = torch.randn(size).half(), torch.tensor([0.01]) if static else None
+    for name, inputs, attrs in (
+        ("rms_norm", (x, weight), {"eps": 1e-5}),
+        ("rms_norm", (x, weight.float()), {"eps": 1e-5}),
+        ("add_rms_norm", (x, residual, weight), {"eps": 1e-5}),
+        ("add_rms_norm", (x, residual, weight.float()), {"eps": 1e-5}),
+        ("silu_mul", (torch.cat((x, residual), 1),), {}),
+    ):
+        wanted = REFERENCE[name](*inputs, **attrs)
+        y, *others = wanted if isinstance(wanted, tuple) else (wanted,)
+        q, scales, *sums = getattr(cuda, f"{name}_fp8")(*inputs, by, **attrs)
+        assert all(torch.equal(one, other) for one, other in zip(sums, others, strict=True))
+        exact, of_rows = quantize_fp8(y, by)
+        torch.testing.assert_close(scales, of_rows, rtol=1e-2, atol=1e-12)
+        close(q.float() * scales, exact.float() * of_rows, 2e-2)
+    q, scales = cuda.quantize_fp8(torch.cat((residual, x), 1)[:, size:], by)
+    exact, of_rows = quantize_fp8(x, by)
+    assert torch.equal(q.float(), exact.float())
+    torch.testing.assert_close(scales, of_rows.contiguous())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 20, 70])
+def test_products(rows: int, bias: bool) -> None:
+    """Sizes that are no multiples of a tile's."""
+    torch.manual_seed(rows)
+    columns, outputs = (2100, 7) if rows < 3 else (300, 70)
+    q, weight = ((torch.randn(count, columns) * 40).to(F8) for count in (rows, outputs))
+    q_scales, scales, added = torch.rand(rows, 1) / 100, torch.rand(outputs, 1), torch.randn(outputs).half() * 10
+    wanted = (q.float() * q_scales) @ (weight.float() * scales).T + (added.float() if bias else 0)
+    for dtype, bound in (("float32", 1e-5), ("float16", 1e-3)):
+        attrs = {"dtype": fuse.FLOATS.index(dtype)}
+        found = cuda.product_fp8(q, q_scales, weight, scales, added if bias else None, **attrs)
+        close(found, wanted.to(getattr(torch, dtype)), bound)
+
+
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_attention_over_a_cache_of_8_bits(data: st.DataObject) -> None:
+    tensors, attrs, steps = data.draw(st.composite(attention_case)(torch.float32))
+    steps = [replace(step, k_caches=[step.k_caches[0].to(F8)], v_caches=[step.v_caches[0].to(F8)]) for step in steps]
+    attrs |= {"k_scale": 0.02, "v_scale": 0.005}
+    ours, theirs = (attend(function, tensors, attrs, steps) for function in (cuda.attention, REFERENCE["attention"]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, **attrs: Any) -> Tensor:
+    """The references, one after another."""
+    turn = {"head_dim": attrs["head_dim"], "interleaved": attrs.pop("interleaved")}
+    found: Tensor = REFERENCE["attention"](*(REFERENCE["rope"](x, cos, sin, **turn) for x in (q, k)), v, **attrs)
+    return found
+
+
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_rotation_and_attention_over_a_cache_of_8_bits(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode, a prompt with a cached prefix, and one that begins, which reads its keys where they are made."""
+    torch.manual_seed(head_dim)
+    taken: list[int] = []
+    ours = cuda.prompt.prompt
+    monkeypatch.setattr(cuda.prompt, "prompt", lambda *a, **b: taken.append(1) or ours(*a, **b))
+    table = torch.tensor([[1, 0], [2, 3], [4, 0]], dtype=torch.int32)
+    slots = torch.tensor([16 + 8, *range(48, 53), *range(64, 71)])
+    cached = [(torch.randn(5, 16, 2, head_dim) * 30).to(F8) for _ in range(2)]
+    fused = torch.randn(13, 8 * head_dim).half()
+    parts = torch.split(fused, [4 * head_dim, 2 * head_dim, 2 * head_dim], 1)
+    angles = torch.randn(13, head_dim // 2)
+    attrs = {"cache": 0, "head_dim": head_dim, "scale": 0.1, "window": 0, "k_scale": 0.03, "v_scale": 0.01}
+    found = []
+    for function in (cuda.rope_attention, rotated):
+        caches = [cache.clone() for cache in cached]
+        step = Step([1, 5, 7], [9, 21, 7], table, slots, [caches[0]], [caches[1]])
+        found.append((function(*parts, angles.cos(), angles.sin(), step=step, interleaved=False, **attrs), *caches))
+    for one, other in zip(*found, strict=True):
+        close(one.float(), other.float())
+    assert len(taken) == (head_dim == 64)
+
+
+# --- programs
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return save_checkpoint(tmp_path_factory.mktemp("plain") / "checkpoint", **size, num_key_value_heads=1)
+
+
+def load(plain: Path, path: Path, name: str, **options: Any) -> LoadedEngine:
+    config, shape, _ = CONFIGS[name]
+    save_quantized(plain, path / "checkpoint", config, no_head(floats(None, shape)), **SCALES)
+    sizes = {"max_seq_len": 64, "max_batch_size": 4, "max_num_tokens": 24}
+    manifest, _ = make(path / "checkpoint", path / "store", dtype="float16", **sizes, **options)
+    return load_engine(DirectoryStore(path / "store"), manifest.engine_id, GPU)
+
+
+def test_what_is_fused(plain: Path, tmp_path: Path) -> None:
+    loaded = load(plain, tmp_path, "by token")
+    assert cuda_runner.CudaRunner.takes(loaded.program)
+    assert [op.op for op in fuse.fuse(loaded.program).ops] == [
+        *("rope_table", "embedding", "rms_norm_fp8", "product_fp8", "split", "rope_attention", "quantize_fp8", "product_fp8"),
+        *("add_rms_norm_fp8", "product_fp8", "silu_mul_fp8", "product_fp8", "gather", "gather", "add_rms_norm", "linear"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["weights alone", "by group"])
+def test_the_runner_takes_no_product_that_it_has_no_kernel_for(name: str, plain: Path, tmp_path: Path) -> None:
+    assert not cuda_runner.CudaRunner.takes(load(plain, tmp_path, name).program)
+
+
+@pytest.mark.parametrize(("name", "cache"), [("by token", "auto"), ("by tensor", "fp8")])
+def test_gives_the_references_tokens(
+    name: str, cache: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the design's sense: each token's logit by the references is nearly the best."""
+    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)
+    loaded = load(plain, tmp_path, name, kv_cache_dtype=cache)
+    runner = cuda_runner.CudaRunner(
+        loaded.program, loaded.weights, loaded.manifest.limits, kv_memory=1 << 20, device="cpu"
+    )
+    work = [Sequence(0, row, [(7 * row + 3 * at) % 60 for at in range(5 + 12 * row)], 5 + 12 * row, 3, Sampling(0.0))
+            for row in range(2)]  # fmt: skip
+    run_ahead(runner, Scheduler(scheduler_config(runner, loaded.manifest)), work)
+    for sequence in work:
+        assert len(sequence.token_ids) == sequence.prompt_len + 3
+        rows = range(sequence.prompt_len - 1, len(sequence.token_ids) - 1)
+        logits = reference(loaded.program, loaded.weights, sequence.token_ids[:-1])
+        for row in rows:
+            best = logits[row].max() - logits[row, sequence.token_ids[row + 1]]
+            assert best <= 0.02 * logits[row].abs().max()
+
+
+def reference(program: Program, weights: dict[str, Any], tokens: list[int]) -> Tensor:
+    """Logits of all of a sequence's tokens, computed at once."""
+    at = torch.arange(len(tokens))
+    blocks = -(-len(tokens) // 16)
+    caches = [[torch.zeros(blocks, 16, c.num_kv_heads, c.head_dim, dtype=getattr(torch, c.dtype)) for c in program.caches]
+              for _ in range(2)]  # fmt: skip
+    step = Step([len(tokens)], [len(tokens)], torch.arange(blocks, dtype=torch.int32)[None], at, *caches)
+    inputs = {"token_ids": torch.tensor(tokens).int(), "positions": at.int(), "logit_indices": at.int()}
+    operators: dict[str, Callable[..., Any]] = REFERENCE
+    (logits,) = Interpreter(program, weights, operators).run(inputs, step)
+    return logits.float()
