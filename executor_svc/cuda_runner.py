@@ -55,9 +55,10 @@ class _Graph:
     def capture(self, pool: Any) -> None:
         """Compiles what is not compiled yet, then records."""
         self.compute()
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # of this thread alone: in another one weights may be arriving
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.results = self.compute()
 
     def run(self, columns: Tensor) -> tuple[Tensor, Tensor]:
