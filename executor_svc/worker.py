@@ -314,11 +314,16 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
     trust = Trust.of_files(arguments.trusted_keys, arguments.trust_native)
     store = open_store(arguments.store, TRANSFER_PATIENCE)
-    loaded = begin_load(store, engine_id, this_node(arguments.device), progress, trust)
+    node = this_node(arguments.device)
+    loaded = begin_load(store, engine_id, node, progress, trust)
     manifest, size = loaded.manifest, loaded.size
     with loaded.arriving:  # a runner's graphs need to know where weights will be, and not yet their values
         program, weights = unpack(arguments.device, loaded.program, loaded.weights)
         del loaded  # what was read is given back where it has been unpacked
+        if node.compute_capability:
+            from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
+
+            adopt_from(store, manifest, trust, node.compute_capability)
         prepared = prepare(arguments.device, program, weights)
         runner = _runner(arguments, program, prepared, manifest)
         ready = time.monotonic() - began

@@ -111,7 +111,7 @@ def _attend(
     return best, total, output
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_rows", "starts", "lengths", "tile_row", "tile_at"])
 def _prefill(
     q,
     k_cache,
@@ -221,7 +221,7 @@ def prefill(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_rows", "lengths"])
 def _decode(
     q,
     k_cache,
@@ -307,7 +307,7 @@ def _decode(
         tl.store(stats + at, known, mine < H // G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
 def _combine(
     partial,
     stats,

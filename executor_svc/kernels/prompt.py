@@ -2,7 +2,6 @@
 engine (TMA, Hopper and later) brings them, and no page table is read (FlashAttention-2, Dao 2023).
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.rows import pdl, wait_before
+from executor_svc.kernels.target import capability
 
 
 class Form(NamedTuple):
@@ -43,7 +43,7 @@ def _block(
     return higher, total * rescale + tl.sum(weights, 1), output
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["starts", "tile_row", "tile_at"])
 def _prompt(
     q, keys, values, out, starts, tile_row, tile_at, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
@@ -72,15 +72,11 @@ def _prompt(
     tl.store(out + target, (output / total[:, None]).to(out.dtype.element_ty), (query < count)[:, None])
 
 
-@functools.cache
-def _able() -> bool:
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
-
-
 def takes(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
     """Whether the kernel can: heads of 64 or 128 numbers of 16 bits, rows that the copy engine can address."""
+    able = capability() == 0 or capability() >= 90  # the interpreter can
     aligned = all(part.stride(1) == 1 and part.stride(0) % 8 == 0 and part.data_ptr() % 16 == 0 for part in (q, k, v))
-    return _able() and aligned and head_dim in (64, 128) and q.dtype in (torch.bfloat16, torch.float16)
+    return able and aligned and head_dim in (64, 128) and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def prompt(

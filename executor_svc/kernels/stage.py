@@ -1,4 +1,8 @@
-"""Triton kernels around a step: what the device keeps from one step to the next is found and put in place there."""
+"""Triton kernels around a step: what the device keeps from one step to the next is found and put in place there.
+
+Columns of a step lie at any multiple of 4 bytes, and counts are any: kernels are not compiled anew for those that are multiples
+of 16 (here and wherever columns are read).
+"""
 
 import torch
 import triton
@@ -6,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["tokens", "positions", "rows"])
 def _stage(tokens, positions, rows, last, tables, token_ids, slots, count, width, page, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -36,7 +40,7 @@ def stage(
     return token_ids, slots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["updates"])
 def _put(tables, updates, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     entry = tl.load(updates + 2 * at, at < count, -1)
@@ -50,7 +54,7 @@ def put(tables: Tensor, updates: Tensor) -> None:
         _put[(triton.cdiv(count, 128),)](tables, updates, count, BLOCK=128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows", "sampled"])
 def _keep(last, rows, sampled, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
