@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,10 +26,11 @@ def compiler(options: BuildConfig) -> dict[str, str] | None:
     """
     if options.target != "cuda" or options.compute_capability is None or not importlib.util.find_spec("executor_svc"):
         return None
-    try:
-        return {name: version(name) for name in ("enginehouse", "triton")}
-    except PackageNotFoundError:
-        return None
+    versions = {}
+    for name in ("enginehouse", "triton"):
+        with suppress(PackageNotFoundError):  # Enginehouse run from its sources
+            versions[name] = version(name)
+    return versions if "triton" in versions else None
 
 
 def compile_kernels(
