@@ -23,26 +23,6 @@ from tests.conftest import save_checkpoint
 pytest.importorskip("triton")
 archives = pytest.importorskip("executor_svc.kernel_archive")
 
-# What a runner launches, once more: how many kernels Triton found, and the names of those that it compiled.
-AGAIN = """
-import json, sys
-from pathlib import Path
-import msgspec
-from triton import knobs
-from engine.manifest import Limits
-from engine.program import Program
-from executor_svc.compile import compile_kernels
-from executor_svc.kernel_archive import adopt
-
-program, limits, archive, cache = sys.argv[1:]
-adopt(Path(archive).read_bytes())
-found, compiled = [], []
-knobs.compilation.listener = lambda *, metadata, cache_hit, **_: (found if cache_hit else compiled).append(metadata["name"])
-program = Program.from_json(Path(program).read_bytes())
-compile_kernels(program, msgspec.json.decode(limits, type=Limits), 90, Path(cache))
-print(json.dumps([len(found), compiled]))
-"""
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> DirectoryStore:
@@ -59,9 +39,9 @@ def engine(store: DirectoryStore, tmp_path_factory: pytest.TempPathFactory) -> M
         dtype="bfloat16",
         device="cuda",
         compute_capability="9.0",
-        max_batch_size=2,
-        max_seq_len=64,
-        max_num_tokens=32,
+        max_batch_size=6,
+        max_seq_len=256,
+        max_num_tokens=192,
         dummy_weights=True,
     )
     return build(checkpoint, options, store=store).manifest
@@ -83,7 +63,7 @@ def tar(files: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 def test_a_second_start_compiles_nothing(store: DirectoryStore, engine: Manifest, tmp_path: Path) -> None:
-    """And what the archive does not have is compiled."""
+    """Neither for what the builder has walked through nor for what requests want. What the archive has not is compiled."""
     (ref,) = engine.ranks[0].kernels
     assert ref.name == archives.archive_name("9.0")
     assert engine.identity["kernels"]["triton"] in ref.name
@@ -100,9 +80,9 @@ def test_a_second_start_compiles_nothing(store: DirectoryStore, engine: Manifest
     for number, left in enumerate((files, {name: data for name, data in files.items() if name[:9] != lost[:9]})):
         (tmp_path / "kernels.tar").write_bytes(tar(left))
         arguments = [tmp_path / "program.json", limits, tmp_path / "kernels.tar", tmp_path / f"cache{number}"]
-        command = [sys.executable, "-c", AGAIN, *arguments]
+        command = [sys.executable, "-m", "tests.kernel_traffic", *arguments]
         done = subprocess.run(command, env=compiling, check=True, stdout=subprocess.PIPE)
-        assert msgspec.json.decode(done.stdout) == ([len(kernels) - number, ["_silu_mul"] * number])
+        assert msgspec.json.decode(done.stdout) == [len(kernels) - number, ["_silu_mul"] * number, []]
 
 
 def test_the_same_kernels_give_the_same_bytes(store: DirectoryStore, engine: Manifest, tmp_path: Path) -> None:
