@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ from executor_svc.kernel_archive import archive_name, pack
 from executor_svc.kernels.paged import SPLITS_FOR
 
 log = logging.getLogger(__name__)
+
+_CC = (os.environ.get("CC", "gcc"), "-shared", "-fPIC")
 
 
 class StandIn:
@@ -134,7 +137,7 @@ def _compile_host(kernels: list[Any], pool: ThreadPoolExecutor) -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             log.warning("no C compiler (%s): what launches kernels is left to executors", error)
             return
-        knobs.nvidia.libcuda_path = directory
+        knobs.nvidia.libcuda_path, knobs.build.impl = directory, _build
         logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)  # it tries to load what it has compiled
         makers: dict[str, Callable[[], object]] = {"": nvidia.CudaUtils}
         if hasattr(nvidia, "make_launcher"):
@@ -147,14 +150,26 @@ def _compile_host(kernels: list[Any], pool: ThreadPoolExecutor) -> None:
                 log.warning("what launches kernels does not compile, and is left to executors: %s", failed)
 
 
+def _build(
+    name: str, source: str, folder: str, libraries_in: list[str], headers_in: list[str], libraries: list[str]
+) -> str:
+    """Triton's call of the C compiler, without what differs from one call to the next: the folder's name."""
+    made = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    headers = [f"-I{path}" for path in (*headers_in, sysconfig.get_paths()["include"])]
+    linked = [*(f"-L{path}" for path in libraries_in), *(f"-l:{library}" for library in libraries)]
+    command = [*_CC, "-O3", "-s", "-Wl,--build-id=none", "-o", made, Path(source).name, *headers, *linked]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return str(Path(folder) / made)
+
+
 def _make_libcuda(directory: Path) -> None:
     """A library with the names of the driver's functions, for the linker."""
     sources = Path(nvidia.__file__).parent.glob("driver.*")
     names = sorted({name for source in sources for name in re.findall(r"\bcu[A-Z]\w+", source.read_text())})
     source = directory / "cuda.c"
     source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
-    command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1"]
-    subprocess.run([*command, source.name], cwd=directory, check=True, capture_output=True)
+    command = [*_CC, "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1", source.name]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
 
 
 def main() -> int:
