@@ -57,9 +57,10 @@ class _Graph:
     def capture(self, pool: Any) -> None:
         """Compiles what is not compiled yet, then records."""
         self.compute()
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # of this thread alone: in another one weights may be arriving
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.results = self.compute()
 
     def run(self, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,23 +155,28 @@ class CudaRunner:
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:
-        layout = self._layout.lay_out(batch)
-        items = [item for item in batch.items if item.samples]
-        unedited = not len(layout.prompt_rows) and all(item.unedited for item in items)
-        random = draws(items, layout.sampling_rows) if unedited else NOTHING
-        graph = next((graph for graph in self._graphs if graph.shape.fits(layout)), None)
-        logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
+        layout, logits, sampled, drawn = self._launch(batch)
         count = len(layout.samples)
-        if unedited:
-            if len(random):
-                limited = any(item.sequence.sampling.limited for item in items)
-                self._sample(logits[:count], sampled[:count], moved, limited=limited)
+        if drawn:
             self._flights.append(self._send(sampled[:count]))
             return
         wanted = count + len(layout.prompt_rows)
         found = answer(logits[:wanted].float(), batch)
         keep(self._last, self._column(layout.sampling_rows), self._column(np.array(found.token_ids, dtype=np.int32)))
         self._flights.append(_Flight(sampled[:0], sampled=found))
+
+    def _launch(self, batch: Batch) -> tuple[HostStep, Tensor, Tensor, bool]:
+        """A batch's columns, its logits and tokens, and whether these are drawn: else the logits are to be edited or told of."""
+        layout = self._layout.lay_out(batch)
+        items = [item for item in batch.items if item.samples]
+        drawn = not len(layout.prompt_rows) and all(item.unedited for item in items)
+        random = draws(items, layout.sampling_rows) if drawn else NOTHING
+        graph = next((graph for graph in self._graphs if graph.shape.fits(layout)), None)
+        logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
+        if len(random):
+            limited = any(item.sequence.sampling.limited for item in items)
+            self._sample(logits[: len(items)], sampled[: len(items)], moved, limited=limited)
+        return layout, logits, sampled, drawn
 
     def finish(self) -> Sampled:
         flight = self._flights.popleft()
@@ -235,11 +241,16 @@ class CudaRunner:
             pool = torch.cuda.graph_pool_handle()
             for graph in reversed(graphs):  # the largest first, whose memory the others then share
                 graph.capture(pool)
-            (logits, sampled), greedy = graphs[0].compute(), torch.zeros(WIDTH + 1, dtype=torch.int32)
-            greedy[WIDTH] = self._fill_row
-            self._sample(logits[:1], sampled[:1], greedy.to(self._device), limited=True)  # compiles
+            self._draw_nothing(graphs[0])
             torch.cuda.synchronize()
         return graphs
+
+    def _draw_nothing(self, graph: _Graph) -> None:
+        """Runs the kernels that draw on a row that takes its most probable token: so they are compiled."""
+        logits, sampled = graph.compute()
+        greedy = torch.zeros(WIDTH + 1, dtype=torch.int32)
+        greedy[WIDTH] = self._fill_row
+        self._sample(logits[:1], sampled[:1], greedy.to(self._device), limited=True)
 
     def _step(
         self, slots: Tensor, num_decodes: int, rows: Tensor, lengths: Tensor, starts: Tensor, *columns: Tensor

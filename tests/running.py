@@ -23,10 +23,9 @@ def make_engine(
     directory = DirectoryStore(store)
     built = build(checkpoint, BuildConfig(device=device, **options), store=directory)
     loaded = load_engine(directory, built.manifest.engine_id, this_node(device))
-    weights = {name: tensor.to(device) for name, tensor in loaded.weights.items()}
     if not prepared:
-        return replace(loaded, weights=weights)
-    program, weights = unpack(device, loaded.program, weights)
+        return loaded
+    program, weights = unpack(device, loaded.program, loaded.weights)
     return replace(loaded, program=program, weights=prepare(device, program, weights))
 
 

@@ -2,8 +2,6 @@
 engine (TMA, Hopper and later) brings them, and no page table is read (FlashAttention-2, Dao 2023).
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.paged import TILE, Form
 from executor_svc.kernels.rows import pdl, wait_before
+from executor_svc.kernels.target import capability
 
 ROWS, FORM = 64, Form(64, 4, 3)  # queries of a program; the fastest of bench/attention.py on an H200
 
@@ -65,15 +64,11 @@ def _prompt(
     tl.store(out + target, (output * (v_scale / total)[:, None]).to(out.dtype.element_ty), (query < count)[:, None])
 
 
-@functools.cache
-def _able() -> bool:
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
-
-
 def takes(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
     """Whether the kernel can: heads of 64 or 128 numbers of 16 bits, rows that the copy engine can address."""
+    able = capability() == 0 or capability() >= 90  # the interpreter can
     aligned = all(part.stride(1) == 1 and part.stride(0) % 8 == 0 and part.data_ptr() % 16 == 0 for part in (q, k, v))
-    return _able() and aligned and head_dim in (64, 128) and q.dtype in (torch.bfloat16, torch.float16)
+    return able and aligned and head_dim in (64, 128) and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def prompt(

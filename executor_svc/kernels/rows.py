@@ -6,10 +6,11 @@ and waits (`gdc_wait`) before it reads what that one writes.
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from executor_svc.kernels.target import capability
 
 HEADS = 8  # that a program rotates
 
@@ -17,8 +18,7 @@ HEADS = 8  # that a program rotates
 @functools.cache
 def pdl() -> dict[str, bool]:
     """Options of a launch: whether the device has programmatic dependent launch."""
-    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if capability() >= 90 else {"PDL": False}
 
 
 @triton.jit

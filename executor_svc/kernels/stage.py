@@ -1,4 +1,8 @@
-"""Triton kernels around a step: what the device keeps from one step to the next is found and put in place there."""
+"""Triton kernels around a step: what the device keeps from one step to the next is found and put in place there.
+
+Columns of a step lie at any multiple of 4 bytes, and counts are any: kernels are not compiled anew for those that are multiples
+of 16 (here and wherever columns are read).
+"""
 
 import torch
 import triton

@@ -1,0 +1,65 @@
+"""Compiled kernels for one kind of GPU: by the executor's tool, in a process of its own, because only that knows them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from builder_svc.build_config import BuildConfig
+from engine.blobs import Hasher
+from engine.errors import Internal
+from engine.manifest import FileRef, Limits
+
+_READ_BYTES = 1 << 20
+
+
+def compiler(options: BuildConfig) -> dict[str, str] | None:
+    """What makes an engine's kernels, by version: a part of its identity, so that the same id means the same kernels.
+
+    None where there are to be none: an engine for any GPU has none, and neither has one that is built where the executor or
+    Triton is not installed.
+    """
+    if options.target != "cuda" or options.compute_capability is None or not importlib.util.find_spec("executor_svc"):
+        return None
+    versions = {}
+    for name in ("enginehouse", "triton"):
+        with suppress(PackageNotFoundError):  # Enginehouse run from its sources
+            versions[name] = version(name)
+    return versions if "triton" in versions else None
+
+
+def compile_kernels(
+    program: bytes, limits: Limits, compute_capability: str, directory: Path
+) -> list[tuple[FileRef, Path]]:
+    """The archive of a program's compiled kernels, written into a directory; nothing for a program that has none.
+
+    Args:
+        program: program.json.
+
+    Raises:
+        Internal: the tool has failed; with what it said last.
+    """
+    source, path = directory / "program.json", directory / "kernels.tar"
+    source.write_bytes(program)
+    command = [sys.executable, "-m", "executor_svc.compile", str(source), "--out", str(path)]
+    command += ["--limits", msgspec.json.encode(limits).decode(), "--compute-capability", compute_capability]
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=compiling, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Internal(
+            f"the kernels did not compile (exit status {done.returncode}); what was said before tells why. Without "
+            "compute_capability the engine is built without compiled kernels",
+            reason="KERNELS_FAILED",
+        )
+    if not (name := done.stdout.strip()):
+        return []
+    hasher = Hasher()
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            hasher.update(data)
+    return [(hasher.ref(name), path)]
