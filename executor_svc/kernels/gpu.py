@@ -14,11 +14,13 @@ from torch import Tensor
 from engine.ops import Step
 from engine.ops import rms_norm as reference_rms_norm
 from executor_svc.kernels import paged, prompt, rows
+from executor_svc.kernels.grouped import experts
 
 __all__ = [
     "DeviceStep",
     "add_rms_norm",
     "attention",
+    "experts",
     "linear",
     "rms_norm",
     "rope",
