@@ -35,11 +35,11 @@ CASES = {
 }  # fmt: skip
 
 
-def work() -> list[Sequence]:
+def work(count: int = 5) -> list[Sequence]:
     """A prompt that one step takes, and one in chunks that others decode beside; past 40 tokens, where LongRoPE begins again."""
     torch.manual_seed(1)
     prompts = [torch.randint(2, 320, (length,)).tolist() for length in (6, 37)]
-    return [Sequence(0, row, prompt, len(prompt), 5, Sampling(0.0)) for row, prompt in enumerate(prompts)]
+    return [Sequence(0, row, prompt, len(prompt), count, Sampling(0.0)) for row, prompt in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("case", CASES)
