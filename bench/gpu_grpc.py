@@ -3,7 +3,8 @@
     python -m bench.gpu_grpc [--model bench/models/llama-3.1-8b] [--device cuda] [--requests 256] [--tokens 257] [--out FILE.json]
 
 First scheduler and runner in this process, then a real executor (front and worker) over gRPC, with an engine of dummy weights;
-prompts are random token ids, end-of-sequence ids do not count. Medians; the bound is 97% of the throughput (exit status 1 if less).
+prompts are random token ids, end-of-sequence ids do not count. Medians; the bound is 97% of the throughput, and the exit status 1
+if it is less. On a CPU set OMP_WAIT_POLICY=PASSIVE, as executors do for their workers.
 """
 
 import argparse
@@ -51,6 +52,11 @@ def in_process(store: Path, engine: str, arguments: argparse.Namespace) -> list[
     return rounds[1:]
 
 
+def worker_of(front: int) -> int:
+    """The executor's only child that is left when it serves."""
+    return int(Path(f"/proc/{front}/task/{front}/children").read_text().split()[0])
+
+
 def cpu_seconds(process: int) -> float:
     """That a process has used so far, with all its threads."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -89,8 +95,7 @@ async def one_stream(stub: Any, engine: str, made: list[list[int]], tokens: int)
 
 async def over_grpc(address: str, front: int, engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Rounds, and the share of a core that front, worker and this client used in them."""
-    worker = int(Path(f"/proc/{front}/task/{front}/children").read_text().split()[0])
-    processes = {"front": front, "worker": worker, "client": os.getpid()}
+    processes = {"front": front, "worker": worker_of(front), "client": os.getpid()}
     rounds, firsts, used = [], [], dict.fromkeys(processes, 0.0)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = ExecutorStub(channel)
@@ -124,11 +129,13 @@ def with_executor(store: Path, engine: str, arguments: argparse.Namespace) -> di
         "--device",
         arguments.device,
     ]
-    executor = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    log = store / "executor.log"
+    with log.open("w") as stderr:
+        executor = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
         line = executor.stdout.readline() if executor.stdout else ""
         if " listening on " not in line:
-            raise SystemExit(f"the executor did not start: {line!r}")
+            raise SystemExit(f"the executor did not start: {log.read_text()}")
         return asyncio.run(over_grpc(line.split()[-1], executor.pid, engine, arguments))
     finally:
         executor.terminate()
