@@ -16,23 +16,21 @@ import torch
 from torch import Tensor
 
 from engine.manifest import Limits
-from engine.program import Program
+from engine.program import ROPE_LENGTHS, Program
 from executor_svc.core import Batch, Sampled
 from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
-from executor_svc.kernels.fuse import fuse, whole_rows
+from executor_svc.kernels.fuse import fuse
 from executor_svc.kernels.gpu import RULE, DeviceStep
 from executor_svc.kernels.sample import WIDTH, sample
 from executor_svc.kernels.stage import choose, keep, put, stage
 from executor_svc.kernels.tactics import Table
+from executor_svc.rope_lengths import rope_lengths
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
 
 IN_FLIGHT = 2
-_OPERATORS = frozenset((
-    "embedding", "linear", "rms_norm", "add_rms_norm", "rope_table", "rope", "attention", "silu_mul", "split", "gather",
-))  # fmt: skip
 _KV_SHARE = 0.85  # of what is free when the weights are there; the rest is for activations and graphs
 _LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _MIXED = (
@@ -115,6 +113,7 @@ class CudaRunner:
     ) -> None:
         self._device = torch.device(device)
         self._on_gpu = device == "cuda"
+        rope = rope_lengths(program)
         operators = implementations("gpu")
         for name in ("linear", "linear_silu_mul"):
             operators[name] = functools.partial(operators[name], table=table)
@@ -130,28 +129,26 @@ class CudaRunner:
         self._last = torch.zeros(rows, dtype=torch.int32, device=self._device)
         groups = max(cache.num_kv_heads for cache in program.caches)
         self._arrived = torch.zeros(rows * groups, dtype=torch.int32, device=self._device)
-        self._layout = CudaLayout(limits.max_batch_size, per_sequence)
+        self._by_length = ROPE_LENGTHS in program.inputs
+        self._layout = CudaLayout(limits.max_batch_size, per_sequence, rope_lengths=self._by_length)
         self._flights: deque[_Flight] = deque()
         self._pinned = [self._host(max(limits.max_num_tokens, rows) * 12 + 4096) for _ in range(IN_FLIGHT + 1)]
         self._results = [self._host(rows) for _ in range(IN_FLIGHT + 1)]
         self._turn = 0
         self.capabilities = Capabilities(
-            num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True
+            num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True, rope=rope
         )
         self._graphs = self._capture(limits)
 
     @staticmethod
     def takes(program: Program) -> bool:
-        """Whether it has been measured on such a program: LLaMA's operators, heads of up to 128 numbers of 16 bits.
-
-        KV caches may be of 8 bits, and products, where activations are rounded, too, and the weight has a scale for each row.
-        """
-        attends = [op for op in program.ops if op.op == "attention"]
-        dtypes = {op.outputs[0].type.dtype for op in attends}
-        plain = all(len(op.inputs) == 3 and not op.attrs.get("soft_cap") for op in attends)
-        heads = all(cache.head_dim <= 128 for cache in program.caches) and dtypes <= {"bfloat16", "float16"}
-        small = all(whole_rows(op, program) for op in program.ops if op.op == "linear_fp8")
-        return plain and heads and small and {op.op for op in program.ops} <= {*_OPERATORS, "linear_fp8"}
+        """Whether it can run it: activations of 16 bits, keys and values of 16 or 8, heads whose tiles shared memory holds."""
+        floats = {value.type.dtype for op in program.ops if op.op == "attention" for value in op.outputs}
+        caches = {cache.dtype for cache in program.caches}
+        halves = {"bfloat16", "float16"}
+        return (
+            floats <= halves and caches <= {*halves, "float8_e4m3fn"} and all(c.head_dim <= 256 for c in program.caches)
+        )
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:
@@ -192,16 +189,15 @@ class CudaRunner:
         tiles = [column for chosen in (None, begins, ~begins) for column in layout.tiles(chosen)]
         parts = [
             layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.starts, layout.lengths,
-            layout.samples, layout.prompt_rows, layout.sampling_rows, layout.updates.reshape(-1), *tiles,
+            layout.samples, layout.prompt_rows, layout.sampling_rows, layout.updates.reshape(-1), layout.rope_lengths, *tiles,
         ]  # fmt: skip
         moved, *columns = self._to_device([random, *parts])
         tokens, positions, token_rows, seq_rows, starts, lengths = columns[:6]
-        samples, prompt_rows, sampling_rows, updates = columns[6:10]
+        samples, prompt_rows, sampling_rows, updates, lengths_of_rope = columns[6:11]
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
-        step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], *columns[10:])
-        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": torch.cat((samples, prompt_rows))}
-        (logits,) = self._interpreter.run(inputs, step)
+        step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], *columns[11:])
+        logits = self._logits(token_ids, positions, torch.cat((samples, prompt_rows)), lengths_of_rope, step)
         return logits, choose(logits[: len(samples)], sampling_rows, self._last), moved
 
     def _replay(self, graph: _Graph, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,20 +217,31 @@ class CudaRunner:
     def _compute(self, columns: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """What a graph holds."""
         tokens, positions, token_rows, rows, lengths, starts, *rest = columns.split(shape.sizes)
-        samples, sampling_rows, tile_rows, tile_first, updates = rest
+        samples, sampling_rows, tile_rows, tile_first, updates, lengths_of_rope = rest
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
         step = self._step(slots, shape.decodes, rows, lengths, starts, tile_rows, tile_first)
-        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": samples}
-        (logits,) = self._interpreter.run(inputs, step)
+        logits = self._logits(token_ids, positions, samples, lengths_of_rope, step)
         return logits, choose(logits, sampling_rows, self._last)
+
+    def _logits(
+        self, token_ids: Tensor, positions: Tensor, indices: Tensor, rope_lengths: Tensor, step: DeviceStep
+    ) -> Tensor:
+        """The program's, [len(indices), vocab_size]."""
+        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": indices}
+        if self._by_length:
+            inputs[ROPE_LENGTHS] = rope_lengths
+        (logits,) = self._interpreter.run(inputs, step)
+        return logits
 
     @torch.inference_mode()
     def _capture(self, limits: Limits) -> list[_Graph]:
         """Graphs for a ladder of decodes, then of decodes with prompts, the smallest first; they share their memory."""
         graphs = []
         for decodes, tokens in _shapes(limits.max_batch_size, limits.max_num_tokens):
-            shape = Shape(decodes, tokens, limits.max_batch_size, BLOCK_SIZE, self._fill_row)
+            shape = Shape(
+                decodes, tokens, limits.max_batch_size, BLOCK_SIZE, self._fill_row, rope_lengths=self._by_length
+            )
             columns = torch.from_numpy(np.concatenate(shape.empty())).to(self._device)
             graphs.append(_Graph(shape, columns, functools.partial(self._compute, columns, shape)))
         if self._on_gpu:

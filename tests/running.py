@@ -1,13 +1,18 @@
 """An engine run in this process: through scheduler and runner, without the services."""
 
+import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
+from engine.ops import Step
 from executor_svc.core import Batch, Sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import LoadedEngine, load_engine
@@ -63,3 +68,60 @@ def run_ahead(runner: Runner, scheduler: Scheduler, work: list[Sequence]) -> Non
             started.append(batch)
         scheduler.commit(started.popleft(), runner.finish())
     scheduler.check_integrity()
+
+
+def random_step(
+    lens: list[tuple[int, int]],
+    groups: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    draw: random.Random,
+    device: str = "cpu",
+) -> Step:
+    """A step of sequences whose pages lie anywhere in a cache of random numbers, and of NaN where nobody's keys are.
+
+    Args:
+        lens: of each sequence, tokens in this step, and those that the cache has already.
+    """
+    contexts = [new + old for new, old in lens]
+    counts = [-(-context // 16) for context in contexts]
+    total = sum(counts) + 3
+    order = draw.sample(range(total), total)
+    tables = torch.zeros(len(lens), -(-max(counts) // 16) * 16, dtype=torch.int32)
+    caches = [torch.full((total * 16, groups, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+    slots: list[int] = []
+    for row, ((new, old), count) in enumerate(zip(lens, counts, strict=True)):
+        blocks, order = order[:count], order[count:]
+        tables[row, :count] = torch.tensor(blocks, dtype=torch.int32)
+        places = [blocks[at // 16] * 16 + at % 16 for at in range(old + new)]
+        for cache in caches:
+            cache[places[:old]] = torch.randn(old, groups, head_dim, device=device).to(dtype)
+        slots += places[old:]
+    keys, values = (cache.view(total, 16, groups, head_dim) for cache in caches)
+    return Step(
+        [new for new, _ in lens], contexts, tables.to(device), torch.tensor(slots, device=device), [keys], [values]
+    )
+
+
+def watch_logits(runner: Any) -> dict[tuple[int, int], torch.Tensor]:
+    """Filled as a CudaRunner runs: (handle, position) -> logits [vocab_size] float32, of what samples or tells of its prompt."""
+    rows: dict[tuple[int, int], torch.Tensor] = {}
+    start, made = runner.start, []
+
+    def kept(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*arguments: Any) -> Any:
+            results = compute(*arguments)
+            made.append(results[0].to(torch.float32, copy=True))  # the next replay of a graph overwrites its results
+            return results
+
+        return computed
+
+    def watched(batch: Batch) -> None:
+        start(batch)
+        logits = made.pop()
+        sampling = [(item.sequence.handle, item.start + item.count - 1) for item in batch.items if item.samples]
+        prompts = [(item.sequence.handle, position) for item in batch.items for position in item.prompt_rows]
+        rows.update(zip([*sampling, *prompts], logits, strict=False))  # a graph may have room for more
+
+    runner._run, runner._replay, runner.start = kept(runner._run), kept(runner._replay), watched
+    return rows

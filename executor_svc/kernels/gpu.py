@@ -14,12 +14,14 @@ from engine.ops import Step
 from engine.ops import rms_norm as reference_rms_norm
 from executor_svc.kernels import fp8, paged, prompt, rows, tactics
 from executor_svc.kernels.fuse import FLOATS
+from executor_svc.kernels.grouped import experts
 
 __all__ = [
     "DeviceStep",
     "add_rms_norm",
     "attention",
     "add_rms_norm_fp8",
+    "experts",
     "linear",
     "linear_silu_mul",
     "product_fp8",
