@@ -1,6 +1,7 @@
 """Compiled kernels for one kind of GPU: by the executor's tool, in a process of its own, because only that knows them."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from engine.errors import Internal
 from engine.manifest import FileRef, Limits
 
 _READ_BYTES = 1 << 20
+
+log = logging.getLogger(__name__)
 
 
 def compiler(options: BuildConfig) -> dict[str, str] | None:
@@ -34,20 +37,27 @@ def compiler(options: BuildConfig) -> dict[str, str] | None:
 
 
 def compile_kernels(
-    program: bytes, limits: Limits, compute_capability: str, directory: Path
+    program: bytes, limits: Limits, options: BuildConfig, directory: Path
 ) -> list[tuple[FileRef, Path]]:
-    """The archive of a program's compiled kernels, written into a directory; nothing for a program that has none.
+    """The archive of a program's compiled kernels, written into a directory; nothing where there are to be none.
 
     Args:
         program: program.json.
 
     Raises:
-        Internal: the tool has failed; with what it said last.
+        Internal: the tool has failed; what it said is in the log.
     """
+    if options.compute_capability is None:
+        return []
+    if not compiler(options):
+        log.info(
+            "no compiled kernels: Triton is not installed here, so that executors compile them when they load the engine"
+        )
+        return []
     source, path = directory / "program.json", directory / "kernels.tar"
     source.write_bytes(program)
     command = [sys.executable, "-m", "executor_svc.compile", str(source), "--out", str(path)]
-    command += ["--limits", msgspec.json.encode(limits).decode(), "--compute-capability", compute_capability]
+    command += ["--limits", msgspec.json.encode(limits).decode(), "--compute-capability", options.compute_capability]
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=compiling, stdout=subprocess.PIPE, text=True)
     if done.returncode:

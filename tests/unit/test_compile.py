@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import msgspec
@@ -158,6 +159,23 @@ def test_only_an_engine_for_one_kind_of_gpu_has_kernels(store: DirectoryStore, t
     for options in (BuildConfig(), BuildConfig(device="cuda", dtype="bfloat16", dummy_weights=True)):
         built = build(checkpoint, options, store=store).manifest
         assert not built.ranks[0].kernels and "kernels" not in built.identity
+
+
+def test_a_builder_without_triton_says_so(
+    store: DirectoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine is another one than that with kernels: what comes later does not depend on who was first."""
+
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("builder_svc.kernels.version", version)
+    checkpoint = save_checkpoint(tmp_path / "model", num_hidden_layers=1)
+    options = BuildConfig(device="cuda", compute_capability="9.0", dtype="bfloat16", dummy_weights=True)
+    with caplog.at_level(logging.INFO):
+        manifest = build(checkpoint, options, store=store).manifest
+    assert "kernels" not in manifest.identity and not manifest.ranks[0].kernels
+    assert any("Triton is not installed here" in line for line in caplog.messages)
 
 
 def test_a_program_without_kernels_of_ours_has_none(store: DirectoryStore, tmp_path: Path) -> None:
