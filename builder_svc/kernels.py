@@ -27,13 +27,17 @@ def compiler(options: BuildConfig) -> dict[str, str] | None:
     None where there are to be none: an engine for any GPU has none, and neither has one that is built where the executor or
     Triton is not installed.
     """
-    if options.target != "cuda" or options.compute_capability is None or not importlib.util.find_spec("executor_svc"):
+    if options.target != "cuda" or options.compute_capability is None:
         return None
-    versions = {}
-    for name in ("enginehouse", "triton"):
-        with suppress(PackageNotFoundError):  # Enginehouse run from its sources
-            versions[name] = version(name)
-    return versions if "triton" in versions else None
+    try:
+        if not all(map(importlib.util.find_spec, ("executor_svc", "triton"))):
+            return None
+        versions = {"triton": version("triton")}
+    except (ModuleNotFoundError, PackageNotFoundError):
+        return None
+    with suppress(PackageNotFoundError):  # run from its sources
+        versions["enginehouse"] = version("enginehouse")
+    return versions
 
 
 def compile_kernels(
