@@ -1,6 +1,7 @@
 """Compiled kernels for one kind of GPU: by the executor's tool, in a process of its own, because only that knows them."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from engine.manifest import FileRef, Limits
 
 _READ_BYTES = 1 << 20
 
+log = logging.getLogger(__name__)
+
 
 def compiler(options: BuildConfig) -> dict[str, str] | None:
     """What makes an engine's kernels, by version: a part of its identity, so that the same id means the same kernels.
@@ -24,30 +27,41 @@ def compiler(options: BuildConfig) -> dict[str, str] | None:
     None where there are to be none: an engine for any GPU has none, and neither has one that is built where the executor or
     Triton is not installed.
     """
-    if options.target != "cuda" or options.compute_capability is None or not importlib.util.find_spec("executor_svc"):
+    if options.target != "cuda" or options.compute_capability is None:
         return None
-    versions = {}
-    for name in ("enginehouse", "triton"):
-        with suppress(PackageNotFoundError):  # Enginehouse run from its sources
-            versions[name] = version(name)
-    return versions if "triton" in versions else None
+    try:
+        if not all(map(importlib.util.find_spec, ("executor_svc", "triton"))):
+            return None
+        versions = {"triton": version("triton")}
+    except (ModuleNotFoundError, PackageNotFoundError):
+        return None
+    with suppress(PackageNotFoundError):  # run from its sources
+        versions["enginehouse"] = version("enginehouse")
+    return versions
 
 
 def compile_kernels(
-    program: bytes, limits: Limits, compute_capability: str, directory: Path
+    program: bytes, limits: Limits, options: BuildConfig, directory: Path
 ) -> list[tuple[FileRef, Path]]:
-    """The archive of a program's compiled kernels, written into a directory; nothing for a program that has none.
+    """The archive of a program's compiled kernels, written into a directory; nothing where there are to be none.
 
     Args:
         program: program.json.
 
     Raises:
-        Internal: the tool has failed; with what it said last.
+        Internal: the tool has failed; what it said is in the log.
     """
+    if options.compute_capability is None:
+        return []
+    if not compiler(options):
+        log.info(
+            "no compiled kernels: Triton is not installed here, so that executors compile them when they load the engine"
+        )
+        return []
     source, path = directory / "program.json", directory / "kernels.tar"
     source.write_bytes(program)
     command = [sys.executable, "-m", "executor_svc.compile", str(source), "--out", str(path)]
-    command += ["--limits", msgspec.json.encode(limits).decode(), "--compute-capability", compute_capability]
+    command += ["--limits", msgspec.json.encode(limits).decode(), "--compute-capability", options.compute_capability]
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=compiling, stdout=subprocess.PIPE, text=True)
     if done.returncode:

@@ -126,9 +126,7 @@ def build(
             lambda done, total: progress("weights", done, total, "bytes"),
         )
         program_json = program.to_json()
-        kernels = []
-        if options.compute_capability and identity.get("kernels"):
-            kernels = compile_kernels(program_json, resolved.limits, options.compute_capability, directory)
+        kernels = compile_kernels(program_json, resolved.limits, options, directory)
         seed = DUMMY_SEED if pretrained.dummy else None
         rank = Rank(
             describe("program.json", program_json),

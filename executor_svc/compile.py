@@ -181,6 +181,8 @@ def main() -> int:
     parser.add_argument("--compute-capability", required=True, help="of the GPU, such as 9.0")
     parser.add_argument("--out", type=Path, required=True, help="the archive")
     arguments = parser.parse_args()
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, so that Triton compiles nothing: unset it")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     program = Program.from_json(arguments.program.read_bytes())
     if not CudaRunner.takes(program):

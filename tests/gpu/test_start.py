@@ -41,7 +41,8 @@ scheduler = Scheduler(scheduler_config(runner, loaded.manifest))
 work = []
 for number in range(40):
     prompt = [(7 * number + 3 * at) % 60 for at in range(1 + 11 * (number % 17))]
-    one = Sequence(0, number, prompt, len(prompt), 20 + number % 7, Sampling(0.0), salt=b"%d" % (number % 2))
+    sampling = Sampling(0.7 if number % 3 == 1 else 0.0, seed=number)
+    one = Sequence(0, number, prompt, len(prompt), 20 + number % 7, sampling, salt=b"%d" % (number % 2))
     one.prompt_logprobs = 0 if number % 5 == 0 and len(prompt) > 1 else None
     work.append(one)
 for first, last in ((0, 3), (3, 5), (5, 40)):

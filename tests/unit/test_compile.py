@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import msgspec
@@ -66,7 +67,7 @@ def tar(files: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> bytes:
 def test_a_second_start_compiles_nothing(store: DirectoryStore, engine: Manifest, tmp_path: Path) -> None:
     """Neither for what the builder has walked through nor for what requests want. What the archive has not is compiled."""
     (ref,) = engine.ranks[0].kernels
-    assert ref.name == archives.archive_name("9.0")
+    assert ref.name == archives.archive_name("9.0") and ref in engine.files()
     assert engine.identity["kernels"]["triton"] in ref.name
     files = members(blobs.read(store, ref))
     kernels = [name for name in files if name.endswith(".cubin")]
@@ -158,6 +159,39 @@ def test_only_an_engine_for_one_kind_of_gpu_has_kernels(store: DirectoryStore, t
     for options in (BuildConfig(), BuildConfig(device="cuda", dtype="bfloat16", dummy_weights=True)):
         built = build(checkpoint, options, store=store).manifest
         assert not built.ranks[0].kernels and "kernels" not in built.identity
+
+
+def test_a_builder_without_triton_says_so(
+    store: DirectoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine is another one than that with kernels: what comes later does not depend on who was first."""
+
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("builder_svc.kernels.version", version)
+    checkpoint = save_checkpoint(tmp_path / "model", num_hidden_layers=1)
+    options = BuildConfig(device="cuda", compute_capability="9.0", dtype="bfloat16", dummy_weights=True)
+    with caplog.at_level(logging.INFO):
+        manifest = build(checkpoint, options, store=store).manifest
+    assert "kernels" not in manifest.identity and not manifest.ranks[0].kernels
+    assert any("Triton is not installed here" in line for line in caplog.messages)
+
+
+def test_a_tool_that_would_compile_nothing_says_so(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "executor_svc.compile",
+        "program.json",
+        "--limits",
+        "{}",
+        "--compute-capability",
+        "9.0",
+    ]
+    command += ["--out", str(tmp_path / "kernels.tar")]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
 
 
 def test_a_program_without_kernels_of_ours_has_none(store: DirectoryStore, tmp_path: Path) -> None:
