@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
+from engine.fingerprint import Node
 from engine.ops import Step
+from executor_svc import loader
 from executor_svc.core import Batch, Sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import LoadedEngine, load_engine
@@ -55,6 +58,13 @@ class Engine:
             self.runner.start(batch)
             self.scheduler.commit(batch, self.runner.finish())
             self.scheduler.check_integrity()
+
+
+def load_into_main_memory(store: DirectoryStore, engine_id: str, node: Node) -> LoadedEngine:
+    """An engine for a GPU, its weights where the kernels of the CPU and Triton's interpreter find them."""
+    ours = loader._weights
+    with patch.object(loader, "_weights", lambda store, rank, device, *rest: ours(store, rank, "cpu", *rest)):
+        return load_engine(store, engine_id, node)
 
 
 def run_ahead(runner: Runner, scheduler: Scheduler, work: list[Sequence]) -> None:

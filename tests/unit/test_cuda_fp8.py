@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,14 +20,13 @@ from torch import Tensor
 from engine.directory import DirectoryStore
 from engine.ops import REFERENCE, Step, quantize_fp8
 from engine.program import Program
-from executor_svc import loader
 from executor_svc.core import Sampling, Sequence
 from executor_svc.interpreter import Interpreter
 from executor_svc.loader import LoadedEngine
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
-from tests.running import run_ahead
+from tests.running import load_into_main_memory, run_ahead
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
@@ -159,9 +157,7 @@ def load(plain: Path, path: Path, name: str, **options: Any) -> LoadedEngine:
     save_quantized(plain, path / "checkpoint", config, no_head(floats(None, shape)), **SCALES)
     sizes = {"max_seq_len": 64, "max_batch_size": 4, "max_num_tokens": 24}
     manifest, _ = make(path / "checkpoint", path / "store", dtype="float16", **sizes, **options)
-    ours = loader._weights
-    with patch.object(loader, "_weights", lambda store, rank, device, *rest: ours(store, rank, "cpu", *rest)):
-        return loader.load_engine(DirectoryStore(path / "store"), manifest.engine_id, GPU)
+    return load_into_main_memory(DirectoryStore(path / "store"), manifest.engine_id, GPU)
 
 
 def test_what_is_fused(plain: Path, tmp_path: Path) -> None:
