@@ -24,6 +24,8 @@ from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from executor_svc.core import Batch, Sampling, Sequence
 from executor_svc.cuda_runner import CudaRunner
+from executor_svc.kernels import tactics
+from executor_svc.kernels.fuse import fuse
 from executor_svc.loader import load_engine
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
@@ -42,7 +44,7 @@ TABLES = {
 class Bench:
     """An engine of dummy weights, loaded."""
 
-    def __init__(self, model: Path, kv_cache_dtype: str) -> None:
+    def __init__(self, model: Path, kv_cache_dtype: str, tuned: bool) -> None:
         began = time.perf_counter()
         config = BuildConfig(
             device="cuda",
@@ -57,12 +59,16 @@ class Bench:
         weights = {name: tensor.to("cuda") for name, tensor in loaded.weights.items()}
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         ready = time.perf_counter()
-        self.runner = CudaRunner(loaded.program, weights, loaded.manifest.limits)
+        limits = loaded.manifest.limits
+        table = tactics.tune(fuse(loaded.program), limits.max_batch_size, torch.bfloat16) if tuned else {}
+        tuning, ready = time.perf_counter() - ready, time.perf_counter()
+        self.runner = CudaRunner(loaded.program, weights, limits, table=table)
         self.manifest = loaded.manifest
         self.prefix = "fp8_" if self.manifest.quantization else ""
         self.prefix += "kv_" if kv_cache_dtype == "fp8" else ""
         print(
-            f"built and loaded in {ready - began:.1f} s, runner with graphs in {time.perf_counter() - ready:.1f} s",
+            f"built and loaded in {ready - began - tuning:.1f} s, tuned in {tuning:.1f} s, runner with graphs in "
+            f"{time.perf_counter() - ready:.1f} s",
             flush=True,
         )
         self.serial = 0
@@ -133,10 +139,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("bench/models/llama-3.1-8b"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
     arguments = parser.parse_args()
-    bench = Bench(arguments.model, arguments.kv_cache_dtype)
+    bench = Bench(arguments.model, arguments.kv_cache_dtype, arguments.tune)
     print(
         f"{torch.cuda.get_device_name()}, {bench.weight_bytes / 1e9:.2f} GB, {bench.runner.capabilities.num_blocks} blocks"
     )

@@ -1,24 +1,16 @@
-"""Which kernel multiplies which shape fastest; us a product, weights not cached.
+"""Which tactic multiplies which shape fastest: cuBLAS, `products.gemv` and `products.thin` in several forms; us a product.
 
-    python -m bench.products [--dtype bfloat16 fp8] [--rows 8 16 32 64] [--shapes qkv ...] [--forms] [--out FILE.json]
+    python -m bench.products [--rows 1 8 16 32 64]
 
-bfloat16: cuBLAS, and `rows.thin` in several forms. fp8: what `fp8.product` chooses now; torch's product with a scale a row, and
-with one scale for all, which is no answer but a bound; `fp8.gemv`, `tiles` and `bulk` in several forms. The floor: the weight at
-2,970 GB/s, or the arithmetic at 716 (bfloat16) and 1,432 TFLOP/s, whichever takes longer.
+Llama-3.1-8B's shapes in bfloat16; weights are not cached. Of gate and up, `silu_mul` of the product is part of what is timed.
 """
 
 import argparse
-import functools
-import itertools
-import json
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from executor_svc.kernels import fp8, rows
+from executor_svc.kernels import tactics
+from executor_svc.kernels.tactics import Shape, Tactic
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -27,118 +19,40 @@ SHAPES = {
     "down": (4096, 14336),
     "head": (128256, 4096),
 }
-ROWS = {"bfloat16": [8, 16, 32, 64], "fp8": [1, 2, 4, 8, 16, 64, 128, 256, 512, 4096]}
-BYTES = 400e6  # of weights that one graph reads: more than the caches hold
-BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
-Product = Callable[[Tensor], Tensor]
 
 
-def timed(function: Product, weights: list[Tensor]) -> float:
-    """us a call, by a graph over all weights."""
-    function(weights[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            function(weight)
-    times = []
-    for _ in range(7):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 1e3 * sorted(times)[3] / len(weights)
+def read_speed() -> float:
+    """Bytes a microsecond, of a sum over 4 GB."""
+    data = torch.zeros(1 << 30, device="cuda")
+    return data.nbytes / tactics.timed(lambda one: one.sum(), [data])
 
 
-def in_bfloat16(size: int, weight: Tensor) -> tuple[Tensor, dict[str, Product]]:
-    """The exact product, and kernels by name."""
-    x = torch.randn(size, weight.shape[1], device="cuda", dtype=BF16)
-    found: dict[str, Product] = {"cublas": functools.partial(F.linear, x)}
-    for n, k, stages, warps in itertools.product((16, 32, 64), (128, 256), (3, 5), (4, 8)):
-        form = {"n": n, "k": k, "stages": stages, "warps": warps}
-        found[f"thin {n} {k} {stages} {warps}"] = functools.partial(rows.thin, x, bias=None, **form)
-    return F.linear(x, weight), found
+def name_of(tactic: Tactic) -> str:
+    """As the table prints it."""
+    return (
+        tactic.kernel
+        if tactic == tactics.CUBLAS
+        else f"{tactic.kernel} {tactic.form.n} x {tactic.form.k}, {tactic.form.stages}"
+    )
 
 
-def in_fp8(size: int, weight: Tensor) -> tuple[Tensor, dict[str, Product]]:
-    """As above."""
-    outputs, columns = weight.shape
-    q = torch.randn(size, columns, device="cuda").to(F8)
-    q_scales, scales = torch.rand(size, 1, device="cuda"), torch.rand(outputs, 1, device="cuda") / 64
-    one = torch.ones((), device="cuda")
-    rest = {"scales": scales, "bias": None, "dtype": BF16}
-    found: dict[str, Product] = {
-        "now": functools.partial(fp8.product, q, q_scales, **rest),
-        "scaled_mm": functools.partial(fp8.library, q, q_scales, scales=scales),
-        "scaled_mm slow": functools.partial(fp8.library, q, q_scales, scales=scales, fast=False),
-        "one scale": lambda w: torch._scaled_mm(q, w.t(), one, one, out_dtype=BF16, use_fast_accum=True),
-    }
-    for out, block, warps in ((1, 2048, 4), (2, 2048, 4), (1, 4096, 4), (2, 4096, 8)):
-        if size == 1 or (size in (2, 4) and out == 1):
-            form = {"out": out, "block": block, "warps": warps}
-            found[f"gemv {out} {block} {warps}"] = functools.partial(fp8.gemv, q, q_scales, **rest, **form)
-    for n, k, stages in ((128, 128, 4), (256, 128, 3), (64, 128, 4)) if size > 64 else ():
-        form = {"n": n, "k": k, "stages": stages}
-        found[f"bulk {n} {k} {stages}"] = functools.partial(fp8.bulk, q, q_scales, **rest, **form)
-    few = ((64, 64, 256, 5, 4), (64, 64, 256, 3, 4), (64, 64, 128, 5, 4), (64, 32, 256, 5, 4))
-    for m, n, k, stages, warps in few if size <= 64 else ((128, 64, 128, 4, 4),):
-        form = {"m": m, "n": n, "k": k, "stages": stages, "warps": warps}
-        found[f"tiles {m} {n} {k} {stages} {warps}"] = functools.partial(fp8.tiles, q, q_scales, **rest, **form)
-    return (((q.float() @ weight.float().T) * q_scales) * scales.view(-1)).to(BF16), found
-
-
-def measure(exact: Tensor, products: dict[str, Product], weights: list[Tensor]) -> dict[str, float]:
-    """us of those that are right; it says which are not, and how exact the others are."""
-    found: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    for name, product in products.items():
-        try:
-            wrong = (product(weights[0]).float() - exact.float()).norm() / exact.float().norm()
-            if name == "one scale" or wrong < 0.03:
-                errors[name], found[name] = float(wrong), timed(product, weights)
-            else:
-                print(f"  {name}: wrong by {wrong:.1e}", flush=True)
-        except Exception as failed:  # more shared memory than there is, sizes that it does not take
-            print(f"  {name}: {type(failed).__name__} {str(failed)[:100]}", flush=True)
-    known = {name: errors[name] for name in ("now", "scaled_mm", "scaled_mm slow") if name in errors}
-    if known:
-        print("  errors: " + ", ".join(f"{name} {error:.1e}" for name, error in known.items()))
-    return found
-
-
-@torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--rows", type=int, nargs="+")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--forms", action="store_true", help="print all forms, not the best three")
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     arguments = parser.parse_args()
-    told = {}
-    for dtype, name in itertools.product(arguments.dtype, arguments.shapes):
-        if dtype == "fp8" and name == "head":  # which stays in 16 bits
-            continue
-        (outputs, columns), (width, peak) = SHAPES[name], (2, 716e6) if dtype == "bfloat16" else (1, 1432e6)
-        count = max(2, int(BYTES / (width * outputs * columns)))
-        weights = [(torch.randn(outputs, columns, device="cuda", dtype=BF16) / 64) for _ in range(count)]
-        if dtype == "fp8":
-            weights = [(64 * weight).to(F8) for weight in weights]
-        for size in arguments.rows or ROWS[dtype]:
-            floor = max(width * outputs * columns / 2.97e6, 2 * size * outputs * columns / peak)
-            exact, products = (in_bfloat16 if dtype == "bfloat16" else in_fp8)(size, weights[0])
-            found = measure(exact, products, weights if size < 4096 else weights[:2])
-            fixed = [form for form in ("cublas", "now", "scaled_mm", "scaled_mm slow", "one scale") if form in found]
-            best = sorted(found.keys() - set(fixed), key=found.__getitem__)[: None if arguments.forms else 3]
-            said = ", ".join(f"{form} {found[form]:.1f}" for form in (*fixed, *best))
-            print(f"{dtype:8} {name:8} {size:4} rows, floor {floor:.1f}: {said}", flush=True)
-            told[f"{dtype} {name} {size}"] = {"floor": round(floor, 1)} | {
-                form: round(us, 1) for form, us in found.items()
-            }
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "us": told}, indent=1) + "\n")
+    speed = read_speed()
+    print(f"{torch.cuda.get_device_name()}, reading at {speed / 1e3:.0f} GB/s")
+    for name, (outputs, columns) in SHAPES.items():
+        for rows in arguments.rows:
+            shape = Shape(rows, outputs, columns, name == "gate_up")
+            found = tactics.measure(shape, tactics.candidates(shape), torch.bfloat16)
+            rule = tactics.choose(shape, {})
+            best = ", ".join(f"{name_of(tactic)} {us:.1f}" for tactic, us in list(found.items())[:3])
+            floor = 2 * outputs * columns / speed
+            print(
+                f"{name:8} {rows:3} rows, floor {floor:.1f}, cuBLAS {found[tactics.CUBLAS]:.1f}, rule {found[rule]:.1f}: {best}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

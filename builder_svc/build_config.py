@@ -56,7 +56,7 @@ class BuildConfig:
     Attributes:
         dtype: of weights and activations. "auto" is the checkpoint's own on CUDA and float32 on the CPU.
         device: "cpu" or "cuda", where the engine will run; "auto" is "cuda" where the build finds a GPU.
-        compute_capability: of the GPU, such as "9.0"; None when any will do.
+        compute_capability: of the GPU, such as "9.0": the engine brings its kernels, compiled for that; None when any will do.
         max_batch_size: requests in one step.
         max_seq_len: tokens of a prompt and its completion together; None takes the checkpoint's limit.
         max_num_tokens: tokens in one step over all requests; longer prompts are computed in chunks.

@@ -16,6 +16,7 @@ from builder_svc.auto import open_model
 from builder_svc.build_config import RECIPE_VERSION, BuildConfig, Progress
 from builder_svc.causal_lm import DUMMY_SEED, CausalLM
 from builder_svc.checkpoint.quantized.resolve import Resolved
+from builder_svc.kernels import compile_kernels, compiler
 from builder_svc.lower.program import lower
 from builder_svc.models.config import DecoderConfig
 from builder_svc.models.decoder import Decoder, KVScales
@@ -125,8 +126,15 @@ def build(
             lambda done, total: progress("weights", done, total, "bytes"),
         )
         program_json = program.to_json()
+        kernels = compile_kernels(program_json, resolved.limits, options, directory)
         seed = DUMMY_SEED if pretrained.dummy else None
-        rank = Rank(describe("program.json", program_json), tuple(ref for ref, _ in files), random_seed=seed)
+        rank = Rank(
+            describe("program.json", program_json),
+            tuple(ref for ref, _ in files),
+            random_seed=seed,
+            kernels=tuple(ref for ref, _ in kernels),
+        )
+        files += kernels
         tokenizer = resolved.tokenizer.files() if resolved.tokenizer else {}
         manifest = Manifest(
             engine_id=engine_id(identity),
@@ -228,7 +236,8 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
         "recipe_version": RECIPE_VERSION,
     }
-    return identity | ({"random_seed": DUMMY_SEED} if model.pretrained.dummy else {})
+    made = {"random_seed": DUMMY_SEED if model.pretrained.dummy else None, "kernels": compiler(options)}
+    return identity | {name: value for name, value in made.items() if value is not None}
 
 
 def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:

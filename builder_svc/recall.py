@@ -13,7 +13,7 @@ from pathlib import Path
 from builder_svc.build_config import RECIPE_VERSION, BuildConfig
 from builder_svc.checkpoint.digests import cache_path, load_cache, save_cache, signature
 
-_LIBRARIES = ("enginehouse", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "gguf")
+_LIBRARIES = ("enginehouse", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "gguf", "triton")
 
 
 def build_key(checkpoint: Path, build_config: BuildConfig) -> str:

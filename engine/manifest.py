@@ -71,7 +71,9 @@ class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     """What one rank runs.
 
     Attributes:
-        native: compiled kernels and plans, which are code and not data: `engine/trust.py` says who may load them.
+        native: plans, which are code and not data: `engine/trust.py` says who may load them.
+        kernels: compiled kernels, which are code, too; but an executor that may not load them, or for which they are not made,
+            compiles its own.
         random_seed: of dummy weights: those that are in no file, which a loader makes at random. None where all are in files.
     """
 
@@ -80,6 +82,7 @@ class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     native: tuple[
         FileRef, ...
     ] = ()  # omitted where empty: manifests without keep their bytes, over which signatures are
+    kernels: tuple[FileRef, ...] = ()
     random_seed: int | None = None
 
 
@@ -107,7 +110,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def files(self) -> list[FileRef]:
         """Every file of the engine."""
-        ranks = [file for rank in self.ranks for file in (rank.program, *rank.weights, *rank.native)]
+        ranks = [file for rank in self.ranks for file in (rank.program, *rank.weights, *rank.native, *rank.kernels)]
         return ranks + list(self.tokenizer)
 
     @property

@@ -330,7 +330,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 def scale(x: Tensor, *, factor: float) -> Tensor:
     """x * factor; the factor is rounded to the dtype of x."""
-    return x * torch.tensor(factor, dtype=x.dtype, device=x.device)
+    return x * torch.tensor(factor, dtype=x.dtype).item()  # a number of the host's: x's device waits for nothing
 
 
 def soft_cap(x: Tensor, *, cap: float) -> Tensor:

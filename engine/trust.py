@@ -17,11 +17,16 @@ class Trust:
 
     Attributes:
         trusted: if there are any, only engines that one of them has signed are used.
-        native: native code (compiled kernels, plans) also runs if nobody that is trusted has signed it.
+        native: native code (plans, compiled kernels) also runs if nobody that is trusted has signed it.
     """
 
     trusted: tuple[PublicKey, ...] = ()
     native: bool = False
+
+    @property
+    def code(self) -> bool:
+        """Whether code of an engine that `admit` has let in may run: one without plans is let in, but may have kernels."""
+        return self.native or bool(self.trusted)
 
     @staticmethod
     def of_files(paths: Iterable[str | Path], native: bool = False) -> "Trust":
@@ -47,7 +52,7 @@ class Trust:
         if self.trusted:
             if not signers:
                 raise self._unsigned(store, engine_id)
-        elif not self.native and (code := [file.name for rank in manifest.ranks for file in rank.native]):
+        elif not self.code and (code := [file.name for rank in manifest.ranks for file in rank.native]):
             raise FailedPrecondition(
                 f"engine {engine_id[:12]} holds native code ({', '.join(code)}), and nobody says that it can be trusted: "
                 "start the executor with --trusted-keys FILE of those whose signed engines may run, or with --trust-native",

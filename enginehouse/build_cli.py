@@ -36,7 +36,9 @@ from enginehouse.options import MOST, check_address, with_data, with_json
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the engine will run."
 )
-@click.option("--compute-capability", metavar="X", help="Of the GPU, such as 9.0.  [default: any]")
+@click.option(
+    "--compute-capability", metavar="X", help="Of the GPU, such as 9.0: kernels are compiled for it.  [default: any]"
+)
 @click.option("--max-batch-size", type=click.IntRange(1, MOST), help="Requests in one step.  [default: 64]")
 @click.option(
     "--max-seq-len", type=click.IntRange(1, MOST), help="Prompt and completion together.  [default: the model's]"

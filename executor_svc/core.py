@@ -1,6 +1,7 @@
 """The nouns of the executor: Sequence, Batch, what is said about them, and what limits them. Pure Python."""
 
 import enum
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 from executor_svc.rope_lengths import RopeLengths
 
 _NO_ROWS = range(0)
+_PACKED = struct.Struct("<Qdfif")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Sampling:
     def limited(self) -> bool:
         """Whether some tokens are left out for their small probability."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @cached_property
+    def packed(self) -> bytes:
+        """seed, top_p, temperature, top_k and min_p, as a device is told them (see kernels/sample.py)."""
+        return _PACKED.pack(self.seed, self.top_p, self.temperature, min(self.top_k, 2**31 - 1), self.min_p)
 
     @cached_property
     def penalized(self) -> bool:
@@ -194,15 +201,14 @@ class Sequence:
         return self.salt + self.rope_length.to_bytes(8, "little") if self.rope_length else self.salt
 
     @cached_property
+    def unedited(self) -> bool:
+        """Whether its tokens are chosen by the logits as they are, once it has min_tokens, and nothing is told beside them."""
+        return not self.sampling.edits and self.logprobs is None and not self.candidates
+
+    @cached_property
     def plain(self) -> bool:
         """Whether nothing but the most probable token is wanted, by the logits as they are."""
-        return (
-            self.sampling.temperature == 0
-            and not self.sampling.edits
-            and not self.min_tokens
-            and self.logprobs is None
-            and not self.candidates
-        )
+        return self.sampling.temperature == 0 and self.unedited and not self.min_tokens
 
     @property
     def tells_prompt(self) -> bool:
@@ -232,6 +238,12 @@ class Scheduled(NamedTuple):
     count: int
     samples: bool
     prompt_rows: range = _NO_ROWS
+
+    @property
+    def unedited(self) -> bool:
+        """Whether the token behind them is chosen by the logits as they are, and nothing is told beside it."""
+        sequence = self.sequence
+        return sequence.unedited and self.start + self.count - sequence.prompt_len >= sequence.min_tokens
 
 
 @dataclass(frozen=True)

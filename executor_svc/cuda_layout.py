@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from executor_svc.core import Batch
+from executor_svc.core import Batch, Scheduled
 from executor_svc.kernels.paged import TILE
+from executor_svc.kernels.sample import WIDTH
 from executor_svc.table_rows import TableRows
 
 PROMPTS = 16  # in a step that a graph holds
 UNKNOWN = -1  # a token that a batch in flight is still sampling
+NOTHING = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class HostStep:
         samples: [n], the token whose logits are wanted of each item that samples; prompt_rows: those of prompts' tokens.
         sampling_rows: [n], where the sampled tokens are kept.
         updates: [u, 2]: entry of the flattened tables, block.
+        rope_lengths: [T], `engine.program.ROPE_LENGTHS` of programs that have this input; else empty.
     """
 
     tokens: np.ndarray
@@ -36,6 +39,7 @@ class HostStep:
     prompt_rows: np.ndarray
     sampling_rows: np.ndarray
     updates: np.ndarray
+    rope_lengths: np.ndarray
 
     def tiles(self, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Of the sequences behind the first num_decodes: which one each tile of queries is of, and its first query.
@@ -69,14 +73,17 @@ class Shape:
         samples: rows whose logits are computed.
         block_size: of the cache.
         fill_row: the table row of what only fills it up.
+        rope_lengths: whether the program wants them.
 
     Attributes:
         sizes: of the columns: tokens, positions, token_rows; rows and lengths of the decodes, then of the prompts; starts (of the
-            prompts), samples, sampling_rows, the tiles' sequences and first queries, and updates.
-        updates: pairs that the last column has room for.
+            prompts), samples, sampling_rows, the tiles' sequences and first queries, updates, and rope_lengths.
+        updates: pairs that their column has room for.
     """
 
-    def __init__(self, decodes: int, tokens: int, samples: int, block_size: int, fill_row: int) -> None:
+    def __init__(
+        self, decodes: int, tokens: int, samples: int, block_size: int, fill_row: int, *, rope_lengths: bool = False
+    ) -> None:
         self.decodes, self.tokens, self._fill_row = decodes, tokens, fill_row
         self._prompts = prompts = PROMPTS if tokens > decodes else 0
         self._samples = samples = min(samples, decodes + prompts)
@@ -84,7 +91,8 @@ class Shape:
         sequences, tiles = decodes + prompts, (tokens // TILE + prompts if prompts else 0)
         self.sizes = (
             [tokens] * 3 + [sequences + 1] * 2 + [prompts + 2] + [samples] * 2 + [tiles] * 2 + [2 * self.updates]
-        )
+            + [tokens if rope_lengths else 0]
+        )  # fmt: skip
 
     def fits(self, layout: HostStep) -> bool:
         """Whether a step finds its place in it."""
@@ -95,16 +103,18 @@ class Shape:
     def empty(self) -> list[np.ndarray]:
         """Columns of nothing: sequences have no tokens, and the tiles are of one behind the last."""
         fill = self._fill_row
-        values = [0, 0, fill, fill, 0, 0, 0, fill, self._prompts, 0, -1]
+        values = [0, 0, fill, fill, 0, 0, 0, fill, self._prompts, 0, -1, 1]
         return [np.full(size, value, dtype=np.int32) for size, value in zip(self.sizes, values, strict=True)]
 
     def fill(self, layout: HostStep) -> np.ndarray:
         """The columns of a step that fits, one after another; updates that do not fit are left out."""
         whole, count, total = self.empty(), layout.num_decodes, len(layout.rows)
-        tokens, positions, token_rows, rows, lengths, starts, samples, sampling_rows, tile_rows, tile_first, updates = (
-            whole
-        )
-        for column, part in ((tokens, layout.tokens), (positions, layout.positions), (token_rows, layout.token_rows)):
+        tokens, positions, token_rows, rows, lengths, starts, samples, sampling_rows, *rest = whole
+        tile_rows, tile_first, updates, rope_lengths = rest
+        for column, part in (
+            (tokens, layout.tokens), (positions, layout.positions), (token_rows, layout.token_rows),
+            (rope_lengths, layout.rope_lengths),
+        ):  # fmt: skip
             column[: len(part)] = part
         for column, part in ((rows, layout.rows), (lengths, layout.lengths)):
             column[:count] = part[:count]
@@ -126,10 +136,12 @@ class CudaLayout:
     Args:
         max_batch_size: sequences that run at once.
         max_blocks: of one sequence.
+        rope_lengths: whether they are wanted.
     """
 
-    def __init__(self, max_batch_size: int, max_blocks: int) -> None:
+    def __init__(self, max_batch_size: int, max_blocks: int, *, rope_lengths: bool = False) -> None:
         self._max_blocks = max_blocks
+        self._rope_lengths = rope_lengths
         self._rows = TableRows(max_batch_size, self._write)
         self._updates: list[tuple[int, int]] = []
 
@@ -158,9 +170,14 @@ class CudaLayout:
                 tokens += [UNKNOWN] * (count - len(part))
         owner = np.repeat(np.arange(len(items)), counts)
         sampling = np.array([number for number, item in enumerate(items) if item.samples], dtype=np.int64)
+        positions = (np.arange(len(tokens)) + (begins - starts[:-1])[owner]).astype(np.int32)
+        lengths = np.zeros(0, dtype=np.int32)
+        if self._rope_lengths:
+            least = np.array([item.sequence.rope_length for item in items], dtype=np.int32)
+            lengths = np.maximum(least[owner], positions + 1)
         return HostStep(
             tokens=np.array(tokens, dtype=np.int32),
-            positions=(np.arange(len(tokens)) + (begins - starts[:-1])[owner]).astype(np.int32),
+            positions=positions,
             token_rows=rows[owner],
             rows=rows,
             starts=starts,
@@ -170,8 +187,24 @@ class CudaLayout:
             prompt_rows=np.array(prompt_rows, dtype=np.int32),
             sampling_rows=rows[sampling],
             updates=updates,
+            rope_lengths=lengths,
         )
 
     def _write(self, row: int, start: int, blocks: list[int]) -> None:
         first = row * self._max_blocks + start
         self._updates += zip(range(first, first + len(blocks)), blocks, strict=True)
+
+
+def draws(items: list[Scheduled], rows: np.ndarray) -> np.ndarray:
+    """How `kernels.sample` is to draw the tokens of items, int32 [n * WIDTH], then the rows where they are kept, [n].
+
+    NOTHING if the most probable ones are wanted of all.
+    """
+    samplings = [item.sequence.sampling for item in items]
+    if all(sampling.temperature == 0 for sampling in samplings):
+        return NOTHING
+    table = np.empty((len(items), WIDTH), dtype=np.int32)
+    packed = b"".join([sampling.packed for sampling in samplings])
+    table[:, : WIDTH - 1] = np.frombuffer(packed, dtype=np.int32).reshape(len(items), WIDTH - 1)
+    table[:, WIDTH - 1] = [item.start + item.count for item in items]
+    return np.concatenate([table.reshape(-1), rows])

@@ -1,8 +1,8 @@
 """The runner for CUDA: decodes are replayed graphs, tokens stay on the device, and the host is a step ahead.
 
 A step in the stream: its columns come from a pinned buffer; `stage` fills in tokens that only the device knows, and finds each
-token's row of the cache; the program runs; the most probable tokens are kept by table row, where the next step finds them,
-and sent to the host. Nothing waits for the host but rows that want more than the most probable token.
+token's row of the cache; the program runs; a token of each row is drawn and kept by table row, where the next step finds it,
+and sent to the host. Nothing waits for the host but batches with a row whose logits are edited, or of which more is told.
 """
 
 import functools
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from engine.manifest import Limits
-from engine.program import Program
+from engine.program import ROPE_LENGTHS, Program
 from executor_svc.core import Batch, Sampled
-from executor_svc.cuda_layout import CudaLayout, HostStep, Shape
+from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import fp8, implementations
 from executor_svc.kernels.fuse import fuse, whole_rows
-from executor_svc.kernels.gpu import DeviceStep
-from executor_svc.kernels.stage import keep, put, stage
+from executor_svc.kernels.gpu import RULE, DeviceStep
+from executor_svc.kernels.sample import WIDTH, sample
+from executor_svc.kernels.stage import choose, keep, put, stage
+from executor_svc.kernels.tactics import Table
+from executor_svc.rope_lengths import rope_lengths
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
 
 IN_FLIGHT = 2
-_OPERATORS = frozenset((
-    "embedding", "linear", "rms_norm", "add_rms_norm", "rope_table", "rope", "attention", "silu_mul", "split", "gather",
-))  # fmt: skip
 _KV_SHARE = 0.85  # of what is free when the weights are there; the rest is for activations and graphs
 _LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _MIXED = (
@@ -55,9 +55,10 @@ class _Graph:
     def capture(self, pool: Any) -> None:
         """Compiles what is not compiled yet, then records."""
         self.compute()
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # of this thread alone: in another one weights may be arriving
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.results = self.compute()
 
     def run(self, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +93,7 @@ class CudaRunner:
         kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
             the memory that is free.
         kv_share: in (0, 1]; by default 0.85.
+        table: tactics of products; by default the rule's.
         device: "cuda", or "cpu" where Triton interprets its kernels; then there are no graphs.
 
     Raises:
@@ -106,11 +108,16 @@ class CudaRunner:
         *,
         kv_memory: int | None = None,
         kv_share: float | None = None,
+        table: Table = RULE,
         device: str = "cuda",
     ) -> None:
         self._device = torch.device(device)
         self._on_gpu = device == "cuda"
-        self._interpreter = Interpreter(fuse(program), weights, implementations("gpu"))
+        rope = rope_lengths(program)
+        operators = implementations("gpu")
+        for name in ("linear", "linear_silu_mul"):
+            operators[name] = functools.partial(operators[name], table=table)
+        self._interpreter = Interpreter(fuse(program), weights, operators)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         # one block more takes the keys of rows that only fill a graph up
         num_blocks = cache_blocks(program, limits, device, kv_memory, kv_share or _KV_SHARE, spare=1)
@@ -120,47 +127,56 @@ class CudaRunner:
         self._tables = torch.zeros(rows, per_sequence, dtype=torch.int32, device=self._device)
         self._tables[self._fill_row] = num_blocks
         self._last = torch.zeros(rows, dtype=torch.int32, device=self._device)
-        self._layout = CudaLayout(limits.max_batch_size, per_sequence)
+        groups = max(cache.num_kv_heads for cache in program.caches)
+        self._arrived = torch.zeros(rows * groups, dtype=torch.int32, device=self._device)
+        self._by_length = ROPE_LENGTHS in program.inputs
+        self._layout = CudaLayout(limits.max_batch_size, per_sequence, rope_lengths=self._by_length)
         self._flights: deque[_Flight] = deque()
         self._pinned = [self._host(max(limits.max_num_tokens, rows) * 12 + 4096) for _ in range(IN_FLIGHT + 1)]
         self._results = [self._host(rows) for _ in range(IN_FLIGHT + 1)]
         self._turn = 0
         self.capabilities = Capabilities(
-            num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True
+            num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True, rope=rope
         )
         self._graphs = self._capture(limits)
 
     @staticmethod
     def takes(program: Program) -> bool:
-        """Whether it has been measured on such a program: LLaMA's operators, heads of up to 128 numbers of 16 bits.
+        """Whether it can run it: activations of 16 bits, keys and values of 16 or 8, heads whose tiles shared memory holds.
 
-        On Hopper and later KV caches may be of 8 bits, and products, where activations are rounded, too, and the weight has a
-        scale for each row.
+        Of 8 bits on Hopper and later.
         """
-        attends = [op for op in program.ops if op.op == "attention"]
-        dtypes = {op.outputs[0].type.dtype for op in attends}
-        plain = all(len(op.inputs) == 3 and not op.attrs.get("soft_cap") for op in attends)
-        heads = all(cache.head_dim <= 128 for cache in program.caches) and dtypes <= {"bfloat16", "float16"}
-        products = [op for op in program.ops if op.op == "linear_fp8"]
-        small = all(whole_rows(op, program) for op in products)
-        if products or any(cache.dtype == "float8_e4m3fn" for cache in program.caches):
-            small = small and fp8.able()
-        return plain and heads and small and {op.op for op in program.ops} <= {*_OPERATORS, "linear_fp8"}
+        floats = {value.type.dtype for op in program.ops if op.op == "attention" for value in op.outputs}
+        caches = {cache.dtype for cache in program.caches}
+        halves = {"bfloat16", "float16"}
+        small = "float8_e4m3fn" in caches or any(whole_rows(op, program) for op in program.ops)
+        held = floats <= halves and caches <= {*halves, "float8_e4m3fn"}
+        return held and all(cache.head_dim <= 256 for cache in program.caches) and (not small or fp8.able())
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:
-        layout = self._layout.lay_out(batch)
-        plain = all(item.sequence.plain for item in batch.items if item.samples)
-        graph = next((graph for graph in self._graphs if graph.shape.fits(layout)), None)
-        logits, sampled = self._replay(graph, layout) if graph else self._run(layout)
+        layout, logits, sampled, drawn = self._launch(batch)
         count = len(layout.samples)
-        if plain and not len(layout.prompt_rows):
+        if drawn:
             self._flights.append(self._send(sampled[:count]))
             return
         wanted = count + len(layout.prompt_rows)
         found = answer(logits[:wanted].float(), batch)
         keep(self._last, self._column(layout.sampling_rows), self._column(np.array(found.token_ids, dtype=np.int32)))
         self._flights.append(_Flight(sampled[:0], sampled=found))
+
+    def _launch(self, batch: Batch) -> tuple[HostStep, Tensor, Tensor, bool]:
+        """A batch's columns, its logits and tokens, and whether these are drawn: else the logits are to be edited or told of."""
+        layout = self._layout.lay_out(batch)
+        items = [item for item in batch.items if item.samples]
+        drawn = not len(layout.prompt_rows) and all(item.unedited for item in items)
+        random = draws(items, layout.sampling_rows) if drawn else NOTHING
+        graph = next((graph for graph in self._graphs if graph.shape.fits(layout)), None)
+        logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
+        if len(random):
+            limited = any(item.sequence.sampling.limited for item in items)
+            self._sample(logits[: len(items)], sampled[: len(items)], moved, limited=limited)
+        return layout, logits, sampled, drawn
 
     def finish(self) -> Sampled:
         flight = self._flights.popleft()
@@ -170,58 +186,81 @@ class CudaRunner:
             flight.event.synchronize()
         return Sampled(flight.tokens.tolist())
 
-    def _run(self, layout: HostStep) -> tuple[Tensor, Tensor]:
-        """A step of any shape, operator by operator: logits of its samples and prompt rows, and the most probable tokens."""
+    def _run(self, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """A step of any shape, operator by operator: logits of its samples and prompt rows, the best tokens; and `random`."""
         begins = layout.begins
         tiles = [column for chosen in (None, begins, ~begins) for column in layout.tiles(chosen)]
         parts = [
             layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.starts, layout.lengths,
-            layout.samples, layout.prompt_rows, layout.sampling_rows, layout.updates.reshape(-1), *tiles,
+            layout.samples, layout.prompt_rows, layout.sampling_rows, layout.updates.reshape(-1), layout.rope_lengths, *tiles,
         ]  # fmt: skip
-        columns = self._to_device(parts)
+        moved, *columns = self._to_device([random, *parts])
         tokens, positions, token_rows, seq_rows, starts, lengths = columns[:6]
-        samples, prompt_rows, sampling_rows, updates = columns[6:10]
+        samples, prompt_rows, sampling_rows, updates, lengths_of_rope = columns[6:11]
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
-        step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], *columns[10:])
-        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": torch.cat((samples, prompt_rows))}
-        (logits,) = self._interpreter.run(inputs, step)
-        sampled = logits[: len(samples)].argmax(-1).int() if len(samples) else samples
-        keep(self._last, sampling_rows, sampled)
-        return logits, sampled
+        step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], *columns[11:])
+        logits = self._logits(token_ids, positions, torch.cat((samples, prompt_rows)), lengths_of_rope, step)
+        return logits, choose(logits[: len(samples)], sampling_rows, self._last), moved
 
-    def _replay(self, graph: _Graph, layout: HostStep) -> tuple[Tensor, Tensor]:
+    def _replay(self, graph: _Graph, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         if len(rest := layout.updates[graph.shape.updates :]):  # a sequence that comes back brings many blocks
             put(self._tables, self._column(rest.reshape(-1)))
-        return graph.run(self._pin(graph.shape.fill(layout)))
+        columns = graph.shape.fill(layout)
+        pinned = self._pin(columns, random)
+        moved = pinned[len(columns) :].to(self._device, non_blocking=True)
+        return *graph.run(pinned[: len(columns)]), moved
+
+    def _sample(self, logits: Tensor, sampled: Tensor, random: Tensor, *, limited: bool) -> None:
+        """Draws tokens in place of the most probable ones, as `random` says, and keeps them."""
+        settings, rows = random.split((len(sampled) * WIDTH, len(sampled)))
+        sample(logits, sampled, settings, limited=limited)
+        keep(self._last, rows, sampled)
 
     def _compute(self, columns: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """What a graph holds."""
         tokens, positions, token_rows, rows, lengths, starts, *rest = columns.split(shape.sizes)
-        samples, sampling_rows, tile_rows, tile_first, updates = rest
+        samples, sampling_rows, tile_rows, tile_first, updates, lengths_of_rope = rest
         put(self._tables, updates)
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
         step = self._step(slots, shape.decodes, rows, lengths, starts, tile_rows, tile_first)
-        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": samples}
+        logits = self._logits(token_ids, positions, samples, lengths_of_rope, step)
+        return logits, choose(logits, sampling_rows, self._last)
+
+    def _logits(
+        self, token_ids: Tensor, positions: Tensor, indices: Tensor, rope_lengths: Tensor, step: DeviceStep
+    ) -> Tensor:
+        """The program's, [len(indices), vocab_size]."""
+        inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": indices}
+        if self._by_length:
+            inputs[ROPE_LENGTHS] = rope_lengths
         (logits,) = self._interpreter.run(inputs, step)
-        sampled = logits.argmax(-1).int()
-        keep(self._last, sampling_rows, sampled)
-        return logits, sampled
+        return logits
 
     @torch.inference_mode()
     def _capture(self, limits: Limits) -> list[_Graph]:
         """Graphs for a ladder of decodes, then of decodes with prompts, the smallest first; they share their memory."""
         graphs = []
         for decodes, tokens in _shapes(limits.max_batch_size, limits.max_num_tokens):
-            shape = Shape(decodes, tokens, limits.max_batch_size, BLOCK_SIZE, self._fill_row)
+            shape = Shape(
+                decodes, tokens, limits.max_batch_size, BLOCK_SIZE, self._fill_row, rope_lengths=self._by_length
+            )
             columns = torch.from_numpy(np.concatenate(shape.empty())).to(self._device)
             graphs.append(_Graph(shape, columns, functools.partial(self._compute, columns, shape)))
         if self._on_gpu:
             pool = torch.cuda.graph_pool_handle()
             for graph in reversed(graphs):  # the largest first, whose memory the others then share
                 graph.capture(pool)
+            self._draw_nothing(graphs[0])
             torch.cuda.synchronize()
         return graphs
+
+    def _draw_nothing(self, graph: _Graph) -> None:
+        """Runs the kernels that draw on a row that takes its most probable token: so they are compiled."""
+        logits, sampled = graph.compute()
+        greedy = torch.zeros(WIDTH + 1, dtype=torch.int32)
+        greedy[WIDTH] = self._fill_row
+        self._sample(logits[:1], sampled[:1], greedy.to(self._device), limited=True)
 
     def _step(
         self, slots: Tensor, num_decodes: int, rows: Tensor, lengths: Tensor, starts: Tensor, *columns: Tensor
@@ -229,7 +268,9 @@ class CudaRunner:
         """columns: sequences and first queries of all tiles, and where known of the fresh and of the cached ones."""
         pairs = zip(columns[::2], columns[1::2], strict=True)
         tiles = [pair if len(pair[0]) else None for pair in pairs]
-        return DeviceStep([], [], self._tables, slots, self._k, self._v, num_decodes, rows, lengths, starts, *tiles)
+        return DeviceStep(
+            [], [], self._tables, slots, self._k, self._v, num_decodes, rows, lengths, self._arrived, starts, *tiles
+        )
 
     def _send(self, sampled: Tensor) -> _Flight:
         """Tokens on their way to the host."""
@@ -242,15 +283,15 @@ class CudaRunner:
 
     def _to_device(self, parts: list[np.ndarray]) -> list[Tensor]:
         """Columns of int32, in one copy."""
-        whole = np.concatenate([part.astype(np.int32, copy=False) for part in parts])
-        moved = self._pin(whole).to(self._device, non_blocking=True)
+        moved = self._pin(*parts).to(self._device, non_blocking=True)
         return list(moved.split([len(part) for part in parts]))
 
     def _column(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
 
-    def _pin(self, values: np.ndarray) -> Tensor:
+    def _pin(self, *parts: np.ndarray) -> Tensor:
         """In pinned memory that no copy under way reads: each batch takes the next buffer, one more than there are in flight."""
+        values = np.concatenate([part.astype(np.int32, copy=False) for part in parts])
         self._turn = (self._turn + 1) % len(self._pinned)
         if len(self._pinned[self._turn]) < len(values):
             self._pinned[self._turn] = self._host(len(values))

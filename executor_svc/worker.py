@@ -27,7 +27,7 @@ from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, S
 from executor_svc.frames import FrameSocket
 from executor_svc.intake import to_beam_search, to_sequence
 from executor_svc.kernels import prepare, unpack
-from executor_svc.loader import load_engine
+from executor_svc.loader import begin_load
 from executor_svc.outbox import Outbox
 from executor_svc.runner import Runner, TorchRunner
 from executor_svc.scheduler import Scheduler
@@ -305,24 +305,36 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         pass
     engine_id = ToWorker.FromString(messages[0]).load_engine.engine_id  # behind it may be the ends of others' clients
     began = time.monotonic()
+    arrived = 0.0  # seconds until the weights were there
 
     def progress(done: int, total: int) -> None:
+        nonlocal arrived
+        arrived = time.monotonic() - began
         front.send(FromWorker(progress=LoadEngineProgress(bytes_done=done, bytes_total=total)).SerializeToString())
 
     trust = Trust.of_files(arguments.trusted_keys, arguments.trust_native)
     store = open_store(arguments.store, TRANSFER_PATIENCE)
-    loaded = load_engine(store, engine_id, this_node(arguments.device), progress, trust)
+    node = this_node(arguments.device)
+    loaded = begin_load(store, engine_id, node, progress, trust)
     manifest, size = loaded.manifest, loaded.size
-    weights = {name: tensor.to(arguments.device) for name, tensor in loaded.weights.items()}
-    program, weights = unpack(arguments.device, loaded.program, weights)
-    del loaded  # what was read is given back where it has been moved or unpacked
-    prepared = prepare(arguments.device, program, weights)
-    runner = _runner(arguments, program, prepared, manifest)
+    with loaded.arriving:  # a runner's graphs need to know where weights will be, and not yet their values
+        program, weights = unpack(arguments.device, loaded.program, loaded.weights)
+        del loaded  # what was read is given back where it has been unpacked
+        if node.compute_capability:
+            from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
+
+            adopt_from(store, manifest, trust, node.compute_capability)
+        prepared = prepare(arguments.device, program, weights)
+        runner = _runner(arguments, program, prepared, manifest)
+        ready = time.monotonic() - began
     worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse)
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
-    log.info("engine %s: %.1f MB loaded in %.2f s", engine_id[:12], size / 1e6, time.monotonic() - began)
-    ready = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
-    front.send(FromWorker(progress=ready).SerializeToString())
+    log.info(
+        "engine %s: %.1f MB loaded in %.2f s (weights %.2f s, runner %.2f s)",
+        *(engine_id[:12], size / 1e6, time.monotonic() - began, arrived, ready),
+    )
+    told = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
+    front.send(FromWorker(progress=told).SerializeToString())
     worker.run()
 
 

@@ -73,7 +73,7 @@ def inspect(engine: str, store_url: str, *, as_json: bool) -> None:
     for name, value in lines.items():
         print(f"{name:<13} {value}")
     print()
-    native = {file.digest for rank in manifest.ranks for file in rank.native}
+    native = {file.digest for rank in manifest.ranks for file in (*rank.native, *rank.kernels)}
     rows = [
         (file.name, format_bytes(file.size), file.digest[:12], "native code" if file.digest in native else "")
         for file in manifest.files()

@@ -1,7 +1,5 @@
 """Triton kernels in float8_e4m3fn: rows that are quantized where they are made, and their products (`engine.ops.linear_fp8`)."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -9,14 +7,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.rows import gated, normed, pdl, to_fp8, wait_before
+from executor_svc.kernels.target import capability
 
 _LARGE = 50_000_000  # elements of a matrix
 
 
-@functools.cache
 def able() -> bool:
-    """Whether the device has the instructions: Hopper and later."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+    """Whether the device has the instructions: Hopper and later, and the interpreter."""
+    return capability() == 0 or capability() >= 90
 
 
 @triton.jit
@@ -234,7 +232,7 @@ def product(
 ) -> Tensor:
     """float8_e4m3fn [T, in] and [out, in], with a scale a row each ([T, 1] and [out, 1] float32) -> [T, out].
 
-    bench/products.py says which kernel is the fastest for which shape.
+    bench/products_fp8.py says which kernel is the fastest for which shape.
     """
     rows = len(q)
     if rows in (1, 2):
@@ -242,7 +240,7 @@ def product(
     if rows <= 64:
         large = rows > 16 and weight.numel() > _LARGE
         return tiles(q, q_scales, weight, scales, bias, dtype, stages=3 if large else 5)
-    if q.is_cuda and dtype is torch.bfloat16 and not any(size % 16 for size in weight.shape):
+    if capability() and dtype is torch.bfloat16 and not any(size % 16 for size in weight.shape):
         y = library(q, q_scales, weight, scales)
         return y if bias is None else y.add_(bias)
     if weight.shape[1] % 16 == 0:

@@ -1,5 +1,7 @@
 """Operators that a device has beside the set's own, and programs that use them: what stands side by side is one kernel."""
 
+from collections import Counter
+
 import msgspec
 
 from engine.opset import OPERATORS, Operator, packed_inputs, quantizes_input
@@ -14,41 +16,58 @@ DEVICE_OPERATORS = {
         attrs={**OPERATORS["attention"].attrs, "interleaved": bool},
         uses_step=True,
     ),
+    "linear_silu_mul": Operator(OPERATORS["linear"].inputs),
     "quantize_fp8": Operator(("x", "input_scale?"), QUANTIZED),
     "rms_norm_fp8": Operator(("x", "weight", "input_scale?"), QUANTIZED, {"eps": float}),
     "add_rms_norm_fp8": Operator(("x", "residual", "weight", "input_scale?"), (*QUANTIZED, "sum"), {"eps": float}),
     "silu_mul_fp8": Operator(("gate_up", "input_scale?"), QUANTIZED),
     "product_fp8": Operator(("q", "q_scales", "weight", "scales", "bias?"), attrs={"dtype": int}),
 }
-"""rope_attention: `rope` of q and of k, then `attention`. product_fp8: `linear_fp8` of what `quantize_fp8` has made of its input,
-in dtype FLOATS[dtype]; another operator X, as X_fp8, leaves the quantized form of its first result alone."""
+"""rope_attention: `rope` of q and of k, then `attention`. linear_silu_mul: `linear`, then `silu_mul`. product_fp8: `linear_fp8`
+of what `quantize_fp8` has made of its input, in dtype FLOATS[dtype]; another operator X, as X_fp8, leaves the quantized form of
+its first result alone."""
 
 
 def fuse(program: Program) -> Program:
     """The program in the device's operators, where it has what they stand for."""
-    return _quantize_where_made(_rotate_in_attention(program))
+    return _quantize_where_made(_draw_in(program))
 
 
-def _rotate_in_attention(program: Program) -> Program:
-    """Each attention, and the two rotations that nobody else reads, as one operator."""
-    makers = {value.name: op for op in program.ops for value in op.outputs}
-    readers = _readers(program)
+def _draw_in(program: Program) -> Program:
+    """Operators whose results nobody else reads, drawn into the one that does."""
+    readers = Counter(name for op in program.ops for name in op.inputs)
+    readers.update(program.outputs)
+    makers = {value.name: op for op in program.ops for value in op.outputs if readers[value.name] == 1}
     gone: set[int] = set()
-    fused: dict[int, Op] = {}
+    ops = []
     for op in program.ops:
-        if op.op != "attention":
-            continue
-        q, k = (makers.get(name) for name in op.inputs[:2])
-        if not (q and k and q.op == k.op == "rope" and q.inputs[1:] == k.inputs[1:] and q.attrs == k.attrs):
-            continue
-        if any(len(readers[name]) != 1 for name in op.inputs[:2]):
-            continue
-        gone |= {id(q), id(k)}
-        attrs = {**op.attrs, "interleaved": q.attrs["interleaved"]}
-        inputs = (q.inputs[0], k.inputs[0], op.inputs[2], *q.inputs[1:], *(op.inputs[3:] or ("",)))
-        fused[id(op)] = msgspec.structs.replace(op, op="rope_attention", inputs=inputs, attrs=attrs)
-    ops = tuple(fused.get(id(op), op) for op in program.ops if id(op) not in gone)
-    return msgspec.structs.replace(program, ops=ops)
+        drawn_in, fused = _PATTERNS.get(op.op, _as_it_is)(op, makers)
+        gone |= {id(one) for one in drawn_in}
+        ops.append((op, fused))
+    return msgspec.structs.replace(program, ops=tuple(fused for op, fused in ops if id(op) not in gone))
+
+
+def _as_it_is(op: Op, makers: dict[str, Op]) -> tuple[tuple[Op, ...], Op]:  # noqa: ARG001  (a pattern's)
+    return (), op
+
+
+def _rope_attention(op: Op, makers: dict[str, Op]) -> tuple[tuple[Op, ...], Op]:
+    q, k = (makers.get(name) for name in op.inputs[:2])
+    if not (q and k and q.op == k.op == "rope" and q.inputs[1:] == k.inputs[1:] and q.attrs == k.attrs):
+        return (), op
+    attrs = {**op.attrs, "interleaved": q.attrs["interleaved"]}
+    inputs = (q.inputs[0], k.inputs[0], op.inputs[2], *q.inputs[1:], *(op.inputs[3:] or ("",)))
+    return (q, k), msgspec.structs.replace(op, op="rope_attention", inputs=inputs, attrs=attrs)
+
+
+def _linear_silu_mul(op: Op, makers: dict[str, Op]) -> tuple[tuple[Op, ...], Op]:
+    product = makers.get(op.inputs[0])
+    if product is None or product.op != "linear":
+        return (), op
+    return (product,), msgspec.structs.replace(op, op="linear_silu_mul", inputs=product.inputs)
+
+
+_PATTERNS = {"attention": _rope_attention, "silu_mul": _linear_silu_mul}
 
 
 def whole_rows(op: Op, program: Program) -> bool:

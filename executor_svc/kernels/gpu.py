@@ -8,20 +8,22 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import Step
 from engine.ops import rms_norm as reference_rms_norm
-from executor_svc.kernels import fp8, paged, prompt, rows
+from executor_svc.kernels import fp8, paged, prompt, rows, tactics
 from executor_svc.kernels.fuse import FLOATS
+from executor_svc.kernels.grouped import experts
 
 __all__ = [
     "DeviceStep",
     "add_rms_norm",
     "attention",
     "add_rms_norm_fp8",
+    "experts",
     "linear",
+    "linear_silu_mul",
     "product_fp8",
     "quantize_fp8",
     "rms_norm",
@@ -32,11 +34,7 @@ __all__ = [
     "silu_mul_fp8",
 ]
 
-_GEMV_ROWS = (1, 2, 4)
-_THIN_ROWS = 64
-_LARGE = 50_000_000  # elements of a matrix (bench/products.py: measured on an H100)
-
-
+RULE: tactics.Table = {}  # no table: the rule alone
 Tiles = tuple[Tensor, Tensor]
 
 
@@ -50,12 +48,14 @@ class DeviceStep(Step):
         lengths: int32 [num_seqs], context_lens.
         starts: int32, the rows of the batch at which the other sequences begin, and the last one's end.
         tiles: int32 [n] twice, as `paged.prefill` takes them.
+        arrived: int32 zeros, a number for each decode and key head: `paged.decode` counts there.
         fresh, cached: the tiles of sequences that begin in this step, and the rest; None where that is not known.
     """
 
     num_decodes: int
     rows: Tensor
     lengths: Tensor
+    arrived: Tensor
     starts: Tensor | None = None
     tiles: Tiles | None = None
     fresh: Tiles | None = None
@@ -83,6 +83,7 @@ class DeviceStep(Step):
             num_decodes=count,
             rows=torch.arange(len(lens), dtype=torch.int32, device=device),
             lengths=torch.tensor(step.context_lens, dtype=torch.int32, device=device),
+            arrived=torch.zeros(count * max(k.shape[2] for k in step.k_caches), dtype=torch.int32, device=device),
             starts=torch.tensor(starts, dtype=torch.int32, device=device),
             tiles=tiles(at),
             fresh=tiles([tile for tile in at if begins[tile[0]]]),
@@ -90,17 +91,23 @@ class DeviceStep(Step):
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Where the time goes into reading the weight, kernels that read it as fast as memory gives it; else cuBLAS."""
-    count = x.shape[0]
-    if 0 < count <= _THIN_ROWS and x.dtype is not torch.float32 and weight.is_contiguous() and x.stride(-1) == 1:
-        if count in _GEMV_ROWS:
-            return rows.gemv(x, weight, bias)
-        large = weight.numel() > _LARGE
-        if count <= 16:
-            return rows.thin(x, weight, bias, k=256 if large else 128)
-        return rows.thin(x, weight, bias, stages=3 if large and weight.shape[0] > weight.shape[1] else 5)
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: tactics.Table = RULE) -> Tensor:
+    """With few rows, where the time goes into reading the weight, by the tactic of its shape; else cuBLAS."""
+    return _multiply(x, weight, bias, table, pair=False)
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: tactics.Table = RULE) -> Tensor:
+    """`silu_mul` of `linear`: one kernel where the weight's reading takes the time."""
+    return _multiply(x, weight, bias, table, pair=True)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, table: tactics.Table, *, pair: bool) -> Tensor:
+    few = 0 < len(x) <= tactics.MOST_ROWS and x.dtype is not torch.float32
+    if few and weight.is_contiguous() and x.stride(-1) == 1:
+        how = tactics.choose(tactics.shape_of(x, weight, pair), table)
+    else:
+        how = tactics.CUBLAS
+    return tactics.multiply(x, weight, bias, how, pair=pair)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -225,8 +232,9 @@ def _attend(
     out, count = torch.empty_like(q) if q.is_cuda else torch.zeros_like(q), step.num_decodes
     if count:
         paged.decode(
-            q[:count], k_cache, v_cache, alibi, tables, step.rows[:count], step.lengths[:count], out[:count], **settings
-        )
+            q[:count], k_cache, v_cache, alibi, tables, step.rows[:count], step.lengths[:count], step.arrived, out[:count],
+            **settings,
+        )  # fmt: skip
     if step.starts is None:
         return out
     tiles, head_dim = step.tiles, k_cache.shape[-1]

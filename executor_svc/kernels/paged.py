@@ -2,6 +2,8 @@
 context (Flash-Decoding, Dao et al. 2023), query heads of a key head packed into one tile.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,33 +16,20 @@ LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of 2: their expone
 SPLITS_FOR = 132  # programs that fill the device: an H100's multiprocessors
 
 
+class Form(NamedTuple):
+    """Keys of a block, warps and stages of a program: bench/attention.py tries them."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
 @triton.jit
 def _block(
-    q,
-    k_cache,
-    v_cache,
-    table,
-    start,
-    last,
-    position,
-    slope,
-    group,
-    scale,
-    cap,
-    window,
-    best,
-    total,
-    output,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MASK: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
+    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     """N keys from `start` on; without MASK every query sees all of them."""
     dims = tl.arange(0, BD)
     seen = start + tl.arange(0, N)
@@ -71,30 +60,10 @@ def _block(
 
 @triton.jit
 def _attend(
-    q,
-    k_cache,
-    v_cache,
-    table,
-    first,
-    whole,
-    last,
-    position,
-    slope,
-    group,
-    scale,
-    v_scale,
-    cap,
-    window,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    q, k_cache, v_cache, table, first, whole, last, position, slope, group, scale, v_scale, cap, window, G: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     """A tile of queries over the keys [first, last), of which they all see those before `whole`: maximum, sum and output.
 
     Keys and values of 8 bits are in units of scales: that of keys is part of `scale`.
@@ -115,37 +84,13 @@ def _attend(
     return best, total, output * v_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_rows", "starts", "lengths", "tile_row", "tile_at"])
 def _prefill(
-    q,
-    k_cache,
-    v_cache,
-    out,
-    alibi,
-    tables,
-    table_rows,
-    starts,
-    lengths,
-    tile_row,
-    tile_at,
-    table_stride,
-    scale,
-    v_scale,
-    cap,
-    window,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    PARTS: tl.constexpr,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, tile_row, tile_at, table_stride, scale, v_scale, cap,
+    window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,
+    PARTS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
+    WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     tile, head = tl.program_id(1) // PARTS, tl.program_id(0)
     row, at = tl.load(tile_row + tile), tl.load(tile_at + tile) + tl.program_id(1) % PARTS * M
@@ -168,45 +113,24 @@ def _prefill(
     if WINDOW:
         whole = first
     best, total, output = _attend(
-        values,
-        k_cache,
-        v_cache,
-        tables + tl.load(table_rows + row).to(tl.int64) * table_stride,
-        first,
-        whole,
-        last,
-        position,
-        slope,
-        head // (H // G),
-        scale,
-        v_scale,
-        cap,
-        window,
-        G,
-        D,
-        PAGE,
-        M,
-        N,
-        BD,
-        CAP,
-        ALIBI,
-        WINDOW,
-    )
+        values, k_cache, v_cache, tables + tl.load(table_rows + row).to(tl.int64) * table_stride, first, whole, last, position,
+        slope, head // (H // G), scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
+    )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + offset, output.to(out.dtype.element_ty), there)
 
 
-def _form(row_bytes: int) -> tuple[int, int, int]:
-    """Queries, keys and stages of a program, by the bytes of a head: shared memory holds them all."""
+def _form(row_bytes: int) -> tuple[int, Form]:
+    """Queries of a program, and its form, by the bytes of a head: shared memory holds them all."""
     if row_bytes <= 256:
-        return TILE, 64, 3
-    return (64, 64, 2) if row_bytes <= 512 else (32, 32, 1)
+        return TILE, Form(64, 8, 3)
+    return (64, Form(64, 4, 2)) if row_bytes <= 512 else (32, Form(32, 4, 1))
 
 
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor, starts: Tensor,
     lengths: Tensor,
-    tiles: tuple[Tensor, Tensor], out: Tensor, *, scale: float, v_scale: float, window: int, soft_cap: float,
+    tiles: tuple[Tensor, Tensor], out: Tensor, *, scale: float, v_scale: float = 1.0, window: int, soft_cap: float,
 ) -> None:  # fmt: skip
     """Attention of ragged queries [T, H * D] over their sequences' pages, into `out`.
 
@@ -218,55 +142,36 @@ def prefill(
     _, page, groups, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim
     wide = triton.next_power_of_2(head_dim)
-    m, n, stages = _form(wide * q.itemsize)
+    m, form = _form(wide * q.itemsize)
     _prefill[(heads, len(tiles[0]) * (TILE // m))](
         q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, *tiles, tables.stride(0), scale, v_scale, soft_cap,
-        window, H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=n, PARTS=TILE // m, BD=max(16, wide),
-        CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, num_warps=8 if m == TILE else 4,
-        num_stages=stages, **pdl(),
+        window,
+        H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=form.keys, PARTS=TILE // m, BD=max(16, wide),
+        CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, num_warps=form.warps, num_stages=form.stages, **pdl(),
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_rows", "lengths"])
 def _decode(
-    q,
-    k_cache,
-    v_cache,
-    alibi,
-    tables,
-    table_rows,
-    lengths,
-    out,
-    partial,
-    stats,
-    table_stride,
-    scale,
-    v_scale,
-    cap,
-    window,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr,
+    q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride, scale, v_scale, cap,
+    window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BD: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     if length == 0:  # the step has fewer sequences than room for them: this row of `out` is another's
         return
-    share = tl.cdiv(tl.cdiv(length, SPLITS), N) * N
-    first, last = split * share, tl.minimum(length, (split + 1) * share)
+    begin = 0
     if WINDOW:
-        first = tl.maximum(first, (length - window) // N * N)
-        first = tl.maximum(first, 0)
+        begin = tl.maximum(0, (length - window) // N * N)
+    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), N) * N
+    splits = tl.cdiv(length - begin, share)  # a short context has work for fewer
+    first = begin + split * share
+    last = tl.minimum(length, first + share)
+    if split >= splits:
+        return
     mine = tl.arange(0, M)
     heads = group * (H // G) + mine
     dims = tl.arange(0, BD)
@@ -280,32 +185,11 @@ def _decode(
     if WINDOW:
         whole = first
     best, total, output = _attend(
-        values,
-        k_cache,
-        v_cache,
-        tables + tl.load(table_rows + row).to(tl.int64) * table_stride,
-        first,
-        whole,
-        last,
-        position,
-        slope,
-        group,
-        scale,
-        v_scale,
-        cap,
-        window,
-        G,
-        D,
-        PAGE,
-        M,
-        N,
-        BD,
-        CAP,
-        ALIBI,
-        WINDOW,
-    )
+        values, k_cache, v_cache, tables + tl.load(table_rows + row).to(tl.int64) * table_stride, first, whole, last, position,
+        slope, group, scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
+    )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
-    if SPLITS == 1:
+    if splits == 1:
         target = out + (row.to(tl.int64) * H + heads)[:, None] * D + dims[None, :]
         tl.store(target, output.to(out.dtype.element_ty), there)
     else:
@@ -313,43 +197,43 @@ def _decode(
         tl.store(partial + at[:, None] * BD + dims[None, :], output, (mine < H // G)[:, None])
         known = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
         tl.store(stats + at, known, mine < H // G)
+        tl.debug_barrier()  # what all threads have stored is there before one of them says so
+        if tl.atomic_add(arrived + row * G + group, 1) == splits - 1:
+            tl.store(arrived + row * G + group, 0)
+            for number in tl.static_range(H // G):
+                _combine(partial, stats, out, row.to(tl.int64), group * (H // G) + number, splits, H, D, BD, SPLITS)
 
 
 @triton.jit
 def _combine(
-    partial,
-    stats,
-    lengths,
-    out,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
-    wait_before(PDL)
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if tl.load(lengths + row) == 0:
-        return
-    split, dims = tl.arange(0, WIDE), tl.arange(0, BD)
+    partial, stats, out, row, head, splits, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr
+):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """What the splits have found of a head, weighed by their sums; read past the first cache, which may hold what was there."""
+    dims = tl.arange(0, BD)
+    split = tl.arange(0, SPLITS)
     at = (row * SPLITS + split) * H + head
-    known = tl.load(stats + at, split < SPLITS, float("-inf"))
+    known = tl.load(stats + at, split < splits, float("-inf"), cache_modifier=".cg")
     weights = tl.exp2(known - tl.max(known))
     weights /= tl.sum(weights)
-    parts = tl.load(partial + at[:, None] * BD + dims[None, :], (split < SPLITS)[:, None], 0.0)
+    parts = tl.load(partial + at[:, None] * BD + dims[None, :], (split < splits)[:, None], 0.0, cache_modifier=".cg")
     result = tl.sum(parts * weights[:, None], 0)
     tl.store(out + (row * H + head) * D + dims, result.to(out.dtype.element_ty), dims < D)
 
 
+_DECODE = Form(64, 2, 2)  # the fastest of bench/attention.py, of heads of up to 128 numbers of 16 bits
+
+
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor,
-    lengths: Tensor, out: Tensor,
-    *, scale: float, v_scale: float, window: int, soft_cap: float,
+    lengths: Tensor, arrived: Tensor, out: Tensor,
+    *, scale: float, v_scale: float = 1.0, window: int, soft_cap: float, form: Form | None = None,
 ) -> None:  # fmt: skip
     """Attention of one query a sequence, [S, H * D], into `out`, whose rows with a length of 0 stay as they are.
 
-    The grid depends on S alone, so that a graph holds for all lengths.
+    The grid depends on S alone, so that a graph holds for all lengths. Of a sequence's splits the last to end combines them.
+
+    Args:
+        arrived: int32, at least [S, G], zeros, and zeros again afterwards: how many splits have ended.
     """
     _, page, groups, head_dim = k_cache.shape
     rows, heads = q.shape[0], q.shape[1] // head_dim
@@ -357,14 +241,12 @@ def decode(
     splits = max(1, min(64, triton.next_power_of_2(SPLITS_FOR // (rows * groups) + 1)))
     partial = q.new_empty((rows, splits, heads, wide), dtype=torch.float32)
     stats = q.new_empty((rows, splits, heads), dtype=torch.float32)
-    _, n, stages = _form(wide * q.itemsize)
+    if form is None:
+        form = _DECODE if wide * q.itemsize <= 256 else _form(wide * q.itemsize)[1]
     options = {"CAP": soft_cap != 0, "ALIBI": alibi is not None, "WINDOW": window != 0, **pdl()}
     _decode[(rows, groups, splits)](
-        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, tables.stride(0), scale, v_scale, soft_cap,
-        window, H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=n, BD=wide,
-        SPLITS=splits, num_warps=4, num_stages=stages, **options,
+        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, tables.stride(0), scale, v_scale,
+        soft_cap, window,
+        H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=form.keys, BD=wide,
+        SPLITS=splits, num_warps=form.warps, num_stages=form.stages, **options,
     )  # fmt: skip
-    if splits > 1:
-        _combine[(rows, heads)](
-            partial, stats, lengths, out, H=heads, D=head_dim, BD=wide, SPLITS=splits, WIDE=splits, num_warps=4, **pdl()
-        )

@@ -1,4 +1,4 @@
-"""Triton kernels that work row by row: norms, activations, rotation, and products with few rows.
+"""Triton kernels that work row by row: norms, activations and rotation.
 
 With PDL (programmatic dependent launch, Hopper and later) a kernel is brought onto the device while the one before it still runs,
 and waits (`gdc_wait`) before it reads what that one writes.
@@ -6,10 +6,11 @@ and waits (`gdc_wait`) before it reads what that one writes.
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from executor_svc.kernels.target import capability
 
 HEADS = 8  # that a program rotates
 
@@ -17,8 +18,7 @@ HEADS = 8  # that a program rotates
 @functools.cache
 def pdl() -> dict[str, bool]:
     """Options of a launch: whether the device has programmatic dependent launch."""
-    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if capability() >= 90 else {"PDL": False}
 
 
 @triton.jit
@@ -258,104 +258,3 @@ def rope_write(
         KEEP=keep, FP8=k_scale != 0, num_warps=4, **pdl(),
     )  # fmt: skip
     return out, k_out, v_out
-
-
-@triton.jit
-def _gemv(
-    x,
-    weight,
-    bias,
-    y,
-    columns,
-    x_stride,
-    rows_out,
-    ROWS: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
-    out = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    row = tl.arange(0, ROWS)
-    ours = weight + out * columns + at
-    ahead = tl.load(ours, at < columns, 0.0)  # no kernel before this one writes weights
-    wait_before(PDL)
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, columns, BLOCK):
-        w = ahead.to(tl.float32)
-        ahead = tl.load(ours + start + BLOCK, start + BLOCK + at < columns, 0.0)
-        inside = start + at < columns
-        values = tl.load(x + row[:, None] * x_stride + start + at[None, :], inside[None, :], 0.0).to(tl.float32)
-        sums += values * w[None, :]
-    result = tl.sum(sums, 1)
-    if BIAS:
-        result += tl.load(bias + out).to(tl.float32)
-    tl.store(y + row * rows_out + out, result.to(y.dtype.element_ty))
-
-
-@triton.jit
-def _thin(
-    x,
-    weight,
-    bias,
-    y,
-    rows,
-    outputs,
-    columns,
-    x_stride,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BIAS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    out = tl.program_id(0) * N + tl.arange(0, N)
-    row, at = tl.arange(0, M), tl.arange(0, K)
-    ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
-    wait_before(PDL)
-    sums = tl.zeros((N, M), tl.float32)
-    for start in range(0, columns, K):
-        inside = start + at < columns
-        w = tl.load(ours + start, (out < outputs)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first")
-        values = tl.load(
-            x + row[None, :] * x_stride + (start + at)[:, None], (row < rows)[None, :] & inside[:, None], 0.0
-        )
-        sums = tl.dot(w, values, sums)
-    if BIAS:
-        sums += tl.load(bias + out, out < outputs, 0.0).to(tl.float32)[:, None]
-    there = (out < outputs)[:, None] & (row < rows)[None, :]
-    tl.store(y + row.to(tl.int64)[None, :] * outputs + out[:, None], sums.to(y.dtype.element_ty), there)
-
-
-def thin(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, n: int = 64, k: int = 128, stages: int = 5, warps: int = 4
-) -> Tensor:
-    """linear for up to 64 rows: the weight is the tall side of the product, and is read once."""
-    rows, (outputs, columns) = x.shape[0], weight.shape
-    y = x.new_empty(rows, outputs)
-    _thin[(triton.cdiv(outputs, n),)](
-        x, weight, bias, y, rows, outputs, columns, x.stride(0), M=max(16, triton.next_power_of_2(rows)), N=n, K=k,
-        BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
-    )  # fmt: skip
-    return y
-
-
-def gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """linear for 1, 2 or 4 rows of x: each row of the weight is read once, at memory's speed."""
-    rows, (outputs, columns) = x.shape[0], weight.shape
-    y = x.new_empty(rows, outputs)
-    _gemv[(outputs,)](
-        x,
-        weight,
-        bias,
-        y,
-        columns,
-        x.stride(0),
-        outputs,
-        ROWS=rows,
-        BIAS=bias is not None,
-        BLOCK=2048,
-        num_warps=4,
-        **pdl(),
-    )
-    return y

@@ -1,12 +1,22 @@
-"""Triton kernels around a step: what the device keeps from one step to the next is found and put in place there."""
+"""Triton kernels around a step: what the device keeps from one step to the next is found and put in place there.
+
+Columns of a step lie at any multiple of 4 bytes, and counts are any: kernels are not compiled anew for those that are multiples
+of 16 (here and wherever columns are read).
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from executor_svc.kernels.rows import pdl, wait_before
 
-@triton.jit
+_CHUNK = 8192  # logits that a program looks through
+
+
+@triton.jit(
+    do_not_specialize=["count"], do_not_specialize_on_alignment=["tokens", "positions", "rows", "token_ids", "slots"]
+)
 def _stage(tokens, positions, rows, last, tables, token_ids, slots, count, width, page, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -36,7 +46,7 @@ def stage(
     return token_ids, slots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["updates"])
 def _put(tables, updates, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     entry = tl.load(updates + 2 * at, at < count, -1)
@@ -50,7 +60,7 @@ def put(tables: Tensor, updates: Tensor) -> None:
         _put[(triton.cdiv(count, 128),)](tables, updates, count, BLOCK=128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows", "sampled"])
 def _keep(last, rows, sampled, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -61,3 +71,40 @@ def keep(last: Tensor, rows: Tensor, sampled: Tensor) -> None:
     """Keeps each row's sampled token."""
     if len(rows):
         _keep[(triton.cdiv(len(rows), 128),)](last, rows, sampled, len(rows), BLOCK=128)
+
+
+@triton.jit
+def _highest(logits, values, places, vocab, stride, CHUNK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    wait_before(PDL)
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    found = tl.load(logits + row.to(tl.int64) * stride + at, at < vocab, float("-inf")).to(tl.float32)
+    value, place = tl.max(found, 0, return_indices=True)
+    target = row * tl.num_programs(1) + chunk
+    tl.store(values + target, value)
+    tl.store(places + target, tl.minimum(chunk * CHUNK + place, vocab - 1))
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def _choose(values, places, rows, last, sampled, CHUNKS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    wait_before(PDL)
+    row = tl.program_id(0)
+    at = row * CHUNKS + tl.arange(0, WIDE)
+    _, chunk = tl.max(tl.load(values + at, tl.arange(0, WIDE) < CHUNKS, float("-inf")), 0, return_indices=True)
+    token = tl.load(places + row * CHUNKS + chunk)
+    tl.store(sampled + row, token)
+    tl.store(last + tl.load(rows + row), token)
+
+
+def choose(logits: Tensor, rows: Tensor, last: Tensor) -> Tensor:
+    """The most probable token of each row of logits [n, vocab], the first of equal ones, int32 [n]; kept by table row, too."""
+    count, vocab = logits.shape
+    sampled = torch.empty_like(rows)
+    chunks = triton.cdiv(vocab, _CHUNK)
+    values = logits.new_empty((count, chunks), dtype=torch.float32)
+    places = torch.empty_like(values, dtype=torch.int32)
+    if count:
+        _highest[(count, chunks)](logits, values, places, vocab, logits.stride(0), CHUNK=_CHUNK, num_warps=8, **pdl())
+        wide = triton.next_power_of_2(chunks)
+        _choose[(count,)](values, places, rows, last, sampled, CHUNKS=chunks, WIDE=wide, num_warps=1, **pdl())
+    return sampled

@@ -1,91 +1,206 @@
-"""The Triton kernels on the device against the references in float32: random shapes, page tables, windows, groups, head sizes."""
+"""Every operator that CUDA has a kernel for, on the device, against its reference in float32.
+
+    python -m pytest -s tests/gpu/test_gpu_kernels.py
+
+Shapes, page tables, lengths, windows and caps are random. What a kernel is compiled for (dtype, heads, form) takes seconds each,
+so those are chosen: each value with several of the others, not all with all. With -s each case prints its time and worst error.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.ops import REFERENCE, Step
+from tests.running import random_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BOUND = {BF16: 2e-2, FP16: 4e-3, FP32: 2e-5}  # of a row's error, relative to the row
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
-    error = (found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
-    assert torch.isfinite(found).all() and error < (1e-5 if dtype is torch.float32 else 1e-2), error
+@pytest.fixture(autouse=True)
+def progress(request: pytest.FixtureRequest) -> Any:
+    began = time.perf_counter()
+    yield
+    print(f"{request.node.name}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows(dtype: torch.dtype) -> None:
-    from executor_svc.kernels import gpu as cuda
+def close(found: Tensor, wanted: Tensor, bound: float | None = None) -> None:
+    """No row farther from the reference's than rounding explains."""
+    torch.cuda.synchronize()
+    assert found.shape == wanted.shape and torch.isfinite(found).all()
+    bound = BOUND[found.dtype] if bound is None else bound
+    error = (found.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1).clamp(min=1e-3)
+    assert error.max() < bound, f"{error.max():.2e} in row {int(error.argmax())} of {len(found)}"
 
+
+def wide(values: list[Any]) -> list[Any]:
+    return [value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in values]
+
+
+def check(op: str, inputs: list[Any], **attrs: Any) -> None:
+    from executor_svc.kernels import gpu
+
+    found, wanted = getattr(gpu, op)(*inputs, **attrs), REFERENCE[op](*wide(inputs), **attrs)
+    pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
+    for ours, theirs in pairs:
+        assert ours.dtype == inputs[0].dtype
+        close(ours, theirs)
+
+
+def normal(*shape: int, dtype: torch.dtype, over: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device="cuda") / over).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_norms_and_activations(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for rows, size in ((1, 4096), (7, 896), (300, 5120), (33, 100)):
-        x, residual = (torch.randn(rows, size, device="cuda", dtype=dtype) for _ in range(2))
-        weight = torch.randn(size, device="cuda", dtype=dtype)
-        ours, wanted = (
-            cuda.add_rms_norm(x, residual, weight, eps=1e-5),
-            REFERENCE["add_rms_norm"](x, residual, weight, eps=1e-5),
+    for rows, size in ((1, 4096), (7, 896), (300, 4096), (33, 100)):
+        x, residual, weight = (
+            normal(rows, size, dtype=dtype),
+            normal(rows, size, dtype=dtype),
+            normal(size, dtype=dtype),
         )
-        for one, other in zip(ours, wanted, strict=True):
-            close(one, other, dtype)
-        wide = torch.randn(rows, 2 * size, device="cuda", dtype=dtype)
-        close(cuda.silu_mul(wide), REFERENCE["silu_mul"](wide), dtype)
-        matrix, bias = (
-            torch.randn(777, size, device="cuda", dtype=dtype) / 64,
-            torch.randn(777, device="cuda", dtype=dtype),
-        )
-        for count in (1, 2, 4, rows):
-            part = torch.randn(count, size, device="cuda", dtype=dtype)
-            close(cuda.linear(part, matrix, bias), part.float() @ matrix.float().T + bias.float(), torch.bfloat16)
-    for head_dim, half in ((64, 32), (80, 16), (96, 48), (128, 64), (256, 128)):
-        fused = torch.randn(50, 6 * head_dim + 8, device="cuda", dtype=dtype)[:, 8:]
-        angles = torch.randn(50, half, device="cuda")
-        for interleaved in (False, True):
-            turn = {"head_dim": head_dim, "interleaved": interleaved}
-            close(
-                cuda.rope(fused, angles.cos(), angles.sin(), **turn),
-                REFERENCE["rope"](fused, angles.cos(), angles.sin(), **turn),
-                dtype,
-            )
+        check("add_rms_norm", [x, residual, weight], eps=1e-5)
+        check("add_rms_norm", [x, residual, weight.float()], eps=1e-5)
+        check("rms_norm", [normal(rows, 2 * size, dtype=dtype)[:, size:], weight], eps=1e-5)
+        check("silu_mul", [normal(rows, 2 * size, dtype=dtype) * 3])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("ratio", [1, 4, 7])
-def test_attention(dtype: torch.dtype, head_dim: int, ratio: int) -> None:
-    from executor_svc.kernels import gpu as cuda
+@pytest.mark.parametrize(
+    ("dtype", "rows", "outputs", "columns"),
+    [
+        (BF16, [1, 2, 3, 4, 9, 30, 64, 65, 300], 777, 896),
+        (FP16, [1, 4, 16, 33], 4096, 4104),
+        (BF16, [8, 40], 16384, 4096),  # large, and taller than wide
+    ],
+)
+def test_linear(dtype: torch.dtype, rows: list[int], outputs: int, columns: int) -> None:
+    torch.manual_seed(1)
+    weight, bias = normal(outputs, columns, dtype=dtype, over=columns**0.5), normal(outputs, dtype=dtype)
+    for count in rows:
+        x = normal(count, columns + 8, dtype=dtype)[:, 8:]
+        check("linear", [x, weight, bias if outputs == 777 else None])
 
-    torch.manual_seed(head_dim + ratio)
-    groups = 2
-    for window, cap, slopes in ((0, 0.0, False), (100, 0.0, False), (0, 20.0, False), (0, 0.0, True)):
-        for lens in ([(1, 0), (1, 17), (1, 700), (1, 64)], [(130, 0), (1, 50), (64, 300), (1, 0), (77, 3)]):
-            counts = [-(-sum(pair) // 16) for pair in lens]
-            order = torch.randperm(sum(counts) + 3).int()
-            table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
-            slots, done = [], 0
-            for row, (new, old) in enumerate(lens):
-                blocks = order[done : done + counts[row]]
-                done += counts[row]
-                table[row, : counts[row]] = blocks
-                slots += [int(blocks[at // 16]) * 16 + at % 16 for at in range(old, old + new)]
-            caches = [torch.randn(len(order), 16, groups, head_dim, device="cuda", dtype=dtype) for _ in range(2)]
-            tokens = sum(new for new, _ in lens)
-            fused = torch.randn(tokens, (ratio + 2) * groups * head_dim, device="cuda", dtype=dtype)
-            parts = torch.split(fused, [ratio * groups * head_dim, groups * head_dim, groups * head_dim], -1)
-            alibi = torch.rand(ratio * groups, device="cuda") if slopes else None
-            attrs = {"cache": 0, "head_dim": head_dim, "scale": head_dim**-0.5, "window": window, "soft_cap": cap}
-            results = []
-            for function, exact in ((cuda.attention, False), (REFERENCE["attention"], True)):
-                kept = [cache.clone().float() if exact else cache.clone() for cache in caches]
-                step = Step(
-                    [new for new, _ in lens],
-                    [sum(pair) for pair in lens],
-                    table.cuda(),
-                    torch.tensor(slots, device="cuda"),
-                    [kept[0]],
-                    [kept[1]],
-                )
-                results.append(
-                    function(*(part.float() if exact else part for part in parts), alibi, step=step, **attrs)
-                )
-            close(*results, dtype)
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "half", "interleaved"),
+    [(BF16, 64, 32, False), (FP16, 80, 16, True), (BF16, 96, 48, False), (FP16, 128, 64, False), (BF16, 256, 32, True)],
+)
+def test_rope(dtype: torch.dtype, head_dim: int, half: int, interleaved: bool) -> None:
+    torch.manual_seed(2)
+    for tokens in (1, 50):
+        heads = normal(tokens, 11 * head_dim + 8, dtype=dtype)[:, 8:]
+        angles = torch.rand(tokens, half, device="cuda") * 6
+        check("rope", [heads, angles.cos(), angles.sin()], head_dim=head_dim, interleaved=interleaved)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "hidden", "inner"), [(BF16, [1, 5, 33], 2048, 1408), (FP16, [1100], 1024, 96)], ids=str
+)
+def test_experts(dtype: torch.dtype, tokens: list[int], hidden: int, inner: int) -> None:
+    torch.manual_seed(3)
+    gate_up = normal(16, 2 * inner, hidden, dtype=dtype, over=hidden**0.5)
+    down = normal(16, hidden, inner, dtype=dtype, over=inner**0.5)
+    for count in tokens:
+        logits = normal(count, 16, dtype=dtype) * 2
+        logits[:, 5] = -60.0  # nobody's
+        check("experts", [normal(count, hidden, dtype=dtype), logits, gate_up, down], top_k=4, normalize=count % 2 == 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What attention is compiled for. rotate: with `rope` in the same operator."""
+
+    dtype: torch.dtype
+    head_dim: int
+    groups: int
+    ratio: int
+    window: bool = False
+    cap: bool = False
+    alibi: bool = False
+    rotate: bool = True
+
+    def __str__(self) -> str:
+        kinds = [name for name in ("window", "cap", "alibi", "rotate") if getattr(self, name)]
+        return f"{str(self.dtype)[6:]}-{self.head_dim}-{self.groups}x{self.ratio}-{'-'.join(kinds)}"
+
+
+CASES = [
+    Case(BF16, 64, 2, 7, window=True), Case(FP16, 64, 4, 1, alibi=True, rotate=False), Case(BF16, 64, 1, 71),
+    Case(FP16, 80, 4, 1), Case(BF16, 80, 2, 4, window=True), Case(BF16, 96, 4, 1, cap=True), Case(FP16, 96, 2, 3, window=True),
+    Case(BF16, 128, 8, 4), Case(FP16, 128, 2, 8, cap=True), Case(BF16, 128, 4, 5, alibi=True, rotate=False),
+    Case(BF16, 256, 4, 2, window=True, cap=True), Case(FP16, 256, 1, 8), Case(FP32, 256, 2, 3),
+    Case(FP32, 128, 2, 1, window=True),
+]  # fmt: skip
+
+
+def run_attention(case: Case, lens: list[tuple[int, int]], draw: random.Random) -> None:
+    """lens: of each sequence, decodes first: tokens of the step, and tokens that the cache has already."""
+    from executor_svc.kernels import gpu
+
+    heads, tokens = case.groups * case.ratio, sum(new for new, _ in lens)
+    step = random_step(lens, case.groups, case.head_dim, case.dtype, draw, "cuda")
+    fused = normal(tokens, (heads + 2 * case.groups) * case.head_dim, dtype=case.dtype)
+    parts = list(fused.split([size * case.head_dim for size in (heads, case.groups, case.groups)], -1))
+    half = case.head_dim // 2 if draw.random() < 0.7 else case.head_dim // 4
+    angles = torch.rand(tokens, half, device="cuda") * 6
+    turn = [angles.cos(), angles.sin()]
+    alibi = torch.rand(heads, device="cuda") if case.alibi else None
+    attrs: dict[str, Any] = {
+        "cache": 0, "head_dim": case.head_dim, "scale": case.head_dim**-0.5,
+        "window": draw.choice([3, 57, 130, 501]) if case.window else 0, "soft_cap": draw.choice([5.0, 30.0]) if case.cap else 0.0,
+    }  # fmt: skip
+    exact = Step(**{**vars(step), "k_caches": wide(step.k_caches), "v_caches": wide(step.v_caches)})
+    queries, keys, values = wide(parts)
+    if case.rotate:
+        how = {"head_dim": case.head_dim, "interleaved": False}
+        queries, keys = (REFERENCE["rope"](part, *turn, **how) for part in (queries, keys))
+        found = gpu.rope_attention(*parts, *turn, alibi, step=step, interleaved=False, **attrs)
+    else:
+        found = gpu.attention(*parts, alibi, step=step, **attrs)
+    close(found, REFERENCE["attention"](queries, keys, values, alibi, step=exact, **attrs))
+    written = step.k_caches[0].view(-1, case.groups * case.head_dim)[step.slots]
+    close(written, keys, 1e-2 if case.dtype is not FP32 else 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(case: Case) -> None:
+    """Decodes alone, and decodes beside prompts of which some begin and some go on: three draws of each."""
+    torch.manual_seed(case.head_dim)
+    draw = random.Random(str(case))
+    for _ in range(3):
+        decodes = [(1, draw.choice([0, 15, 16, 63, draw.randrange(1, 3000)])) for _ in range(5)]
+        chunks = [(draw.randrange(2, 400), draw.choice([0, 0, 5, 16, draw.randrange(1, 1500)])) for _ in range(4)]
+        run_attention(case, decodes, draw)
+        run_attention(case, [*decodes, *chunks, (1, 0), (1, 77), (128, 0), (129, 128)], draw)
+
+
+def test_decodes_of_many_sequences() -> None:
+    """So many that the context is not split."""
+    draw = random.Random(5)
+    case = Case(BF16, 128, 8, 4)
+    run_attention(case, [(1, draw.randrange(0, 700)) for _ in range(200)], draw)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 64), (BF16, 128), (FP16, 128)], ids=str)
+def test_prompts_that_begin(dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read where their keys are made, beside cached ones and decodes, at the sizes of real steps."""
+    from executor_svc.kernels import gpu
+
+    taken: list[int] = []
+    ours: Callable[..., None] = gpu.prompt.prompt
+    monkeypatch.setattr(gpu.prompt, "prompt", lambda *a, **b: taken.append(len(a[4][0])) or ours(*a, **b))
+    draw = random.Random(head_dim)
+    case = Case(dtype, head_dim, 8, 4)
+    for fresh in ([2000, 127, 128, 129, 1], [4096], [draw.randrange(2, 700) for _ in range(16)], [128] * 16):
+        decodes = [(1, draw.randrange(1, 900)) for _ in range(20)]
+        cached = [(300, 1000), (2, 500), (700, 16)]
+        run_attention(case, [*decodes, *cached, *((count, 0) for count in fresh)], draw)
+        assert taken.pop() == sum(-(-count // 128) for count in fresh)

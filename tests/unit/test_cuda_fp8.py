@@ -1,5 +1,6 @@
 """The FP8 kernels against the references, by Triton's interpreter, and programs that use them; `tests/gpu` has the device's."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from torch import Tensor
 from engine.directory import DirectoryStore
 from engine.ops import REFERENCE, Step, quantize_fp8
 from executor_svc.core import Sampling, Sequence
-from executor_svc.loader import LoadedEngine, load_engine
+from executor_svc.kernel_archive import unpack
+from executor_svc.loader import LoadedEngine
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
-from tests.running import run_ahead, shortfall
+from tests.running import load_into_main_memory, run_ahead, shortfall
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
@@ -31,6 +33,7 @@ fuse = pytest.importorskip("executor_svc.kernels.fuse")
 cuda_runner = pytest.importorskip("executor_svc.cuda_runner")
 
 F8 = torch.float8_e4m3fn
+LARGE = Path(__file__).parents[2] / "bench" / "models" / "llama-3.1-8b-fp8"
 
 
 @pytest.fixture(autouse=True)
@@ -138,12 +141,20 @@ def test_attention_over_a_cache_of_8_bits(head_dim: int, fused: bool, monkeypatc
 
 
 def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "tests.compile_kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("bytes of shared memory") == 16
+    """At an 8B's sizes: the interpreter takes what the compiler does not, and more shared memory than there is."""
+    config = json.loads((LARGE / "config.json").read_text()) | {"num_hidden_layers": 1, "vocab_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"bos_token_id": 0, "eos_token_id": 1}))
+    limits = {"max_seq_len": 256, "max_batch_size": 3, "max_num_tokens": 256}
+    _, program = make(tmp_path, tmp_path / "store", dummy_weights=True, kv_cache_dtype="fp8", **limits)
+    (tmp_path / "program.json").write_bytes(program.to_json())
+    told = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "executor_svc.compile", str(tmp_path / "program.json")]
+    command += ["--limits", json.dumps(limits), "--out", str(tmp_path / "kernels"), "--compute-capability", "9.0"]
+    done = subprocess.run(command, capture_output=True, text=True, env=told, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0 and "does not compile" not in done.stderr, done.stderr[-2000:]
+    unpack((tmp_path / "kernels").read_bytes(), tmp_path)
+    found = {path.stem for path in tmp_path.rglob("*.cubin")}
+    assert found >= {"_norm", "_silu_mul", "_quantize", "_gemv", "_tiles", "_rope_write", "_decode", "_prefill"}, found
 
 
 # --- programs
@@ -160,7 +171,7 @@ def load(plain: Path, path: Path, name: str, **options: Any) -> LoadedEngine:
     save_quantized(plain, path / "checkpoint", config, no_head(floats(None, shape)), **SCALES)
     sizes = {"max_seq_len": 64, "max_batch_size": 4, "max_num_tokens": 24}
     manifest, _ = make(path / "checkpoint", path / "store", dtype="float16", **sizes, **options)
-    return load_engine(DirectoryStore(path / "store"), manifest.engine_id, GPU)
+    return load_into_main_memory(DirectoryStore(path / "store"), manifest.engine_id, GPU)
 
 
 def test_what_is_fused(plain: Path, tmp_path: Path) -> None:
@@ -172,11 +183,6 @@ def test_what_is_fused(plain: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["weights alone", "by group"])
-def test_the_runner_takes_no_product_that_it_has_no_kernel_for(name: str, plain: Path, tmp_path: Path) -> None:
-    assert not cuda_runner.CudaRunner.takes(load(plain, tmp_path, name).program)
-
-
 def test_the_runner_takes_8_bits_on_hopper_alone(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(plain, tmp_path, "by token", kv_cache_dtype="fp8")
     _, half = make(plain, tmp_path / "store", dtype="float16")
@@ -185,11 +191,14 @@ def test_the_runner_takes_8_bits_on_hopper_alone(plain: Path, tmp_path: Path, mo
     assert [cuda_runner.CudaRunner.takes(program) for program in (half, cache, loaded.program)] == [True, False, False]
 
 
-@pytest.mark.parametrize(("name", "cache", "count"), [("by token", "auto", 2), ("by tensor", "fp8", 1)])
+CASES = [("by token", "auto", 2), ("by tensor", "fp8", 1), ("by group", "auto", 1)]
+
+
+@pytest.mark.parametrize(("name", "cache", "count"), CASES)
 def test_gives_the_references_tokens(
     name: str, cache: str, count: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the sense of docs/architecture.md."""
+    """In the sense of docs/architecture.md. By group, products run on their references."""
     monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)
     loaded = load(plain, tmp_path, name, kv_cache_dtype=cache)
     runner = cuda_runner.CudaRunner(

@@ -14,6 +14,7 @@ from engine.ops import REFERENCE, Step
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
 kernels = pytest.importorskip("executor_svc.kernels.gpu")
+tactics = pytest.importorskip("executor_svc.kernels.tactics")
 
 FEW = settings(max_examples=12, deadline=None)
 
@@ -46,18 +47,22 @@ def test_attention_equals_its_reference(data: st.DataObject) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_of_a_few_rows(rows: int, bias: bool) -> None:
-    x, weight = torch.randn(rows, 2100, dtype=torch.float16), torch.randn(7, 2100, dtype=torch.float16) / 50
-    added = torch.randn(7, dtype=torch.float16) if bias else None
-    found = kernels.linear(x, weight, added)
-    torch.testing.assert_close(
-        found.float(),
-        torch.nn.functional.linear(x.float(), weight.float(), added if added is None else added.float()),
-        rtol=2e-3,
-        atol=2e-3,
-    )
+@pytest.mark.parametrize("pair", [True, False])
+def test_every_tactic_of_a_product_of_few_rows(rows: int, bias: bool, pair: bool) -> None:
+    """Alone, and of a pair with what `silu_mul` makes of it; chosen by a table that was written and read."""
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 700, dtype=torch.float16), torch.randn(74, 700, dtype=torch.float16) / 50
+    added = torch.randn(74, dtype=torch.float16) if bias else None
+    wanted = torch.nn.functional.linear(x.float(), weight.float(), added if added is None else added.float())
+    wanted = REFERENCE["silu_mul"](wanted) if pair else wanted
+    shape = tactics.shape_of(x, weight, pair)
+    for tactic in tactics.candidates(shape):
+        table = tactics.from_json(tactics.to_json({shape: tactic}))
+        assert tactics.choose(shape, table) == tactic
+        found = (kernels.linear_silu_mul if pair else kernels.linear)(x, weight, added, table=table)
+        torch.testing.assert_close(found.float(), wanted, rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 700])
@@ -110,3 +115,16 @@ def test_prompts_that_begin_read_their_keys_where_they_are(head_dim: int, monkey
         run(kernels.attention, torch.float16), run(REFERENCE["attention"], torch.float32), rtol=4e-3, atol=4e-3
     )
     assert taken == [3]  # tiles of the two
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 50), (3, 20000)])
+def test_chooses_the_first_of_the_most_probable(rows: int, vocab: int) -> None:
+    from executor_svc.kernels.stage import choose
+
+    torch.manual_seed(rows)
+    logits = torch.randint(-9, 9, (rows + 2, vocab), dtype=torch.int8).half()[1 : rows + 1]
+    logits[0] = float("-inf")
+    last, places = torch.full((9,), -1, dtype=torch.int32), torch.tensor([4, 0, 7][:rows], dtype=torch.int32)
+    chosen = choose(logits, places, last)
+    assert chosen.tolist() == [logits[row].tolist().index(logits[row].max()) for row in range(rows)]
+    assert last[places.long()].tolist() == chosen.tolist() and (last >= 0).sum() == rows

@@ -25,9 +25,8 @@ from enginehouse.model_shape import of_program
 from executor_svc import kernels
 from executor_svc.core import Sampling, Sequence
 from executor_svc.interpreter import Interpreter
-from executor_svc.loader import load_engine
 from tests.conftest import save_checkpoint
-from tests.running import Engine, make_engine
+from tests.running import Engine, load_into_main_memory, make_engine
 
 NUMBERS = [0.0, 2**-9, 0.001, 1.0, 1.0625, 1.1875, 17.0, 440.0, 448.0, 1e6]
 NEAREST = [0.0, 2**-9, 2**-9, 1.0, 1.0, 1.25, 16.0, 448.0, 448.0, 448.0]
@@ -159,7 +158,7 @@ def test_activations_as_the_checkpoint_says_on_a_gpu(name: str, plain: Path, tmp
     said = "float8_e4m3fn, a scale a row" + (f", activations by {wanted}" if wanted else "")
     assert set(manifest.quantization["packed"].values()) == {said}
     if wanted == "tensor":  # of parts that are one product, the largest
-        weights = load_engine(DirectoryStore(tmp_path / "store"), manifest.engine_id, GPU).weights
+        weights = load_into_main_memory(DirectoryStore(tmp_path / "store"), manifest.engine_id, GPU).weights
         assert weights["layers.0.attention.qkv.input_scale"].tolist() == [0.75]
     on_cpu, plainly = make(tmp_path / "checkpoint", tmp_path / "store", device="cpu")
     assert on_cpu.engine_id != manifest.engine_id and plainly.opset_version == 2
