@@ -23,7 +23,8 @@ from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
 from executor_svc.kernels.fuse import fuse
 from executor_svc.kernels.gpu import DeviceStep
-from executor_svc.kernels.sample import WIDTH, sample
+from executor_svc.kernels.logit_keys import WIDTH
+from executor_svc.kernels.sample import sample
 from executor_svc.kernels.stage import keep, put, stage
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
