@@ -47,6 +47,7 @@ def probability_of(keys):  # type: ignore[no-untyped-def]  # noqa: ANN001
 
 @triton.jit
 def weight_of(keys):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Of the tokens with these keys, int64; 0 behind the vocabulary, where the key is infinity."""
     return (probability_of(keys) * _UNIT).to(tl.int64)
 
 

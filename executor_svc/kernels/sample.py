@@ -2,10 +2,10 @@
 
 Three kernels over keys and weights (`logit_keys.py`), the first two with a program for each chunk of a row's vocabulary. `_weigh`
 adds up how many tokens, and which mass, lie below each of a few edges of the key. From this follows in which bracket of edges the
-last token lies that top-k, top-p or min-p keeps; `_gather` writes the bracket's keys down, one after another. `_choose`, a program a
-row, finds the last token's key among them by bisection, then the chunk where the sum of kept weights passes the row's number, and
-the token in it. So logits are read twice (once where nothing limits), nothing is sorted, and as sums are exact, neither the rows
-beside nor the size of chunks change a token.
+last token lies that top-k, top-p or min-p keeps; `_gather` writes the bracket's keys down, one after another. `_choose`, one
+program a row, finds the last token's key among them by bisection, then the chunk where the sum of kept weights passes the row's
+number, and the token in it. So logits are read twice (once where nothing limits), nothing is sorted, and as sums are exact, neither
+the rows beside nor the size of chunks change a token.
 """
 
 import torch
@@ -250,7 +250,7 @@ def sample(logits: Tensor, tokens: Tensor, settings: Tensor, *, limited: bool, c
     """Draws the tokens of all rows whose temperature is above 0; those of the others stay.
 
     Args:
-        logits: [N, vocab], float32 or 16 bits, the last dimension contiguous. They stay as they are.
+        logits: [N, vocab < 2**19], float32 or 16 bits, the last dimension contiguous. They stay as they are.
         tokens: int32 [N], the most probable ones, which are overwritten. In a row of NaN, they stay.
         settings: int32 [N * WIDTH], of each row.
         limited: whether any row may have top_k, top_p or min_p. Then 4 bytes a logit are taken for the time of the call.
