@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 4.0])
-    parser.add_argument("--chunk", type=int, nargs="+", default=[CHUNK], help="powers of 2, 512 to 8192")
+    parser.add_argument("--chunk", type=int, nargs="+", default=[CHUNK], help="powers of 2, 1024 to 4096")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
