@@ -4,8 +4,8 @@ Three kernels over keys and weights (`logit_keys.py`), the first two with a prog
 adds up how many tokens, and which mass, lie below each of a few edges of the key. From this follows in which bracket of edges the
 last token lies that top-k, top-p or min-p keeps; `_gather` writes the bracket's keys down, one after another. `_choose`, one
 program a row, finds the last token's key among them by bisection, then the chunk where the sum of kept weights passes the row's
-number, and the token in it. So logits are read twice (once where nothing limits) and not sorted, and as sums are exact, neither the
-rows beside nor the size of chunks change a token.
+number, and the token in it. So logits are read twice (once where nothing limits) and not sorted, and as sums are exact, neither
+the rows beside nor the size of chunks change a token.
 """
 
 import torch
