@@ -53,7 +53,7 @@ ROWS = {
     "peaked": 8 * NORMAL,
     "in one bracket, more than a chunk": NORMAL / 50,
     "equal": torch.zeros(1100),
-    "three values": NORMAL.sign().where(NORMAL.abs() > 1, 0) * 0.7,
+    "one above equals": torch.zeros(1100).index_fill(0, torch.tensor([700]), 0.7),
     "banned": (3 * NORMAL).masked_fill(NORMAL > 0.5, float("-inf")),
     "one left": torch.full((1100,), float("-inf")).index_fill(0, torch.tensor([777]), 3.0),
     "rounded": (4 * NORMAL).bfloat16(),
@@ -69,6 +69,7 @@ SAMPLINGS = [
     Sampling(1.0, 0, 1.0, 7, 1.0),
     Sampling(1.3, 0, 0.999, 8, 0.3),
     Sampling(1.0, 2**32 - 1, 1.0, 9),
+    Sampling(1.0, 2, 0.6, 10),
     Sampling(0.0, 5),
 ]
 
