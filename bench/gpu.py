@@ -60,7 +60,7 @@ class Bench:
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         ready = time.perf_counter()
         limits = loaded.manifest.limits
-        table = tactics.tune(fuse(loaded.program), limits.max_batch_size, torch.bfloat16) if tuned else {}
+        table = tactics.tune(fuse(loaded.program), limits.max_batch_size) if tuned else {}
         tuning, ready = time.perf_counter() - ready, time.perf_counter()
         self.runner = CudaRunner(loaded.program, weights, limits, table=table)
         self.manifest = loaded.manifest

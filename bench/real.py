@@ -71,8 +71,6 @@ def main() -> None:
         }
         for batch in arguments.batches:
             found[f"tokens_per_s_b{batch}"] = round(rate(llm, batch, arguments.tokens, arguments.rounds), 1)
-        if "tokens_per_s_b1" in found:
-            found["weights_gb_per_s_b1"] = round(size / 1e9 * found["tokens_per_s_b1"], 1)
         for name, value in found.items():
             print(f"{name:24}{value}", flush=True)
         conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]

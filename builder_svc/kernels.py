@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 def compiler(options: BuildConfig) -> dict[str, str] | None:
     """What makes an engine's kernels, by version: a part of its identity, so that the same id means the same kernels.
 
+    Where the GPU is here that it is built for, its name too: then the fastest kernels are chosen by measuring.
+
     None where there are to be none: an engine for any GPU has none, and neither has one that is built where the executor or
     Triton is not installed.
     """
@@ -37,7 +39,20 @@ def compiler(options: BuildConfig) -> dict[str, str] | None:
         return None
     with suppress(PackageNotFoundError):  # run from its sources
         versions["enginehouse"] = version("enginehouse")
+    if gpu := _gpu_here(options.compute_capability):
+        versions["tuned_on"] = gpu
     return versions
+
+
+def _gpu_here(compute_capability: str) -> str | None:
+    """The name of the GPU of this machine, if it is of that capability."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != tuple(
+        map(int, compute_capability.split("."))
+    ):
+        return None
+    return str(torch.cuda.get_device_name())
 
 
 def compile_kernels(
@@ -53,27 +68,38 @@ def compile_kernels(
     """
     if options.compute_capability is None:
         return []
-    if not compiler(options):
+    if not (made_by := compiler(options)):
         log.info(
             "no compiled kernels: Triton is not installed here, so that executors compile them when they load the engine"
         )
         return []
     source, path = directory / "program.json", directory / "kernels.tar"
     source.write_bytes(program)
-    command = [sys.executable, "-m", "executor_svc.compile", str(source), "--out", str(path)]
-    command += ["--limits", msgspec.json.encode(limits).decode(), "--compute-capability", options.compute_capability]
-    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=compiling, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise Internal(
-            f"the kernels did not compile (exit status {done.returncode}); what was said before tells why. Without "
-            "compute_capability the engine is built without compiled kernels",
-            reason="KERNELS_FAILED",
-        )
-    if not (name := done.stdout.strip()):
+    of = [str(source), "--limits", msgspec.json.encode(limits).decode()]
+    measured: list[str] = []
+    if "tuned_on" in made_by:
+        table = directory / "tactics.json"
+        _run("tune", [*of, "--out", str(table)])
+        measured = ["--tactics", str(table)]
+    for_gpu = ["--compute-capability", options.compute_capability]
+    if not (name := _run("compile", [*of, *for_gpu, *measured, "--out", str(path)])):
         return []
     hasher = Hasher()
     with path.open("rb") as file:
         while data := file.read(_READ_BYTES):
             hasher.update(data)
     return [(hasher.ref(name), path)]
+
+
+def _run(tool: str, arguments: list[str]) -> str:
+    """What a tool of the executor's prints."""
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"executor_svc.{tool}", *arguments]
+    done = subprocess.run(command, env=compiling, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Internal(
+            f"making kernels failed (executor_svc.{tool}, exit status {done.returncode}); what was said before tells why. "
+            "Without compute_capability the engine is built without compiled kernels",
+            reason="KERNELS_FAILED",
+        )
+    return done.stdout.strip()

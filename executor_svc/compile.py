@@ -34,6 +34,7 @@ from executor_svc.cuda_layout import NOTHING, HostStep
 from executor_svc.cuda_runner import CudaRunner
 from executor_svc.kernel_archive import archive_name, pack
 from executor_svc.kernels.paged import SPLITS_FOR
+from executor_svc.kernels.tactics import RULE, Table, from_json
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _compile_only(kernel: JITFunction, grid: Any) -> Any:
     return lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
 
 
-def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path) -> int:
+def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, table: Table) -> int:
     """Compiles what a runner of the program may launch; how many kernels those are.
 
     It changes this process: from then on no kernel is launched.
@@ -72,6 +73,7 @@ def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path) ->
     Args:
         arch: the compute capability, 90 for 9.0.
         cache: the directory that Triton puts them into.
+        table: tactics of products.
     """
     knobs.cache.dir = str(cache)
     driver.set_active(StandIn(arch))
@@ -80,7 +82,7 @@ def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path) ->
         name: torch.empty(tuple(map(int, declared.shape)), dtype=getattr(torch, declared.dtype), device="meta")
         for name, declared in program.weights.items()
     }
-    runner = CudaRunner(program, weights, limits, kv_memory=1 << 40, device="meta")
+    runner = CudaRunner(program, weights, limits, kv_memory=1 << 40, table=table, device="meta")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         with triton.AsyncCompileMode(pool, ignore_errors=True) as found, torch.inference_mode():
             for graph in runner._graphs:
@@ -127,7 +129,7 @@ def step(decodes: int, prompt: int = 0, cached: int = 0) -> HostStep:
         prompt_rows=np.arange(decodes, starts[-1] - 1, dtype=np.int32)[: max(prompt - 1, 0)],
         sampling_rows=rows,
         updates=np.zeros((1, 2), dtype=np.int32),
-        rope_lengths=zeros,
+        rope_lengths=np.zeros(starts[-1], dtype=np.int32),
     )
 
 
@@ -180,22 +182,22 @@ def main() -> int:
     parser.add_argument("program", type=Path, help="program.json of the engine")
     parser.add_argument("--limits", required=True, help="the engine's limits, as in its manifest")
     parser.add_argument("--compute-capability", required=True, help="of the GPU, such as 9.0")
+    parser.add_argument("--tactics", type=Path, help="table of `executor_svc.tune`; by default there is a rule")
     parser.add_argument("--out", type=Path, required=True, help="the archive")
     arguments = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so that Triton compiles nothing: unset it")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    program, arch = (
-        Program.from_json(arguments.program.read_bytes()),
-        int(arguments.compute_capability.replace(".", "")),
-    )
+    program = Program.from_json(arguments.program.read_bytes())
+    arch = int(arguments.compute_capability.replace(".", ""))
     driver.set_active(StandIn(arch))  # what the runner takes depends on the target
     if not CudaRunner.takes(program):
         return 0
     limits = msgspec.json.decode(arguments.limits, type=Limits)
+    table = from_json(arguments.tactics.read_bytes()) if arguments.tactics else RULE
     with tempfile.TemporaryDirectory(prefix="enginehouse-compile-") as cache:
-        compile_kernels(program, limits, arch, Path(cache))
-        arguments.out.write_bytes(pack(Path(cache)))
+        compile_kernels(program, limits, arch, Path(cache), table)
+        arguments.out.write_bytes(pack(Path(cache), table))
     print(archive_name(arguments.compute_capability))
     return 0
 

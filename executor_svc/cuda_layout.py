@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from executor_svc.core import Batch, Scheduled
+from executor_svc.kernels.logit_keys import WIDTH
 from executor_svc.kernels.paged import TILE
-from executor_svc.kernels.sample import WIDTH
 from executor_svc.table_rows import TableRows
 
 PROMPTS = 16  # in a step that a graph holds

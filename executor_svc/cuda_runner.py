@@ -22,10 +22,11 @@ from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import fp8, implementations
 from executor_svc.kernels.fuse import fuse, whole_rows
-from executor_svc.kernels.gpu import RULE, DeviceStep
-from executor_svc.kernels.sample import WIDTH, sample
+from executor_svc.kernels.gpu import DeviceStep
+from executor_svc.kernels.logit_keys import WIDTH
+from executor_svc.kernels.sample import sample
 from executor_svc.kernels.stage import choose, keep, put, stage
-from executor_svc.kernels.tactics import Table
+from executor_svc.kernels.tactics import RULE, Table
 from executor_svc.rope_lengths import rope_lengths
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer

@@ -25,11 +25,13 @@ from engine.errors import DataLoss
 from engine.manifest import Manifest
 from engine.store import Store
 from engine.trust import Trust
+from executor_svc.kernels.tactics import RULE, Table, from_json, to_json
 
 log = logging.getLogger(__name__)
 
 _MEMBER = re.compile(r"[A-Z2-7]+/[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a key's directory, and a file there
 _KEPT = (".cubin", ".json", ".so")  # the code, how it is launched, and functions of the host that do so
+_TACTICS = "tactics.json"  # a table of `kernels/tactics.py`, where a builder has measured one
 _PLACES = ("extern_libs",)  # of the metadata: paths that say where something was, which nothing reads
 
 
@@ -38,9 +40,15 @@ def archive_name(compute_capability: str) -> str:
     return f"kernels-triton-{triton.__version__}-sm{compute_capability.replace('.', '')}.tar"
 
 
-def pack(cache: Path) -> bytes:
-    """A directory that Triton had as its cache, as an archive: the same kernels give the same bytes."""
+def pack(cache: Path, table: Table = RULE) -> bytes:
+    """A directory that Triton had as its cache, and the table, as an archive: the same kernels give the same bytes."""
     output = io.BytesIO()
+
+    def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = len(data), 0o644
+        archive.addfile(member, io.BytesIO(data))
+
     with tarfile.open(fileobj=output, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for path in sorted(cache.glob("*/*")):
             if path.suffix not in _KEPT or path.name.startswith("__grp__"):
@@ -49,23 +57,26 @@ def pack(cache: Path) -> bytes:
             if path.suffix == ".json":
                 facts = json.loads(data)
                 data = json.dumps({**facts, **dict.fromkeys(_PLACES, [])}, sort_keys=True).encode()
-            member = tarfile.TarInfo(f"{path.parent.name}/{path.name}")
-            member.size, member.mode = len(data), 0o644
-            archive.addfile(member, io.BytesIO(data))
+            add(archive, f"{path.parent.name}/{path.name}", data)
+        if table:
+            add(archive, _TACTICS, to_json(table))
     return output.getvalue()
 
 
-def unpack(data: bytes, directory: Path) -> int:
-    """Writes an archive's files below a directory; how many kernels those are.
+def unpack(data: bytes, directory: Path) -> tuple[int, Table]:
+    """Writes an archive's kernels below a directory; how many those are, and the table beside them.
 
     Raises:
         DataLoss: it is no archive, or holds something else than files of a cache.
     """
-    count = 0
+    count, table = 0, RULE
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             for member in archive:
                 source = archive.extractfile(member) if member.isreg() else None
+                if source is not None and member.name == _TACTICS:
+                    table = from_json(source.read())
+                    continue
                 if source is None or not _MEMBER.fullmatch(member.name) or not member.name.endswith(_KEPT):
                     raise DataLoss(
                         f"compiled kernels: {member.name!r} is no file of a cache: build the engine again",
@@ -79,11 +90,11 @@ def unpack(data: bytes, directory: Path) -> int:
         raise DataLoss(
             f"compiled kernels: no archive ({error}): build the engine again", reason="KERNELS_INVALID"
         ) from None
-    return count
+    return count, table
 
 
-def adopt(data: bytes) -> int:
-    """Lets Triton find an archive's kernels, in this process, before its own; how many those are.
+def adopt(data: bytes) -> tuple[int, Table]:
+    """Lets Triton find an archive's kernels, in this process, before its own; how many those are, and the table beside them.
 
     Its own cache stays what it was: there is what others have not brought.
 
@@ -92,7 +103,7 @@ def adopt(data: bytes) -> int:
     """
     directory = Path(tempfile.mkdtemp(prefix="enginehouse-kernels-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    count = unpack(data, directory)
+    count, table = unpack(data, directory)
 
     class Carried(CacheManager):  # type: ignore[misc]
         """The archive's files, read only; then the cache that Triton has by itself."""
@@ -121,30 +132,32 @@ def adopt(data: bytes) -> int:
             return str(self._own.put_group(filename, group))
 
     knobs.cache.manager_class = Carried
-    return count
+    return count, table
 
 
-def adopt_from(store: Store, manifest: Manifest, trust: Trust, compute_capability: str) -> None:
+def adopt_from(store: Store, manifest: Manifest, trust: Trust, compute_capability: str) -> Table:
     """Lets Triton find an engine's compiled kernels, if it has any for here and its code may run; else logs why not.
+
+    Returns the table of tactics that is beside them.
 
     Raises:
         NotFound, DataLoss: the archive is missing or damaged.
     """
     engine, kernels = manifest.engine_id[:12], {file.name: file for file in manifest.ranks[0].kernels}
     if not kernels:
-        return
+        return RULE
     if not trust.code:
         log.warning(
             "engine %s has compiled kernels, but nobody says that its code can be trusted: they are compiled again here. To use "
             "them start the executor with --trusted-keys FILE of those who have signed it, or with --trust-native",
             engine,
         )
-        return
+        return RULE
     wanted = archive_name(compute_capability)
     if wanted not in kernels:
         log.warning("engine %s has %s, and not %s: kernels are compiled here", engine, ", ".join(kernels), wanted)
-        return
-    count = adopt(blobs.read(store, kernels[wanted]))
+        return RULE
+    count, table = adopt(blobs.read(store, kernels[wanted]))
     log.info("engine %s: %d compiled kernels", engine, count)
 
     def seen(*, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
@@ -152,3 +165,4 @@ def adopt_from(store: Store, manifest: Manifest, trust: Trust, compute_capabilit
             log.warning("kernel %s is compiled here: the engine's are of another release", metadata["name"])
 
     knobs.compilation.listener = seen
+    return table

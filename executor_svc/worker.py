@@ -320,12 +320,13 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     with loaded.arriving:  # a runner's graphs need to know where weights will be, and not yet their values
         program, weights = unpack(arguments.device, loaded.program, loaded.weights)
         del loaded  # what was read is given back where it has been unpacked
+        table = {}
         if node.compute_capability:
             from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
 
-            adopt_from(store, manifest, trust, node.compute_capability)
+            table = adopt_from(store, manifest, trust, node.compute_capability)
         prepared = prepare(arguments.device, program, weights)
-        runner = _runner(arguments, program, prepared, manifest)
+        runner = _runner(arguments, program, prepared, manifest, table)
         ready = time.monotonic() - began
     worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse)
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
@@ -338,13 +339,15 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     worker.run()
 
 
-def _runner(arguments: argparse.Namespace, program: Program, weights: dict[str, Any], manifest: Manifest) -> Runner:
+def _runner(
+    arguments: argparse.Namespace, program: Program, weights: dict[str, Any], manifest: Manifest, table: dict[Any, Any]
+) -> Runner:
     if arguments.device == "cuda":
         from executor_svc.cuda_runner import CudaRunner  # here, because it needs Triton
 
         if CudaRunner.takes(program):
             memory = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share}
-            return CudaRunner(program, weights, manifest.limits, **memory)
+            return CudaRunner(program, weights, manifest.limits, table=table, **memory)
     return TorchRunner(
         program,
         weights,

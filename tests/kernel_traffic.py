@@ -20,6 +20,7 @@ from executor_svc import compile as tool
 from executor_svc.core import Logprobs, Sampled, Sampling, SchedulerConfig, Sequence
 from executor_svc.cuda_runner import CudaRunner
 from executor_svc.kernel_archive import adopt
+from executor_svc.kernels.tactics import RULE
 from executor_svc.scheduler import Scheduler
 
 SAMPLING = (Sampling(0.0), Sampling(0.0), Sampling(0.7, seed=3), Sampling(0.9, top_k=5, top_p=0.8, seed=4))
@@ -74,7 +75,7 @@ def main() -> None:
 
     knobs.compilation.listener = seen
     tool.CudaRunner = Kept  # type: ignore[misc]
-    tool.compile_kernels(program, limits, 90, Path(sys.argv[4]))
+    tool.compile_kernels(program, limits, 90, Path(sys.argv[4]), RULE)
     walked = [len(found), compiled.copy()]
     found.clear()
     compiled.clear()

@@ -15,6 +15,7 @@ from engine.ops import rms_norm as reference_rms_norm
 from executor_svc.kernels import fp8, paged, prompt, rows, tactics
 from executor_svc.kernels.fuse import FLOATS
 from executor_svc.kernels.grouped import experts
+from executor_svc.kernels.tactics import RULE, Table
 
 __all__ = [
     "DeviceStep",
@@ -34,7 +35,6 @@ __all__ = [
     "silu_mul_fp8",
 ]
 
-RULE: tactics.Table = {}  # no table: the rule alone
 Tiles = tuple[Tensor, Tensor]
 
 
@@ -91,17 +91,17 @@ class DeviceStep(Step):
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: tactics.Table = RULE) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: Table = RULE) -> Tensor:
     """With few rows, where the time goes into reading the weight, by the tactic of its shape; else cuBLAS."""
     return _multiply(x, weight, bias, table, pair=False)
 
 
-def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: tactics.Table = RULE) -> Tensor:
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: Table = RULE) -> Tensor:
     """`silu_mul` of `linear`: one kernel where the weight's reading takes the time."""
     return _multiply(x, weight, bias, table, pair=True)
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, table: tactics.Table, *, pair: bool) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, table: Table, *, pair: bool) -> Tensor:
     few = 0 < len(x) <= tactics.MOST_ROWS and x.dtype is not torch.float32
     if few and weight.is_contiguous() and x.stride(-1) == 1:
         how = tactics.choose(tactics.shape_of(x, weight, pair), table)

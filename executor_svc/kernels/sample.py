@@ -1,14 +1,11 @@
 """Triton kernels that draw tokens as `executor_svc/draw.py` defines it, with the numbers of `sampler.uniform`, for whole batches.
 
-A logit is known by its key: the bits of the float32 (best - logit) / temperature, which order as the number does, from +0 for the
-best one. Its weight, exp of minus that, is a multiple of 2**-44 in int64: sums of weights are exact, so that neither the order of
-adding nor the rows beside change a token.
-
-Three kernels, of which the first two have a program for each chunk of a row's vocabulary. `_weigh` adds up how many tokens, and
-which mass, lie below each of a few edges of the key. From this follows in which bracket of edges the last token lies that top-k,
-top-p or min-p keeps; `_gather` writes the bracket's keys down, one after another. `_choose`, a program a row, finds the last
-token's key among them by bisection, then the chunk where the sum of kept weights passes the row's number, and the token in it.
-So logits are read twice (once where nothing limits), and nothing is sorted.
+Three kernels over keys and weights (`logit_keys.py`), the first two with a program for each chunk of a row's vocabulary. `_weigh`
+adds up how many tokens, and which mass, lie below each of a few edges of the key. From this follows in which bracket of edges the
+last token lies that top-k, top-p or min-p keeps; `_gather` writes the bracket's keys down, one after another. `_choose`, one
+program a row, finds the last token's key among them by bisection, then the chunk where the sum of kept weights passes the row's
+number, and the token in it. So logits are read twice (once where nothing limits) and not sorted, and as sums are exact, neither
+the rows beside nor the size of chunks change a token.
 """
 
 import torch
@@ -16,81 +13,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from executor_svc.kernels.logit_keys import (
+    FIRST,
+    INFINITE,
+    LEVELS,
+    WIDTH,
+    keys_of,
+    level_of,
+    limits_of,
+    probability_of,
+    share_of,
+    weight_of,
+    wide,
+)
 from executor_svc.kernels.rows import pdl, wait_before
 
-WIDTH = 8  # int32 of a row's settings: seed and top_p (two each), temperature, top_k, min_p, position
-CHUNK = 2048  # tokens that a program reads, eight a thread
-LEVELS = tl.constexpr(8)  # below 2, 3, 4, 6, 8, 12, 16, and all
-_FIRST = tl.constexpr(0x40000000 >> 22)  # of 2.0: key >> 22 is the same between two neighbouring edges
-_INFINITE = tl.constexpr(0x7F800000)
-_UNIT = tl.constexpr(2.0**44)  # the weight of the best token; 2**18 of them fit into int64
-
-
-@triton.jit
-def _wide(settings):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """64 bits of which the lower half comes first."""
-    low = tl.load(settings).to(tl.uint32, bitcast=True).to(tl.uint64)
-    return low | (tl.load(settings + 1).to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
-
-
-@triton.jit
-def _limits(settings, vocab):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """top_k (0 for all), top_p and min_p, and whether any of them leaves a token out."""
-    top_p = _wide(settings + 2).to(tl.float64, bitcast=True)
-    top_k = tl.load(settings + 5)
-    top_k = tl.where(top_k < vocab, top_k, 0)
-    min_p = tl.load(settings + 6).to(tl.float32, bitcast=True)
-    return top_k, top_p, min_p, (top_k > 0) | (top_p < 1) | (min_p > 0)
-
-
-@triton.jit
-def _keys(logits, at, vocab, best, temperature):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Of the logits at [BLOCK], int32."""
-    logit = tl.load(logits + at, at < vocab, float("-inf")).to(tl.float32)
-    distance = tl.div_rn(best - logit, temperature)  # rounded as in torch, so that the same logits come to be equal
-    return tl.where(distance >= 0, distance, float("inf")).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _probability(keys):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Of the tokens with these keys, as a share of the best one's, float32."""
-    return tl.exp(-keys.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _weight(keys):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    return (_probability(keys) * _UNIT).to(tl.int64)
-
-
-@triton.jit
-def _level(keys):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """The first level that has such keys, [0, LEVELS)."""
-    return tl.minimum(tl.maximum((keys >> 22) - (_FIRST - 1), 0), LEVELS - 1)
-
-
-@triton.jit
-def _share(top_p, mass):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """The least mass that reaches top_p of this mass, and a token's at least."""
-    return tl.maximum(tl.ceil(top_p * mass.to(tl.float64)).to(tl.int64), 1)
+CHUNK = 2048  # tokens that a program reads, sixteen a thread
+_WIDTH = tl.constexpr(WIDTH)
 
 
 @triton.jit
 def _weigh(logits, tokens, settings, counts, masses, vocab, stride, chunks, CHUNK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    settings += row * 8
+    settings += row * _WIDTH
     temperature = tl.load(settings + 4).to(tl.float32, bitcast=True)
     if temperature > 0:
         logits += row * stride
         best = tl.load(logits + tl.load(tokens + row)).to(tl.float32)
         at = chunk * CHUNK + tl.arange(0, CHUNK)
-        keys = _keys(logits, at, vocab, best, temperature)
-        weights = _weight(keys)
+        keys = keys_of(logits, at, vocab, best, temperature)
+        weights = weight_of(keys)
         lines = (row * chunks + chunk) * LEVELS
-        _, _, _, limited = _limits(settings, vocab)
+        _, _, _, limited = limits_of(settings, vocab)
         total = tl.sum(weights)  # of what is behind the vocabulary it is 0
         if limited:
-            size, level = tl.minimum(vocab - chunk * CHUNK, CHUNK), _level(keys)
+            size, level = tl.minimum(vocab - chunk * CHUNK, CHUNK), level_of(keys)
             lowest, highest = tl.min(level), tl.max(level)
             for edge in tl.static_range(LEVELS - 1):
                 count, mass = tl.where(edge < highest, 0, size), tl.where(edge < highest, 0, total)
@@ -123,10 +81,10 @@ def _bracket(counts, masses, chunks, top_k, top_p, min_p, CHUNKS: tl.constexpr):
     by_count = tl.where(top_k > 0, tl.sum((count < top_k).to(tl.int32)), LEVELS - 1)
     everything = _entry(mass, LEVELS - 1)
     least = tl.where(top_k > 0, _entry(mass, by_count - 1), everything)
-    by_mass = tl.where(top_p < 1, tl.sum((mass < _share(top_p, least)).to(tl.int32)), by_count)
+    by_mass = tl.where(top_p < 1, tl.sum((mass < share_of(top_p, least)).to(tl.int32)), by_count)
     last = tl.where(top_k > 0, by_count, by_mass)
     first = tl.minimum(by_mass, last)
-    least_probable = _probability((level + _FIRST) << 22)  # of each level, at most
+    least_probable = probability_of((level + FIRST) << 22)  # of each level, at most
     by_ratio = tl.sum(((least_probable >= min_p) & (level < LEVELS - 1)).to(tl.int32))
     alone = by_ratio < first
     first, last = tl.minimum(first, by_ratio), tl.where(alone, by_ratio, last)
@@ -141,9 +99,9 @@ def _gather(
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    settings += row * 8
+    settings += row * _WIDTH
     temperature = tl.load(settings + 4).to(tl.float32, bitcast=True)
-    top_k, top_p, min_p, limited = _limits(settings, vocab)
+    top_k, top_p, min_p, limited = limits_of(settings, vocab)
     if (temperature > 0) & limited:
         counts += row * chunks * LEVELS
         masses += row * chunks * LEVELS
@@ -157,11 +115,19 @@ def _gather(
         found += row * (vocab + CHUNK) + tl.sum(sizes)
         for start in range(number * CHUNK, (number + 1) * CHUNK, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            keys = _keys(logits, at, vocab, best, temperature)
-            level = _level(keys)
+            keys = keys_of(logits, at, vocab, best, temperature)
+            level = level_of(keys)
             inside = ((level >= first) & (level <= last) & (at < vocab)).to(tl.int32)
             tl.store(found + tl.cumsum(inside, 0) - 1, keys, inside > 0)
             found += tl.sum(inside)
+
+
+@triton.jit
+def _halve(enough, low, middle, high, fewer, count, more, lighter, mass, heavier):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """(low, middle] if that is enough, else (middle, high], with tokens and mass up to both ends."""
+    low, high = tl.where(enough, low, middle), tl.where(enough, middle, high)
+    fewer, more = tl.where(enough, fewer, count), tl.where(enough, count, more)
+    return low, high, fewer, more, tl.where(enough, lighter, mass), tl.where(enough, mass, heavier)
 
 
 @triton.jit
@@ -176,36 +142,34 @@ def _search(
     at = tl.arange(0, BLOCK)
     while (more - fewer > BLOCK) & (high - low > 1):
         middle = low + (high - low) // 2
-        tokens, mass = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int64)
+        counts, masses = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int64)
         for start in range(0, size, BLOCK):
-            keys = tl.load(found + start + at, start + at < size, _INFINITE)
+            keys = tl.load(found + start + at, start + at < size, INFINITE)
             inside = (keys > low) & (keys <= middle) & (start + at < size)
-            tokens += inside.to(tl.int32)
-            mass += tl.where(inside, _weight(keys), 0)
-        count, sums = fewer + tl.sum(tokens), lighter + tl.sum(mass)
-        enough = sums >= wanted if MASS else count >= wanted
-        low, high = tl.where(enough, low, middle), tl.where(enough, middle, high)
-        fewer, more = tl.where(enough, fewer, count), tl.where(enough, count, more)
-        lighter, heavier = tl.where(enough, lighter, sums), tl.where(enough, sums, heavier)
+            counts += inside.to(tl.int32)
+            masses += tl.where(inside, weight_of(keys), 0)
+        count, mass = fewer + tl.sum(counts), lighter + tl.sum(masses)
+        low, high, fewer, more, lighter, heavier = _halve(
+            mass >= wanted if MASS else count >= wanted, low, middle, high, fewer, count, more, lighter, mass, heavier
+        )
     if high - low > 1:
         there = 0
         tl.debug_barrier()  # another search may have left `few` just now
         for start in range(0, size, BLOCK):
-            keys = tl.load(found + start + at, start + at < size, _INFINITE)
+            keys = tl.load(found + start + at, start + at < size, INFINITE)
             inside = ((keys > low) & (keys <= high) & (start + at < size)).to(tl.int32)
             tl.store(few + there + tl.cumsum(inside, 0) - 1, keys, inside > 0)
             there += tl.sum(inside)
         tl.debug_barrier()
-        keys = tl.load(few + at, at < there, _INFINITE)
-        weights = tl.where(at < there, _weight(keys), 0)
+        keys = tl.load(few + at, at < there, INFINITE)
+        weights = tl.where(at < there, weight_of(keys), 0)
         while high - low > 1:
             middle = low + (high - low) // 2
             inside = (keys > low) & (keys <= middle) & (at < there)
-            count, sums = fewer + tl.sum(inside.to(tl.int32)), lighter + tl.sum(tl.where(inside, weights, 0))
-            enough = sums >= wanted if MASS else count >= wanted
-            low, high = tl.where(enough, low, middle), tl.where(enough, middle, high)
-            fewer, more = tl.where(enough, fewer, count), tl.where(enough, count, more)
-            lighter, heavier = tl.where(enough, lighter, sums), tl.where(enough, sums, heavier)
+            count, mass = fewer + tl.sum(inside.to(tl.int32)), lighter + tl.sum(tl.where(inside, weights, 0))
+            low, high, fewer, more, lighter, heavier = _halve(
+                mass >= wanted if MASS else count >= wanted, low, middle, high, fewer, count, more, lighter, mass, heavier
+            )  # fmt: skip
     return high, more, heavier
 
 
@@ -214,8 +178,8 @@ def _kept(found, start, stop, bound, min_p, BLOCK: tl.constexpr):  # type: ignor
     """The mass of those of found[start:stop] that are kept."""
     at, mass = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.int64)
     for begin in range(start, stop, BLOCK):
-        keys = tl.load(found + begin + at, begin + at < stop, _INFINITE)
-        mass += tl.where((keys <= bound) & (_probability(keys) >= min_p), _weight(keys), 0)  # that of infinity is 0
+        keys = tl.load(found + begin + at, begin + at < stop, INFINITE)
+        mass += tl.where((keys <= bound) & (probability_of(keys) >= min_p), weight_of(keys), 0)  # that of infinity is 0
     return tl.sum(mass)
 
 
@@ -226,15 +190,15 @@ def _choose(
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     row = tl.program_id(0).to(tl.int64)
-    settings += row * 8
+    settings += row * _WIDTH
     temperature = tl.load(settings + 4).to(tl.float32, bitcast=True)
     if temperature > 0:
         counts += row * chunks * LEVELS
         masses += row * chunks * LEVELS
-        top_k, top_p, min_p, limited = _limits(settings, vocab)
-        # without limits: no bracket, and all are before it
-        first, last, size = tl.full((), LEVELS, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-        low, bound = tl.full((), _INFINITE, tl.int32), tl.full((), _INFINITE, tl.int32)
+        top_k, top_p, min_p, limited = limits_of(settings, vocab)
+        zero = tl.full((), 0, tl.int32)
+        first, last, size = zero + LEVELS, zero, zero  # without limits there is no bracket, and all are before it
+        low, bound = zero + INFINITE, zero + INFINITE
         if limited:
             found += row * (vocab + CHUNK)
             few = found + vocab
@@ -242,17 +206,17 @@ def _choose(
                 counts, masses, chunks, top_k, top_p, min_p, CHUNKS
             )
             size = until - before
-            low = tl.where(first > 0, (first + (_FIRST - 1)) << 22, 0) - 1
-            bound = tl.where(last < LEVELS - 1, ((last + _FIRST) << 22) - 1, _INFINITE)
+            low = tl.where(first > 0, (first + (FIRST - 1)) << 22, 0) - 1
+            bound = tl.where(last < LEVELS - 1, ((last + FIRST) << 22) - 1, INFINITE)
             if (top_k > 0) & (alone == 0):
                 bound, until, heavier = _search(
                     found, size, few, low, bound, before, until, lighter, heavier, top_k, False, CHUNK
                 )
             if (top_p < 1) & (alone == 0):
                 equals = tl.where(top_k > 0, until - top_k, 0)  # of the last one, that top_k does not count
-                mass = tl.where(top_k > 0, heavier - equals.to(tl.int64) * _weight(bound), everything)
+                mass = tl.where(top_k > 0, heavier - equals.to(tl.int64) * weight_of(bound), everything)
                 bound, until, heavier = _search(
-                    found, size, few, low, bound, before, until, lighter, heavier, _share(top_p, mass), True, CHUNK
+                    found, size, few, low, bound, before, until, lighter, heavier, share_of(top_p, mass), True, CHUNK
                 )
         chunk = tl.arange(0, CHUNKS)
         lines, there = chunk * LEVELS, chunk < chunks
@@ -261,14 +225,10 @@ def _choose(
         sizes -= tl.load(counts + lines + first - 1, there & limited & (first > 0), 0)
         total = tl.sum(sums) + _kept(found, 0, size, bound, min_p, CHUNK)
         if total > 0:  # else nothing is known of the row, and its token stays
-            word, _, _, _ = tl.philox(_wide(settings), tl.load(settings + 7), 0, 0, 0)
+            word, _, _, _ = tl.philox(wide(settings), tl.load(settings + 7), 0, 0, 0)
             number = (word >> 8).to(tl.int64)  # of 2**24; its product with the total has more than 64 bits
             rest = (total >> 24) * number + (((total & 0xFFFFFF) * number) >> 24)
-            begin, end, place = (
-                tl.full((), 0, tl.int32),
-                chunks,
-                tl.full((), 0, tl.int32),
-            )  # place: in `found`, of begin
+            begin, end, place = zero, chunks, zero  # place: in `found`, of what `begin` has there
             while end - begin > 1:
                 middle = (begin + end) // 2
                 part = (chunk >= begin) & (chunk < middle)
@@ -279,9 +239,9 @@ def _choose(
                 place, rest = tl.where(behind, stop, place), tl.where(behind, rest - mass, rest)
             logits += row * stride
             best = tl.load(logits + tl.load(tokens + row)).to(tl.float32)
-            keys = _keys(logits, begin * CHUNK + tl.arange(0, CHUNK), vocab, best, temperature)
-            kept = (keys <= bound) & ((keys <= low) | (_probability(keys) >= min_p))
-            inside = tl.cumsum(tl.where(kept, _weight(keys), 0), 0)
+            keys = keys_of(logits, begin * CHUNK + tl.arange(0, CHUNK), vocab, best, temperature)
+            kept = (keys <= bound) & ((keys <= low) | (probability_of(keys) >= min_p))
+            inside = tl.cumsum(tl.where(kept, weight_of(keys), 0), 0)
             tl.debug_barrier()  # the token that is overwritten has been read
             tl.store(tokens + row, begin * CHUNK + tl.sum((inside <= rest).to(tl.int32)))
 
@@ -290,7 +250,7 @@ def sample(logits: Tensor, tokens: Tensor, settings: Tensor, *, limited: bool, c
     """Draws the tokens of all rows whose temperature is above 0; those of the others stay.
 
     Args:
-        logits: [N, vocab], float32 or 16 bits, the last dimension contiguous. They stay as they are.
+        logits: [N, vocab < 2**19], float32 or 16 bits, the last dimension contiguous. They stay as they are.
         tokens: int32 [N], the most probable ones, which are overwritten. In a row of NaN, they stay.
         settings: int32 [N * WIDTH], of each row.
         limited: whether any row may have top_k, top_p or min_p. Then 4 bytes a logit are taken for the time of the call.
@@ -300,23 +260,15 @@ def sample(logits: Tensor, tokens: Tensor, settings: Tensor, *, limited: bool, c
     chunks = triton.cdiv(vocab, chunk)
     size = chunks * LEVELS.value
     counts, masses = tokens.new_empty(rows * size), tokens.new_empty(rows * size, dtype=torch.int64)
-    sizes, able = (vocab, logits.stride(0), chunks), pdl()["PDL"]  # what is before the first kernel may be a graph
+    form = {"vocab": vocab, "stride": logits.stride(0), "chunks": chunks, "CHUNK": chunk}
     warps = max(chunk // 512, 1)
-    _weigh[(rows, chunks)](logits, tokens, settings, counts, masses, *sizes, CHUNK=chunk, PDL=able, num_warps=warps)
-    form = {"CHUNK": chunk, "CHUNKS": triton.next_power_of_2(chunks), **pdl()}
-    found = counts
+    # not launched early: what is before it may be a graph
+    _weigh[(rows, chunks)](logits, tokens, settings, counts, masses, **form, PDL=pdl()["PDL"], num_warps=warps)
+    form |= {"CHUNKS": triton.next_power_of_2(chunks), **pdl()}
+    found = counts  # which nobody looks at
     if limited:
-        found = tokens.new_empty(rows * (vocab + chunk))
+        found, block = tokens.new_empty(rows * (vocab + chunk)), min(chunk, 128 * warps)
         _gather[(rows, chunks)](
-            logits,
-            tokens,
-            settings,
-            counts,
-            masses,
-            found,
-            *sizes,
-            BLOCK=min(chunk, 128 * warps),
-            num_warps=warps,
-            **form,
-        )
-    _choose[(rows,)](logits, tokens, settings, counts, masses, found, *sizes, num_warps=2 * warps, **form)
+            logits, tokens, settings, counts, masses, found, BLOCK=block, num_warps=warps, **form
+        )  # fmt: skip
+    _choose[(rows,)](logits, tokens, settings, counts, masses, found, num_warps=2 * warps, **form)

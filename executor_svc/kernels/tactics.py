@@ -36,6 +36,7 @@ class Tactic(NamedTuple):
 
 
 Table = dict[Shape, Tactic]
+RULE: Table = {}  # no table: the rule alone
 CUBLAS = Tactic("cublas")
 _FORMS = tuple(Form(64, k, stages) for k, stages in ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5)))
 
@@ -115,21 +116,24 @@ def timed(function: Callable[[Any], Tensor], sets: list[Any]) -> float:
     return 1e3 * sorted(times)[3] / len(sets)
 
 
-def shapes(program: Program, max_batch_size: int) -> list[Shape]:
-    """The products with few rows of a program that `fuse` has been over."""
-    found = {}
+def shapes(program: Program, max_batch_size: int) -> dict[Shape, str]:
+    """The products with few rows of a program that `fuse` has been over, and their dtypes: those of 16 bits."""
+    found: dict[Shape, str] = {}
     for op in program.ops:
         if op.op in ("linear", "linear_silu_mul") and (weight := program.weights.get(op.inputs[1])):
             outputs, columns = map(int, weight.shape)
             for power in range(MOST_ROWS.bit_length()):
-                if 1 << power < 2 * max_batch_size:
-                    found[Shape(1 << power, outputs, columns, op.op == "linear_silu_mul")] = None
-    return list(found)
+                if 1 << power < 2 * max_batch_size and weight.dtype != "float32":
+                    found[Shape(1 << power, outputs, columns, op.op == "linear_silu_mul")] = weight.dtype
+    return found
 
 
-def tune(program: Program, max_batch_size: int, dtype: torch.dtype) -> Table:
-    """The fastest tactic of each product of a program, measured on the GPU here."""
-    return {shape: next(iter(measure(shape, candidates(shape), dtype))) for shape in shapes(program, max_batch_size)}
+def tune(program: Program, max_batch_size: int) -> Table:
+    """The fastest tactic of each product of a program that `fuse` has been over, measured on the GPU here."""
+    return {
+        shape: next(iter(measure(shape, candidates(shape), getattr(torch, dtype))))
+        for shape, dtype in shapes(program, max_batch_size).items()
+    }
 
 
 def to_json(table: Table) -> bytes:

@@ -24,6 +24,7 @@ from tests.conftest import save_checkpoint
 
 pytest.importorskip("triton")
 archives = pytest.importorskip("executor_svc.kernel_archive")
+tactics = pytest.importorskip("executor_svc.kernels.tactics")
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,12 @@ def test_a_second_start_compiles_nothing(store: DirectoryStore, engine: Manifest
 
 def test_the_same_kernels_give_the_same_bytes(store: DirectoryStore, engine: Manifest, tmp_path: Path) -> None:
     archive = blobs.read(store, engine.ranks[0].kernels[0])
-    assert archives.unpack(archive, tmp_path) == sum(name.endswith(".cubin") for name in members(archive))
+    count = sum(name.endswith(".cubin") for name in members(archive))
+    assert archives.unpack(archive, tmp_path) == (count, {})
     (tmp_path / next(tmp_path.iterdir()).name / "__grp__kernel.json").write_text("{}")  # names paths of the cache
     assert archives.pack(tmp_path) == archive
+    table = {tactics.Shape(4, 96, 64, False): tactics.Tactic("thin", tactics.Form(k=256, stages=3))}
+    assert archives.unpack(archives.pack(tmp_path, table), tmp_path) == (count, table)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_kernels_that_nobody_trusts_are_left_alone(
 ) -> None:
     """The engine is used all the same; one line says why it takes longer, and what to do."""
     adopted: list[bytes] = []
-    monkeypatch.setattr(archives, "adopt", lambda data: adopted.append(data) or 1)
+    monkeypatch.setattr(archives, "adopt", lambda data: adopted.append(data) or (1, {}))
     monkeypatch.setattr(archives.knobs.compilation, "listener", None)
     assert Trust().admit(store, engine.engine_id) == engine
     archives.adopt_from(store, engine, Trust(), "9.0")

@@ -48,14 +48,14 @@ def defined(logits: torch.Tensor, samplings: list[Sampling], position: int) -> l
     return tokens.tolist()
 
 
-NORMAL = torch.randn(1100, generator=torch.Generator().manual_seed(0))
+NORMAL = torch.randn(700, generator=torch.Generator().manual_seed(0))
 ROWS = {
     "peaked": 8 * NORMAL,
     "in one bracket, more than a chunk": NORMAL / 50,
-    "equal": torch.zeros(1100),
-    "three values": NORMAL.sign().where(NORMAL.abs() > 1, 0) * 0.7,
+    "equal": torch.zeros(700),
+    "one above equals": torch.zeros(700).index_fill(0, torch.tensor([500]), 0.7),
     "banned": (3 * NORMAL).masked_fill(NORMAL > 0.5, float("-inf")),
-    "one left": torch.full((1100,), float("-inf")).index_fill(0, torch.tensor([777]), 3.0),
+    "one left": torch.full((700,), float("-inf")).index_fill(0, torch.tensor([577]), 3.0),
     "rounded": (4 * NORMAL).bfloat16(),
 }
 SAMPLINGS = [
@@ -69,6 +69,7 @@ SAMPLINGS = [
     Sampling(1.0, 0, 1.0, 7, 1.0),
     Sampling(1.3, 0, 0.999, 8, 0.3),
     Sampling(1.0, 2**32 - 1, 1.0, 9),
+    Sampling(1.0, 2, 0.6, 10),
     Sampling(0.0, 5),
 ]
 
@@ -82,18 +83,18 @@ def test_equals_the_definition(logits: torch.Tensor) -> None:
 samplings = st.builds(
     Sampling,
     st.sampled_from([0.0, 0.3, 1.0, 2.5]),
-    st.sampled_from([0, 0, 1, 20, 700]),
+    st.sampled_from([0, 0, 1, 20, 600]),
     st.sampled_from([0.2, 0.9, 0.99, 1.0]),
     st.integers(0, 2**64 - 1),
     st.sampled_from([0.0, 0.0, 0.1]),
 )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     chosen=st.lists(samplings, min_size=1, max_size=3),
     key=st.integers(0, 99),
-    vocab=st.sampled_from([40, 512, 513, 1500]),
+    vocab=st.sampled_from([40, 512, 513, 1000]),
     scale=st.sampled_from([0.2, 3.0]),
     position=st.integers(1, 2**31 - 1),
 )
@@ -140,7 +141,7 @@ def run(engine: LoadedEngine, work: list[Sequence], monkeypatch: pytest.MonkeyPa
 
 def request(number: int, sampling: Sampling, **fields: Any) -> Sequence:
     prompt = [(7 * number + 3 * at) % 60 for at in range(5 + 9 * number)]
-    return Sequence(0, number, prompt, len(prompt), 5 + number, sampling, salt=b"%d" % number, **fields)
+    return Sequence(0, number, prompt, len(prompt), 4 + number, sampling, salt=b"%d" % number, **fields)
 
 
 def test_the_runner_waits_for_nothing(engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
