@@ -32,7 +32,7 @@ CHUNK = 2048  # tokens that a program reads, sixteen a thread
 _WIDTH = tl.constexpr(WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _weigh(logits, tokens, settings, counts, masses, vocab, stride, chunks, CHUNK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -92,7 +92,7 @@ def _bracket(counts, masses, chunks, top_k, top_p, min_p, CHUNKS: tl.constexpr):
     return first, last, alone, before, until, _entry(mass, first - 1), _entry(mass, last), everything
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _gather(
     logits, tokens, settings, counts, masses, found, vocab, stride, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -183,7 +183,7 @@ def _kept(found, start, stop, bound, min_p, BLOCK: tl.constexpr):  # type: ignor
     return tl.sum(mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _choose(
     logits, tokens, settings, counts, masses, found, vocab, stride, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
