@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from executor_svc.kernels import paged, prompt
 from executor_svc.kernels.paged import Form
-from executor_svc.kernels.tactics import timed
+from executor_svc.kernels.tuning import timed
 
 HEADS, GROUPS, DIM, PAGE = 32, 8, 128, 16
 SCALE = DIM**-0.5

@@ -24,8 +24,8 @@ from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from executor_svc.core import Batch, Sampling, Sequence
 from executor_svc.cuda_runner import CudaRunner
-from executor_svc.kernels import tactics
 from executor_svc.kernels.fuse import fuse
+from executor_svc.kernels.tuning import tune
 from executor_svc.loader import load_engine
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
@@ -60,7 +60,7 @@ class Bench:
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         ready = time.perf_counter()
         limits = loaded.manifest.limits
-        table = tactics.tune(fuse(loaded.program), limits.max_batch_size) if tuned else {}
+        table = tune(fuse(loaded.program), limits) if tuned else {}
         tuning, ready = time.perf_counter() - ready, time.perf_counter()
         self.runner = CudaRunner(loaded.program, weights, limits, table=table)
         self.manifest = loaded.manifest

@@ -107,9 +107,9 @@ def steps(limits: Limits) -> Iterator[HostStep]:
     """
     for decodes in range(1, min(limits.max_batch_size, SPLITS_FOR) + 1):
         yield step(decodes)
-    for tokens in (2, 4, 16, 32, 64, 128):
+    for power in range(1, (limits.max_num_tokens - 1).bit_length() + 1):
         for cached in (0, 16):
-            yield step(0, tokens, cached)
+            yield step(0, 1 << power, cached)
 
 
 def step(decodes: int, prompt: int = 0, cached: int = 0) -> HostStep:

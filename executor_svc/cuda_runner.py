@@ -116,7 +116,7 @@ class CudaRunner:
         self._on_gpu = device == "cuda"
         rope = rope_lengths(program)
         operators = implementations("gpu")
-        for name in ("linear", "linear_silu_mul"):
+        for name in ("linear", "linear_silu_mul", "product_fp8"):
             operators[name] = functools.partial(operators[name], table=table)
         self._interpreter = Interpreter(fuse(program), weights, operators)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)

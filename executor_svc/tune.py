@@ -11,8 +11,9 @@ import msgspec
 
 from engine.manifest import Limits
 from engine.program import Program
-from executor_svc.kernels import tactics
 from executor_svc.kernels.fuse import fuse
+from executor_svc.kernels.tactics import to_json
+from executor_svc.kernels.tuning import tune
 
 
 def main() -> int:
@@ -24,7 +25,7 @@ def main() -> int:
     arguments = parser.parse_args()
     program = Program.from_json(arguments.program.read_bytes())
     limits = msgspec.json.decode(arguments.limits, type=Limits)
-    arguments.out.write_bytes(tactics.to_json(tactics.tune(fuse(program), limits.max_batch_size)))
+    arguments.out.write_bytes(to_json(tune(fuse(program), limits)))
     return 0
 
 

@@ -9,8 +9,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from executor_svc.kernels.rows import gated, normed, pdl, to_fp8, wait_before
 from executor_svc.kernels.target import capability
 
-_LARGE = 50_000_000  # elements of a matrix
-
 
 def able() -> bool:
     """Whether the device has the instructions: Hopper and later, and the interpreter."""
@@ -225,24 +223,3 @@ def library(q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, *, fast
     """The product by torch, bfloat16; for sizes that are multiples of 16. Fast is with the tensor core's own sums."""
     of_outputs = scales.view(1, -1)
     return torch._scaled_mm(q, weight.t(), q_scales, of_outputs, out_dtype=torch.bfloat16, use_fast_accum=fast)
-
-
-def product(
-    q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """float8_e4m3fn [T, in] and [out, in], with a scale a row each ([T, 1] and [out, 1] float32) -> [T, out].
-
-    bench/products_fp8.py says which kernel is the fastest for which shape.
-    """
-    rows = len(q)
-    if rows in (1, 2):
-        return gemv(q, q_scales, weight, scales, bias, dtype)
-    if rows <= 64:
-        large = rows > 16 and weight.numel() > _LARGE
-        return tiles(q, q_scales, weight, scales, bias, dtype, stages=3 if large else 5)
-    if capability() and dtype is torch.bfloat16 and not any(size % 16 for size in weight.shape):
-        y = library(q, q_scales, weight, scales)
-        return y if bias is None else y.add_(bias)
-    if weight.shape[1] % 16 == 0:
-        return bulk(q, q_scales, weight, scales, bias, dtype)
-    return tiles(q, q_scales, weight, scales, bias, dtype)

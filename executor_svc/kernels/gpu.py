@@ -93,21 +93,21 @@ class DeviceStep(Step):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: Table = RULE) -> Tensor:
     """With few rows, where the time goes into reading the weight, by the tactic of its shape; else cuBLAS."""
-    return _multiply(x, weight, bias, table, pair=False)
+    return _multiply(x, weight, bias, table, "dense")
 
 
 def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: Table = RULE) -> Tensor:
     """`silu_mul` of `linear`: one kernel where the weight's reading takes the time."""
-    return _multiply(x, weight, bias, table, pair=True)
+    return _multiply(x, weight, bias, table, "pair")
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, table: Table, *, pair: bool) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, table: Table, kind: str) -> Tensor:
     few = 0 < len(x) <= tactics.MOST_ROWS and x.dtype is not torch.float32
     if few and weight.is_contiguous() and x.stride(-1) == 1:
-        how = tactics.choose(tactics.shape_of(x, weight, pair), table)
+        how = tactics.choose(tactics.shape_of(x, weight, kind), table)
     else:
-        how = tactics.CUBLAS
-    return tactics.multiply(x, weight, bias, how, pair=pair)
+        how = tactics.LIBRARY
+    return tactics.multiply(x, weight, bias, how, pair=kind == "pair")
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -158,10 +158,18 @@ def silu_mul_fp8(gate_up: Tensor, input_scale: Tensor | None = None) -> tuple[Te
 
 
 def product_fp8(
-    q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, dtype: int
+    q: Tensor,
+    q_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: int,
+    table: Table = RULE,
 ) -> Tensor:
-    """`linear_fp8` of what is quantized, with a scale for each row of the weight."""
-    return fp8.product(q, q_scales, weight, scales, bias, getattr(torch, FLOATS[dtype]))
+    """`linear_fp8` of what is quantized, with a scale for each row of the weight, by the tactic of its shape."""
+    how = tactics.choose(tactics.shape_of(q, weight, "fp8"), table)
+    return tactics.multiply_fp8(q, q_scales, weight, scales, bias, getattr(torch, FLOATS[dtype]), how)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: bool) -> Tensor:

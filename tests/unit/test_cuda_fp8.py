@@ -94,8 +94,10 @@ def test_products(rows: int, bias: bool) -> None:
     q, weight = ((torch.randn(count, columns) * 40).to(F8) for count in (rows, outputs))
     q_scales, scales, added = torch.rand(rows, 1) / 100, torch.rand(outputs, 1), torch.randn(outputs).half() * 10
     wanted = (q.float() * q_scales) @ (weight.float() * scales).T + (added.float() if bias else 0)
-    for dtype, bound in (("float32", 1e-5), ("float16", 1e-3)):
-        attrs = {"dtype": fuse.FLOATS.index(dtype)}
+    shape = cuda.tactics.shape_of(q, weight, "fp8")
+    for tactic in [None, *cuda.tactics.candidates(shape)]:
+        dtype, bound = ("float32", 1e-5) if tactic is None else ("float16", 1e-3)
+        attrs = {"dtype": fuse.FLOATS.index(dtype), "table": {shape: tactic} if tactic else {}}
         found = cuda.product_fp8(q, q_scales, weight, scales, added if bias else None, **attrs)
         close(found, wanted.to(getattr(torch, dtype)), bound)
 

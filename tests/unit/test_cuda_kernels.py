@@ -57,7 +57,7 @@ def test_every_tactic_of_a_product_of_few_rows(rows: int, bias: bool, pair: bool
     added = torch.randn(74, dtype=torch.float16) if bias else None
     wanted = torch.nn.functional.linear(x.float(), weight.float(), added if added is None else added.float())
     wanted = REFERENCE["silu_mul"](wanted) if pair else wanted
-    shape = tactics.shape_of(x, weight, pair)
+    shape = tactics.shape_of(x, weight, "pair" if pair else "dense")
     for tactic in tactics.candidates(shape):
         table = tactics.from_json(tactics.to_json({shape: tactic}))
         assert tactics.choose(shape, table) == tactic
