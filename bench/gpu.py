@@ -1,25 +1,25 @@
 """How fast a GPU serves: time to the first token, a decode step at several batch sizes, and mixed requests.
 
-    python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8]] [--kv-cache-dtype fp8] [--out FILE.json] [--only WORKLOAD ...]
-        [--profile ROWS ...]
+    python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8]] [--kv-cache-dtype fp8] [--batch 256] [--tune] [--out FILE.json]
+        [--only WORKLOAD ...] [--profile ROWS ...]
 
 Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
 Dummy weights, on this device. Names of results begin with `fp8_` where products are of 8 bits; `kv_` follows where the KV cache
-is. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
+is; those of another batch size than 256 end with it. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of
+128 tokens; medians.
 """
 
 import argparse
-import json
 import random
 import statistics
-import subprocess
 import time
 from collections import deque
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from bench.products import read_speed
+from bench.serving import save
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from executor_svc.core import Batch, Sampling, Sequence
@@ -44,12 +44,12 @@ TABLES = {
 class Bench:
     """An engine of dummy weights, loaded."""
 
-    def __init__(self, model: Path, kv_cache_dtype: str, tuned: bool) -> None:
+    def __init__(self, model: Path, kv_cache_dtype: str, batch: int, tuned: bool) -> None:
         began = time.perf_counter()
         config = BuildConfig(
             device="cuda",
             dummy_weights=True,
-            max_batch_size=256,
+            max_batch_size=batch,
             max_seq_len=8192,
             max_num_tokens=8192,
             kv_cache_dtype=kv_cache_dtype,
@@ -66,6 +66,7 @@ class Bench:
         self.manifest = loaded.manifest
         self.prefix = "fp8_" if self.manifest.quantization else ""
         self.prefix += "kv_" if kv_cache_dtype == "fp8" else ""
+        self.suffix = "" if batch == 256 else f"_batch{batch}"
         print(
             f"built and loaded in {ready - began - tuning:.1f} s, tuned in {tuning:.1f} s, runner with graphs in "
             f"{time.perf_counter() - ready:.1f} s",
@@ -139,34 +140,29 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("bench/models/llama-3.1-8b"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--batch", type=int, default=256, help="requests that run at once")
     parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
     arguments = parser.parse_args()
-    bench = Bench(arguments.model, arguments.kv_cache_dtype, arguments.tune)
+    speed = read_speed() / 1e3
+    bench = Bench(arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune)
     print(
-        f"{torch.cuda.get_device_name()}, {bench.weight_bytes / 1e9:.2f} GB, {bench.runner.capabilities.num_blocks} blocks"
+        f"{torch.cuda.get_device_name()}, reading at {speed:.0f} GB/s, {bench.weight_bytes / 1e9:.2f} GB, "
+        f"{bench.runner.capabilities.num_blocks} blocks; the other columns are of an H100"
     )
-    found = {}
+    found: dict[str, float] = {"read_gb_s": round(speed)}
     columns = [dict(zip(WORKLOADS, column, strict=False)) for column in TABLES.get(bench.prefix, ())]
     print(f"{'':20}{'ours':>9}{'vLLM':>9}{'floor':>9}{'aim':>9}")
     for workload in arguments.only:
-        name = bench.prefix + workload
+        name = bench.prefix + workload + bench.suffix
         found[name] = round(bench.measure(workload), 3)
         others = [column.get(workload) for column in columns]
         told = "".join(f"{'-' if other is None else format(other, '.2f'):>9}" for other in others)
         print(f"{name:20}{found[name]:9.2f}{told}", flush=True)
     for rows in arguments.profile:
         bench.profile(rows)
-    if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        facts = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(),
-            "commit": commit,
-            "torch": torch.__version__,
-        }
-        arguments.out.write_text(json.dumps(facts | found, indent=1) + "\n")
+    save(arguments.out, found)
 
 
 if __name__ == "__main__":

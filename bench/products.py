@@ -29,7 +29,10 @@ ROWS = {"dense": [1, 2, 4, 8, 16, 32, 64], "fp8": [1, 2, 4, 8, 16, 32, 64, 128, 
 def read_speed() -> float:
     """Bytes a microsecond, of a sum over 4 GB."""
     data = torch.zeros(1 << 30, device="cuda")
-    return data.nbytes / timed(lambda one: one.sum(), [data])
+    speed = data.nbytes / timed(lambda one: one.sum(), [data])
+    del data
+    torch.cuda.empty_cache()
+    return speed
 
 
 def name_of(tactic: Tactic) -> str:
