@@ -3,7 +3,7 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,16 +117,6 @@ def read_into(
         finally:
             for pending in reads:
                 pending.cancel()
-
-
-def read_ahead(store: Store, files: Sequence[FileRef]) -> None:
-    """Tells the store that files will be read soon, unless they would fill more than half of the machine's memory."""
-    if 2 * sum(ref.size for ref in files) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return
-    with ThreadPoolExecutor(PARALLEL_READS, "blob-expect") as pool:
-        for ref in files:
-            for start in range(0, ref.size, CHUNK_SIZE):
-                pool.submit(store.expect, blob_key(ref.digest), start, min(CHUNK_SIZE, ref.size - start))
 
 
 def fetch(

@@ -47,10 +47,6 @@ class DirectoryStore(Store):
                     raise DataLoss(f"{key} in {self.root} {end}: {fix}", reason="OBJECT_TRUNCATED")
                 done += count
 
-    def expect(self, key: str, offset: int, size: int) -> None:
-        with suppress(OSError), self._path(key).open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
-
     def size(self, key: str) -> int | None:
         with self._errors(key):
             path = self._path(key)

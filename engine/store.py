@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 
 class Store(abc.ABC):
-    """Ten verbs over keys; safe to use from several threads and processes.
+    """Nine verbs over keys; safe to use from several threads and processes.
 
     Each raises `Unavailable` when the store cannot be reached, `PermissionDenied` when it refuses and `ResourceExhausted`
     when it is full.
@@ -47,9 +47,6 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from byte `offset` on. Raises NotFound, and DataLoss when the object ends before."""
-
-    def expect(self, key: str, offset: int, size: int) -> None:  # noqa: B027  (most can do nothing about it)
-        """A hint that these bytes will be read soon. Raises nothing."""
 
     @abc.abstractmethod
     def size(self, key: str) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from engine import blobs, registry
+from engine import registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.store import Store
@@ -86,18 +86,7 @@ class ExecutorServicer:
             self._telemetry.watch(worker)
             worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
             await worker.start(self._spares)
-            if self._device == "cuda":
-                ahead = asyncio.create_task(asyncio.to_thread(self._read_ahead, engine_id))
-                self._tasks.add(ahead)
-                ahead.add_done_callback(self._tasks.discard)
         return worker
-
-    def _read_ahead(self, engine_id: str) -> None:
-        """While the worker still imports torch, its weights are on their way from the disk."""
-        with contextlib.suppress(EnginehouseError):  # which the worker will tell
-            manifest = registry.find_manifest(self._store, engine_id)
-            for rank in manifest.ranks if manifest else ():
-                blobs.read_ahead(self._store, rank.weights)
 
     async def close(self) -> None:
         """Ends all workers."""

@@ -1,6 +1,5 @@
 """Weights that arrive in parallel: through a few buffers, in any order, and nothing of what is damaged."""
 
-import os
 import random
 import threading
 import time
@@ -10,15 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from builder_svc.pipeline import build
 from engine import blobs
 from engine.blobs import blob_key, put_bytes
 from engine.directory import DirectoryStore
 from engine.errors import DataLoss, NotFound
 from engine.manifest import FileRef
 from executor_svc.arrival import Arrival
-from executor_svc.launch import Spares
-from executor_svc.server import ExecutorServicer
 
 CHUNK = 4096
 
@@ -141,25 +137,3 @@ def test_what_is_no_file_of_weights_is_told(store: SlowStore) -> None:
     file = put_bytes(store, "weights.safetensors", b"\xff" * 5000)
     with pytest.raises(DataLoss, match="no safetensors header"), Arrival(store, [file], "cpu") as arrival:
         arrival.tensors()
-
-
-def test_a_front_asks_the_disk_for_weights_before_the_worker_does(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All of them, and nothing is told of an engine that is not there: its worker will."""
-    store = DirectoryStore(tmp_path / "engines")
-    manifest = build(checkpoint, store=store).manifest
-    asked: dict[int, int] = {}
-
-    def advise(file: int, start: int, size: int, advice: int) -> None:
-        assert advice == os.POSIX_FADV_WILLNEED
-        inode = os.fstat(file).st_ino
-        asked[inode] = asked.get(inode, 0) + size
-
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(blobs, "CHUNK_SIZE", 1000)
-    front = ExecutorServicer(store.url, "cuda", Spares([]))
-    front._read_ahead(manifest.engine_id)
-    front._read_ahead("0" * 64)
-    weights = manifest.ranks[0].weights
-    assert asked == {(store.root / blob_key(file.digest)).stat().st_ino: file.size for file in weights}
