@@ -2,7 +2,7 @@
 
     python -m bench.attention [--out FILE.json] [--dry]
 
-Llama-3.1-8B's heads (32 of 128, 8 of keys), bfloat16, pages of 16 in random order. Each form is checked against torch's SDPA.
+Llama-3.1-8B's heads (32 of 128, 8 of keys), bfloat16, decodes over caches of 8 bits, too; pages of 16 in random order. Each form is checked against torch's SDPA.
 --dry compiles and checks, and times nothing.
 """
 
@@ -74,16 +74,16 @@ class Table:
             made = call(0)
             error = ((made - wanted).norm() / wanted.norm()).item()
             if error > 0.01:
-                print(f"{case:12} {name:32} WRONG: relative error {error:.3f}", flush=True)
+                print(f"{case:16} {name:32} WRONG: relative error {error:.3f}", flush=True)
                 return
             if self._dry:
                 return
             us = timed(call, list(range(SETS)))
         except Exception as failed:  # a form that needs more shared memory than there is
-            print(f"{case:12} {name:32} {type(failed).__name__}: {str(failed)[:80]}", flush=True)
+            print(f"{case:16} {name:32} {type(failed).__name__}: {str(failed)[:80]}", flush=True)
             return
         self.found.setdefault(case, {})[name] = round(us, 2)
-        print(f"{case:12} {name:32} {us:9.1f} us {work / us:9.0f} {unit}", flush=True)
+        print(f"{case:16} {name:32} {us:9.1f} us {work / us:9.0f} {unit}", flush=True)
 
 
 def prompts(table: Table, case: str, lengths: list[int]) -> None:
@@ -140,17 +140,19 @@ def prompts(table: Table, case: str, lengths: list[int]) -> None:
         table.row(case, name, library, wanted, flops, "TFLOP/s")
 
 
-def decodes(table: Table, case: str, rows: int, length: int) -> None:
-    """One query a sequence."""
+def decodes(table: Table, case: str, rows: int, length: int, dtype: torch.dtype) -> None:
+    """One query a sequence, over a cache of a dtype."""
     pages = -(-length // PAGE)
     shape = (rows * pages, PAGE, GROUPS, DIM)
-    caches = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)] for _ in range(SETS)]
+    caches = [
+        [torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(dtype) for _ in range(2)] for _ in range(SETS)
+    ]
     q, block_tables = (
         torch.randn(rows, HEADS * DIM, device="cuda", dtype=torch.bfloat16),
         torch.randperm(rows * pages, device="cuda").int().view(rows, pages),
     )
     k, v = (
-        cache[block_tables.long()].view(rows, pages * PAGE, GROUPS, DIM)[:, :length].transpose(1, 2)
+        cache.bfloat16()[block_tables.long()].view(rows, pages * PAGE, GROUPS, DIM)[:, :length].transpose(1, 2)
         for cache in caches[0]
     )
     wanted = F.scaled_dot_product_attention(
@@ -160,7 +162,7 @@ def decodes(table: Table, case: str, rows: int, length: int) -> None:
     del k, v
     all_rows, lengths = ints(list(range(rows))), ints([length] * rows)
     arrived, out = ints([0] * rows * GROUPS), torch.zeros_like(q)
-    moved = rows * length * GROUPS * DIM * 4 / 1e3
+    moved = rows * length * GROUPS * DIM * 2 * dtype.itemsize / 1e3
     for form in itertools.starmap(Form, itertools.product((32, 64, 128), (2, 4), (2, 3, 4))):
 
         def ours(number: int, form: Form = form) -> Tensor:
@@ -183,7 +185,8 @@ def main() -> None:
     table = Table(arguments.dry)
     if arguments.only != "prompts":
         for case, (rows, length) in DECODES.items():
-            decodes(table, case, rows, length)
+            decodes(table, case, rows, length, torch.bfloat16)
+            decodes(table, f"{case}, fp8", rows, length, torch.float8_e4m3fn)
     if arguments.only != "decodes":
         for case, lengths in PROMPTS.items():
             prompts(table, case, lengths)

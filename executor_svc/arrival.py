@@ -1,6 +1,7 @@
 """Weights on their way from the store into a device's memory: chunks in parallel, each verified before it goes to its place."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from queue import SimpleQueue
@@ -15,6 +16,7 @@ from engine.errors import DataLoss
 from engine.manifest import FileRef
 from engine.store import Store
 
+_TURN = 1e-4  # seconds a thread that computes keeps others waiting: each chunk needs the interpreter some ten times
 _SPARE = 2  # buffers beside those that are read into, whose bytes are on their way to the device
 
 _DTYPES = {
@@ -54,7 +56,8 @@ class Arrival:
         for _ in range(blobs.PARALLEL_READS + _SPARE):
             buffer = torch.empty(most, dtype=torch.uint8, pin_memory=gpu)
             self._ring.put((buffer, torch.cuda.Event(blocking=True) if gpu else None))
-        self._stopped = False
+        self._stopped, self._turn = False, sys.getswitchinterval()
+        sys.setswitchinterval(_TURN)
         self._pool = ThreadPoolExecutor(blobs.PARALLEL_READS, "weights")
         # The beginnings first: without their headers nobody knows where a tensor will be.
         self._heads = [self._pool.submit(self._head, number) for number in range(len(files))]
@@ -82,6 +85,7 @@ class Arrival:
                     read.result()
         finally:
             self._stopped = True
+            sys.setswitchinterval(self._turn)
             self._pool.shutdown(cancel_futures=True)
             if self._stream:
                 self._stream.synchronize()

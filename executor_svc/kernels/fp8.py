@@ -100,47 +100,6 @@ def silu_mul(gate_up: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tenso
 
 
 @triton.jit
-def _gemv(
-    q, q_scales, weight, scales, bias, y, outputs, columns,
-    ROWS: tl.constexpr, OUT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
-    """ROWS or OUT is 1, so that a block of products has two dimensions."""
-    out, row, at = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    there = out < outputs
-    ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
-    ahead = tl.load(ours, there[:, None] & (at < columns)[None, :], 0.0)  # no kernel before this one writes weights
-    of_out = tl.load(scales + out, there, 0.0)
-    wait_before(PDL)
-    sums = tl.zeros((ROWS * OUT, BLOCK), tl.float32)
-    for start in range(0, columns, BLOCK):
-        # By way of 16 bits: the device has an instruction for two numbers at a time.
-        w = ahead.to(tl.float16).to(tl.float32)
-        ahead = tl.load(ours + start + BLOCK, there[:, None] & (start + BLOCK + at < columns)[None, :], 0.0)
-        inside = (start + at < columns)[None, :]
-        values = tl.load(q + row[:, None] * columns + start + at[None, :], inside, 0.0)
-        sums += values.to(tl.float16).to(tl.float32) * w
-    result = tl.sum(sums, 1) * tl.load(q_scales + row) * of_out
-    if BIAS:
-        result += tl.load(bias + out, there, 0.0).to(tl.float32)
-    tl.store(y + row * outputs + out, result.to(y.dtype.element_ty), there)
-
-
-def gemv(
-    q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    *, out: int = 2, block: int = 2048, warps: int = 4,
-) -> Tensor:  # fmt: skip
-    """The product for 1, 2 or 4 rows, at memory's speed; of one row, a program makes `out` numbers."""
-    rows, (outputs, columns) = len(q), weight.shape
-    y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
-    out = out if rows == 1 else 1
-    _gemv[(triton.cdiv(outputs, out),)](
-        q, q_scales, weight, scales, bias, y, outputs, columns,
-        ROWS=rows, OUT=out, BIAS=bias is not None, BLOCK=block, num_warps=warps, **pdl(),
-    )  # fmt: skip
-    return y
-
-
-@triton.jit
 def _tiles(
     q, q_scales, weight, scales, bias, y, rows, outputs, columns,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,

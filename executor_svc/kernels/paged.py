@@ -59,6 +59,18 @@ def _block(
 
 
 @triton.jit
+def _queries(q, there, cache):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Queries at `q`, in the dtype of products with the cache's keys and values.
+
+    Of bfloat16 and a cache of 8 bits it is float16: the device has an instruction that makes it of 8 bits, and none for bfloat16.
+    """
+    values = tl.load(q, there, 0.0)
+    if cache.dtype.element_ty.primitive_bitwidth == 8 and values.dtype == tl.bfloat16:
+        values = tl.clamp(values.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    return values
+
+
+@triton.jit
 def _attend(
     q, k_cache, v_cache, table, first, whole, last, position, slope, group, scale, v_scale, cap, window, G: tl.constexpr,
     D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
@@ -100,7 +112,7 @@ def _prefill(
     dims = tl.arange(0, BD)
     there = (query < count)[:, None] & (dims < D)[None, :]
     offset = ((begin + query).to(tl.int64) * H + head)[:, None] * D + dims[None, :]
-    values = tl.load(q + offset, there, 0.0)
+    values = _queries(q + offset, there, k_cache)
     position = length - count + query
     slope = tl.zeros((M,), tl.float32)
     if ALIBI:
@@ -176,7 +188,7 @@ def _decode(
     heads = group * (H // G) + mine
     dims = tl.arange(0, BD)
     there = (mine < H // G)[:, None] & (dims < D)[None, :]
-    values = tl.load(q + (row.to(tl.int64) * H + heads)[:, None] * D + dims[None, :], there, 0.0)
+    values = _queries(q + (row.to(tl.int64) * H + heads)[:, None] * D + dims[None, :], there, k_cache)
     slope = tl.zeros((M,), tl.float32)
     if ALIBI:
         slope += tl.load(alibi + heads, mine < H // G, 0.0)

@@ -30,9 +30,9 @@ class Shape(NamedTuple):
 
 
 class Tactic(NamedTuple):
-    """kernel: "library" (cuBLAS, or torch's for 8 bits); "gemv" (form.n numbers a program, by blocks of form.k columns).
+    """kernel: "library" (cuBLAS, or torch's for 8 bits).
 
-    Then "thin" for dense weights, "tiles" and "bulk" for those of 8 bits.
+    For dense weights "gemv", of one row, by blocks of form.k columns, and "thin"; for those of 8 bits "tiles" and "bulk".
     """
 
     kernel: str
@@ -59,7 +59,7 @@ def _rule(shape: Shape) -> Tactic:
     elements = shape.outputs * shape.columns
     large = elements > 100_000_000
     if shape.rows == 1:
-        return Tactic("gemv", Form(n=1, k=2048 if large else 1024))
+        return Tactic("gemv", Form(k=2048 if large else 1024))
     if large:
         return Tactic("thin", Form(stages=3 if elements > 400_000_000 or shape.rows > 32 else 4))
     if shape.rows <= 16:
@@ -68,26 +68,22 @@ def _rule(shape: Shape) -> Tactic:
 
 
 def _rule_fp8(shape: Shape) -> Tactic:
-    if shape.rows <= 2:
-        return Tactic("gemv", Form(n=2 // shape.rows, k=2048))
-    if shape.rows <= MOST_ROWS:
-        large = shape.rows > 16 and shape.outputs * shape.columns > 50_000_000
-        return Tactic("tiles", Form(k=256, stages=3 if large else 5))
-    return LIBRARY
+    if shape.rows > MOST_ROWS:
+        return LIBRARY
+    large = shape.rows > 32 and shape.outputs * shape.columns > 100_000_000
+    return Tactic("tiles", Form(k=128 if large else 256))
 
 
 def candidates(shape: Shape) -> list[Tactic]:
     """What could be fastest."""
     forms: list[tuple[str, Form]] = []
     if shape.kind != "fp8":
-        forms += [("gemv", Form(n=1, k=k)) for k in (1024, 2048) if shape.rows == 1]
+        forms += [("gemv", Form(k=k)) for k in (1024, 2048) if shape.rows == 1]
         forms += [("thin", Form(k=k, stages=stages)) for k, stages in _BLOCKS]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
     if shape.rows > MOST_ROWS:
         blocks = (Form(128, 128, 4, 8), Form(256, 128, 3, 8), Form(64, 128, 4, 8))
         return [LIBRARY, *(Tactic("bulk", form) for form in blocks)]
-    if shape.rows <= 2:
-        forms += [("gemv", Form(n=n, k=k)) for n in (1, 2) for k in (2048, 4096) if n * shape.rows <= 2]
     forms += [
         ("tiles", Form(n, k, stages)) for n, k, stages in ((64, 256, 5), (64, 256, 3), (64, 128, 5), (32, 256, 5))
     ]
@@ -108,8 +104,6 @@ def multiply_fp8(
 ) -> Tensor:
     """float8_e4m3fn [T, in] and [out, in], with a scale a row each ([T, 1] and [out, 1] float32) -> [T, out]."""
     kernel, form = tactic
-    if kernel == "gemv" and len(q) <= 2:
-        return fp8.gemv(q, q_scales, weight, scales, bias, dtype, out=form.n, block=form.k, warps=form.warps)
     whole = not any(size % 16 for size in weight.shape)
     if kernel == "library" and whole and capability() and dtype is torch.bfloat16:
         y = fp8.library(q, q_scales, weight, scales)

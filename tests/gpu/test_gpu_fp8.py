@@ -56,7 +56,7 @@ def test_rows(dtype: torch.dtype, static: bool) -> None:
                 assert torch.equal(one, other)
         q, scales = cuda.quantize_fp8(torch.cat((residual, x), 1)[:, size:], by)
         exact, of_rows = quantize_fp8(x, by)
-        close(q.float() * scales, exact.float() * of_rows, 1e-3)
+        close(q.float() * scales, exact.float() * of_rows, 5e-3)  # a quotient that is rounded otherwise
         assert ((q.float() - exact.float()).abs() <= exact.float().abs() / 8 + 2**-9).all()
 
 

@@ -21,10 +21,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 # Prompts that begin and go on, with and without their log-probabilities, decodes alone and beside them, a batch ahead.
 RUN = """
 import sys
+import tempfile
+from pathlib import Path
+from engine import blobs
 from engine.directory import DirectoryStore
 from engine.trust import Trust
 from executor_svc.core import Sampling, Sequence
-from executor_svc.kernel_archive import adopt_from
+from executor_svc.kernel_archive import adopt_from, unpack
 from executor_svc.loader import begin_load
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
@@ -36,7 +39,10 @@ loaded = begin_load(store, engine, node)
 with loaded.arriving:
     adopt_from(store, loaded.manifest, trusted, node.compute_capability)
     from executor_svc.cuda_runner import CudaRunner
-    runner = CudaRunner(loaded.program, loaded.weights, loaded.manifest.limits)
+    with tempfile.TemporaryDirectory() as place:  # the same tactics for both
+        _, table = unpack(blobs.read(store, loaded.manifest.ranks[0].kernels[0]), Path(place))
+    runner = CudaRunner(loaded.program, loaded.weights, loaded.manifest.limits, table=table)
+assert table
 scheduler = Scheduler(scheduler_config(runner, loaded.manifest))
 work = []
 for number in range(40):
