@@ -2,7 +2,8 @@
 
     python -m bench.attention [--out FILE.json] [--dry]
 
-Llama-3.1-8B's heads (32 of 128, 8 of keys), bfloat16, decodes over caches of 8 bits, too; pages of 16 in random order. Each form is checked against torch's SDPA.
+Llama-3.1-8B's heads (32 of 128, 8 of keys), bfloat16, decodes over caches of 8 bits, too; pages of 16 in random order. Each form
+is checked against torch's SDPA.
 --dry compiles and checks, and times nothing.
 """
 
