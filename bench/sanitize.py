@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.serving import Loaded, build_dummy, load, run
-from executor_svc import cuda_runner
+from executor_svc import cuda_graphs
 from executor_svc.core import Sampling, Sequence
 from tests.running import random_step
 
@@ -80,7 +80,7 @@ def operators() -> None:
 
 def main() -> None:
     if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
-        cuda_runner._Graph.capture = lambda *_: None  # type: ignore[method-assign]
+        cuda_graphs.Graph.capture = lambda *_: None  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as store:
         loaded = engine(Path(store))
         print(f"{loaded.runner.capabilities.num_blocks} blocks; {steps(loaded)} tokens made", flush=True)

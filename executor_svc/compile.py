@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 import triton
 from triton import knobs
@@ -30,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from engine.manifest import Limits
 from engine.program import Program
-from executor_svc.cuda_layout import NOTHING, HostStep
+from executor_svc.cuda_layout import HostStep, trial
 from executor_svc.cuda_runner import CudaRunner
 from executor_svc.kernel_archive import archive_name, pack
 from executor_svc.kernels.paged import SPLITS_FOR
@@ -85,11 +84,9 @@ def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, ta
     runner = CudaRunner(program, weights, limits, kv_memory=1 << 40, table=table, device="meta")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         with triton.AsyncCompileMode(pool, ignore_errors=True) as found, torch.inference_mode():
-            for graph in runner._graphs:
+            for graph in runner.graphs:
                 graph.compute()
-            runner._draw_nothing(runner._graphs[0])
-            for step in steps(limits):
-                runner._run(step, NOTHING)
+            runner.walk(steps(limits))
         kernels = []
         for kernel in found.future_kernels.values():
             if error := kernel.future.exception():
@@ -106,31 +103,10 @@ def steps(limits: Limits) -> Iterator[HostStep]:
     Prompts begin and go on, with as many tokens, and rows of logits, as products of few rows have each a kernel of their own for.
     """
     for decodes in range(1, min(limits.max_batch_size, SPLITS_FOR) + 1):
-        yield step(decodes)
+        yield trial(decodes)
     for power in range(1, (limits.max_num_tokens - 1).bit_length() + 1):
         for cached in (0, 16):
-            yield step(0, 1 << power, cached)
-
-
-def step(decodes: int, prompt: int = 0, cached: int = 0) -> HostStep:
-    """Decodes of a token each, and a prompt's tokens behind those that are cached; the logits of all of them."""
-    counts = np.array([1] * decodes + [prompt] * (prompt > 0), dtype=np.int32)
-    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    zeros, rows = np.zeros(starts[-1], dtype=np.int32), np.zeros(len(counts), dtype=np.int32)
-    return HostStep(
-        tokens=zeros,
-        positions=zeros,
-        token_rows=zeros,
-        rows=rows,
-        starts=starts,
-        lengths=counts + cached,
-        num_decodes=decodes,
-        samples=starts[1:] - 1,
-        prompt_rows=np.arange(decodes, starts[-1] - 1, dtype=np.int32)[: max(prompt - 1, 0)],
-        sampling_rows=rows,
-        updates=np.zeros((1, 2), dtype=np.int32),
-        rope_lengths=np.zeros(starts[-1], dtype=np.int32),
-    )
+            yield trial(0, 1 << power, cached, told=True)
 
 
 def _compile_host(kernels: list[Any], pool: ThreadPoolExecutor) -> None:

@@ -1,6 +1,6 @@
 """From a Batch to the few numbers of a step that a device does not have yet: block tables and last tokens stay there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -62,6 +62,39 @@ class HostStep:
         """bool, which of the sequences behind the first num_decodes have all their keys in this step."""
         lengths: np.ndarray = self.lengths[self.num_decodes :]
         return np.diff(self.starts[self.num_decodes :]) == lengths
+
+    def of_row(self, row: int) -> "HostStep":
+        """The same step with all its sequences in one table row."""
+        same = {name: np.full_like(getattr(self, name), row) for name in ("token_rows", "rows", "sampling_rows")}
+        return replace(self, **same)
+
+
+def trial(decodes: int, prompt: int = 0, cached: int = 0, *, count: int = 1, told: bool = False) -> HostStep:
+    """A step of decodes of a token each, then prompts, that is there to be tried: its tokens are 0, its rows one another's.
+
+    Args:
+        prompt: tokens of each prompt; 0 for none.
+        cached: tokens of it that the cache would have already.
+        count: of prompts.
+        told: whether the logits of the prompts' tokens are wanted, too.
+    """
+    counts = np.array([1] * decodes + [prompt] * (count if prompt else 0), dtype=np.int32)
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    zeros, rows = np.zeros(starts[-1], dtype=np.int32), np.zeros(len(counts), dtype=np.int32)
+    return HostStep(
+        tokens=zeros,
+        positions=zeros,
+        token_rows=zeros,
+        rows=rows,
+        starts=starts,
+        lengths=counts + cached,
+        num_decodes=decodes,
+        samples=starts[1:] - 1,
+        prompt_rows=np.arange(decodes, starts[-1] - 1 if told else decodes, dtype=np.int32),
+        sampling_rows=rows,
+        updates=np.zeros((0, 2), dtype=np.int32),
+        rope_lengths=zeros,
+    )
 
 
 class Shape:

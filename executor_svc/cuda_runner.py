@@ -7,7 +7,7 @@ and sent to the host. Nothing waits for the host but batches with a row whose lo
 
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from engine.manifest import Limits
 from engine.program import ROPE_LENGTHS, Program
 from executor_svc.core import Batch, Sampled
-from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws
+from executor_svc.cuda_graphs import Graph, memory, shapes
+from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws, trial
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import fp8, implementations
 from executor_svc.kernels.fuse import fuse, whole_rows
@@ -27,48 +28,14 @@ from executor_svc.kernels.logit_keys import WIDTH
 from executor_svc.kernels.sample import sample
 from executor_svc.kernels.stage import choose, keep, put, stage
 from executor_svc.kernels.tactics import RULE, Table
+from executor_svc.kernels.target import roomy
 from executor_svc.rope_lengths import rope_lengths
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
 
 IN_FLIGHT = 2
-_KV_SHARE = 0.85  # of what is free when the weights are there; the rest is for activations and graphs
-_LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-_MIXED = (
-    1024  # tokens of prompts in a step that a graph holds; more keep the device busy while the host starts the next
-)
-_ROWS = 128  # cuBLAS takes as long for fewer
-
-
-@dataclass
-class _Graph:
-    """A step of a fixed shape: its columns, int32, and what it makes of them: logits, and the most probable tokens.
-
-    Off the GPU there are no graphs, and it is computed each time.
-    """
-
-    shape: Shape
-    columns: Tensor
-    compute: Callable[[], tuple[Tensor, Tensor]]
-    graph: Any = None
-    results: tuple[Tensor, Tensor] | None = None
-
-    def capture(self, pool: Any) -> None:
-        """Compiles what is not compiled yet, then records."""
-        self.compute()
-        torch.cuda.current_stream().synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        # of this thread alone: in another one weights may be arriving
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.results = self.compute()
-
-    def run(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """The step with other columns, from pinned memory."""
-        self.columns.copy_(columns, non_blocking=True)
-        if self.graph is None or self.results is None:
-            return self.compute()
-        self.graph.replay()
-        return self.results
+_KV_SHARE = 0.9  # of what weights, graphs and the largest step leave free; the rest is the libraries'
+_VOCABULARY = 1 << 19  # what drawing sums exactly
 
 
 @dataclass
@@ -92,8 +59,8 @@ class CudaRunner:
         program: one that `takes` takes.
         weights: by the program's names, on the device.
         kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
-            the memory that is free.
-        kv_share: in (0, 1]; by default 0.85.
+            the memory that is free and that steps do not take.
+        kv_share: in (0, 1]; by default 0.9.
         table: tactics of products; by default the rule's.
         device: "cuda", or "cpu" where Triton interprets its kernels; then there are no graphs.
 
@@ -118,10 +85,13 @@ class CudaRunner:
         operators = implementations("gpu")
         for name in ("linear", "linear_silu_mul", "product_fp8"):
             operators[name] = functools.partial(operators[name], table=table)
-        self._interpreter = Interpreter(fuse(program), weights, operators)
+        fused = fuse(program)
+        self._interpreter = Interpreter(fused, weights, operators)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         # one block more takes the keys of rows that only fill a graph up
-        num_blocks = cache_blocks(program, limits, device, kv_memory, kv_share or _KV_SHARE, spare=1)
+        num_blocks = cache_blocks(
+            program, limits, device, kv_memory, kv_share or _KV_SHARE, spare=1, steps=memory(fused, limits)
+        )
         self._k, self._v = caches(program, num_blocks + 1, device)
         rows = limits.max_batch_size + 1  # the last one is the fill's
         self._fill_row = rows - 1
@@ -139,20 +109,22 @@ class CudaRunner:
         self.capabilities = Capabilities(
             num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True, rope=rope
         )
-        self._graphs = self._capture(limits)
+        self.graphs = self._capture(limits)
 
     @staticmethod
     def takes(program: Program) -> bool:
         """Whether it can run it: activations of 16 bits, keys and values of 16 or 8, heads whose tiles shared memory holds.
 
-        Of 8 bits on Hopper and later.
+        Of 8 bits on Hopper and later; on GPUs with little shared memory nothing.
         """
         floats = {value.type.dtype for op in program.ops if op.op == "attention" for value in op.outputs}
         caches = {cache.dtype for cache in program.caches}
         halves = {"bfloat16", "float16"}
         small = "float8_e4m3fn" in caches or any(whole_rows(op, program) for op in program.ops)
-        held = floats <= halves and caches <= {*halves, "float8_e4m3fn"}
-        return held and all(cache.head_dim <= 256 for cache in program.caches) and (not small or fp8.able())
+        known = floats <= halves and caches <= {*halves, "float8_e4m3fn"} and (not small or fp8.able())
+        (vocab,) = (value.type.shape[-1] for op in program.ops for value in op.outputs if value.name in program.outputs)
+        held = all(cache.head_dim <= 256 for cache in program.caches) and int(vocab) < _VOCABULARY
+        return known and held and roomy()
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:
@@ -172,7 +144,7 @@ class CudaRunner:
         items = [item for item in batch.items if item.samples]
         drawn = not len(layout.prompt_rows) and all(item.unedited for item in items)
         random = draws(items, layout.sampling_rows) if drawn else NOTHING
-        graph = next((graph for graph in self._graphs if graph.shape.fits(layout)), None)
+        graph = next((graph for graph in self.graphs if graph.shape.fits(layout)), None)
         logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
         if len(random):
             limited = any(item.sequence.sampling.limited for item in items)
@@ -204,7 +176,7 @@ class CudaRunner:
         logits = self._logits(token_ids, positions, torch.cat((samples, prompt_rows)), lengths_of_rope, step)
         return logits, choose(logits[: len(samples)], sampling_rows, self._last), moved
 
-    def _replay(self, graph: _Graph, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def _replay(self, graph: Graph, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         if len(rest := layout.updates[graph.shape.updates :]):  # a sequence that comes back brings many blocks
             put(self._tables, self._column(rest.reshape(-1)))
         columns = graph.shape.fill(layout)
@@ -239,29 +211,38 @@ class CudaRunner:
         return logits
 
     @torch.inference_mode()
-    def _capture(self, limits: Limits) -> list[_Graph]:
-        """Graphs for a ladder of decodes, then of decodes with prompts, the smallest first; they share their memory."""
+    def _capture(self, limits: Limits) -> list[Graph]:
+        """Graphs for a ladder of decodes, then of decodes with prompts, the smallest first; then runs what none holds."""
         graphs = []
-        for decodes, tokens in _shapes(limits.max_batch_size, limits.max_num_tokens):
+        for decodes, tokens in shapes(limits):
             shape = Shape(
                 decodes, tokens, limits.max_batch_size, BLOCK_SIZE, self._fill_row, rope_lengths=self._by_length
             )
             columns = torch.from_numpy(np.concatenate(shape.empty())).to(self._device)
-            graphs.append(_Graph(shape, columns, functools.partial(self._compute, columns, shape)))
+            graphs.append(Graph(shape, columns, functools.partial(self._compute, columns, shape)))
         if self._on_gpu:
             pool = torch.cuda.graph_pool_handle()
             for graph in reversed(graphs):  # the largest first, whose memory the others then share
                 graph.capture(pool)
-            self._draw_nothing(graphs[0])
+            longest = min(limits.max_num_tokens, limits.max_seq_len)
+            self.walk([trial(limits.max_batch_size), trial(0, longest, 0, count=-(-limits.max_num_tokens // longest))])
             torch.cuda.synchronize()
         return graphs
 
-    def _draw_nothing(self, graph: _Graph) -> None:
-        """Runs the kernels that draw on a row that takes its most probable token: so they are compiled."""
-        logits, sampled = graph.compute()
-        greedy = torch.zeros(WIDTH + 1, dtype=torch.int32)
-        greedy[WIDTH] = self._fill_row
-        self._sample(logits[:1], sampled[:1], greedy.to(self._device), limited=True)
+    @torch.inference_mode()
+    def walk(self, steps: Iterable[HostStep]) -> None:
+        """Runs steps that no graph holds, and draws the tokens of each: so all is compiled, and its memory is there.
+
+        Args:
+            steps: of `trial`; they are the fill's, and leave nothing behind.
+        """
+        for step in steps:
+            filled = step.of_row(self._fill_row)
+            logits, sampled, _ = self._run(filled, NOTHING)
+            count = len(filled.samples)
+            greedy = torch.zeros(count * (WIDTH + 1), dtype=torch.int32)
+            greedy[count * WIDTH :] = self._fill_row
+            self._sample(logits[:count], sampled, greedy.to(self._device), limited=True)
 
     def _step(
         self, slots: Tensor, num_decodes: int, rows: Tensor, lengths: Tensor, starts: Tensor, *columns: Tensor
@@ -301,20 +282,3 @@ class CudaRunner:
 
     def _host(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
-
-
-def _shapes(max_batch_size: int, max_num_tokens: int) -> list[tuple[int, int]]:
-    """Decodes and tokens of the steps that graphs hold, the smallest first: decodes alone, then with prompts."""
-    most = min(max_batch_size, _LADDER[-1])
-    mixed = {(0, tokens) for tokens in (128, 256, 512, 1024)}
-    for decodes in {min(64, most), most}:
-        first = decodes // _ROWS * _ROWS + _ROWS
-        mixed |= {(decodes, tokens) for tokens in range(first, first + _MIXED, _ROWS)}
-    alone = {*(size for size in _LADDER if size < most), most}
-    return [
-        *((size, size) for size in sorted(alone)),
-        *sorted(
-            {(decodes, min(tokens, max_num_tokens)) for decodes, tokens in mixed} - {(most, most)},
-            key=lambda pair: pair[::-1],
-        ),
-    ]

@@ -8,6 +8,7 @@ import atexit
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import tarfile
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _MEMBER = re.compile(r"[A-Z2-7]+/[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a key's directory, and a file there
 _KEPT = (".cubin", ".json", ".so")  # the code, how it is launched, and functions of the host that do so
+_PREFIX = "enginehouse-kernels-"  # of a directory, before the number of the process that uses it
 _TACTICS = "tactics.json"  # a table of `kernels/tactics.py`, where a builder has measured one
 _PLACES = ("extern_libs",)  # of the metadata: paths that say where something was, which nothing reads
 
@@ -75,7 +77,7 @@ def unpack(data: bytes, directory: Path) -> tuple[int, Table]:
             for member in archive:
                 source = archive.extractfile(member) if member.isreg() else None
                 if source is not None and member.name == _TACTICS:
-                    table = from_json(source.read())
+                    table = _table(source.read())
                     continue
                 if source is None or not _MEMBER.fullmatch(member.name) or not member.name.endswith(_KEPT):
                     raise DataLoss(
@@ -93,6 +95,22 @@ def unpack(data: bytes, directory: Path) -> tuple[int, Table]:
     return count, table
 
 
+def _clear() -> None:
+    """Removes what workers that were killed have left."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = left.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _table(data: bytes) -> Table:
+    try:
+        return from_json(data)
+    except (ValueError, TypeError, IndexError) as error:
+        log.warning("the table of tactics is of another release (%s): the rule is used", error)
+        return RULE
+
+
 def adopt(data: bytes) -> tuple[int, Table]:
     """Lets Triton find an archive's kernels, in this process, before its own; how many those are, and the table beside them.
 
@@ -101,7 +119,8 @@ def adopt(data: bytes) -> tuple[int, Table]:
     Raises:
         DataLoss: see `unpack`.
     """
-    directory = Path(tempfile.mkdtemp(prefix="enginehouse-kernels-"))
+    _clear()
+    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     count, table = unpack(data, directory)
 
@@ -162,7 +181,7 @@ def adopt_from(store: Store, manifest: Manifest, trust: Trust, compute_capabilit
 
     def seen(*, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
-            log.warning("kernel %s is compiled here: the engine's are of another release", metadata["name"])
+            log.warning("kernel %s is compiled here: the engine does not have it in this form", metadata["name"])
 
     knobs.compilation.listener = seen
     return table

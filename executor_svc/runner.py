@@ -126,13 +126,20 @@ class TorchRunner:
 
 
 def cache_blocks(
-    program: Program, limits: Limits, device: str, kv_memory: int | None, kv_share: float, spare: int = 0
+    program: Program,
+    limits: Limits,
+    device: str,
+    kv_memory: int | None,
+    kv_share: float,
+    spare: int = 0,
+    steps: int = 0,
 ) -> int:
     """How many blocks the KV cache has.
 
     Args:
         kv_memory: bytes; None is what max_batch_size sequences of max_seq_len need, at most kv_share of the free memory.
         spare: blocks that are no sequence's, and not counted.
+        steps: bytes of the free memory that steps will take.
 
     Raises:
         FailedPrecondition: less than one sequence of max_seq_len needs.
@@ -141,7 +148,7 @@ def cache_blocks(
     per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
     if kv_memory is None:
         most = (limits.max_batch_size * per_sequence + spare) * block_bytes
-        kv_memory = min(most, int(kv_share * _free_memory(device)))
+        kv_memory = min(most, int(kv_share * max(0, _free_memory(device) - steps)))
     num_blocks = max(kv_memory // block_bytes - spare, 0)
     if num_blocks < per_sequence:
         raise FailedPrecondition(

@@ -11,8 +11,9 @@ import msgspec
 
 from engine.manifest import Limits
 from engine.program import Program
+from executor_svc.cuda_runner import CudaRunner
 from executor_svc.kernels.fuse import fuse
-from executor_svc.kernels.tactics import to_json
+from executor_svc.kernels.tactics import RULE, to_json
 from executor_svc.kernels.tuning import tune
 
 
@@ -25,7 +26,8 @@ def main() -> int:
     arguments = parser.parse_args()
     program = Program.from_json(arguments.program.read_bytes())
     limits = msgspec.json.decode(arguments.limits, type=Limits)
-    arguments.out.write_bytes(to_json(tune(fuse(program), limits)))
+    table = tune(fuse(program), limits) if CudaRunner.takes(program) else RULE
+    arguments.out.write_bytes(to_json(table))
     return 0
 
 

@@ -6,6 +6,7 @@ the other end closes.
 
 import argparse
 import gc
+import importlib.util
 import logging
 import signal
 import socket
@@ -320,11 +321,11 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     with loaded.arriving:  # a runner's graphs need to know where weights will be, and not yet their values
         program, weights = unpack(arguments.device, loaded.program, loaded.weights)
         del loaded  # what was read is given back where it has been unpacked
-        table = {}
-        if node.compute_capability:
+        table: dict[Any, Any] = {}
+        if _on_triton(arguments.device):
             from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
 
-            table = adopt_from(store, manifest, trust, node.compute_capability)
+            table = adopt_from(store, manifest, trust, node.compute_capability or "")
         prepared = prepare(arguments.device, program, weights)
         runner = _runner(arguments, program, prepared, manifest, table)
         ready = time.monotonic() - began
@@ -339,23 +340,34 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     worker.run()
 
 
+def _on_triton(device: str) -> bool:
+    """Whether there are kernels of ours for the device: those for GPUs need Triton, which not every torch for CUDA brings."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def _runner(
     arguments: argparse.Namespace, program: Program, weights: dict[str, Any], manifest: Manifest, table: dict[Any, Any]
 ) -> Runner:
-    if arguments.device == "cuda":
-        from executor_svc.cuda_runner import CudaRunner  # here, because it needs Triton
+    memory = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share}
+    try:
+        if _on_triton(arguments.device):
+            from executor_svc.cuda_runner import CudaRunner  # here, because it needs Triton
 
-        if CudaRunner.takes(program):
-            memory = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share}
-            return CudaRunner(program, weights, manifest.limits, table=table, **memory)
-    return TorchRunner(
-        program,
-        weights,
-        manifest.limits,
-        device=arguments.device,
-        kv_memory=arguments.kv_memory,
-        kv_share=arguments.kv_share,
-    )
+            if CudaRunner.takes(program):
+                return CudaRunner(program, weights, manifest.limits, table=table, **memory)
+        if arguments.device == "cuda":
+            log.warning(
+                "this engine runs on plain operators, which are slow: kernels for GPUs need Triton, a GPU of compute capability "
+                "8.0, 8.7 or from 9.0 on with as much shared memory (9.0 for 8 bits), and an engine of dtype bfloat16 or float16"
+            )
+        return TorchRunner(program, weights, manifest.limits, device=arguments.device, **memory)
+    except torch.OutOfMemoryError as error:
+        limits = manifest.limits
+        raise FailedPrecondition(
+            f"the GPU's memory is too small beside weights and KV cache: {error}. Give a smaller --kv-memory, or build the "
+            f"engine with less than max_batch_size {limits.max_batch_size} or max_num_tokens {limits.max_num_tokens}",
+            reason="GPU_MEMORY_TOO_SMALL",
+        ) from None
 
 
 if __name__ == "__main__":

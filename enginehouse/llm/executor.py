@@ -150,6 +150,7 @@ class GenerationExecutor(Generator):
         arguments = (kv_cache_config or KvCacheConfig()).arguments(manifest.model.kv_bytes_per_token)
         arguments += ["--store", engine.store.url, "--device", manifest.fingerprint.device]
         arguments += ["--max-waiting", str(_UNLIMITED), "--log-level", "warning"]
+        arguments += ["--trust-native"] if engine.ours else []  # this process has compiled what code there is
         self._tokenizer = tokenizer or Skipped(engine.engine_id)
         self._model = Model(
             name=name or engine.engine_id[:12],

@@ -1,7 +1,7 @@
 """Implementations of operators for a device, where they are faster than the reference.
 
-A module here named like a device kind holds functions named like operators, with the reference's signature; the CPU has
-compiled ones beside them (`native.py`). A test holds each against the reference on random shapes.
+`cpu.py` and `gpu.py` hold functions named like operators, with the reference's signature; the CPU has compiled ones beside them
+(`native.py`). A test holds each against the reference on random shapes. What `CudaRunner` does not take runs on the references.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from executor_svc.kernels.fuse import DEVICE_OPERATORS
 
 
 def own(device: str) -> dict[str, Callable[..., Any]]:
-    """The implementations over torch that a device kind has of its own, by operator."""
+    """The implementations over torch that "cpu" or "gpu" has of its own, by operator; others have none."""
     if importlib.util.find_spec(f"{__name__}.{device}") is None:
         return {}
     module = importlib.import_module(f"{__name__}.{device}")
@@ -27,7 +27,7 @@ def own(device: str) -> dict[str, Callable[..., Any]]:
 
 
 def implementations(device: str) -> dict[str, Callable[..., Any]]:
-    """Operator -> the function to run on a device kind."""
+    """Operator -> the function to run on "cpu", "gpu" (by Triton, for CudaRunner) or a device of torch (the references)."""
     chosen = {**REFERENCE, **own(device)}
     return {**chosen, **native.operators(chosen)} if device == "cpu" and native.available else chosen
 
@@ -36,8 +36,8 @@ def unpack(device: str, program: Program, weights: dict[str, Tensor]) -> tuple[P
     """The program and its weights with what the device has no operators for in a form that it has.
 
     On the CPU that is every packed product: its matrix is made once, in the dtype of the activations, and multiplied by linear.
-    So it is as fast as a dense engine and takes as much memory; operators over the packed weights are to replace this. Other
-    devices run the references, which make each matrix again at every step.
+    So it is as fast as a dense engine and takes as much memory; operators over the packed weights are to replace this. On GPUs
+    products of 8 bits have kernels; the other references make each matrix again at every step.
     """
     return expand(program, weights) if device == "cpu" else (program, weights)
 

@@ -99,7 +99,7 @@ def silu_mul(gate_up: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tenso
     return q, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _tiles(
     q, q_scales, weight, scales, bias, y, rows, outputs, columns,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
@@ -140,7 +140,7 @@ def tiles(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _bulk(
     q, weight, q_scales, scales, bias, y, rows, outputs, columns,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BAND: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,

@@ -1,6 +1,7 @@
 """Triton kernels for products with few rows, whose time goes into reading the weight once.
 
-The first part of a weight is on its way before the kernel waits for the one before it (`wait_before`): no kernel writes weights.
+The first part of a GEMV's weight is on its way before the kernel waits for the one before it (`wait_before`): no kernel writes
+weights.
 A pair is the product with gate and up, [2 * n, columns], and `silu_mul` of it, whose input stays in registers.
 """
 

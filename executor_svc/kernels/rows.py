@@ -31,8 +31,9 @@ def wait_before(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def to_fp8(value, scale):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """`engine.ops.to_fp8`."""
-    return tl.minimum(tl.maximum(value.to(tl.float32) / scale, -448.0), 448.0).to(tl.float8e4nv)
+    """`engine.ops.to_fp8`; what is no number stays none."""
+    exact = tl.div_rn(value.to(tl.float32), scale + tl.zeros_like(value).to(tl.float32))
+    return tl.clamp(exact, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @triton.jit

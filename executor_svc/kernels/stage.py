@@ -91,7 +91,9 @@ def _choose(values, places, rows, last, sampled, CHUNKS: tl.constexpr, WIDE: tl.
     row = tl.program_id(0)
     at = row * CHUNKS + tl.arange(0, WIDE)
     _, chunk = tl.max(tl.load(values + at, tl.arange(0, WIDE) < CHUNKS, float("-inf")), 0, return_indices=True)
-    token = tl.load(places + row * CHUNKS + chunk)
+    token = tl.load(
+        places + row * CHUNKS + tl.minimum(chunk, CHUNKS - 1)
+    )  # of NaN alone a reduction may give any place
     tl.store(sampled + row, token)
     tl.store(last + tl.load(rows + row), token)
 

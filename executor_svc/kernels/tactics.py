@@ -102,7 +102,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tactic: Tactic, *, 
 def multiply_fp8(
     q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype, tactic: Tactic
 ) -> Tensor:
-    """float8_e4m3fn [T, in] and [out, in], with a scale a row each ([T, 1] and [out, 1] float32) -> [T, out]."""
+    """float8_e4m3fn [T, in] and [out, in], with a scale a row each ([T, 1] and [out, 1] float32) -> [T, out].
+
+    The library's product is rounded before a bias is added, the others' behind it.
+    """
     kernel, form = tactic
     whole = not any(size % 16 for size in weight.shape)
     if kernel == "library" and whole and capability() and dtype is torch.bfloat16:

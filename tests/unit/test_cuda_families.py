@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import msgspec
 import pytest
 import test_families
 import test_families_experts
@@ -11,6 +10,11 @@ import test_families_gpt
 import test_families_wide
 import torch
 
+from builder_svc.build_config import BuildConfig
+from builder_svc.pipeline import build
+from engine import blobs
+from engine.directory import DirectoryStore
+from engine.program import Program
 from executor_svc.core import Sampling, Sequence
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config
@@ -52,9 +56,11 @@ def test_gives_the_plain_runners_tokens(case: str, tmp_path: Path, monkeypatch: 
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family, **{**layers, **changes})
     options = {"max_seq_len": 48, "max_batch_size": 2, "max_num_tokens": 24}
     loaded = make_engine(checkpoint, tmp_path / "store", prepared=False, dtype="float32", **options)
-    caches = tuple(msgspec.structs.replace(cache, dtype="bfloat16") for cache in loaded.program.caches)
-    takes = cuda_runner.CudaRunner.takes
-    assert takes(msgspec.structs.replace(loaded.program, caches=caches)) and not takes(loaded.program)
+    half = build(
+        checkpoint, BuildConfig(dtype="bfloat16", **options), store=DirectoryStore(tmp_path / "store")
+    ).manifest
+    program = Program.from_json(blobs.read(DirectoryStore(tmp_path / "store"), half.ranks[0].program))
+    assert cuda_runner.CudaRunner.takes(program) and not cuda_runner.CudaRunner.takes(loaded.program)
     expected, found = work(), work()
     Engine(loaded).run(expected)
     runner = cuda_runner.CudaRunner(loaded.program, loaded.weights, loaded.manifest.limits, device="cpu")

@@ -128,3 +128,12 @@ def test_chooses_the_first_of_the_most_probable(rows: int, vocab: int) -> None:
     chosen = choose(logits, places, last)
     assert chosen.tolist() == [logits[row].tolist().index(logits[row].max()) for row in range(rows)]
     assert last[places.long()].tolist() == chosen.tolist() and (last >= 0).sum() == rows
+
+
+def test_a_row_of_no_numbers_gives_a_token_of_the_vocabulary() -> None:
+    """And of its own row: three chunks, beside which a block has room for a fourth."""
+    from executor_svc.kernels.stage import choose
+
+    logits = torch.full((2, 3 * 8192), float("nan"))
+    chosen = choose(logits, torch.tensor([0, 1], dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    assert ((chosen >= 0) & (chosen < logits.shape[1])).all()

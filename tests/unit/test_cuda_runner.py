@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from engine.manifest import Limits
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import LoadedEngine
 from executor_svc.scheduler import Scheduler
@@ -54,3 +55,17 @@ def test_gives_the_plain_runners_tokens(
     found = sequences(4, temperature)
     run_ahead(runner, scheduler, found)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+def test_memory_is_kept_for_the_largest_step(engine: LoadedEngine) -> None:
+    """Of a layer gate, up, what the MLP makes of them, the residual and its input are there at once."""
+    from executor_svc.cuda_graphs import memory, shapes
+    from executor_svc.kernels.fuse import fuse
+
+    program = fuse(engine.program)
+    small, large = (Limits(2, 4096, tokens) for tokens in (1024, 4096))
+    wide = next(op for op in program.ops if op.op == "linear_silu_mul").outputs[0].type
+    per_token = 3 * int(wide.shape[-1]) * 4 + 2 * engine.manifest.model.hidden_size * 4
+    assert memory(program, large) - memory(program, small) >= 3072 * per_token
+    logits = sum(min(64, decodes + 16 * (tokens > decodes)) for decodes, tokens in shapes(Limits(64, 4096, 2048)))
+    assert memory(program, Limits(64, 4096, 2048)) >= logits * engine.manifest.model.vocab_size * 4

@@ -1,7 +1,9 @@
 """FP8 as an engine has it: what the references mean, and what builds make of checkpoints that quantize activations and caches."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
+from builder_svc.weights import write_weights
 from engine import blobs
 from engine.directory import DirectoryStore
 from engine.errors import InvalidArgument
@@ -246,3 +249,22 @@ def test_the_8b_that_benchmarks_take(tmp_path: Path) -> None:
     assert program.weights["lm_head.weight"].dtype == "bfloat16"
     assert manifest.model.num_parameters == 8_030_261_312
     assert manifest.model.kv_bytes_per_token == 2 * 8 * 128 * 32
+
+
+def test_matrices_lie_where_gpus_read_them_at_once(tmp_path: Path) -> None:
+    """At multiples of 16 bytes, however many scales of 4 there are."""
+    values = {f"scale{number}": torch.ones(1) for number in range(3)}
+    values |= {"narrow": torch.ones(3, dtype=torch.bfloat16), "matrix": torch.ones(4, 16).to(torch.float8_e4m3fn)}
+    values["wide"] = torch.ones(8, 8, dtype=torch.bfloat16)
+    kinds = {
+        name: TensorType(str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in values.items()
+    }
+    program = SimpleNamespace(ops=[SimpleNamespace(inputs=list(values))], weights=kinds)
+    ((_, path),) = write_weights(program, lambda name: [values[name]], values, tmp_path, lambda *_: None)
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    found = {
+        name: size + at["data_offsets"][0] for name, at in json.loads(data[8:size]).items() if name != "__metadata__"
+    }
+    assert found.keys() == values.keys() and all(found[name] % 16 == 0 for name in ("matrix", "wide"))
+    assert all(found[name] % kinds[name].nbytes == 0 for name in ("scale0", "scale1", "scale2"))
