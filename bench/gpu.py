@@ -12,23 +12,15 @@ is; those of another batch size than 256 end with it. `itl_ms_bN` is (time for 2
 import argparse
 import random
 import statistics
+import tempfile
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
 
 from bench.products import read_speed
-from bench.serving import save
-from builder_svc.build_config import BuildConfig
-from builder_svc.pipeline import build
+from bench.serving import build_dummy, load, run, save
 from executor_svc.core import Batch, Sampling, Sequence
-from executor_svc.cuda_runner import CudaRunner
-from executor_svc.kernels.fuse import fuse
-from executor_svc.kernels.tuning import tune
-from executor_svc.loader import load_engine
-from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config, this_node
 
 WORKLOADS = ("ttft_ms_128", "ttft_ms_4096", "itl_ms_b1", "itl_ms_b8", "itl_ms_b64", "itl_ms_b256", "mixed_s")
 # vLLM 0.26, the floor and what we mean to reach, on one H100; by the prefix of a result's name
@@ -44,34 +36,14 @@ TABLES = {
 class Bench:
     """An engine of dummy weights, loaded."""
 
-    def __init__(self, model: Path, kv_cache_dtype: str, batch: int, tuned: bool) -> None:
-        began = time.perf_counter()
-        config = BuildConfig(
-            device="cuda",
-            dummy_weights=True,
-            max_batch_size=batch,
-            max_seq_len=8192,
-            max_num_tokens=8192,
-            kv_cache_dtype=kv_cache_dtype,
-        )
-        self.engine = build(model, config)
-        loaded = load_engine(self.engine.store, self.engine.engine_id, this_node("cuda"))
-        weights = {name: tensor.to("cuda") for name, tensor in loaded.weights.items()}
-        self.weight_bytes = sum(weight.nbytes for weight in weights.values())
-        ready = time.perf_counter()
-        limits = loaded.manifest.limits
-        table = tune(fuse(loaded.program), limits) if tuned else {}
-        tuning, ready = time.perf_counter() - ready, time.perf_counter()
-        self.runner = CudaRunner(loaded.program, weights, limits, table=table)
-        self.manifest = loaded.manifest
-        self.prefix = "fp8_" if self.manifest.quantization else ""
+    def __init__(self, store: Path, model: Path, kv_cache_dtype: str, batch: int, tuned: bool) -> None:
+        sizes = {"max_batch_size": batch, "max_seq_len": 8192, "max_num_tokens": 8192}
+        engine = build_dummy(model, store, device="cuda", kv_cache_dtype=kv_cache_dtype, **sizes)
+        self.loaded = load(store, engine, tuned=tuned)
+        self.prefix = "fp8_" if self.loaded.manifest.quantization else ""
         self.prefix += "kv_" if kv_cache_dtype == "fp8" else ""
         self.suffix = "" if batch == 256 else f"_batch{batch}"
-        print(
-            f"built and loaded in {ready - began - tuning:.1f} s, tuned in {tuning:.1f} s, runner with graphs in "
-            f"{time.perf_counter() - ready:.1f} s",
-            flush=True,
-        )
+        print("tuned in {:.1f} s, runner with graphs in {:.1f} s".format(*self.loaded.seconds), flush=True)
         self.serial = 0
 
     def requests(self, lengths: list[tuple[int, int]]) -> list[Sequence]:
@@ -83,27 +55,18 @@ class Bench:
         return made
 
     def run(self, work: list[Sequence]) -> float:
-        """Seconds until all have ended."""
-        scheduler = Scheduler(scheduler_config(self.runner, self.manifest, max_waiting=1 << 20))
-        started: deque[Batch] = deque()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for sequence in work:
-            scheduler.add(sequence)
+        """Seconds until all have ended; `steps` has those of each step, by kind."""
         self.steps: dict[str, list[float]] = {}
-        last = began
-        while not scheduler.idle:
-            while batch := scheduler.schedule():
-                self.runner.start(batch)
-                started.append(batch)
-            batch = started.popleft()
-            scheduler.commit(batch, self.runner.finish())
-            now = time.perf_counter()
-            tokens = sum(item.count for item in batch.items)
+        last = time.perf_counter()
+
+        def ended(batch: Batch) -> None:
+            nonlocal last
+            now, tokens = time.perf_counter(), sum(item.count for item in batch.items)
             kind = "decode" if tokens == len(batch.items) else "mixed" if tokens < 1280 else "large"
             self.steps.setdefault(kind, []).append(now - last)
             last = now
-        return time.perf_counter() - began
+
+        return run(self.loaded, work, ended)
 
     def median(self, lengths: list[tuple[int, int]], rounds: int) -> float:
         self.run(self.requests(lengths))
@@ -145,11 +108,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as store:
+        measure(Path(store), arguments)
+
+
+def measure(store: Path, arguments: argparse.Namespace) -> None:
+    """Builds, loads, measures and prints."""
     speed = read_speed() / 1e3
-    bench = Bench(arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune)
+    bench = Bench(store, arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune)
     print(
-        f"{torch.cuda.get_device_name()}, reading at {speed:.0f} GB/s, {bench.weight_bytes / 1e9:.2f} GB, "
-        f"{bench.runner.capabilities.num_blocks} blocks; the other columns are of an H100"
+        f"{torch.cuda.get_device_name()}, reading at {speed:.0f} GB/s, {bench.loaded.weight_bytes / 1e9:.2f} GB, "
+        f"{bench.loaded.runner.capabilities.num_blocks} blocks; the other columns are of an H100"
     )
     found: dict[str, float] = {"read_gb_s": round(speed)}
     columns = [dict(zip(WORKLOADS, column, strict=False)) for column in TABLES.get(bench.prefix, ())]

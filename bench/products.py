@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from executor_svc.kernels import tactics
-from executor_svc.kernels.tactics import Shape, Tactic
+from executor_svc.kernels.tactics import Product, Tactic
 from executor_svc.kernels.tuning import measure, timed
 
 SHAPES = {
@@ -56,7 +56,7 @@ def main() -> None:
             if kind == "fp8" and name == "head":  # which stays in 16 bits
                 continue
             for rows in arguments.rows or ROWS[kind]:
-                shape = Shape(rows, outputs, columns, "pair" if kind == "dense" and name == "gate_up" else kind)
+                shape = Product(rows, outputs, columns, "pair" if kind == "dense" and name == "gate_up" else kind)
                 found = measure(shape, tactics.candidates(shape), torch.bfloat16)
                 rule, best = found[tactics.choose(shape, {})], list(found.items())[:3]
                 floor = max(width * outputs * columns / speed, 2 * rows * outputs * columns / peak)

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,11 +28,17 @@ from executor_svc.worker import scheduler_config, this_node
 
 @dataclass
 class Loaded:
-    """An engine of a directory store, and a runner of it."""
+    """An engine of a directory store, and a runner of it.
+
+    Attributes:
+        seconds: that tuning and making the runner took.
+    """
 
     store: DirectoryStore
     manifest: Manifest
     runner: Any
+    weight_bytes: int
+    seconds: tuple[float, float]
 
 
 def build_dummy(model: Path, store: Path, *, layers: int | None = None, **options: Any) -> str:
@@ -44,33 +51,45 @@ def build_dummy(model: Path, store: Path, *, layers: int | None = None, **option
         return build(model, BuildConfig(dummy_weights=True, **options), store=DirectoryStore(store)).manifest.engine_id
 
 
-def load(store: Path, engine_id: str, *, kv_blocks: int | None = None, cuda_runner: bool | None = None) -> Loaded:
+def load(
+    store: Path, engine_id: str, *, kv_blocks: int | None = None, cuda_runner: bool | None = None, tuned: bool = False
+) -> Loaded:
     """Loads an engine into this process as a worker does.
 
     Args:
         kv_blocks: of the cache; by default what the runner takes.
         cuda_runner: by default on CUDA. On the CPU it needs TRITON_INTERPRET=1, and is slow.
+        tuned: whether tactics are measured first, as a builder does.
     """
     directory = DirectoryStore(store)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_engine(directory, engine_id, this_node(device))
-    manifest = loaded.manifest
-    weights = {name: tensor.to(device) for name, tensor in loaded.weights.items()}
+    manifest, weights = loaded.manifest, loaded.weights
+    size, began = sum(weight.nbytes for weight in weights.values()), time.perf_counter()
+    ready = began
     memory = kv_blocks and (kv_blocks + 1) * 16 * manifest.model.kv_bytes_per_token
     runner: Runner
     if device == "cuda" if cuda_runner is None else cuda_runner:
         from executor_svc.cuda_runner import CudaRunner
+        from executor_svc.kernels.fuse import fuse
+        from executor_svc.kernels.tuning import tune
 
-        runner = CudaRunner(loaded.program, weights, manifest.limits, kv_memory=memory, device=device)
+        table = tune(fuse(loaded.program), manifest.limits) if tuned else {}
+        ready = time.perf_counter()
+        runner = CudaRunner(loaded.program, weights, manifest.limits, kv_memory=memory, table=table, device=device)
     else:
         program, weights = unpack(device, loaded.program, weights)
         prepared = prepare(device, program, weights)
         runner = TorchRunner(program, prepared, manifest.limits, device=device, kv_memory=memory)
-    return Loaded(directory, manifest, runner)
+    return Loaded(directory, manifest, runner, size, (ready - began, time.perf_counter() - ready))
 
 
-def run(loaded: Loaded, work: list[Sequence]) -> float:
-    """Seconds in which all sequences run to their end, from an empty cache."""
+def run(loaded: Loaded, work: list[Sequence], ended: Callable[[Batch], None] = lambda _: None) -> float:
+    """Seconds in which all sequences run to their end, from an empty cache.
+
+    Args:
+        ended: called with each batch when its tokens are known.
+    """
     scheduler = Scheduler(scheduler_config(loaded.runner, loaded.manifest, max_waiting=1 << 20))
     started: deque[Batch] = deque()
     began = time.perf_counter()
@@ -80,7 +99,9 @@ def run(loaded: Loaded, work: list[Sequence]) -> float:
         while batch := scheduler.schedule():
             loaded.runner.start(batch)
             started.append(batch)
-        scheduler.commit(started.popleft(), loaded.runner.finish())
+        batch = started.popleft()
+        scheduler.commit(batch, loaded.runner.finish())
+        ended(batch)
     return time.perf_counter() - began
 
 

@@ -358,7 +358,7 @@ def _runner(
         if arguments.device == "cuda":
             log.warning(
                 "this engine runs on plain operators, which are slow: kernels for GPUs need Triton, a GPU of compute capability "
-                "8.0, 8.7 or from 9.0 on with as much shared memory (9.0 for 8 bits), and an engine of dtype bfloat16 or float16"
+                "8.0, 8.7, 9.0, 10.0 or 10.3 (for 8 bits from 9.0 on), and an engine of dtype bfloat16 or float16"
             )
         return TorchRunner(program, weights, manifest.limits, device=arguments.device, **memory)
     except torch.OutOfMemoryError as error:

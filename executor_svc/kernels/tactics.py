@@ -17,7 +17,7 @@ from executor_svc.kernels.target import capability
 MOST_ROWS = 64  # with more, dense products take as long as their arithmetic, and cuBLAS is fastest
 
 
-class Shape(NamedTuple):
+class Product(NamedTuple):
     """A product: up to so many rows, a power of 2, with a weight [outputs, columns].
 
     kind: "dense", "pair" (`silu_mul` of the product) or "fp8" (`product_fp8`).
@@ -39,23 +39,23 @@ class Tactic(NamedTuple):
     form: Form = Form()
 
 
-Table = dict[Shape, Tactic]
+Table = dict[Product, Tactic]
 RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
 _BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
 
 
-def shape_of(x: Tensor, weight: Tensor, kind: str) -> Shape:
+def shape_of(x: Tensor, weight: Tensor, kind: str) -> Product:
     """Of a product with at least one row."""
-    return Shape(1 << (len(x) - 1).bit_length(), *weight.shape, kind)
+    return Product(1 << (len(x) - 1).bit_length(), *weight.shape, kind)
 
 
-def choose(shape: Shape, table: Table) -> Tactic:
+def choose(shape: Product, table: Table) -> Tactic:
     """The table's, or the rule's."""
     return table.get(shape) or (_rule_fp8(shape) if shape.kind == "fp8" else _rule(shape))
 
 
-def _rule(shape: Shape) -> Tactic:
+def _rule(shape: Product) -> Tactic:
     elements = shape.outputs * shape.columns
     large = elements > 100_000_000
     if shape.rows == 1:
@@ -67,14 +67,14 @@ def _rule(shape: Shape) -> Tactic:
     return Tactic("thin") if shape.rows <= 32 and shape.columns <= 8192 else LIBRARY
 
 
-def _rule_fp8(shape: Shape) -> Tactic:
+def _rule_fp8(shape: Product) -> Tactic:
     if shape.rows > MOST_ROWS:
         return LIBRARY
     large = shape.rows > 32 and shape.outputs * shape.columns > 100_000_000
     return Tactic("tiles", Form(k=128 if large else 256))
 
 
-def candidates(shape: Shape) -> list[Tactic]:
+def candidates(shape: Product) -> list[Tactic]:
     """What could be fastest."""
     forms: list[tuple[str, Form]] = []
     if shape.kind != "fp8":
@@ -126,4 +126,4 @@ def to_json(table: Table) -> bytes:
 
 def from_json(data: bytes) -> Table:
     """Reads what `to_json` wrote."""
-    return {Shape(*row[:4]): Tactic(row[4], Form(*row[5:])) for row in json.loads(data)}
+    return {Product(*row[:4]): Tactic(row[4], Form(*row[5:])) for row in json.loads(data)}

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from engine.manifest import Limits
 from engine.program import Program
-from executor_svc.kernels.tactics import MOST_ROWS, Shape, Table, Tactic, candidates, multiply, multiply_fp8
+from executor_svc.kernels.tactics import MOST_ROWS, Product, Table, Tactic, candidates, multiply, multiply_fp8
 
 _FLUSH = 400e6  # bytes of weights that a measurement goes through: more than the device's cache holds
 
 
 @torch.inference_mode()
-def measure(shape: Shape, tactics: Iterable[Tactic], dtype: torch.dtype) -> dict[Tactic, float]:
+def measure(shape: Product, tactics: Iterable[Tactic], dtype: torch.dtype) -> dict[Tactic, float]:
     """us of each tactic, the fastest first; of those whose blocks find no room in shared memory, none.
 
     Args:
@@ -67,9 +67,9 @@ _KINDS = {"linear": "dense", "linear_silu_mul": "pair", "product_fp8": "fp8"}
 _WEIGHTS = {"linear": 1, "linear_silu_mul": 1, "product_fp8": 2}
 
 
-def shapes(program: Program, limits: Limits) -> dict[Shape, str]:
+def shapes(program: Program, limits: Limits) -> dict[Product, str]:
     """The products that there are tactics for of a program that `fuse` has been over, and the dtypes of their results."""
-    found: dict[Shape, str] = {}
+    found: dict[Product, str] = {}
     for op in program.ops:
         weight = program.weights.get(op.inputs[_WEIGHTS[op.op]]) if op.op in _KINDS else None
         if weight is None or weight.dtype == "float32":
@@ -77,7 +77,7 @@ def shapes(program: Program, limits: Limits) -> dict[Shape, str]:
         kind, dtype = _KINDS[op.op], op.outputs[0].type.dtype
         most = limits.max_num_tokens if kind == "fp8" else min(MOST_ROWS, limits.max_num_tokens)
         for power in range((most - 1).bit_length() + 1):
-            found[Shape(1 << power, int(weight.shape[0]), int(weight.shape[1]), kind)] = dtype
+            found[Product(1 << power, int(weight.shape[0]), int(weight.shape[1]), kind)] = dtype
     return found
 
 

@@ -98,7 +98,7 @@ def test_the_same_kernels_give_the_same_bytes(store: DirectoryStore, engine: Man
     assert archives.unpack(archive, tmp_path) == (count, {})
     (tmp_path / next(tmp_path.iterdir()).name / "__grp__kernel.json").write_text("{}")  # names paths of the cache
     assert archives.pack(tmp_path) == archive
-    table = {tactics.Shape(4, 96, 64, "dense"): tactics.Tactic("thin", tactics.Form(k=256, stages=3))}
+    table = {tactics.Product(4, 96, 64, "dense"): tactics.Tactic("thin", tactics.Form(k=256, stages=3))}
     assert archives.unpack(archives.pack(tmp_path, table), tmp_path) == (count, table)
 
 
