@@ -57,7 +57,7 @@ def main() -> None:
                 continue
             for rows in arguments.rows or ROWS[kind]:
                 shape = Product(rows, outputs, columns, "pair" if kind == "dense" and name == "gate_up" else kind)
-                found = measure(shape, tactics.candidates(shape), torch.bfloat16)
+                found = measure(shape, tactics.candidates(shape), torch.bfloat16, alone=True)
                 rule, best = found[tactics.choose(shape, {})], list(found.items())[:3]
                 floor = max(width * outputs * columns / speed, 2 * rows * outputs * columns / peak)
                 said = ", ".join(f"{name_of(tactic)} {us:.1f}" for tactic, us in best)

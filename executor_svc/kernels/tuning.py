@@ -8,35 +8,51 @@ from torch import Tensor
 
 from engine.manifest import Limits
 from engine.program import Program
+from executor_svc.kernels import fp8, rows
 from executor_svc.kernels.tactics import MOST_ROWS, Product, Table, Tactic, candidates, multiply, multiply_fp8
 
+F8 = torch.float8_e4m3fn
 _FLUSH = 400e6  # bytes of weights that a measurement goes through: more than the device's cache holds
 
 
 @torch.inference_mode()
-def measure(shape: Product, tactics: Iterable[Tactic], dtype: torch.dtype) -> dict[Tactic, float]:
+def measure(
+    product: Product, tactics: Iterable[Tactic], dtype: torch.dtype, *, alone: bool = False
+) -> dict[Tactic, float]:
     """us of each tactic, the fastest first; of those whose blocks find no room in shared memory, none.
+
+    As in a step, before each product the kernel runs that makes its input: a product that leaves no room on the multiprocessors
+    while it ends keeps the next kernel from being there early.
 
     Args:
         dtype: of the product.
+        alone: whether products follow one another, with nothing between them.
     """
-    sizes = shape.outputs, shape.columns
-    small = shape.kind == "fp8"
-    count = max(2, int(_FLUSH / (shape.outputs * shape.columns * (1 if small else dtype.itemsize))))
-    kept = torch.float8_e4m3fn if small else dtype
-    weights = [torch.randn(sizes, device="cuda", dtype=dtype).to(kept) for _ in range(count)]
-    x = torch.randn(shape.rows, shape.columns, device="cuda", dtype=dtype).to(kept)
-    x_scales, scales = (torch.rand(size, 1, device="cuda") for size in (shape.rows, shape.outputs))
+    small = product.kind == "fp8"
+    size = product.outputs * product.columns * (1 if small else dtype.itemsize)
+    weights = [
+        torch.randn(product.outputs, product.columns, device="cuda", dtype=dtype).to(F8 if small else dtype)
+        for _ in range(max(2, int(_FLUSH / size)))
+    ]
+    x = torch.randn(product.rows, product.columns, device="cuda", dtype=dtype)
+    ones, scales = x.new_ones(product.columns), torch.rand(product.outputs, 1, device="cuda")
 
-    def product(weight: Tensor, tactic: Tactic) -> Tensor:
+    def made() -> tuple[Tensor, Tensor]:
+        """The product's input, and its scales where there are any."""
+        return fp8.quantize(x, None) if small else (rows.norm(x, None, ones, 1e-5)[0], scales)
+
+    kept = made()
+
+    def run(weight: Tensor, tactic: Tactic) -> Tensor:
+        given, of_rows = kept if alone else made()
         if small:
-            return multiply_fp8(x, x_scales, weight, scales, None, dtype, tactic)
-        return multiply(x, weight, None, tactic, pair=shape.kind == "pair")
+            return multiply_fp8(given, of_rows, weight, scales, None, dtype, tactic)
+        return multiply(given, weight, None, tactic, pair=product.kind == "pair")
 
     found = {}
     for tactic in tactics:
         try:
-            found[tactic] = timed(lambda weight, tactic=tactic: product(weight, tactic), weights)
+            found[tactic] = timed(lambda weight, tactic=tactic: run(weight, tactic), weights)
         except Exception as error:
             if type(error).__name__ != "OutOfResources":
                 raise
