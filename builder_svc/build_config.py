@@ -61,6 +61,9 @@ class BuildConfig:
         max_seq_len: tokens of a prompt and its completion together; None takes the checkpoint's limit.
         max_num_tokens: tokens in one step over all requests; longer prompts are computed in chunks.
         dummy_weights: read no weights; executors make random ones.
+        tp_size: ranks that each layer is divided among (tensor parallelism).
+        pp_size: groups of ranks that the layers are divided among (pipeline parallelism). Where a model has a mapping of its own,
+            both say the same, or are left at 1.
         kv_cache_dtype: "auto" is that of activations, "fp8" float8_e4m3fn, by the checkpoint's scales where it has any.
 
     Raises:
@@ -80,6 +83,8 @@ class BuildConfig:
     max_num_tokens: int = 2048
     dummy_weights: bool = False
     kv_cache_dtype: str = "auto"
+    tp_size: int = 1
+    pp_size: int = 1
 
     def __post_init__(self) -> None:
         self.check()
@@ -124,7 +129,7 @@ class BuildConfig:
                 )
             if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", self.compute_capability):
                 raise InvalidArgument(f"compute capability {self.compute_capability!r}: write it like 9.0")
-        for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
+        for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "tp_size", "pp_size"):
             value = getattr(self, name)
             if name == "max_seq_len" and value is None:
                 continue

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,16 +58,25 @@ def _gpu_here(compute_capability: str) -> str | None:
 
 
 def compile_kernels(
-    program: bytes, limits: Limits, options: BuildConfig, directory: Path
-) -> list[tuple[FileRef, Path]]:
-    """The archive of a program's compiled kernels, written into a directory; nothing where there are to be none.
+    programs: Sequence[bytes], limits: Limits, options: BuildConfig, directory: Path
+) -> dict[bytes, list[tuple[FileRef, Path]]]:
+    """For each program the archive of its compiled kernels, written into a directory; nothing where there are to be none.
 
     Args:
-        program: program.json.
+        programs: each rank's program.json; equal ones are compiled once.
 
     Raises:
         Internal: the tool has failed; what it said is in the log.
     """
+    made = {}
+    for number, program in enumerate(dict.fromkeys(programs)):
+        place = directory / f"program{number}"
+        place.mkdir()
+        made[program] = _compile(program, limits, options, place)
+    return made
+
+
+def _compile(program: bytes, limits: Limits, options: BuildConfig, directory: Path) -> list[tuple[FileRef, Path]]:
     if options.compute_capability is None:
         return []
     if not (made_by := compiler(options)):

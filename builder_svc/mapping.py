@@ -1,7 +1,7 @@
 """Over which ranks a model is spread, and which of them one is."""
 
 from collections.abc import Mapping as Values
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from builder_svc.tensorrt_names import also_takes
@@ -87,6 +87,10 @@ class Mapping:
         """Place on its machine."""
         return self.rank % self.gpus_per_node
 
+    def ranks(self) -> "list[Mapping]":
+        """All that run the model together, in order."""
+        return [replace(self, rank=rank) for rank in range(self.world_size)]
+
     def has_tp(self) -> bool:
         """Whether layers are divided."""
         return self.tp_size > 1
@@ -119,7 +123,8 @@ class Mapping:
         """
         if num_layers < self.pp_size:
             raise InvalidArgument(
-                f"mapping: {num_layers} layers cannot be divided among pp_size {self.pp_size}", reason="MAPPING_INVALID"
+                f"mapping: {num_layers} layers cannot be divided among pp_size {self.pp_size}; at most {num_layers} would fit",
+                reason="MAPPING_INVALID",
             )
         each, more = divmod(num_layers, self.pp_size)
         first = self.pp_rank * each + min(self.pp_rank, more)
@@ -129,8 +134,8 @@ class Mapping:
         """Raises Unimplemented for more than one rank."""
         if self.world_size > 1:
             raise Unimplemented(
-                f"a mapping of {self.world_size} ranks (tp_size {self.tp_size}, pp_size {self.pp_size}): this release builds "
-                "and saves models of one rank; leave the mapping out",
+                f"a mapping of {self.world_size} ranks (tp_size {self.tp_size}, pp_size {self.pp_size}): this release runs "
+                "engines and saves checkpoints of one rank; leave the mapping out",
                 reason="RANKS_UNSUPPORTED",
             )
 

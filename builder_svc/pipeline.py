@@ -1,16 +1,16 @@
 """The one way from a checkpoint to an engine; each step is a function that can be used by itself.
 
-checkpoint -> config + named weights -> module -> program -> blobs + manifest -> store
+checkpoint -> config + named weights -> shard (Mapping) -> module -> program -> blobs + manifest -> store
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
-import torch
 
 from builder_svc.auto import open_model
 from builder_svc.build_config import RECIPE_VERSION, BuildConfig, Progress
@@ -18,11 +18,14 @@ from builder_svc.causal_lm import DUMMY_SEED, CausalLM
 from builder_svc.checkpoint.quantized.resolve import Resolved
 from builder_svc.kernels import compile_kernels, compiler
 from builder_svc.lower.program import lower
+from builder_svc.mapping import Mapping
 from builder_svc.models.config import DecoderConfig
 from builder_svc.models.decoder import Decoder, KVScales
 from builder_svc.pretrained import PretrainedConfig
+from builder_svc.ranks import RankPart, write_ranks
+from builder_svc.shard import check_shards, cuts
 from builder_svc.tokenizer import NormalizedTokenizer
-from builder_svc.weights import check_weights, read_parts, write_weights
+from builder_svc.weights import check_weights
 from builder_svc.work_directory import WorkDirectory, clear
 from engine import registry
 from engine.artifact import Engine
@@ -38,17 +41,26 @@ from engine.pins import pinned
 from engine.program import SCHEMA_VERSION, Program
 from engine.store import Store
 
+_temporaries: WeakValueDictionary[str, Engine] = WeakValueDictionary()
+"""Engines of several ranks in temporary stores, by id."""
+
 
 @dataclass(frozen=True)
 class Model:
-    """A model, and what will be made of it."""
+    """A model, and what will be made of it.
+
+    Attributes:
+        kv_scales: of a KV cache of 8 bits.
+        mapping: the ranks, all of which the engine is for.
+    """
 
     pretrained: CausalLM
     weights: Resolved
     tokenizer: NormalizedTokenizer | None
     dtype: str
     limits: Limits
-    kv_scales: KVScales | None = None  # of a KV cache of 8 bits
+    kv_scales: KVScales | None = None
+    mapping: Mapping = Mapping()  # noqa: RUF009  (frozen)
 
     @property
     def config(self) -> DecoderConfig:
@@ -69,7 +81,8 @@ def build(
     """Builds an engine of a model into a store, or finds it there.
 
     Args:
-        model: a checkpoint, in Hugging Face layout, in GGUF or saved by `save_checkpoint`; or a model of the Python API.
+        model: a checkpoint, in Hugging Face layout, in GGUF or saved by `save_checkpoint`; or a model of the Python API. With a
+            mapping of several ranks the engine is for all of them, whichever the model's is.
         build_config: what else decides the engine.
         store: where it goes, or a store's URL; by default a temporary directory (in $TMPDIR), which is gone with the result:
             `Engine.save` and `Engine.push` keep the engine.
@@ -107,45 +120,39 @@ def build(
     if weights.facts:
         dense = Decoder.on_meta(resolved.config, resolved.dtype).declared()
         weights.check({name: tuple(map(int, type.shape)) for name, type in dense.items()})
-    program, constants = make_program(resolved)
+    whole = make_rank(resolved, Mapping())
     if weights.checkpoint:
-        check_weights(weights.checkpoint, weights.sources, program.weights)
-
-    def parts(name: str) -> Iterable[torch.Tensor]:
-        if weights.checkpoint is None or name in constants:
-            return [constants[name]]
-        return read_parts(weights.checkpoint, weights.sources[name])
-
+        check_weights(weights.checkpoint, weights.sources, whole.program.weights)
+    parts = [whole]
+    if resolved.mapping.world_size > 1:
+        parts = [make_rank(resolved, rank) for rank in resolved.mapping.ranks()]
     progress("program", 1, 1, "")
     with WorkDirectory(work_dir) as directory:
-        files = write_weights(
-            program,
-            parts,
-            {*constants, *weights.sources},
-            directory,
-            lambda done, total: progress("weights", done, total, "bytes"),
+        written = write_ranks(parts, weights, directory, lambda done, total: progress("weights", done, total, "bytes"))
+        programs = [part.program.to_json() for part in parts]
+        kernels = compile_kernels(programs, resolved.limits, options, directory)
+        ranks = tuple(
+            Rank(
+                describe("program.json", program),
+                tuple(ref for numbers, ref, _ in written if number in numbers),
+                random_seed=DUMMY_SEED if pretrained.dummy else None,
+                kernels=tuple(ref for ref, _ in kernels[program]),
+            )
+            for number, program in enumerate(programs)
         )
-        program_json = program.to_json()
-        kernels = compile_kernels(program_json, resolved.limits, options, directory)
-        seed = DUMMY_SEED if pretrained.dummy else None
-        rank = Rank(
-            describe("program.json", program_json),
-            tuple(ref for ref, _ in files),
-            random_seed=seed,
-            kernels=tuple(ref for ref, _ in kernels),
-        )
-        files += kernels
+        files = [(ref, path) for _, ref, path in written] + [file for made in kernels.values() for file in made]
         tokenizer = resolved.tokenizer.files() if resolved.tokenizer else {}
+        opset = max(part.program.opset_version for part in parts)
         manifest = Manifest(
             engine_id=engine_id(identity),
             identity=identity,
             source=source or pretrained.config.source,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            model=model_facts(resolved, program),
+            model=model_facts(resolved, whole.program),
             limits=resolved.limits,
-            mapping=Parallelism(),
-            fingerprint=Fingerprint("torch", options.target, program.opset_version, options.compute_capability),
-            ranks=(rank,),
+            mapping=_parallelism(resolved.mapping),
+            fingerprint=Fingerprint("torch", options.target, opset, options.compute_capability),
+            ranks=ranks,
             tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
             quantization=weights.facts,
         )
@@ -160,7 +167,8 @@ def build(
                 put_file(store, ref, path, uploaded, move=True)
                 before += ref.size
             progress("publish", 0, 1, "")
-            put_bytes(store, "program.json", program_json)
+            for program in kernels:
+                put_bytes(store, "program.json", program)
             for name, data in tokenizer.items():
                 put_bytes(store, name, data)
             published = registry.publish(store, manifest)
@@ -170,6 +178,14 @@ def build(
 
 
 def _temporary(model: Path | CausalLM, options: BuildConfig, source: str | None, progress: Progress) -> Engine:
+    """An engine of several ranks that is still there serves: a loop over ranks asks for it once a rank."""
+    several = options.tp_size * options.pp_size > 1 or (
+        isinstance(model, CausalLM) and model.config.mapping.world_size > 1
+    )
+    if several:
+        found = _temporaries.get(engine_id(build_identity(read_model(model, options), options, progress)))
+        if found is not None:
+            return found
     clear(None)
     work = WorkDirectory(None)
     try:
@@ -185,6 +201,8 @@ def _temporary(model: Path | CausalLM, options: BuildConfig, source: str | None,
         work.remove()
         raise
     at_end(engine, work.remove)
+    if several:
+        _temporaries[engine.engine_id] = engine
     return engine
 
 
@@ -195,7 +213,7 @@ def read_model(model: Path | CausalLM, options: BuildConfig) -> Model:
     elif options.dummy_weights and not model.dummy:
         model = type(model)(model.config)
     config = model.config
-    config.mapping.check_one_rank()
+    mapping = _mapping(config, options)
     longest = config.max_position_embeddings
     max_seq_len = options.max_seq_len or longest
     if max_seq_len > longest:
@@ -206,7 +224,25 @@ def read_model(model: Path | CausalLM, options: BuildConfig) -> Model:
     limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
     kv_scales = model.kv_scales() if options.kv_cache_dtype == "fp8" else None
     weights = model.resolve(options.target)
-    return Model(model, weights, model.tokenizer(), _dtype(config, options), limits, kv_scales)
+    check_shards(config.decoder, mapping, weights.packed)
+    return Model(model, weights, model.tokenizer(), _dtype(config, options), limits, kv_scales, mapping)
+
+
+def _mapping(config: PretrainedConfig, options: BuildConfig) -> Mapping:
+    """The model's, or the options' where it has none."""
+    chosen = Mapping(options.tp_size * options.pp_size, tp_size=options.tp_size, pp_size=options.pp_size)
+    own = replace(config.mapping, rank=0)
+    if own.world_size > 1 and chosen.world_size > 1 and own.sizes() != chosen.sizes():
+        raise InvalidArgument(
+            f"mapping: the model's has tp_size {own.tp_size} and pp_size {own.pp_size}, the options say {chosen.tp_size} and "
+            f"{chosen.pp_size}: choose one of both, or leave those of the options at 1",
+            reason="MAPPING_AMBIGUOUS",
+        )
+    return own if own.world_size > 1 else chosen
+
+
+def _parallelism(mapping: Mapping) -> Parallelism:
+    return Parallelism(**mapping.sizes())
 
 
 def _dtype(config: PretrainedConfig, options: BuildConfig) -> str:
@@ -231,7 +267,7 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
         "kv_cache_dtype": model.dtype if model.kv_scales is None else "float8_e4m3fn",
         "limits": msgspec.to_builtins(model.limits),
         "quantization": model.weights.facts,
-        "mapping": msgspec.to_builtins(Parallelism()),
+        "mapping": msgspec.to_builtins(_parallelism(model.mapping)),
         "target": {"backend": "torch", "device": options.target, "compute_capability": options.compute_capability},
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
         "recipe_version": RECIPE_VERSION,
@@ -240,15 +276,17 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
     return identity | {name: value for name, value in made.items() if value is not None}
 
 
-def make_program(model: Model) -> tuple[Program, dict[str, torch.Tensor]]:
-    """The model's program, and the weights that no checkpoint holds."""
-    decoder = Decoder.on_meta(model.config, model.dtype, model.weights.packed, model.kv_scales)
-    program = lower(decoder, max_num_tokens=model.limits.max_num_tokens, rope_lengths=model.config.rope_lengths)
-    return program, decoder.constants()
+def make_rank(model: Model, rank: Mapping) -> RankPart:
+    """The program of one rank, the weights that no checkpoint holds, and what it has of the others."""
+    config, packed = model.config, model.weights.packed
+    decoder = Decoder.on_meta(config, model.dtype, packed, model.kv_scales, rank)
+    tokens = model.limits.max_num_tokens
+    program = lower(decoder, max_num_tokens=tokens, rope_lengths=config.rope_lengths, ranks=rank.tp_size)
+    return RankPart(program, decoder.constants(), cuts(config, rank, packed))
 
 
 def model_facts(model: Model, program: Program) -> ModelFacts:
-    """What others need to know of the model."""
+    """What others need to know of the model, whose whole program is given."""
     attention = model.config.layers[0].attention
     return ModelFacts(
         architecture=model.config.architecture,

@@ -35,7 +35,7 @@ from protos.v1.builder_pb2 import (
 )
 
 _DEVICES = {DEVICE_KIND_UNSPECIFIED: "cpu", DEVICE_KIND_CPU: "cpu", DEVICE_KIND_CUDA: "cuda"}
-_LIMITS = ("max_batch_size", "max_seq_len", "max_num_tokens")
+_NUMBERS = ("max_batch_size", "max_seq_len", "max_num_tokens", "tp_size", "pp_size")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -95,5 +95,5 @@ def read_options(spec: BuildSpec) -> BuildConfig:
         compute_capability=spec.target.compute_capability or None,
         dummy_weights=spec.dummy_weights,
         kv_cache_dtype=spec.kv_cache_dtype or "auto",
-        **{field.name: value for field, value in spec.ListFields() if field.name in _LIMITS},
+        **{field.name: value for field, value in spec.ListFields() if field.name in _NUMBERS},
     )

@@ -109,6 +109,7 @@ def write_weights(
     names: Collection[str],
     directory: Path,
     progress: Callable[[int, int], None],
+    stem: str = "rank0",
 ) -> list[tuple[FileRef, Path]]:
     """Writes a program's weights as safetensors files of at most MAX_FILE_BYTES (or one tensor) into a directory.
 
@@ -120,6 +121,7 @@ def write_weights(
         parts: the tensors that form a weight, one after another.
         names: the weights to write; the others are in no file.
         progress: called with (bytes done, bytes in all).
+        stem: of the files' names.
 
     Returns:
         Each file's description and path.
@@ -138,7 +140,7 @@ def write_weights(
 
     written = []
     for number, group in enumerate(_groups(order, program)):
-        path = directory / f"rank0-{number:05d}.safetensors"
+        path = directory / f"{stem}-{number:05d}.safetensors"
         try:
             ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
         except (ResourceExhausted, FailedPrecondition) as error:

@@ -99,16 +99,14 @@ class Engine:
         """What `save` has written, or the only engine of a directory store. Reads no weights.
 
         Args:
-            rank: whose part; there are engines of rank 0 alone.
+            rank: one of the engine's. The directory has the parts of all, and so has the result.
 
         Raises:
             NotFound: no engine there.
-            InvalidArgument: a store of several engines.
-            Unimplemented: another rank, or an engine of TensorRT-LLM.
+            InvalidArgument: a store of several engines, or no such rank.
+            Unimplemented: an engine of TensorRT-LLM.
             DataLoss: its manifest is damaged.
         """
-        if rank != 0:
-            raise Unimplemented(f"rank {rank}: this release has engines of one rank", reason="RANKS_UNSUPPORTED")
         root = Path(engine_dir).expanduser()
         if _foreign(root):
             raise Unimplemented(
@@ -125,7 +123,13 @@ class Engine:
                 f"{root} {listed}: give an engine directory, or the name of an engine with store={str(root)!r}",
                 reason="ENGINE_AMBIGUOUS",
             )
-        return Engine(store, registry.manifest(store, ids[0]))
+        manifest = registry.manifest(store, ids[0])
+        if not 0 <= rank < len(manifest.ranks):
+            raise InvalidArgument(
+                f"{root}: rank {rank}, but the last of {len(manifest.ranks)} ranks is {len(manifest.ranks) - 1}",
+                reason="MAPPING_INVALID",
+            )
+        return Engine(store, manifest)
 
     def push(
         self, store: Store | str, name: str | None = None, progress: Callable[[int, int], object] = lambda *_: None

@@ -37,7 +37,7 @@ class FileRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What executors, gateways and planners need to know of the model."""
+    """What executors, gateways and planners need to know of the model: the whole one, over however many ranks it is spread."""
 
     architecture: str
     vocab_size: int
@@ -109,9 +109,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format_version: int = FORMAT_VERSION
 
     def files(self) -> list[FileRef]:
-        """Every file of the engine."""
+        """Every file of the engine; one that several ranks have stands here once."""
         ranks = [file for rank in self.ranks for file in (rank.program, *rank.weights, *rank.native, *rank.kernels)]
-        return ranks + list(self.tokenizer)
+        return list(dict.fromkeys([*ranks, *self.tokenizer]))
 
     @property
     def dummy_weights(self) -> bool:

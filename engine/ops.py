@@ -9,11 +9,13 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from engine.opset import FLOATS
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,25 @@ class Step:
     def spans(self) -> tuple[Tensor, Tensor]:
         """int64 [num_seqs + 1], the rows at which the sequences begin, and the last one's end; int64 [num_seqs], context_lens."""
         return torch.tensor([0, *itertools.accumulate(self.query_lens)]), torch.tensor(self.context_lens)
+
+
+class Group(Protocol):
+    """The ranks that run a model together, as one of them sees them. Every rank calls the same verbs in the same order.
+
+    The tensor-parallel group has the same layers, each rank a part of every one; a pipeline's ranks have one after another.
+    """
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of what the ranks of the tensor-parallel group give, the same on all of them; it may be made in x itself."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[N, n] of each rank of the tensor-parallel group, side by side in their order: [N, n * tp_size], to all of them."""
+
+    def send(self, x: Tensor) -> None:
+        """[T, n] to the next rank of the pipeline."""
+
+    def recv(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """What the rank before in the pipeline sends, [T, columns]: T is the step's, which the group is told otherwise."""
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -348,13 +369,44 @@ def gather(x: Tensor, indices: Tensor) -> Tensor:
     return x[indices]
 
 
+def embedding_shard(token_ids: Tensor, weight: Tensor, first: Tensor) -> Tensor:
+    """embedding with the rows first ... first + n - 1 of a larger table; the ids of other rows give zeros.
+
+    [T] int32, [n, hidden], [1] int32 -> [T, hidden].
+    """
+    rows = token_ids - first
+    there = (rows >= 0) & (rows < len(weight))
+    return F.embedding(rows * there, weight).masked_fill(~there[:, None], 0)
+
+
+def all_reduce(x: Tensor, *, group: Group) -> Tensor:
+    """The sum over the tensor-parallel group, of the shape and dtype of x, which no other operator takes: it is overwritten."""
+    return group.all_reduce(x)
+
+
+def all_gather(x: Tensor, *, group: Group) -> Tensor:
+    """[N, n] -> [N, n * tp_size]: the columns of all ranks of the tensor-parallel group, in the ranks' order."""
+    return group.all_gather(x)
+
+
+def send(x: Tensor, *, group: Group) -> tuple[()]:
+    """[T, n] to the next rank of the pipeline, which takes it by recv."""
+    group.send(x)
+    return ()
+
+
+def recv(*, dtype: int, size: int, group: Group) -> Tensor:
+    """[T, size] from the rank before in the pipeline, of dtype `engine.opset.FLOATS[dtype]`."""
+    return group.recv(size, getattr(torch, FLOATS[dtype]))
+
+
 REFERENCE: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         embedding, linear, linear_int4, linear_int8, linear_fp8, rms_norm, add_rms_norm, layer_norm, add_layer_norm,
         head_rms_norm, head_layer_norm,
         rope_table, long_rope_table, dynamic_rope_table, rope, attention, silu_mul, gelu, gelu_mul, sigmoid_mul, experts,
-        add, scale, soft_cap, split, gather,
+        add, scale, soft_cap, split, gather, embedding_shard, all_reduce, all_gather, send, recv,
     )
 }  # fmt: skip
 

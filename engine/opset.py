@@ -7,7 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-OPSET_VERSION = 3
+OPSET_VERSION = 4
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""The dtypes of activations, by the number that attribute `dtype` of recv is."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Operator:
         later: attribute, or optional input at the end, that came after the operator: the version of the set that brought it, and
             the value that a program means which leaves it out.
         uses_step: whether it takes the runner's view of the step (`engine.ops.Step`) as keyword `step`.
+        uses_group: whether it takes the ranks that run the model together (`engine.ops.Group`) as keyword `group`: the same
+            ones for every step, so that an executor binds them when it chooses its implementations.
         attrs: attribute name -> its type; int, float, bool or list (of int). All are given but those of `later`.
     """
 
@@ -29,6 +34,7 @@ class Operator:
     outputs: tuple[str, ...] = ("y",)
     attrs: dict[str, type] = field(default_factory=dict)
     uses_step: bool = False
+    uses_group: bool = False
     since: int = 1
     later: dict[str, tuple[int, Any]] = field(default_factory=dict)
 
@@ -93,6 +99,11 @@ OPERATORS: dict[str, Operator] = {
     "soft_cap": Operator(("x",), attrs={"cap": float}, since=2),
     "split": Operator(("x",), ("*",), {"sizes": list}),
     "gather": Operator(("x", "indices")),
+    "embedding_shard": Operator(("token_ids", "weight", "first"), since=4),
+    "all_reduce": Operator(("x",), uses_group=True, since=4),
+    "all_gather": Operator(("x",), uses_group=True, since=4),
+    "send": Operator(("x",), (), uses_group=True, since=4),
+    "recv": Operator((), attrs={"dtype": int, "size": int}, uses_group=True, since=4),
 }
 
 PACKED = {"linear_int4": 2, "linear_int8": 1, "linear_fp8": 1}

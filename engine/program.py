@@ -89,7 +89,8 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             the program.
         weights: name -> type; the engine's safetensors files hold them under the same names.
         caches: the KV caches; attribute "cache" of an attention operator is an index into them.
-        outputs: names of the results; the first is the logits [num_logits, vocab_size].
+        outputs: names of the results; the first is the logits [num_logits, vocab_size]. A rank that is not the last of a pipeline
+            sends what it makes, and has none.
         opset_version: the first operator set that has all the operators; any later one will do.
     """
 
@@ -180,7 +181,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     raise _invalid(where, f"output {made.name!r} is empty or defined twice")
                 self._check_type(made.name, made.type)
                 defined.add(made.name)
-        if not self.outputs:
+        if not self.outputs and not any(op.op == "send" for op in self.ops):
             raise _invalid("outputs", "there are none")
         for name in self.outputs:
             if name not in defined:

@@ -45,6 +45,15 @@ from enginehouse.options import MOST, check_address, with_data, with_json
 )
 @click.option("--max-num-tokens", type=click.IntRange(1, MOST), help="Tokens in one step.  [default: 2048]")
 @click.option(
+    "--tp", "tp_size", type=click.IntRange(1, MOST), help="Ranks that each layer is divided among.  [default: 1]"
+)
+@click.option(
+    "--pp",
+    "pp_size",
+    type=click.IntRange(1, MOST),
+    help="Groups of ranks that the layers are divided among.  [default: 1]",
+)
+@click.option(
     "--kv-cache-dtype",
     type=click.Choice(["auto", "fp8"]),
     default="auto",

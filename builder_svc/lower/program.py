@@ -5,23 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from builder_svc.models.operators import recorded
+from builder_svc.models.operators import SIZES, recorded
 from engine.errors import Internal
 from engine.opset import OPERATORS, version_of
 from engine.program import ROPE_LENGTHS, KVCache, Op, Program, TensorType, Value
 
-# What the named dimensions measure while the module runs: no size of a model's own.
-_SIZES = {"num_tokens": 1_000_003, "num_logits": 1_000_033}
 
-
-def lower(module: nn.Module, *, max_num_tokens: int, rope_lengths: bool = False) -> Program:
+def lower(module: nn.Module, *, max_num_tokens: int, rope_lengths: bool = False, ranks: int = 1) -> Program:
     """The program of a module over the operator set (`builder_svc/models/operators.py`).
 
     Args:
         module: on the meta device; takes token_ids int32 [num_tokens], positions int32 [num_tokens] and logit_indices
-            int32 [num_logits], and returns logits. What it does depends neither on values nor on those sizes.
+            int32 [num_logits], and returns logits, or None if it sends what it makes to another rank. What it does depends
+            neither on values nor on those sizes.
         max_num_tokens: the largest step.
         rope_lengths: whether the module takes a fourth tensor, `engine.program.ROPE_LENGTHS`.
+        ranks: of the tensor-parallel group that the module is one rank's of.
 
     Raises:
         Internal: the module does something that is no operator of ours; the message names the operator that takes its result.
@@ -29,11 +28,11 @@ def lower(module: nn.Module, *, max_num_tokens: int, rope_lengths: bool = False)
     dims = {"token_ids": "num_tokens", "positions": "num_tokens", "logit_indices": "num_logits"}
     if rope_lengths:
         dims[ROPE_LENGTHS] = "num_tokens"
-    inputs = {name: torch.empty(_SIZES[dim], dtype=torch.int32, device="meta") for name, dim in dims.items()}
+    inputs = {name: torch.empty(SIZES[dim], dtype=torch.int32, device="meta") for name, dim in dims.items()}
     recording = _Recording(inputs, {**dict(module.named_parameters()), **dict(module.named_buffers())})
-    with torch.no_grad(), recorded(recording.add):
+    with torch.no_grad(), recorded(recording.add, ranks):
         logits = module(*inputs.values())
-    program = recording.program(dict.fromkeys(_SIZES, max_num_tokens), logits)
+    program = recording.program(dict.fromkeys(SIZES, max_num_tokens), logits)
     program.validate()
     return program
 
@@ -50,7 +49,7 @@ class _Recording:
     def add(self, name: str, args: tuple[Any, ...], results: list[Tensor]) -> None:
         spec = OPERATORS[name]
         tensors, values = list(args[: len(spec.inputs)]), args[len(spec.inputs) :]
-        while tensors[-1] is None and spec.inputs[len(tensors) - 1].rstrip("?") in spec.later:
+        while tensors and tensors[-1] is None and spec.inputs[len(tensors) - 1].rstrip("?") in spec.later:
             tensors.pop()
         inputs = tuple("" if tensor is None else self._name(tensor, name) for tensor in tensors)
         attrs = {
@@ -69,7 +68,7 @@ class _Recording:
             self.values[id(tensor)] = (outputs[-1].name, tensor)
         self.ops.append(Op(name, inputs, tuple(outputs), attrs))
 
-    def program(self, dims: dict[str, int], logits: Tensor) -> Program:
+    def program(self, dims: dict[str, int], logits: Tensor | None) -> Program:
         used = {name for op in self.ops for name in op.inputs}
         return Program(
             dims,
@@ -77,7 +76,7 @@ class _Recording:
             {name: _type(tensor) for name, tensor in self.weights.items() if name in used},
             tuple(self.caches[index] for index in sorted(self.caches)),
             tuple(self.ops),
-            (self._name(logits, "the program's output"),),
+            () if logits is None else (self._name(logits, "the program's output"),),
             opset_version=max(version_of(op.op, op.inputs, op.attrs) for op in self.ops),
         )
 
@@ -88,6 +87,6 @@ class _Recording:
 
 
 def _type(tensor: Tensor) -> TensorType:
-    named = {size: dim for dim, size in _SIZES.items()}
+    named = {size: dim for dim, size in SIZES.items()}
     shape = tuple(named.get(size, size) for size in tensor.shape)
     return TensorType(str(tensor.dtype).removeprefix("torch."), shape)  # type: ignore[arg-type]

@@ -1,25 +1,24 @@
 """THE decoder: a module over the operator set, recorded on the meta device (`lower/program.py`) and never run as it stands."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping as Values
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from builder_svc.models.config import (
-    AttentionSpec,
-    DecoderConfig,
-    ExpertsSpec,
-    MlpSpec,
-    NormSpec,
-)
+from builder_svc.mapping import Mapping
+from builder_svc.models.config import AttentionSpec, DecoderConfig, ExpertsSpec, MlpSpec, NormSpec
 from builder_svc.models.layers import HeadNorm, Linear, Norm, Rope
 from builder_svc.models.operators import op
 from builder_svc.models.packed import Packed
+from builder_svc.shard import part_of
+from engine.opset import FLOATS
 from engine.program import TensorType
 
 KVScales = tuple[tuple[float, float], ...]
 """Of keys and of values, for each layer."""
+_ALONE = Mapping()
 
 
 @contextmanager
@@ -34,15 +33,15 @@ def _default_dtype(dtype: str) -> Iterator[None]:
 
 
 class Attention(nn.Module):
-    """Self-attention; queries, keys and values are one product."""
+    """Self-attention; queries, keys and values are one product. The results of a tensor-parallel group's ranks add up to it."""
 
-    def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, index: int) -> None:
+    def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, index: int, mapping: Mapping) -> None:
         super().__init__()
         self.spec, self.index = spec, index
         self.kv_scales = (0.0, 0.0)  # a cache in the dtype of keys and values
         self.qkv = Linear(hidden_size, sum(spec.qkv_sizes), spec.qkv_bias)
-        self.q_norm = HeadNorm(spec, spec.num_heads, eps) if spec.qk_norm else None
-        self.k_norm = HeadNorm(spec, spec.num_kv_heads, eps) if spec.qk_norm else None
+        self.q_norm = HeadNorm(spec, spec.num_heads, eps, mapping) if spec.qk_norm else None
+        self.k_norm = HeadNorm(spec, spec.num_kv_heads, eps, mapping) if spec.qk_norm else None
         self.out = Linear(spec.num_heads * spec.head_dim, hidden_size, spec.out_bias)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, alibi: Tensor | None) -> Tensor:
@@ -59,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The feed-forward part; gate and up, where it is gated, are one product."""
+    """The feed-forward part; gate and up, where it is gated, are one product. Ranks' results add up as attention's do."""
 
     def __init__(self, spec: MlpSpec, hidden_size: int) -> None:
         super().__init__()
@@ -81,7 +80,7 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """Feed-forward parts that a router chooses from, and the one that all tokens share."""
+    """Feed-forward parts that a router chooses from, and the one that all tokens share. Ranks' results add up, too."""
 
     def __init__(self, spec: ExpertsSpec, hidden_size: int) -> None:
         super().__init__()
@@ -103,11 +102,12 @@ class Experts(nn.Module):
 class Layer(nn.Module):
     """Attention and feed-forward around the residual stream, which is the sum of `residual` and what is to be added to it."""
 
-    def __init__(self, config: DecoderConfig, index: int) -> None:
+    def __init__(self, config: DecoderConfig, index: int, mapping: Mapping) -> None:
         super().__init__()
         self.spec = spec = config.layers[index]
+        self.divided = mapping.has_tp()
         self.attention_norm = self._norm(config, spec.attention_norm)
-        self.attention = Attention(spec.attention, config.hidden_size, config.final_norm.eps, index)
+        self.attention = Attention(spec.attention, config.hidden_size, config.final_norm.eps, index, mapping)
         self.attention_out_norm = self._norm(config, spec.attention_out_norm)
         self.mlp_norm = self._norm(config, spec.mlp_norm)
         self.mlp = (Mlp if isinstance(spec.mlp, MlpSpec) else Experts)(spec.mlp, config.hidden_size)
@@ -122,13 +122,18 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(this layer's last addition, the residual stream without it)."""
         stream, residual = self._enter(self.attention_norm, x, residual)
-        attended = self._leave(self.attention_out_norm, self.attention(stream, rotation, alibi))
+        attended = self.attention(stream, rotation, alibi)
         if not self.spec.parallel:
+            attended = self._leave(self.attention_out_norm, attended)
             stream, residual = self._enter(self.mlp_norm, attended, residual)
-        elif self.mlp_norm:
+            return self._leave(self.mlp_out_norm, self.mlp(stream)), residual
+        if self.mlp_norm:
             stream, _ = self.mlp_norm(residual)
-        made = self._leave(self.mlp_out_norm, self.mlp(stream))
-        return op.add(attended, made) if self.spec.parallel else made, residual
+        made = self.mlp(stream)
+        if self.attention_out_norm or self.mlp_out_norm:
+            attended, made = self._leave(self.attention_out_norm, attended), self._leave(self.mlp_out_norm, made)
+            return op.add(attended, made), residual
+        return self._leave(None, op.add(attended, made)), residual
 
     def _enter(self, norm: Norm | None, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a part reads, and the stream that its result is added to."""
@@ -138,24 +143,36 @@ class Layer(nn.Module):
         return stream, stream
 
     def _leave(self, norm: Norm | None, x: Tensor) -> Tensor:
-        """What is added of a part's result."""
+        """What is added of a part's result, of which each rank has a summand."""
+        if self.divided:
+            x = op.all_reduce(x)
         if norm:
             x, _ = norm(x)
         return x if self.spec.residual_scale == 1 else op.scale(x, self.spec.residual_scale)
 
 
 class Head(Linear):
-    """The product that makes logits, with the embedding where both are tied."""
+    """The product that makes logits, with the embedding where both are tied.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    Args:
+        config: of the rank, whose rows of the vocabulary it has.
+        vocab_size: of all ranks.
+    """
+
+    def __init__(self, config: DecoderConfig, vocab_size: int, mapping: Mapping) -> None:
         super().__init__(config.hidden_size, config.vocab_size, config.head_bias)
+        self.divided, self.vocab_size = mapping.has_tp(), vocab_size
+        self.padding = config.vocab_size * mapping.tp_size - vocab_size
         self.tied = config.tie_embeddings
         if self.tied:
             self.weight = None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab_size]."""
-        return op.linear(x, embedding, self.bias) if self.tied else super().forward(x)
+        logits = op.linear(x, embedding, self.bias) if self.tied else super().forward(x)
+        if self.divided:
+            logits = op.all_gather(logits)
+        return op.split(logits, [self.vocab_size, self.padding])[0] if self.padding else logits
 
 
 class Decoder(nn.Module):
@@ -164,65 +181,94 @@ class Decoder(nn.Module):
     It is there to be recorded: `on_meta` makes it without memory for weights.
 
     Args:
+        config: of the whole model.
         packed: name of a linear, such as "layers.0.attention.qkv" -> the form of its weight, where it is not dense.
         kv_scales: of keys and of values, for each layer, where the KV cache is float8_e4m3fn.
+        mapping: the rank whose part it is; weights and layers have the whole model's names.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        packed: Mapping[str, Packed] = {},  # noqa: B006  (not changed)
+        packed: Values[str, Packed] = {},  # noqa: B006  (not changed)
         kv_scales: KVScales | None = None,
+        mapping: Mapping = _ALONE,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        if config.learned_positions:
+        numbers, vocab_size = mapping.pp_layers(len(config.layers)), config.vocab_size
+        self.config = config = part_of(config, mapping)
+        self.mapping, self.dtype = mapping, str(torch.get_default_dtype()).removeprefix("torch.")
+        if mapping.is_first_pp_rank() or config.tie_embeddings:
+            self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        if mapping.has_tp():
+            self.register_buffer("first_id", torch.empty(1, dtype=torch.int32))
+        if config.learned_positions and mapping.is_first_pp_rank():
             self.position_embedding = nn.Parameter(torch.empty(config.learned_positions, config.hidden_size))
         self.rope = nn.ModuleList(Rope(spec) for spec in config.ropes)
         for index, slopes in enumerate(config.slopes):
             self.register_buffer(f"alibi_{index}", torch.empty(len(slopes), dtype=torch.float32))
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(len(config.layers)))
-        self.final_norm = Norm(config.hidden_size, config.final_norm)
-        self.lm_head = Head(config)
-        for name, form in packed.items():
-            self.get_submodule(name).pack(form)
-        for layer, scales in zip(self.layers, kv_scales or (), strict=kv_scales is not None):
-            layer.attention.kv_scales = scales
+        self.layers = nn.ModuleDict({str(number): Layer(config, at, mapping) for at, number in enumerate(numbers)})
+        if mapping.is_last_pp_rank():
+            self.final_norm = Norm(config.hidden_size, config.final_norm)
+            self.lm_head = Head(config, vocab_size, mapping)
+        linears = {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
+        for name in linears.keys() & packed.keys():
+            linears[name].pack(packed[name])
+        if kv_scales is not None:
+            for number in numbers:
+                self.layers[str(number)].attention.kv_scales = kv_scales[number]
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, logit_indices: Tensor, rope_lengths: Tensor | None = None
-    ) -> Tensor:
-        """int32 [T], int32 [T], int32 [N], int32 [T] where `config.rope_lengths` -> logits [N, vocab_size]."""
+    ) -> Tensor | None:
+        """int32 [T], int32 [T], int32 [N], int32 [T] where `config.rope_lengths` -> logits [N, vocab_size].
+
+        A rank that is not the last of a pipeline sends the residual stream [T, hidden] to the next one.
+        """
         config = self.config
         rotations = {spec: rope(positions, rope_lengths) for spec, rope in zip(config.ropes, self.rope, strict=True)}
         slopes = {found: getattr(self, f"alibi_{index}") for index, found in enumerate(config.slopes)}
-        x, residual = op.embedding(token_ids, self.embedding), None
-        if config.embedding_scale != 1:
-            x = op.scale(x, config.embedding_scale)
-        if config.learned_positions:
-            x = op.add(x, op.embedding(positions, self.position_embedding))
-        for layer in self.layers:
+        residual = None
+        if self.mapping.is_first_pp_rank():
+            x = self._embedded(token_ids, positions)
+        else:
+            x = op.recv(FLOATS.index(self.dtype), config.hidden_size)
+        for layer in self.layers.values():
             attention = layer.spec.attention
             x, residual = layer(x, residual, rotations.get(attention.rope), slopes.get(attention.alibi))
+        if not self.mapping.is_last_pp_rank():
+            op.send(op.add(x, residual))
+            return None
         x, residual = op.gather(x, logit_indices), op.gather(residual, logit_indices)
         x, _ = self.final_norm(x, residual)
-        logits = self.lm_head(x, self.embedding)
+        logits = self.lm_head(x, self.embedding if config.tie_embeddings else None)
         if config.logit_scale != 1:
             logits = op.scale(logits, config.logit_scale)
         return op.soft_cap(logits, config.logit_soft_cap) if config.logit_soft_cap else logits
+
+    def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """-> [T, hidden]; each rank of a tensor-parallel group looks up the ids that it has."""
+        config = self.config
+        if self.mapping.has_tp():
+            x = op.all_reduce(op.embedding_shard(token_ids, self.embedding, self.first_id))
+        else:
+            x = op.embedding(token_ids, self.embedding)
+        if config.embedding_scale != 1:
+            x = op.scale(x, config.embedding_scale)
+        return op.add(x, op.embedding(positions, self.position_embedding)) if config.learned_positions else x
 
     @classmethod
     def on_meta(
         cls,
         config: DecoderConfig,
         dtype: str,
-        packed: Mapping[str, Packed] = {},  # noqa: B006
+        packed: Values[str, Packed] = {},  # noqa: B006
         kv_scales: KVScales | None = None,
+        mapping: Mapping = _ALONE,
     ) -> "Decoder":
         """The decoder on the meta device, its weights of this dtype where the config does not say otherwise."""
         with torch.device("meta"), _default_dtype(dtype):
-            return cls(config, packed, kv_scales)
+            return cls(config, packed, kv_scales, mapping)
 
     def declared(self) -> dict[str, TensorType]:
         """Name and type of each weight that a checkpoint holds."""
@@ -237,11 +283,13 @@ class Decoder(nn.Module):
         return {name: linear.weight.shape[1] for name, linear in found.items() if linear.weight is not None}
 
     def constants(self) -> dict[str, Tensor]:
-        """The weights that no checkpoint holds, by name: rotary frequencies and alibi slopes, float32."""
+        """The weights that no checkpoint holds, by name: rotary frequencies, alibi slopes, a shard's first id."""
         values = {
             f"rope.{index}.{name}": numbers
             for index, rope in enumerate(self.rope)
             for name, numbers in rope.constants().items()
         }
         values |= {f"alibi_{index}": slopes for index, slopes in enumerate(self.config.slopes)}
-        return {name: torch.tensor(numbers, dtype=torch.float32, device="cpu") for name, numbers in values.items()}
+        made = {name: torch.tensor(numbers, dtype=torch.float32, device="cpu") for name, numbers in values.items()}
+        first = torch.tensor([self.mapping.tp_rank * self.config.vocab_size], dtype=torch.int32, device="cpu")
+        return made | ({"first_id": first} if self.mapping.has_tp() else {})

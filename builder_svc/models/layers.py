@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from builder_svc.mapping import Mapping
 from builder_svc.models.config import AttentionSpec, DynamicRope, LongRope, NormSpec, RopeSpec
 from builder_svc.models.operators import op
 from builder_svc.models.packed import Packed
@@ -55,18 +56,23 @@ class Norm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """The norm of queries or keys."""
+    """The norm of queries or keys. One of all heads together needs those of all ranks of the tensor-parallel group."""
 
-    def __init__(self, spec: AttentionSpec, heads: int, eps: float) -> None:
+    def __init__(self, spec: AttentionSpec, heads: int, eps: float, mapping: Mapping) -> None:
         super().__init__()
-        self.kind, self.eps = spec.qk_norm, eps
+        self.kind, self.eps, self.mapping = spec.qk_norm, eps, mapping
+        self.gathers = spec.qk_norm == "all" and mapping.has_tp()
+        heads *= mapping.tp_size if self.gathers else 1
         shape = {"head": (spec.head_dim,), "heads": (heads, spec.head_dim), "all": (heads * spec.head_dim,)}[self.kind]
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32 if spec.qk_norm_offset else None))
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, heads * D] -> [T, heads * D]."""
         norm = {"head": op.head_rms_norm, "heads": op.head_layer_norm, "all": op.rms_norm}[self.kind]
-        return norm(x, self.weight, self.eps)
+        if not self.gathers:
+            return norm(x, self.weight, self.eps)
+        whole = norm(op.all_gather(x), self.weight, self.eps)
+        return op.split(whole, [x.shape[1]] * self.mapping.tp_size)[self.mapping.tp_rank]
 
 
 class Rope(nn.Module):

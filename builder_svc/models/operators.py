@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.opset import OPERATORS, Operator
+from engine.opset import FLOATS, OPERATORS, Operator
+
+SIZES = {"num_tokens": 1_000_003, "num_logits": 1_000_033}
+"""What the named dimensions measure while a module runs: no size of a model's own."""
 
 Recorder = Callable[[str, tuple[Any, ...], list[Tensor]], None]
 """Called with (operator, its inputs and then its attributes in the table's order, its results)."""
 
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+_ranks: ContextVar[int] = ContextVar("ranks", default=1)
 
 
 class Operators:
@@ -29,13 +33,18 @@ op = Operators()
 
 
 @contextmanager
-def recorded(recorder: Recorder) -> Iterator[None]:
-    """While it lasts, the recorder is told of every operator that is applied."""
-    token = _recorder.set(recorder)
+def recorded(recorder: Recorder, ranks: int = 1) -> Iterator[None]:
+    """While it lasts, the recorder is told of every operator that is applied.
+
+    Args:
+        ranks: of the tensor-parallel group that the module is for.
+    """
+    tokens = _recorder.set(recorder), _ranks.set(ranks)
     try:
         yield
     finally:
-        _recorder.reset(token)
+        _recorder.reset(tokens[0])
+        _ranks.reset(tokens[1])
 
 
 def _shapes(name: str, spec: Operator) -> Callable[..., Any]:
@@ -54,10 +63,14 @@ def result_types(
     name: str, tensors: Sequence[Tensor | None], attrs: dict[str, Any]
 ) -> list[tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each result. By rule: to run the references on shapes takes as long as importing torch's compiler."""
+    if name == "send":
+        return []
+    if name == "recv":
+        return [(getattr(torch, FLOATS[attrs["dtype"]]), (SIZES["num_tokens"], attrs["size"]))]
     x, *others = (tensor for tensor in tensors if tensor is not None)
     rows = x.shape[0]
     match name:
-        case "embedding":
+        case "embedding" | "embedding_shard":
             return [(others[0].dtype, (rows, others[0].shape[1]))]
         case "linear" | "linear_int4" | "linear_int8" | "linear_fp8":
             return [(x.dtype, (rows, others[0].shape[0]))]
@@ -75,4 +88,6 @@ def result_types(
             return [(x.dtype, (rows, size)) for size in attrs["sizes"]]
         case "gather":
             return [(x.dtype, (len(others[0]), x.shape[1]))]
+        case "all_gather":
+            return [(x.dtype, (rows, x.shape[1] * _ranks.get()))]
     return [(x.dtype, tuple(x.shape))]

@@ -26,6 +26,12 @@ class Int4:
         """The operator's attributes for rows of that many inputs."""
         return {"group_size": self.group_size or columns}
 
+    @property
+    def units(self) -> dict[str, tuple[int, int]]:
+        """Name of a tensor -> how many rows and columns of the matrix an element is for; WHOLE for all of them."""
+        groups = (1, self.group_size)
+        return {"weight": (1, 2), "scales": groups} | ({"zeros": groups} if self.zeros else {})
+
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> dtype and shape, for a matrix [rows, columns]."""
         groups = (rows, -(-columns // (self.group_size or columns)))
@@ -52,6 +58,11 @@ class Int8:
         """None."""
         del columns
         return {}
+
+    @property
+    def units(self) -> dict[str, tuple[int, int]]:
+        """As above."""
+        return {"weight": (1, 1), "scales": (1, WHOLE)}
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As above."""
@@ -87,6 +98,12 @@ class Fp8:
             "block_columns": self.block_columns or columns,
             "per_token": self.activations == "token",
         }
+
+    @property
+    def units(self) -> dict[str, tuple[int, int]]:
+        """As above."""
+        blocks = {"weight": (1, 1), "scales": (self.block_rows, self.block_columns)}
+        return blocks | ({"input_scale": (WHOLE, WHOLE)} if self.activations == "tensor" else {})
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As above."""

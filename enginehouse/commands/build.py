@@ -33,6 +33,8 @@ class Choices:
     max_num_tokens: int | None = None
     dummy_weights: bool = False
     kv_cache_dtype: str = "auto"
+    tp_size: int | None = None
+    pp_size: int | None = None
 
     def spec(self, checkpoint: str) -> BuildSpec:
         """The same on the wire. Raises InvalidArgument for a path that is not valid Unicode."""
@@ -49,6 +51,8 @@ class Choices:
                 max_num_tokens=self.max_num_tokens,
                 dummy_weights=self.dummy_weights,
                 kv_cache_dtype=self.kv_cache_dtype,
+                tp_size=self.tp_size,
+                pp_size=self.pp_size,
             )
         except UnicodeEncodeError as error:
             raise not_unicode(error) from None

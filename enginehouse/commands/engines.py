@@ -67,7 +67,7 @@ def inspect(engine: str, store_url: str, *, as_json: bool) -> None:
         "limits": f"{limits.max_batch_size} requests, {limits.max_seq_len} tokens each, {limits.max_num_tokens} a step",
         "weights": _weights(manifest),
         "tokenizer": "yes" if manifest.tokenizer else "none: token ids in and out",
-        "ranks": str(len(manifest.ranks)),
+        "ranks": _ranks(manifest),
         "size": format_bytes(summary.size),
     }
     for name, value in lines.items():
@@ -79,6 +79,12 @@ def inspect(engine: str, store_url: str, *, as_json: bool) -> None:
         for file in manifest.files()
     ]
     print_table(("file", "size", "sha256", ""), rows, "no files")
+
+
+def _ranks(manifest: Manifest) -> str:
+    """How many, and how the model is divided among several."""
+    mapping = manifest.mapping
+    return f"{mapping.world_size} (tp {mapping.tp_size}, pp {mapping.pp_size})" if len(manifest.ranks) > 1 else "1"
 
 
 def verify(engine: str, store_url: str, *, deep: bool, trusted_keys: Sequence[Path], as_json: bool) -> None:

@@ -100,6 +100,8 @@ class BuildSpec(_message.Message):
     MAX_NUM_TOKENS_FIELD_NUMBER: _builtins.int
     DUMMY_WEIGHTS_FIELD_NUMBER: _builtins.int
     KV_CACHE_DTYPE_FIELD_NUMBER: _builtins.int
+    TP_SIZE_FIELD_NUMBER: _builtins.int
+    PP_SIZE_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     """A directory or .gguf file under the builder's checkpoint root, "hf://ORG/NAME[/FILE.gguf][@REVISION]" of the Hugging Face
     hub, or what OfferCheckpoint gave.
@@ -116,6 +118,10 @@ class BuildSpec(_message.Message):
     """read no weights: executors make random ones"""
     kv_cache_dtype: _builtins.str
     """["auto"] of activations; or "fp8" """
+    tp_size: _builtins.int
+    """[1] ranks that each layer is divided among"""
+    pp_size: _builtins.int
+    """[1] groups of ranks that the layers are divided among"""
     @_builtins.property
     def target(self) -> Global___Target: ...
     def __init__(
@@ -129,10 +135,12 @@ class BuildSpec(_message.Message):
         max_num_tokens: _builtins.int | None = ...,
         dummy_weights: _builtins.bool = ...,
         kv_cache_dtype: _builtins.str = ...,
+        tp_size: _builtins.int | None = ...,
+        pp_size: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "target", b"target", "tp_size", b"tp_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "kv_cache_dtype", b"kv_cache_dtype", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "kv_cache_dtype", b"kv_cache_dtype", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "target", b"target", "tp_size", b"tp_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_batch_size: _TypeAlias = _typing.Literal["max_batch_size"]  # noqa: Y015
     _WhichOneofArgType__max_batch_size: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size"]  # noqa: Y015
@@ -140,12 +148,20 @@ class BuildSpec(_message.Message):
     _WhichOneofArgType__max_num_tokens: _TypeAlias = _typing.Literal["_max_num_tokens", b"_max_num_tokens"]  # noqa: Y015
     _WhichOneofReturnType__max_seq_len: _TypeAlias = _typing.Literal["max_seq_len"]  # noqa: Y015
     _WhichOneofArgType__max_seq_len: _TypeAlias = _typing.Literal["_max_seq_len", b"_max_seq_len"]  # noqa: Y015
+    _WhichOneofReturnType__pp_size: _TypeAlias = _typing.Literal["pp_size"]  # noqa: Y015
+    _WhichOneofArgType__pp_size: _TypeAlias = _typing.Literal["_pp_size", b"_pp_size"]  # noqa: Y015
+    _WhichOneofReturnType__tp_size: _TypeAlias = _typing.Literal["tp_size"]  # noqa: Y015
+    _WhichOneofArgType__tp_size: _TypeAlias = _typing.Literal["_tp_size", b"_tp_size"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_batch_size) -> _WhichOneofReturnType__max_batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_num_tokens) -> _WhichOneofReturnType__max_num_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_seq_len) -> _WhichOneofReturnType__max_seq_len | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pp_size) -> _WhichOneofReturnType__pp_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tp_size) -> _WhichOneofReturnType__tp_size | None: ...
 
 Global___BuildSpec: _TypeAlias = BuildSpec  # noqa: Y015
 

@@ -15,7 +15,8 @@ from store_harness import keys
 from builder_svc import weights
 from builder_svc.build_config import BuildConfig
 from builder_svc.checkpoint.digests import file_digests
-from builder_svc.pipeline import build, build_identity, make_program, read_model
+from builder_svc.mapping import Mapping
+from builder_svc.pipeline import build, build_identity, make_rank, read_model
 from engine import gc, inventory
 from engine.blobs import blob_key, put_bytes, read
 from engine.errors import (
@@ -99,11 +100,12 @@ def test_changed_weights_config_or_tokenizer_give_another_engine(copy: Path) -> 
 
 
 def test_the_program_is_data_over_the_operator_set(checkpoint: Path) -> None:
-    program, constants = make_program(read_model(checkpoint, BuildConfig(max_num_tokens=77)))
+    part = make_rank(read_model(checkpoint, BuildConfig(max_num_tokens=77)), Mapping())
+    program = part.program
     assert {op.op for op in program.ops} <= set(OPERATORS)
     assert set(program.dims.values()) == {77}
     assert len(program.caches) == 3 and program.caches[0].bytes_per_token == 2 * 2 * 20 * 4
-    assert set(constants) == {"rope.0.inv_freq"} <= set(program.weights)
+    assert set(part.constants) == {"rope.0.inv_freq"} <= set(program.weights)
     assert type(program).from_json(program.to_json()) == program
 
 

@@ -109,7 +109,7 @@ def test_options_by_default():
 
 def test_options_as_given():
     target = Target(device=DEVICE_KIND_CUDA, compute_capability="9.0")
-    sizes = {"max_batch_size": 8, "max_seq_len": 512, "max_num_tokens": 256}
+    sizes = {"max_batch_size": 8, "max_seq_len": 512, "max_num_tokens": 256, "tp_size": 4, "pp_size": 2}
     spec = BuildSpec(dtype="bfloat16", target=target, kv_cache_dtype="fp8", **sizes)
     assert read_options(spec) == BuildConfig("bfloat16", "cuda", "9.0", **sizes, kv_cache_dtype="fp8")
 
@@ -122,6 +122,7 @@ def test_options_as_given():
         (BuildSpec(max_batch_size=0), "max_batch_size is 0"),
         (BuildSpec(max_seq_len=0), "max_seq_len is 0"),
         (BuildSpec(max_num_tokens=0), "max_num_tokens is 0"),
+        (BuildSpec(tp_size=0), "tp_size is 0"),
         (BuildSpec(target=Target(device=DEVICE_KIND_CUDA, compute_capability="sm_90")), "'sm_90'"),
         (BuildSpec(target=Target(device=77)), "target.device 77: choose one of .*DEVICE_KIND_CUDA"),  # type: ignore[arg-type]
     ],

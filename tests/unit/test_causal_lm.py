@@ -24,7 +24,16 @@ from builder_svc.models import families
 from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, NotFound, ResourceExhausted, Unimplemented
 from engine.manifest import Manifest
-from enginehouse import AutoConfig, AutoModelForCausalLM, BuildConfig, Mapping, PretrainedConfig, QuantConfig, build
+from enginehouse import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BuildConfig,
+    Engine,
+    Mapping,
+    PretrainedConfig,
+    QuantConfig,
+    build,
+)
 from enginehouse.cli import main
 from executor_svc.loader import load_engine
 from executor_svc.worker import this_node
@@ -219,14 +228,24 @@ def test_the_models_dtype_is_the_engines(checkpoint: Path, tmp_path: Path) -> No
         build(model, BuildConfig(dtype="float16"), store=DirectoryStore(tmp_path))
 
 
-def test_more_than_one_rank_is_refused_when_it_is_built_or_saved(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_loop_over_ranks_builds_one_engine(checkpoint: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        model = AutoModelForCausalLM.from_hugging_face(checkpoint, mapping=Mapping(2, rank, tp_size=2))
+        engine = build(model, BuildConfig(device="cpu"))
+        assert engine is build(model, BuildConfig(device="cpu", tp_size=2))  # nothing is built again
+        engine.save(tmp_path / "engine")
+    found = Engine.from_dir(tmp_path / "engine", rank=1)
+    assert found.engine_id == engine.engine_id and len(found.manifest.ranks) == found.manifest.mapping.tp_size == 2
+    with pytest.raises(ValueError, match="rank 2, but the last of 2 ranks is 1"):
+        Engine.from_dir(tmp_path / "engine", rank=2)
+    with pytest.raises(ValueError, match="the model's has tp_size 2 and pp_size 1, the options say 1 and 2"):
+        build(model, BuildConfig(device="cpu", pp_size=2))
+
+
+def test_more_than_one_rank_is_refused_when_it_is_saved(checkpoint: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_hugging_face(checkpoint, mapping=Mapping(2, tp_size=2))
-    for use in (
-        lambda: build(model, store=DirectoryStore(tmp_path / "store")),
-        lambda: model.save_checkpoint(tmp_path / "saved"),
-    ):
-        with pytest.raises(NotImplementedError, match="a mapping of 2 ranks .* of one rank"):
-            use()
+    with pytest.raises(NotImplementedError, match="a mapping of 2 ranks .* of one rank"):
+        model.save_checkpoint(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 

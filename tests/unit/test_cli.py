@@ -609,7 +609,7 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
         "build",
         "My-Llama/",
         *["--dtype", "bfloat16", "--device", "cuda", "--compute-capability", "9.0"],
-        *["--kv-cache-dtype", "fp8"],
+        *["--kv-cache-dtype", "fp8", "--tp", "2", "--pp", "3"],
     )
     assert result.exit_code == 0
     assert "My-Llama: engine efefefefefef, built in " in result.stdout
@@ -622,13 +622,14 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
     assert (request.model, request.spec.checkpoint) == ("My-Llama", str(tmp_path / "My-Llama"))
     spec = request.spec
     assert (spec.dtype, spec.target.device, spec.target.compute_capability) == ("bfloat16", DEVICE_KIND_CUDA, "9.0")
-    assert spec.kv_cache_dtype == "fp8"
+    assert (spec.kv_cache_dtype, spec.tp_size, spec.pp_size) == ("fp8", 2, 3)
     assert not any(spec.HasField(name) for name in ("max_batch_size", "max_seq_len", "max_num_tokens"))
 
     told = json.loads(enginehouse("build", "./elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json").stdout)
     assert (told["name"], told["engine_id"], told["reused"]) == ("n", "ef" * 32, False)
     spec = builder.requests[1].spec
     assert (spec.checkpoint, spec.target.device, spec.max_seq_len) == ("./elsewhere/x", DEVICE_KIND_CPU, 9)
+    assert not spec.HasField("tp_size") and not spec.HasField("pp_size")
 
 
 def test_a_build_that_fails(builder: MockBuilder) -> None:

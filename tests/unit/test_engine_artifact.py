@@ -163,10 +163,10 @@ def test_what_is_no_engine_directory(engine: Engine, other: Engine, tmp_path: Pa
         Engine.from_dir(tmp_path / "trt")
     with pytest.raises(FailedPrecondition, match="another program's config.json or engine"):
         engine.save(tmp_path / "trt")
-    with pytest.raises(Unimplemented, match="rank 1"):
-        Engine.from_dir(tmp_path, rank=1)
     engine.push(str(tmp_path / "store"))
     assert Engine.from_dir(tmp_path / "store").engine_id == engine.engine_id  # the only one
+    with pytest.raises(InvalidArgument, match="rank 1, but the last of 1 ranks is 0"):
+        Engine.from_dir(tmp_path / "store", rank=1)
     other.push(str(tmp_path / "store"))
     with pytest.raises(InvalidArgument, match="holds 2 engines"):
         Engine.from_dir(tmp_path / "store")

@@ -158,8 +158,8 @@ def test_what_is_no_program(data: bytes):
 
 def test_every_operator_names_its_signature():
     for name, operator in OPERATORS.items():
-        assert operator.inputs, name
-        assert operator.outputs, name
+        assert operator.inputs or name == "recv", name
+        assert operator.outputs or name == "send", name
         required = [slot for slot in operator.inputs if not slot.endswith("?")]
         assert operator.inputs[: len(required)] == tuple(required), f"{name}: optional inputs come last"
         assert all(kind in (int, float, bool, list) for kind in operator.attrs.values()), name

@@ -365,7 +365,8 @@ def test_the_table_and_the_references_have_the_same_signatures() -> None:
         assert tuple(key for key in parameters if key not in keywords) == tuple(
             slot.rstrip("?") for slot in operator.inputs
         )
-        assert keywords - {"step"} == set(operator.attrs)
+        assert keywords - {"step", "group"} == set(operator.attrs)
+        assert ("step" in keywords, "group" in keywords) == (operator.uses_step, operator.uses_group)
 
 
 PACKED_CASES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
