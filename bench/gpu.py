@@ -2,16 +2,22 @@
 
     python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8]] [--kv-cache-dtype fp8] [--batch 256] [--tune] [--out FILE.json]
         [--only WORKLOAD ...] [--profile ROWS ...]
+    torchrun --nproc-per-node 2 -m bench.gpu --tp 2 ...
 
 Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
 Dummy weights, on this device. Names of results begin with `fp8_` where products are of 8 bits; `kv_` follows where the KV cache
-is; those of another batch size than 256 end with it. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of
+is; those of several GPUs with tp or pp and how many; those of another batch
+size than 256 end with it. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of
 128 tokens; medians.
 """
 
 import argparse
+import contextlib
+import os
 import random
+import socket
 import statistics
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -22,11 +28,15 @@ from bench.products import read_speed
 from bench.serving import save
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
+from engine.errors import Unavailable
 from executor_svc.core import Batch, Sampling, Sequence
 from executor_svc.cuda_runner import CudaRunner
+from executor_svc.frames import FrameSocket
+from executor_svc.group import ALONE
 from executor_svc.kernels.fuse import fuse
 from executor_svc.kernels.tuning import tune
-from executor_svc.loader import load_engine
+from executor_svc.loader import begin_load
+from executor_svc.meeting import meet
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
 
@@ -44,7 +54,7 @@ TABLES = {
 class Bench:
     """An engine of dummy weights, loaded."""
 
-    def __init__(self, model: Path, kv_cache_dtype: str, batch: int, tuned: bool) -> None:
+    def __init__(self, model: Path, kv_cache_dtype: str, batch: int, tuned: bool, tp: int, pp: int) -> None:
         began = time.perf_counter()
         config = BuildConfig(
             device="cuda",
@@ -53,19 +63,29 @@ class Bench:
             max_seq_len=8192,
             max_num_tokens=8192,
             kv_cache_dtype=kv_cache_dtype,
+            tp_size=tp,
+            pp_size=pp,
         )
         self.engine = build(model, config)
-        loaded = load_engine(self.engine.store, self.engine.engine_id, this_node("cuda"))
+        self.group = ALONE
+        if tp * pp > 1:
+            self.group = meet(self.engine.manifest, "cuda", 300)
+        loaded = begin_load(
+            self.engine.store, self.engine.engine_id, this_node("cuda"), which=lambda _: self.group.rank
+        )
+        with loaded.arriving:
+            pass
         weights = {name: tensor.to("cuda") for name, tensor in loaded.weights.items()}
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         ready = time.perf_counter()
         limits = loaded.manifest.limits
         table = tune(fuse(loaded.program), limits) if tuned else {}
         tuning, ready = time.perf_counter() - ready, time.perf_counter()
-        self.runner = CudaRunner(loaded.program, weights, limits, table=table)
+        self.runner = CudaRunner(loaded.program, weights, limits, table=table, group=self.group)
         self.manifest = loaded.manifest
         self.prefix = "fp8_" if self.manifest.quantization else ""
         self.prefix += "kv_" if kv_cache_dtype == "fp8" else ""
+        self.prefix += "".join(f"{name}{size}_" for name, size in (("tp", tp), ("pp", pp)) if size > 1)
         self.suffix = "" if batch == 256 else f"_batch{batch}"
         print(
             f"built and loaded in {ready - began - tuning:.1f} s, tuned in {tuning:.1f} s, runner with graphs in "
@@ -73,6 +93,12 @@ class Bench:
             flush=True,
         )
         self.serial = 0
+
+    def follow(self) -> None:
+        """What a rank does that is not 0, until rank 0 has ended."""
+        front, _held = socket.socketpair()
+        with contextlib.suppress(Unavailable):
+            self.group.follow(FrameSocket(front), self.runner)
 
     def requests(self, lengths: list[tuple[int, int]]) -> list[Sequence]:
         made = []
@@ -144,9 +170,17 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that each layer is divided among")
+    parser.add_argument("--pp", type=int, default=1, help="groups of GPUs that the layers are divided among")
     arguments = parser.parse_args()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     speed = read_speed() / 1e3
-    bench = Bench(arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune)
+    bench = Bench(
+        arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune, arguments.tp, arguments.pp
+    )
+    if bench.group.rank:
+        bench.follow()
+        os._exit(0)  # as a worker does
     print(
         f"{torch.cuda.get_device_name()}, reading at {speed:.0f} GB/s, {bench.weight_bytes / 1e9:.2f} GB, "
         f"{bench.runner.capabilities.num_blocks} blocks; the other columns are of an H100"
@@ -163,6 +197,9 @@ def main() -> None:
     for rows in arguments.profile:
         bench.profile(rows)
     save(arguments.out, found)
+    sys.stdout.flush()
+    if bench.group.size > 1:
+        os._exit(0)
 
 
 if __name__ == "__main__":
