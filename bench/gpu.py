@@ -2,16 +2,22 @@
 
     python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8]] [--kv-cache-dtype fp8] [--batch 256] [--tune] [--out FILE.json]
         [--only WORKLOAD ...] [--profile ROWS ...]
+    torchrun --nproc-per-node 2 -m bench.gpu --tp 2 ...
 
 Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
 Dummy weights, on this device. Names of results begin with `fp8_` where products are of 8 bits; `kv_` follows where the KV cache
-is; those of another batch size than 256 end with it. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of
+is; those of several GPUs with tp or pp and how many; those of another batch
+size than 256 end with it. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of
 128 tokens; medians.
 """
 
 import argparse
+import contextlib
+import os
 import random
+import socket
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +26,9 @@ import torch
 
 from bench.products import read_speed
 from bench.serving import build_dummy, load, run, save
+from engine.errors import Unavailable
 from executor_svc.core import Batch, Sampling, Sequence
+from executor_svc.frames import FrameSocket
 
 WORKLOADS = ("ttft_ms_128", "ttft_ms_4096", "itl_ms_b1", "itl_ms_b8", "itl_ms_b64", "itl_ms_b256", "mixed_s")
 # vLLM 0.26, the floor and what we mean to reach, on one H100; by the prefix of a result's name
@@ -36,15 +44,25 @@ TABLES = {
 class Bench:
     """An engine of dummy weights, loaded."""
 
-    def __init__(self, store: Path, model: Path, kv_cache_dtype: str, batch: int, tuned: bool) -> None:
-        sizes = {"max_batch_size": batch, "max_seq_len": 8192, "max_num_tokens": 8192}
+    def __init__(
+        self, store: Path, model: Path, kv_cache_dtype: str, batch: int, tuned: bool, *, tp: int = 1, pp: int = 1
+    ) -> None:
+        sizes = {"max_batch_size": batch, "max_seq_len": 8192, "max_num_tokens": 8192, "tp_size": tp, "pp_size": pp}
         engine = build_dummy(model, store, device="cuda", kv_cache_dtype=kv_cache_dtype, **sizes)
         self.loaded = load(store, engine, tuned=tuned)
+        self.group = self.loaded.group
         self.prefix = "fp8_" if self.loaded.manifest.quantization else ""
         self.prefix += "kv_" if kv_cache_dtype == "fp8" else ""
+        self.prefix += "".join(f"{name}{size}_" for name, size in (("tp", tp), ("pp", pp)) if size > 1)
         self.suffix = "" if batch == 256 else f"_batch{batch}"
         print("tuned in {:.1f} s, runner with graphs in {:.1f} s".format(*self.loaded.seconds), flush=True)
         self.serial = 0
+
+    def follow(self) -> None:
+        """What a rank does that is not 0, until rank 0 has ended."""
+        front, _held = socket.socketpair()
+        with contextlib.suppress(Unavailable):
+            self.group.follow(FrameSocket(front), self.loaded.runner)
 
     def requests(self, lengths: list[tuple[int, int]]) -> list[Sequence]:
         made = []
@@ -107,6 +125,8 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that each layer is divided among")
+    parser.add_argument("--pp", type=int, default=1, help="groups of GPUs that the layers are divided among")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as store:
         measure(Path(store), arguments)
@@ -114,8 +134,13 @@ def main() -> None:
 
 def measure(store: Path, arguments: argparse.Namespace) -> None:
     """Builds, loads, measures and prints."""
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     speed = read_speed() / 1e3
-    bench = Bench(store, arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune)
+    parallel = {"tp": arguments.tp, "pp": arguments.pp}
+    bench = Bench(store, arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune, **parallel)
+    if bench.group.rank:
+        bench.follow()
+        os._exit(0)  # as a worker does
     print(
         f"{torch.cuda.get_device_name()}, reading at {speed:.0f} GB/s, {bench.loaded.weight_bytes / 1e9:.2f} GB, "
         f"{bench.loaded.runner.capabilities.num_blocks} blocks; the other columns are of an H100"
@@ -132,6 +157,9 @@ def measure(store: Path, arguments: argparse.Namespace) -> None:
     for rows in arguments.profile:
         bench.profile(rows)
     save(arguments.out, found)
+    sys.stdout.flush()
+    if bench.group.size > 1:
+        os._exit(0)
 
 
 if __name__ == "__main__":

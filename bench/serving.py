@@ -16,11 +16,14 @@ import torch
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
+from engine import registry
 from engine.directory import DirectoryStore
 from engine.manifest import Manifest
 from executor_svc.core import Batch, Sequence
+from executor_svc.group import ALONE, Group
 from executor_svc.kernels import prepare, unpack
-from executor_svc.loader import load_engine
+from executor_svc.loader import begin_load
+from executor_svc.meeting import meet
 from executor_svc.runner import Runner, TorchRunner
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config, this_node
@@ -39,6 +42,7 @@ class Loaded:
     runner: Any
     weight_bytes: int
     seconds: tuple[float, float]
+    group: Group
 
 
 def build_dummy(model: Path, store: Path, *, layers: int | None = None, **options: Any) -> str:
@@ -63,7 +67,12 @@ def load(
     """
     directory = DirectoryStore(store)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_engine(directory, engine_id, this_node(device))
+    group = ALONE
+    if "RANK" in os.environ:  # of several that torchrun has started
+        group = meet(registry.manifest(directory, engine_id), device, 300)
+    loaded = begin_load(directory, engine_id, this_node(device), which=lambda _: group.rank)
+    with loaded.arriving:
+        pass
     manifest, weights = loaded.manifest, loaded.weights
     size, began = sum(weight.nbytes for weight in weights.values()), time.perf_counter()
     ready = began
@@ -76,12 +85,14 @@ def load(
 
         table = tune(fuse(loaded.program), manifest.limits) if tuned else {}
         ready = time.perf_counter()
-        runner = CudaRunner(loaded.program, weights, manifest.limits, kv_memory=memory, table=table, device=device)
+        runner = CudaRunner(
+            loaded.program, weights, manifest.limits, kv_memory=memory, table=table, device=device, group=group
+        )
     else:
         program, weights = unpack(device, loaded.program, weights)
         prepared = prepare(device, program, weights)
-        runner = TorchRunner(program, prepared, manifest.limits, device=device, kv_memory=memory)
-    return Loaded(directory, manifest, runner, size, (ready - began, time.perf_counter() - ready))
+        runner = TorchRunner(program, prepared, manifest.limits, device=device, kv_memory=memory, group=group)
+    return Loaded(directory, manifest, runner, size, (ready - began, time.perf_counter() - ready), group)
 
 
 def run(loaded: Loaded, work: list[Sequence], ended: Callable[[Batch], None] = lambda _: None) -> float:

@@ -61,7 +61,9 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--kv-memory", type=int, help="bytes of KV cache an engine; default: what it can use, up to half of free memory"
+        "--kv-memory",
+        type=int,
+        help="bytes of KV cache an engine, or each rank of one; default: what it can use, up to half of free memory",
     )
     parser.add_argument(
         "--trusted-keys",

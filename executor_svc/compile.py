@@ -21,16 +21,18 @@ from typing import Any
 import msgspec
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.manifest import Limits
+from engine.manifest import Limits, Parallelism
 from engine.program import Program
 from executor_svc.cuda_layout import HostStep, trial
 from executor_svc.cuda_runner import CudaRunner
+from executor_svc.group import Group
 from executor_svc.kernel_archive import archive_name, pack
 from executor_svc.kernels.paged import SPLITS_FOR
 from executor_svc.kernels.tactics import RULE, Table, from_json
@@ -59,6 +61,26 @@ class StandIn:
         return 0
 
 
+class Absent(Group):
+    """The other ranks of a program that is one's of several, where there are shapes and no values."""
+
+    def __init__(self, program: Program) -> None:
+        columns = {value.name: int(value.type.shape[-1]) for op in program.ops for value in op.outputs}
+        gathered = next((op for op in program.ops if op.op == "all_gather"), None)
+        tp_size = columns[gathered.outputs[0].name] // columns[gathered.inputs[0]] if gathered else 1
+        pp_size = 2 if any(op.op in ("send", "recv") for op in program.ops) else 1
+        super().__init__(mapping=Parallelism(tp_size * pp_size, tp_size, pp_size))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.new_empty(len(x), x.shape[1] * self.tp_size)
+
+    def send(self, x: Tensor) -> None:
+        pass
+
+    def recv(self, columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.rows, columns, dtype=dtype, device="meta")
+
+
 def _compile_only(kernel: JITFunction, grid: Any) -> Any:
     """What `kernel[grid]` is here: arguments decide what is compiled, as in a launch."""
     return lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
@@ -81,7 +103,7 @@ def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, ta
         name: torch.empty(tuple(map(int, declared.shape)), dtype=getattr(torch, declared.dtype), device="meta")
         for name, declared in program.weights.items()
     }
-    runner = CudaRunner(program, weights, limits, kv_memory=1 << 40, table=table, device="meta")
+    runner = CudaRunner(program, weights, limits, kv_memory=1 << 40, table=table, device="meta", group=Absent(program))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         with triton.AsyncCompileMode(pool, ignore_errors=True) as found, torch.inference_mode():
             for graph in runner.graphs:

@@ -71,9 +71,9 @@ def memory(program: Program, limits: Limits) -> int:
     """Bytes that steps take beside weights and KV cache: all graphs, the largest step that none holds, and drawing its tokens."""
     held = shapes(limits)
     rows = sum(min(limits.max_batch_size, decodes + (PROMPTS if tokens > decodes else 0)) for decodes, tokens in held)
-    (logits,) = (value.type for op in program.ops for value in op.outputs if value.name == program.outputs[0])
-    results = rows * _size(logits, dict.fromkeys(program.dims, 1))
-    drawn = 4 * limits.max_batch_size * int(logits.shape[-1])
+    logits = [value.type for op in program.ops for value in op.outputs if value.name in program.outputs]
+    results = rows * sum(_size(kind, dict.fromkeys(program.dims, 1)) for kind in logits)
+    drawn = 4 * limits.max_batch_size * sum(int(kind.shape[-1]) for kind in logits)
     captured = _alive(program, max(tokens for _, tokens in held), limits.max_batch_size)
     return results + drawn + int(_WORKING * (captured + _alive(program, limits.max_num_tokens, limits.max_batch_size)))
 

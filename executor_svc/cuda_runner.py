@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import Internal
 from engine.manifest import Limits
 from engine.program import ROPE_LENGTHS, Program
 from executor_svc.core import Batch, Sampled
 from executor_svc.cuda_graphs import Graph, memory, shapes
 from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws, trial
+from executor_svc.group import ALONE, Group, bind
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import fp8, implementations
 from executor_svc.kernels.fuse import fuse, whole_rows
@@ -29,6 +31,7 @@ from executor_svc.kernels.sample import sample
 from executor_svc.kernels.stage import choose, keep, put, stage
 from executor_svc.kernels.tactics import RULE, Table
 from executor_svc.kernels.target import roomy
+from executor_svc.plans import unpack
 from executor_svc.rope_lengths import rope_lengths
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
@@ -45,24 +48,31 @@ class _Flight:
     Attributes:
         tokens: int32, on the host, there when the event has passed.
         sampled: of one that had to wait for its tokens, these.
+        batch, rows: of one whose logits are another rank's, it, and how many there are.
     """
 
     tokens: Tensor
     event: Any = None
     sampled: Sampled | None = None
+    batch: Batch | None = None
+    rows: int = 0
 
 
 class CudaRunner:
     """Interprets a program on a GPU.
 
+    Of several ranks, rank 0's is used as any runner, and the others' `follow`. In a tensor-parallel group all ranks have the same
+    logits and draw the same tokens. Each place of a pipeline works on a batch of its own, and rank 0 gets the logits.
+
     Args:
         program: one that `takes` takes.
         weights: by the program's names, on the device.
-        kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
+        kv_memory: bytes of KV cache a rank; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
             the memory that is free and that steps do not take.
         kv_share: in (0, 1]; by default 0.9.
         table: tactics of products; by default the rule's.
         device: "cuda", or "cpu" where Triton interprets its kernels; then there are no graphs.
+        group: the ranks that run the engine.
 
     Raises:
         FailedPrecondition: too little memory for one sequence of max_seq_len.
@@ -78,20 +88,22 @@ class CudaRunner:
         kv_share: float | None = None,
         table: Table = RULE,
         device: str = "cuda",
+        group: Group = ALONE,
     ) -> None:
+        self._group = group
         self._device = torch.device(device)
         self._on_gpu = device == "cuda"
         rope = rope_lengths(program)
-        operators = implementations("gpu")
+        operators = bind(implementations("gpu"), group)
         for name in ("linear", "linear_silu_mul", "product_fp8"):
             operators[name] = functools.partial(operators[name], table=table)
         fused = fuse(program)
         self._interpreter = Interpreter(fused, weights, operators)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         # one block more takes the keys of rows that only fill a graph up
-        num_blocks = cache_blocks(
-            program, limits, device, kv_memory, kv_share or _KV_SHARE, spare=1, steps=memory(fused, limits)
-        )
+        steps = memory(fused, limits)
+        share = kv_share or _KV_SHARE
+        num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share, spare=1, steps=steps))
         self._k, self._v = caches(program, num_blocks + 1, device)
         rows = limits.max_batch_size + 1  # the last one is the fill's
         self._fill_row = rows - 1
@@ -103,11 +115,20 @@ class CudaRunner:
         self._by_length = ROPE_LENGTHS in program.inputs
         self._layout = CudaLayout(limits.max_batch_size, per_sequence, rope_lengths=self._by_length)
         self._flights: deque[_Flight] = deque()
-        self._pinned = [self._host(max(limits.max_num_tokens, rows) * 12 + 4096) for _ in range(IN_FLIGHT + 1)]
-        self._results = [self._host(rows) for _ in range(IN_FLIGHT + 1)]
+        self._piped = group.pp_size > 1
+        in_flight = group.pp_size if self._piped else IN_FLIGHT
+        self._pinned = [self._host(max(limits.max_num_tokens, rows) * 12 + 4096) for _ in range(in_flight + 1)]
+        self._results = [self._host(rows) for _ in range(in_flight + 1)]
         self._turn = 0
+        self._home = torch.cuda.Stream() if self._piped and self._on_gpu else None  # waits for logits and nothing else
+        group.agree_on_logits(program)
         self.capabilities = Capabilities(
-            num_blocks, BLOCK_SIZE, future_tokens=True, max_in_flight=IN_FLIGHT, overlaps=True, rope=rope
+            num_blocks,
+            BLOCK_SIZE,
+            future_tokens=not self._piped,
+            max_in_flight=in_flight,
+            overlaps=True,
+            rope=rope,
         )
         self.graphs = self._capture(limits)
 
@@ -122,37 +143,71 @@ class CudaRunner:
         halves = {"bfloat16", "float16"}
         small = "float8_e4m3fn" in caches or any(whole_rows(op, program) for op in program.ops)
         known = floats <= halves and caches <= {*halves, "float8_e4m3fn"} and (not small or fp8.able())
-        (vocab,) = (value.type.shape[-1] for op in program.ops for value in op.outputs if value.name in program.outputs)
-        held = all(cache.head_dim <= 256 for cache in program.caches) and int(vocab) < _VOCABULARY
+        logits = [value.type for op in program.ops for value in op.outputs if value.name in program.outputs]
+        small_vocabulary = all(int(kind.shape[-1]) < _VOCABULARY for kind in logits)
+        held = all(cache.head_dim <= 256 for cache in program.caches) and small_vocabulary
         return known and held and roomy()
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:
         layout, logits, sampled, drawn = self._launch(batch)
-        count = len(layout.samples)
+        count, rows = len(layout.samples), len(layout.samples) + len(layout.prompt_rows)
         if drawn:
             self._flights.append(self._send(sampled[:count]))
-            return
-        wanted = count + len(layout.prompt_rows)
-        found = answer(logits[:wanted].float(), batch)
-        keep(self._last, self._column(layout.sampling_rows), self._column(np.array(found.token_ids, dtype=np.int32)))
-        self._flights.append(_Flight(sampled[:0], sampled=found))
+        elif self._piped:
+            self._flights.append(_Flight(sampled[:0], batch=batch, rows=rows))
+        else:
+            found = answer(logits[:rows].float(), batch)
+            self._keep(layout, self._column(np.array(found.token_ids, dtype=np.int32)))
+            self._flights.append(_Flight(sampled[:0], sampled=found))
 
     def _launch(self, batch: Batch) -> tuple[HostStep, Tensor, Tensor, bool]:
-        """A batch's columns, its logits and tokens, and whether these are drawn: else the logits are to be edited or told of."""
+        """A batch's columns, its logits and tokens, and whether these are drawn: else the logits are to be edited or told of.
+
+        Or they are another rank's.
+        """
         layout = self._layout.lay_out(batch)
         items = [item for item in batch.items if item.samples]
-        drawn = not len(layout.prompt_rows) and all(item.unedited for item in items)
+        drawn = not len(layout.prompt_rows) and all(item.unedited for item in items) and not self._piped
         random = draws(items, layout.sampling_rows) if drawn else NOTHING
+        limited = len(random) > 0 and any(item.sequence.sampling.limited for item in items)
+        self._group.tell({**vars(layout), "random": random, "drawn": drawn, "limited": limited})
+        return layout, *self._compute_step(layout, random, limited=limited), drawn
+
+    @torch.inference_mode()
+    def follow(self, plan: bytes) -> None:
+        """Computes this rank's part of a step that rank 0 has started."""
+        values = unpack(plan)
+        random, drawn, limited = (values.pop(name) for name in ("random", "drawn", "limited"))
+        layout = HostStep(**values)
+        logits, _ = self._compute_step(layout, random, limited=limited)
+        if self._piped:
+            self._group.bring_home(logits, len(layout.samples) + len(layout.prompt_rows))
+        elif not drawn:
+            self._keep(layout, torch.empty(len(layout.samples), dtype=torch.int32, device=self._device))
+
+    def _compute_step(self, layout: HostStep, random: np.ndarray, *, limited: bool) -> tuple[Tensor, Tensor]:
+        """A step's logits and the tokens of its samples, the most probable ones but where `random` says otherwise."""
         graph = next((graph for graph in self.graphs if graph.shape.fits(layout)), None)
         logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
         if len(random):
-            limited = any(item.sequence.sampling.limited for item in items)
-            self._sample(logits[: len(items)], sampled[: len(items)], moved, limited=limited)
-        return layout, logits, sampled, drawn
+            count = len(layout.samples)
+            self._sample(logits[:count], sampled[:count], moved, limited=limited)
+        return logits, sampled
+
+    def _keep(self, layout: HostStep, tokens: Tensor) -> None:
+        """Keeps tokens that rank 0 has chosen."""
+        if len(tokens):
+            keep(self._last, self._column(layout.sampling_rows), self._group.from_leader(tokens))
 
     def finish(self) -> Sampled:
         flight = self._flights.popleft()
+        if flight.batch is not None:
+            with torch.inference_mode(), torch.cuda.stream(self._home):  # of None: no stream
+                logits = self._group.bring_home(None, flight.rows)
+                if logits is None:
+                    raise Internal("no rank has sent logits")
+                return answer(logits, flight.batch)
         if flight.sampled is not None:
             return flight.sampled
         if flight.event is not None:
@@ -174,7 +229,7 @@ class CudaRunner:
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
         step = self._step(slots, layout.num_decodes, seq_rows, lengths, starts[layout.num_decodes :], *columns[11:])
         logits = self._logits(token_ids, positions, torch.cat((samples, prompt_rows)), lengths_of_rope, step)
-        return logits, choose(logits[: len(samples)], sampling_rows, self._last), moved
+        return logits, self._choose(logits[: len(samples)], sampling_rows), moved
 
     def _replay(self, graph: Graph, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         if len(rest := layout.updates[graph.shape.updates :]):  # a sequence that comes back brings many blocks
@@ -198,17 +253,22 @@ class CudaRunner:
         token_ids, slots = stage(tokens, positions, token_rows, self._last, self._tables, BLOCK_SIZE)
         step = self._step(slots, shape.decodes, rows, lengths, starts, tile_rows, tile_first)
         logits = self._logits(token_ids, positions, samples, lengths_of_rope, step)
-        return logits, choose(logits, sampling_rows, self._last)
+        return logits, self._choose(logits, sampling_rows)
+
+    def _choose(self, logits: Tensor, sampling_rows: Tensor) -> Tensor:
+        """The most probable tokens, which are kept; none in a pipeline, where rank 0 chooses and tells by the next plan."""
+        return self._last[:0] if self._piped else choose(logits, sampling_rows, self._last)
 
     def _logits(
         self, token_ids: Tensor, positions: Tensor, indices: Tensor, rope_lengths: Tensor, step: DeviceStep
     ) -> Tensor:
-        """The program's, [len(indices), vocab_size]."""
+        """The program's, [len(indices), vocab_size]; of a place in a pipeline that has none, nothing."""
+        self._group.rows = len(token_ids)
         inputs = {"token_ids": token_ids, "positions": positions, "logit_indices": indices}
         if self._by_length:
             inputs[ROPE_LENGTHS] = rope_lengths
-        (logits,) = self._interpreter.run(inputs, step)
-        return logits
+        results = self._interpreter.run(inputs, step)
+        return results[0] if results else self._last[:0]
 
     @torch.inference_mode()
     def _capture(self, limits: Limits) -> list[Graph]:
@@ -239,6 +299,8 @@ class CudaRunner:
         for step in steps:
             filled = step.of_row(self._fill_row)
             logits, sampled, _ = self._run(filled, NOTHING)
+            if self._piped:
+                continue
             count = len(filled.samples)
             greedy = torch.zeros(count * (WIDTH + 1), dtype=torch.int32)
             greedy[count * WIDTH :] = self._fill_row

@@ -1,4 +1,4 @@
-"""Frames between the front and a worker: a little-endian uint32 length, then that many bytes of a protobuf message."""
+"""Frames between the front and a worker, and from rank 0 to others: a little-endian uint32 length, then the message."""
 
 import asyncio
 import contextlib
@@ -47,22 +47,26 @@ async def read_frames(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 class FrameSocket:
-    """The worker's end: blocking, read in whatever pieces have arrived."""
+    """A worker's end: blocking, read in whatever pieces have arrived."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(True)
         self._socket = connection
         self._frames = Frames()
 
+    def fileno(self) -> int:
+        """For select."""
+        return self._socket.fileno()
+
     def send(self, *messages: bytes) -> None:
-        """Writes a frame each. Raises ConnectionError when the front is gone."""
+        """Writes a frame each. Raises ConnectionError when the other side is gone."""
         self._socket.sendall(b"".join(map(frame, messages)))
 
     def receive(self, timeout: float | None) -> list[bytes]:
         """The messages that are there, waiting up to `timeout` seconds (None: without end) for the first.
 
         Raises:
-            ConnectionError: the front is gone.
+            ConnectionError: the other side is gone.
         """
         if timeout and not select.select([self._socket], [], [], timeout)[0]:
             return []
@@ -71,5 +75,5 @@ class FrameSocket:
         except BlockingIOError:
             return []
         if not data:
-            raise ConnectionError("the front is gone")
+            raise ConnectionError("the other side is gone")
         return self._frames.feed(data)

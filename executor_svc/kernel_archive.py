@@ -154,15 +154,15 @@ def adopt(data: bytes) -> tuple[int, Table]:
     return count, table
 
 
-def adopt_from(store: Store, manifest: Manifest, trust: Trust, compute_capability: str) -> Table:
-    """Lets Triton find an engine's compiled kernels, if it has any for here and its code may run; else logs why not.
+def adopt_from(store: Store, manifest: Manifest, trust: Trust, compute_capability: str, rank: int = 0) -> Table:
+    """Lets Triton find a rank's compiled kernels, if it has any for here and the engine's code may run; else logs why not.
 
     Returns the table of tactics that is beside them.
 
     Raises:
         NotFound, DataLoss: the archive is missing or damaged.
     """
-    engine, kernels = manifest.engine_id[:12], {file.name: file for file in manifest.ranks[0].kernels}
+    engine, kernels = manifest.engine_id[:12], {file.name: file for file in manifest.ranks[rank].kernels}
     if not kernels:
         return RULE
     if not trust.code:

@@ -75,7 +75,12 @@ class Spares:
                     # anything else runs: measured on two busy cores, a model of 5 million parameters, 9 tokens/s
                     # spinning and 110 not. But to fall asleep between two operators costs a quarter of a step of half a
                     # billion parameters (bench/LOG.md): so they spin for some 50 us first.
-                    env={"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", **(self._environment or os.environ)},
+                    env={
+                        "OMP_WAIT_POLICY": "PASSIVE",
+                        "GOMP_SPINCOUNT": "20000",
+                        "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink needs rights that containers often have not
+                        **(self._environment or os.environ),
+                    },
                     stdout=self._log,
                     stderr=self._log,
                 )

@@ -35,6 +35,17 @@ class LoadedEngine:
     arriving: ExitStack = field(default_factory=ExitStack)
 
 
+def only_rank(manifest: Manifest) -> int:
+    """The rank of an engine that has one. Raises FailedPrecondition for several."""
+    if len(manifest.ranks) != 1:
+        raise FailedPrecondition(
+            f"engine {manifest.engine_id[:12]} is for {len(manifest.ranks)} ranks, and one is to be loaded here: let an "
+            "executor run it",
+            reason="RANKS_UNSUPPORTED",
+        )
+    return 0
+
+
 def load_engine(
     store: Store,
     engine_id: str,
@@ -54,13 +65,15 @@ def begin_load(
     node: Node,
     progress: Callable[[int, int], None] = lambda *_: None,
     trust: Trust = Trust(),  # noqa: B008  (frozen)
+    which: Callable[[Manifest], int] = only_rank,
 ) -> LoadedEngine:
-    """Begins to load an engine of one rank: to a GPU, its weights may still be arriving when this returns.
+    """Begins to load a rank of an engine: to a GPU, its weights may still be arriving when this returns.
 
     Args:
         node: what is here; an engine that needs something else is refused before a byte of it is read.
         progress: called with (bytes done, bytes in all) of weights, read or made at random; not from two threads at once.
         trust: whose engines may be used; by default everybody's that hold no native code.
+        which: finds the rank to load, once the engine may run here and before a file of it is read.
 
     Raises (also leaving `arriving`):
         NotFound: no such engine, or a blob of it is missing.
@@ -71,12 +84,7 @@ def begin_load(
     fingerprint.check(
         engine_id, manifest.source, manifest.fingerprint, node, store.url, dummy_weights=manifest.dummy_weights
     )
-    if len(manifest.ranks) != 1:
-        raise FailedPrecondition(
-            f"engine {engine_id[:12]} is for {len(manifest.ranks)} ranks; this executor runs engines of one",
-            reason="RANKS_UNSUPPORTED",
-        )
-    rank = manifest.ranks[0]
+    rank = manifest.ranks[which(manifest)]
     program = Program.from_json(blobs.read(store, rank.program))
     total, done = sum(file.size for file in rank.weights), 0
     if rank.random_seed is not None:

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import FailedPrecondition
+from engine.errors import FailedPrecondition, Internal
 from engine.manifest import Limits
 from engine.ops import Step
 from engine.program import ROPE_LENGTHS, KVCache, Program
 from executor_svc import memory
 from executor_svc.core import Batch, Sampled
+from executor_svc.group import ALONE, Group, bind
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import implementations
-from executor_svc.layout import Layout
+from executor_svc.layout import Layout, StepLayout
+from executor_svc.plans import unpack
 from executor_svc.rope_lengths import RopeLengths, rope_lengths
 from executor_svc.sampler import answer
 
@@ -63,7 +66,10 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """Interprets the program with torch. On the CPU a batch is computed when it is started."""
+    """Interprets the program with torch. On the CPU a batch is computed when it is started.
+
+    Of several ranks, rank 0's is used as any runner, and the others' `follow`. Each place of a pipeline has a batch of its own.
+    """
 
     def __init__(
         self,
@@ -75,43 +81,64 @@ class TorchRunner:
         kv_memory: int | None = None,
         kv_share: float | None = None,
         operators: dict[str, Callable[..., Any]] | None = None,
+        group: Group = ALONE,
     ) -> None:
         """Allocates the KV cache, once.
 
         Args:
             weights: by the program's names, on the device, as `kernels.prepare` gives them.
-            kv_memory: bytes of KV cache; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
-                the memory that is free.
-            kv_share: in (0, 1]; by default half.
+            kv_memory: bytes of KV cache a rank; by default what max_batch_size sequences of max_seq_len need, but at most
+                kv_share of the memory that is free.
+            kv_share: in (0, 1]; by default half, divided among the ranks that have the same memory.
             operators: implementations to use instead of the device's.
+            group: the ranks that run the engine.
 
         Raises:
             FailedPrecondition: that is too little for one sequence of max_seq_len.
             Unimplemented: the program's layers differ in what a sequence's length does to them.
         """
         rope = rope_lengths(program)
-        self._interpreter = Interpreter(program, weights, operators or implementations(device))
+        self._group = group
+        self._interpreter = Interpreter(program, weights, bind(operators or implementations(device), group))
         self._device = torch.device(device)
-        self._finished: deque[Sampled] = deque()
+        self._started: deque[tuple[Batch, int, Tensor | None]] = deque()
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
-        num_blocks = cache_blocks(program, limits, device, kv_memory, kv_share or _KV_SHARE)
+        share = (kv_share or _KV_SHARE) / (group.here if device == "cpu" else 1)
+        num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share))
         self._k, self._v = caches(program, num_blocks, device)
         self._inputs = tuple(program.inputs)
         self._layout = Layout(
             limits.max_batch_size, per_sequence, BLOCK_SIZE, rope_lengths=ROPE_LENGTHS in program.inputs
         )
-        self.capabilities = Capabilities(num_blocks, BLOCK_SIZE, rope=rope)
-
-    def start(self, batch: Batch) -> None:
-        self._finished.append(answer(self._logits(batch), batch))
-
-    def finish(self) -> Sampled:
-        return self._finished.popleft()
+        group.agree_on_logits(program)
+        self.capabilities = Capabilities(num_blocks, BLOCK_SIZE, max_in_flight=group.pp_size, rope=rope)
 
     @torch.inference_mode()
-    def _logits(self, batch: Batch) -> Tensor:
-        """[items that sample + prompt_rows of all items, vocab_size], float32."""
+    def start(self, batch: Batch) -> None:
         layout = self._layout.lay_out(batch)
+        self._group.tell(vars(layout))
+        self._started.append((batch, len(layout.logit_indices), self._logits(layout)))
+
+    @torch.inference_mode()
+    def finish(self) -> Sampled:
+        batch, rows, logits = self._started.popleft()
+        logits = self._group.bring_home(logits, rows)
+        if logits is None:
+            raise Internal("rank 0 has no logits")
+        return answer(logits, batch)
+
+    @torch.inference_mode()
+    def follow(self, plan: bytes) -> None:
+        """Computes this rank's part of a step that rank 0 has started."""
+        values = unpack(plan).items()
+        layout = StepLayout(
+            **{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in values}
+        )
+        self._group.bring_home(self._logits(layout), len(layout.logit_indices))
+
+    def _logits(self, layout: StepLayout) -> Tensor | None:
+        """[items that sample + prompt_rows of all items, vocab_size], float32; None on a rank that has none."""
+        self._group.rows = len(layout.token_ids)
         step = Step(
             query_lens=layout.query_lens,
             context_lens=layout.context_lens,
@@ -121,8 +148,8 @@ class TorchRunner:
             v_caches=self._v,
         )
         inputs = {name: getattr(layout, name).to(self._device) for name in self._inputs}
-        (logits,) = self._interpreter.run(inputs, step)
-        return logits.float()
+        results = self._interpreter.run(inputs, step)
+        return results[0].float() if results else None
 
 
 def cache_blocks(

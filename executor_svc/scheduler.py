@@ -282,6 +282,8 @@ class Scheduler:
 
     def _schedule_decodes(self, decodes: list[Sequence], items: list[Scheduled]) -> None:
         block_size = self.config.block_size
+        if not self.config.future_tokens:  # with several batches in flight, each takes its share
+            decodes = decodes[: -(-len(self.running) // self.config.max_in_flight)]
         for sequence in decodes:
             start, room = sequence.num_computed, len(sequence.blocks) * block_size
             # A sequence without blocks was preempted just now.

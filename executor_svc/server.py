@@ -229,7 +229,7 @@ class ExecutorServicer:
         del self._workers[worker.engine_id]
         if worker.engine_id in self._wanted:
             with contextlib.suppress(OSError):  # then it is tried again, and told, when the engine is loaded
-                self._spares.prepare(1)
+                self._spares.prepare(len(worker.pids))
             task = asyncio.create_task(self._reload(worker.engine_id))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

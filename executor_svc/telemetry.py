@@ -96,7 +96,10 @@ class Telemetry:
             "executor_engine_state", "1 for the state that the engine is in.", self._states, "engine", "state"
         )
         metrics.gauge(
-            "executor_worker_resident_memory_bytes", "Resident memory of the engine's worker.", self._memory, "engine"
+            "executor_worker_resident_memory_bytes",
+            "Resident memory of the engine's worker",
+            self._memory,
+            "engine",
         )
 
     def watch(self, worker: "WorkerProcess") -> None:
@@ -173,7 +176,7 @@ class Telemetry:
         found: dict[Labels, float] = {}
         for worker in self._workers():
             try:
-                pages = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1])
+                pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in worker.pids)
             except (OSError, IndexError):  # it has just ended, or there is no /proc
                 continue
             found[worker.engine_id[:12],] = float(pages * _PAGE)

@@ -1,19 +1,22 @@
 """The worker process: one rank of one engine. Loads it, then repeats four beats: receive, schedule, compute, report.
 
 Started by the front (`executor_svc/launch.py`) with one end of a socket pair, on which it is told its engine; it ends when
-the other end closes.
+the other end closes. Of several ranks, rank 0 does that, and the others compute what it tells them (`ranks.py`).
 """
 
 import argparse
+import atexit
+import contextlib
 import gc
 import importlib.util
 import logging
+import os
 import signal
 import socket
 import sys
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +29,7 @@ from engine.trust import Trust
 from executor_svc.beams import BeamGroup
 from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
+from executor_svc.group import ALONE, Group
 from executor_svc.intake import to_beam_search, to_sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import begin_load
@@ -38,6 +42,9 @@ from protos.logs import check_request_id, fields
 from protos.rpc import to_failure
 from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
 from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
+
+if TYPE_CHECKING:
+    from executor_svc.cuda_runner import CudaRunner
 
 _IDLE_CHECK = 1.0  # seconds of idleness after which the scheduler's integrity is checked
 _LOAD_INTERVAL = 0.1  # seconds between reports of the load to the front, while there is work
@@ -289,22 +296,28 @@ def main() -> int:
     logs.configure("executor", arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when the end is; it closes the socket
     front = FrameSocket(socket.socket(fileno=arguments.fd))
+    status = 1
     try:
         _serve(front, arguments)
     except ConnectionError:
-        return 0
-    except EnginehouseError as error:
-        front.send(FromWorker(failure=to_failure(error)).SerializeToString())
+        status = 0
     except Exception as error:
-        log.exception("the worker has failed")
-        front.send(FromWorker(failure=to_failure(error)).SerializeToString())
-    return 1
+        if not isinstance(error, EnginehouseError):
+            log.exception("the worker has failed")
+        with contextlib.suppress(ConnectionError):
+            front.send(FromWorker(failure=to_failure(error)).SerializeToString())
+    if torch.distributed.is_initialized():  # whose threads would wait for ranks that have ended
+        atexit._run_exitfuncs()
+        os._exit(status)
+    return status
 
 
 def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     while not (messages := front.receive(None)):
         pass
-    engine_id = ToWorker.FromString(messages[0]).load_engine.engine_id  # behind it may be the ends of others' clients
+    first = ToWorker.FromString(messages[0])  # behind it may be the ends of others' clients
+    join = first.join if first.HasField("join") else None
+    engine_id = join.engine_id if join else first.load_engine.engine_id
     began = time.monotonic()
     arrived = 0.0  # seconds until the weights were there
 
@@ -315,8 +328,20 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
     trust = Trust.of_files(arguments.trusted_keys, arguments.trust_native)
     store = open_store(arguments.store, TRANSFER_PATIENCE)
+    if join and arguments.device == "cuda":
+        torch.cuda.set_device(join.local_rank)  # what "cuda" means from now on
     node = this_node(arguments.device)
-    loaded = begin_load(store, engine_id, node, progress, trust)
+    group = ALONE
+
+    def place(manifest: Manifest) -> int:
+        nonlocal group
+        if join or len(manifest.ranks) > 1:
+            from executor_svc.meeting import find_place  # here, because most engines have one rank
+
+            group = find_place(front, manifest, arguments.device, join)
+        return group.rank
+
+    loaded = begin_load(store, engine_id, node, progress, trust, place)
     manifest, size = loaded.manifest, loaded.size
     with loaded.arriving:  # a runner's graphs need to know where weights will be, and not yet their values
         program, weights = unpack(arguments.device, loaded.program, loaded.weights)
@@ -325,16 +350,18 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         if _on_triton(arguments.device):
             from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
 
-            table = adopt_from(store, manifest, trust, node.compute_capability or "")
+            table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
         prepared = prepare(arguments.device, program, weights)
-        runner = _runner(arguments, program, prepared, manifest, table)
+        runner = _runner(arguments, program, prepared, manifest, table, group)
         ready = time.monotonic() - began
-    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse)
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     log.info(
         "engine %s: %.1f MB loaded in %.2f s (weights %.2f s, runner %.2f s)",
         *(engine_id[:12], size / 1e6, time.monotonic() - began, arrived, ready),
     )
+    if group.rank:
+        group.follow(front, runner)
+    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse)
     told = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=told).SerializeToString())
     worker.run()
@@ -346,21 +373,26 @@ def _on_triton(device: str) -> bool:
 
 
 def _runner(
-    arguments: argparse.Namespace, program: Program, weights: dict[str, Any], manifest: Manifest, table: dict[Any, Any]
-) -> Runner:
-    memory = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share}
+    arguments: argparse.Namespace,
+    program: Program,
+    weights: dict[str, Any],
+    manifest: Manifest,
+    table: dict[Any, Any],
+    group: Group,
+) -> "CudaRunner | TorchRunner":
+    settings = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share, "group": group}
     try:
         if _on_triton(arguments.device):
             from executor_svc.cuda_runner import CudaRunner  # here, because it needs Triton
 
-            if CudaRunner.takes(program):
-                return CudaRunner(program, weights, manifest.limits, table=table, **memory)
+            if group.least(CudaRunner.takes(program)):
+                return CudaRunner(program, weights, manifest.limits, table=table, **settings)
         if arguments.device == "cuda":
             log.warning(
                 "this engine runs on plain operators, which are slow: kernels for GPUs need Triton, a GPU of compute capability "
                 "8.0, 8.7, 9.0, 10.0 or 10.3 (for 8 bits from 9.0 on), and an engine of dtype bfloat16 or float16"
             )
-        return TorchRunner(program, weights, manifest.limits, device=arguments.device, **memory)
+        return TorchRunner(program, weights, manifest.limits, device=arguments.device, **settings)
     except torch.OutOfMemoryError as error:
         limits = manifest.limits
         raise FailedPrecondition(

@@ -5,9 +5,12 @@ import contextvars
 import itertools
 import logging
 import signal
+import socket
 import subprocess
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import EnginehouseError, ResourceExhausted, Unavailable
 from executor_svc.frames import frame, read_frames
@@ -21,9 +24,11 @@ from protos.v1.executor_pb2 import (
     LoadEngineRequest,
     StepOutput,
 )
-from protos.v1.worker_pb2 import EngineMetrics, FromWorker, ToWorker
+from protos.v1.worker_pb2 import EngineMetrics, FromWorker, Join, ToWorker
 
 MAX_BUFFERED = 16 << 20  # bytes of step outputs that wait for a client to read; a minute or so of a full batch
+
+_LAST_MOMENTS = 3.0  # seconds for the end of all ranks, whose memory the next ones will want
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +102,22 @@ class Client:
                 await self._news.wait()
 
 
+@dataclass
+class _Rank:
+    """A rank's process; `failure` is what it has told before it ended."""
+
+    process: subprocess.Popen[bytes]
+    writer: asyncio.StreamWriter
+    failure: EnginehouseError | None = None
+
+    def send(self, message: ToWorker) -> None:
+        """Sends a message, into the void if the process is gone."""
+        if not self.writer.is_closing():
+            self.writer.write(frame(message.SerializeToString()))
+
+
 class WorkerProcess:
-    """One engine's worker: started, watched, spoken to.
+    """One engine's worker: started, watched, spoken to. Of several ranks each is a process, and all of them end with the first.
 
     Attributes:
         ready: done when the engine is; its exception says why it never was.
@@ -128,9 +147,9 @@ class WorkerProcess:
         self.stopping = False
         self._clients = clients
         self._on_end, self._on_metrics = on_end, on_metrics
-        self._failure: EnginehouseError | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._ranks: list[_Rank] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ending = False
 
     @property
     def serving(self) -> bool:
@@ -139,50 +158,101 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process; 0 while there is none."""
-        return self._process.pid if self._process else 0
+        """Of the process, of rank 0 among several; 0 while there is none."""
+        return self.pids[0] if self._ranks else 0
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all ranks."""
+        return [rank.process.pid for rank in self._ranks]
 
     async def start(self, spares: Spares) -> None:
-        """Takes a process and tells it the engine.
+        """Takes a process and tells it the engine; more of them if the engine has more ranks.
 
         Raises:
             Unavailable: the system gives no process or socket; the worker counts as ended.
         """
+        self._spares = spares
         try:
-            self._process, connection = spares.take()
-            reader, self._writer = await asyncio.open_connection(sock=connection)
+            await self._launch()
         except OSError as error:
-            self._failure = Unavailable(f"cannot start a worker process: {error}", reason="WORKER_NOT_STARTED")
-            self._end("")
-            raise self._failure from None
+            failure = _not_started(error)
+            self._end("", failure)
+            raise failure from None
         self.send(ToWorker(load_engine=LoadEngineRequest(engine_id=self.engine_id)))
-        if self.stopping:
-            self._writer.close()
-        alone = contextvars.Context()  # it outlives the call that has asked for it, whose id its lines must not have
-        self._task = asyncio.create_task(self._read(reader, self._process), context=alone)
 
     def send(self, message: ToWorker) -> None:
         """Sends a message; into the void if the worker is gone, which its clients learn from EngineLost."""
-        if self._writer and not self._writer.is_closing():
-            self._writer.write(frame(message.SerializeToString()))
+        if self._ranks:
+            self._ranks[0].send(message)
 
     async def stop(self, grace: float = 5) -> None:
         """Ends the process, loading or not: by closing the socket, and by SIGKILL if it does not notice in so many seconds."""
         self.stopping = True
         self.status.state = EngineState.ENGINE_STATE_UNLOADING
-        if self._writer:
-            self._writer.close()
+        for rank in self._ranks:
+            rank.writer.close()
         done, _ = await asyncio.wait([self.ended], timeout=grace)
-        if not done and self._process:
-            self._process.kill()
+        if not done:
+            self._kill()
         await asyncio.shield(self.ended)
 
-    async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
+    async def _launch(self) -> None:
+        """Takes the next rank's process and listens to it. Raises OSError."""
+        process, connection = self._spares.take()
+        reader, writer = await asyncio.open_connection(sock=connection)
+        rank = _Rank(process, writer)
+        self._ranks.append(rank)
+        if self.stopping or self._ending:
+            writer.close()
+            process.kill()
+        self._run(self._read(len(self._ranks) - 1, rank, reader))
+
+    async def _launch_others(self, count: int) -> None:
+        """Starts the ranks behind 0, and tells all where they meet."""
+        try:
+            while len(self._ranks) < count and not self._ending:
+                await self._launch()
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+        except OSError as error:
+            self._ranks[0].failure = _not_started(error)
+            self._ranks[0].process.kill()  # with which the others end
+            return
+        place = Join(engine_id=self.engine_id, world_size=count, address="127.0.0.1", port=port)
+        for number, rank in enumerate(self._ranks):
+            place.rank = place.local_rank = number
+            rank.send(ToWorker(join=place))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        alone = contextvars.Context()  # it outlives the call that has asked for it, whose id its lines must not have
+        self._tasks.append(asyncio.create_task(work, context=alone))
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            rank.process.kill()
+
+    async def _read(self, number: int, rank: _Rank, reader: asyncio.StreamReader) -> None:
         async for data in read_frames(reader):
-            self._take(FromWorker.FromString(data))
-        while (status := process.poll()) is None:  # noqa: ASYNC110  (soon over: it has closed its end)
-            await asyncio.sleep(0.01)
-        self._end(signal.Signals(-status).name if status < 0 else f"exit status {status}")
+            message = FromWorker.FromString(data)
+            if message.HasField("failure"):
+                rank.failure = from_failure(message.failure)
+            elif number == 0:
+                self._take(message)
+        if self._ending:  # another rank has ended before
+            return
+        self._ending = True
+        await _ended(rank.process)  # soon over: it has closed its end
+        if not self.stopping:  # none of the others can go on; those that are stopped end by themselves
+            self._kill()
+        try:
+            async with asyncio.timeout(_LAST_MOMENTS):
+                for other in self._ranks:
+                    await _ended(other.process)
+        except TimeoutError:
+            self._kill()
+        status = rank.process.returncode
+        self._end(signal.Signals(-status).name if status < 0 else f"exit status {status}", rank.failure, number)
 
     def _take(self, message: FromWorker) -> None:
         kind = message.WhichOneof("message")
@@ -205,21 +275,22 @@ class WorkerProcess:
                 client.fail(from_failure(message.client_failure))
         elif kind == "metrics":
             self._on_metrics(message.metrics)
-        elif kind == "failure":
-            self._failure = from_failure(message.failure)
+        elif kind == "ranks":
+            self._run(self._launch_others(message.ranks))
 
-    def _end(self, how: str) -> None:
-        if self._writer:
-            self._writer.close()
+    def _end(self, how: str, failure: EnginehouseError | None, number: int = 0) -> None:
+        for rank in self._ranks:
+            rank.writer.close()
         if self.stopping:
             error: EnginehouseError = Unavailable(
                 f"engine {self.engine_id[:12]} was unloaded", reason="ENGINE_UNLOADED"
             )
-        elif self._failure and not self.ready.done():
-            error = self._failure
+        elif failure and not self.ready.done():
+            error = failure
         else:
-            what = f": {self._failure.message}" if self._failure else f" by {how}"
-            error = Unavailable(f"the worker of engine {self.engine_id[:12]} has ended{what}", reason="ENGINE_LOST")
+            what = f": {failure.message}" if failure else f" by {how}"
+            which = f"rank {number} of the workers" if len(self._ranks) > 1 else "the worker"
+            error = Unavailable(f"{which} of engine {self.engine_id[:12]} has ended{what}", reason="ENGINE_LOST")
             log.error("%s", error.message)
         if not self.ready.done():
             self.ready.set_exception(error)
@@ -232,3 +303,12 @@ class WorkerProcess:
         for client in list(self._clients.values()):
             client.put(lost)
             client.drained(self.engine_id)
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+def _not_started(error: OSError) -> Unavailable:
+    return Unavailable(f"cannot start a worker process: {error}", reason="WORKER_NOT_STARTED")

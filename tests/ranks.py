@@ -16,6 +16,7 @@ from engine.ops import REFERENCE, Step
 from engine.opset import OPERATORS
 from engine.program import ROPE_LENGTHS, Program
 from engine.store import Store
+from executor_svc import kernels
 from executor_svc.interpreter import Interpreter
 
 PATIENCE = 30.0  # seconds, after which a rank that the others wait for is lost
@@ -70,8 +71,13 @@ def rank_program(store: Store, manifest: Manifest, rank: int) -> Program:
     return Program.from_json(blobs.read(store, manifest.ranks[rank].program))
 
 
-def run_ranks(store: Store, manifest: Manifest, tokens: list[int], steps: list[int]) -> list[Tensor]:
+def run_ranks(
+    store: Store, manifest: Manifest, tokens: list[int], steps: list[int], *, prepared: bool = False
+) -> list[Tensor]:
     """A sequence through all ranks, so many tokens a step.
+
+    Args:
+        prepared: by the CPU's own operators, with weights as these take them, instead of the references.
 
     Returns:
         The logits [tokens, vocab_size] as each rank of the last stage has them.
@@ -87,7 +93,11 @@ def run_ranks(store: Store, manifest: Manifest, tokens: list[int], steps: list[i
         assert weights.keys() == program.weights.keys()
         for name, declared in program.weights.items():
             assert (str(weights[name].dtype), tuple(weights[name].shape)) == (f"torch.{declared.dtype}", declared.shape)
-        return _run(program, weights, group, tokens, steps)
+        if not prepared:
+            return _run(program, weights, REFERENCE, group, tokens, steps)
+        program, weights = kernels.unpack("cpu", program, weights)
+        weights = kernels.prepare("cpu", program, weights)
+        return _run(program, weights, kernels.implementations("cpu"), group, tokens, steps)
 
     with ThreadPoolExecutor(mapping.world_size) as pool:
         found = list(pool.map(run, range(mapping.world_size)))
@@ -97,12 +107,15 @@ def run_ranks(store: Store, manifest: Manifest, tokens: list[int], steps: list[i
 
 
 def _run(
-    program: Program, weights: dict[str, Tensor], group: ThreadGroup, tokens: list[int], steps: list[int]
+    program: Program,
+    weights: dict[str, Any],
+    operators: dict[str, Any],
+    group: ThreadGroup,
+    tokens: list[int],
+    steps: list[int],
 ) -> Tensor | None:
-    bound: dict[str, Any] = {
-        name: partial(REFERENCE[name], group=group) for name, spec in OPERATORS.items() if spec.uses_group
-    }
-    interpreter = Interpreter(program, weights, {**REFERENCE, **bound})
+    bound = {name: partial(operators[name], group=group) for name, spec in OPERATORS.items() if spec.uses_group}
+    interpreter = Interpreter(program, weights, {**operators, **bound})
     blocks = -(-len(tokens) // 16)
     keys, values = (
         [

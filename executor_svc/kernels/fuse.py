@@ -94,6 +94,9 @@ def _quantize_where_made(program: Program) -> Program:
             attrs: dict[str, int | float | bool | list[int]] = {"dtype": FLOATS.index(op.outputs[0].type.dtype)}
             ops.append(Op("product_fp8", (q, q_scales, weight, *scales, bias), op.outputs, attrs))
             continue
+        if not op.outputs:  # it sends to another rank
+            ops.append(op)
+            continue
         y = op.outputs[0]
         wanted = {
             _scale(reader) if reader and whole_rows(reader, program) else None for reader in readers.get(y.name, [])

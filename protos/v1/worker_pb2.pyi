@@ -32,6 +32,7 @@ class ToWorker(_message.Message):
     CLIENT_GONE_FIELD_NUMBER: _builtins.int
     CLIENT_DONE_FIELD_NUMBER: _builtins.int
     LOAD_ENGINE_FIELD_NUMBER: _builtins.int
+    JOIN_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     """the front's number for a Run or Generate stream"""
@@ -47,7 +48,11 @@ class ToWorker(_message.Message):
     def client_done(self) -> Global___ClientDone: ...
     @_builtins.property
     def load_engine(self) -> _executor_pb2.LoadEngineRequest:
-        """with an engine_id; the first message, and the only one of its kind"""
+        """with an engine_id; the first message to rank 0, and the only one of its kind"""
+
+    @_builtins.property
+    def join(self) -> Global___Join:
+        """the first message to other ranks; to rank 0, the answer to `ranks`"""
 
     def __init__(
         self,
@@ -58,17 +63,55 @@ class ToWorker(_message.Message):
         client_gone: Global___ClientGone | None = ...,
         client_done: Global___ClientDone | None = ...,
         load_engine: _executor_pb2.LoadEngineRequest | None = ...,
+        join: Global___Join | None = ...,
         arrived: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone", "client_done", "load_engine"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone", "client_done", "load_engine", "join"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___ToWorker: _TypeAlias = ToWorker  # noqa: Y015
+
+@_typing.final
+class Join(_message.Message):
+    """The worker is one of several ranks of an engine, which meet at rank 0's address."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_ID_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    LOCAL_RANK_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    engine_id: _builtins.str
+    rank: _builtins.int
+    world_size: _builtins.int
+    local_rank: _builtins.int
+    """its place among those of its machine, by which it takes its GPU"""
+    address: _builtins.str
+    port: _builtins.int
+    def __init__(
+        self,
+        *,
+        engine_id: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        world_size: _builtins.int = ...,
+        local_rank: _builtins.int = ...,
+        address: _builtins.str = ...,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "local_rank", b"local_rank", "port", b"port", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Join: _TypeAlias = Join  # noqa: Y015
 
 @_typing.final
 class ClientGone(_message.Message):
@@ -131,9 +174,12 @@ class FromWorker(_message.Message):
     DRAINED_FIELD_NUMBER: _builtins.int
     CLIENT_FAILURE_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     step_output: _builtins.bytes
     """a serialized StepOutput for that client"""
+    ranks: _builtins.int
+    """rank 0 asks for a worker for each other one of so many ranks, and for its own `join`"""
     @_builtins.property
     def progress(self) -> _executor_pb2.LoadEngineProgress: ...
     @_builtins.property
@@ -165,12 +211,13 @@ class FromWorker(_message.Message):
         drained: Global___Drained | None = ...,
         client_failure: _common_pb2.Failure | None = ...,
         metrics: Global___EngineMetrics | None = ...,
+        ranks: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "progress", b"progress", "ranks", b"ranks", "step_output", b"step_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "progress", b"progress", "step_output", b"step_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "progress", b"progress", "ranks", b"ranks", "step_output", b"step_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load", "drained", "client_failure", "metrics"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load", "drained", "client_failure", "metrics", "ranks"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

@@ -59,8 +59,8 @@ def wanted(checkpoint: Path, store: DirectoryStore) -> Tensor:
     return reference_logits(load_engine(store, make(checkpoint, store).engine_id, this_node("cpu")), TOKENS)
 
 
-def check(engine: Engine, one: Tensor) -> None:
-    found = run_ranks(engine.store, engine.manifest, TOKENS, STEPS)
+def check(engine: Engine, one: Tensor, *, prepared: bool = False) -> None:
+    found = run_ranks(engine.store, engine.manifest, TOKENS, STEPS, prepared=prepared)
     assert len(found) == engine.manifest.mapping.tp_size and all(torch.equal(found[0], other) for other in found)
     assert found[0].shape == one.shape
     assert (found[0] - one).abs().max() <= 1e-5 * one.abs().max()
@@ -116,6 +116,7 @@ def test_packed_weights_are_cut_with_their_scales(form: str, plain: Path, tmp_pa
     engine = make(tmp_path / "checkpoint", store, 2, 2)
     assert "layers.1.mlp.down.scales" in rank_program(store, engine.manifest, 3).weights
     check(engine, one)
+    check(engine, one, prepared=True)
 
 
 def test_a_shard_ends_where_a_scale_does(plain: Path, tmp_path: Path) -> None:
@@ -160,8 +161,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_keys_that_several_ranks_have(llama: Path, tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "store")
-    engine = make(llama, store, 4)
-    check(engine, wanted(llama, store))
+    engine, one = make(llama, store, 4), wanted(llama, store)
+    check(engine, one)
+    check(engine, one, prepared=True)
     rows = [rank_weights(store, engine.manifest, rank)["layers.0.attention.qkv.weight"] for rank in range(4)]
     assert torch.equal(rows[0][12:], rows[1][12:]) and not torch.equal(rows[1][12:], rows[2][12:])
     embeddings = [rank_weights(store, engine.manifest, rank)["embedding"] for rank in range(4)]

@@ -479,6 +479,24 @@ def test_commits_out_of_order_are_refused() -> None:
         scheduler.commit(second, Sampled([1]))
 
 
+def test_batches_in_flight_share_the_decodes() -> None:
+    """So that every place of a pipeline has work."""
+    config = config_of(max_in_flight=2)
+    scheduler, runner = Scheduler(config), BlockRunner(config)
+    for number in range(5):
+        scheduler.add(sequence_of([number + 1, 2], 6))
+    in_flight: deque[Batch] = deque()
+    sizes = []
+    while not scheduler.idle:
+        while batch := scheduler.schedule():
+            runner.start(batch)
+            in_flight.append(batch)
+            sizes.append(len(batch.items))
+        first = in_flight.popleft()
+        scheduler.commit(first, runner.finish(first))
+    assert sizes == [5, *[3, 2] * 5]
+
+
 def test_integrity_check_sees_a_lost_and_a_stolen_block() -> None:
     cache = KVCache(4, 2)
     blocks = cache.allocate(2)

@@ -1,0 +1,89 @@
+"""The ranks that run an engine together, as a runner sees them: one alone here, several in `ranks.py`."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import FailedPrecondition, Internal
+from engine.manifest import Parallelism
+from engine.opset import OPERATORS
+from engine.program import Program
+from executor_svc.frames import FrameSocket
+
+
+class Follower(Protocol):
+    """A runner of a rank that rank 0 leads."""
+
+    def follow(self, plan: bytes) -> None:
+        """Computes this rank's part of a step that rank 0 has started."""
+
+
+class Group:
+    """The only rank of an engine, or one of several (`Ranks`), as runners see them; an `engine.ops.Group`.
+
+    Attributes:
+        rank: this one; 0 leads.
+        size: ranks in all. tp_size: of them, those that have the same layers. pp_size: places in the pipeline.
+        here: ranks on this machine.
+        rows: tokens of the step, which a runner sets before it lets the program run.
+    """
+
+    def __init__(self, rank: int = 0, mapping: Parallelism = Parallelism()) -> None:  # noqa: B008  (frozen)
+        self.rank, self.size, self.here = rank, mapping.world_size, mapping.world_size
+        self.tp_size, self.pp_size = mapping.tp_size, mapping.pp_size
+        self.rows = 0
+
+    def least(self, number: int) -> int:
+        """The least of what all ranks give."""
+        return number
+
+    def tell(self, plan: Mapping[str, Any]) -> None:
+        """Tells the other ranks a step, if this one leads; see `plans.pack`."""
+
+    def follow(self, front: FrameSocket, runner: Follower) -> NoReturn:  # noqa: ARG002
+        """Computes what rank 0 tells, until that has ended.
+
+        Raises:
+            Unavailable: rank 0 has ended.
+            ConnectionError: the front is gone.
+        """
+        raise Internal("a rank that is alone has nobody to follow")
+
+    def agree_on_logits(self, program: Program) -> None:
+        """To be called once, with the rank's own program, before `bring_home`: says how wide logits are."""
+
+    def bring_home(self, logits: Tensor | None, rows: int) -> Tensor | None:  # noqa: ARG002
+        """Takes float32 logits [rows, vocab_size] from the pipeline's last place to rank 0; what is not there is None."""
+        return logits
+
+    def from_leader(self, values: Tensor) -> Tensor:
+        """Rank 0's values, to be called by its tensor-parallel group: the others' are overwritten."""
+        return values
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """As the protocol says."""
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """As the protocol says."""
+        return x
+
+    def send(self, x: Tensor) -> None:  # noqa: ARG002
+        """As the protocol says."""
+        raise FailedPrecondition("the program sends to another rank, but runs alone", reason="PROGRAM_INVALID")
+
+    def recv(self, columns: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+        """As the protocol says."""
+        raise FailedPrecondition("the program waits for another rank, but runs alone", reason="PROGRAM_INVALID")
+
+
+ALONE = Group()
+
+
+def bind(operators: Mapping[str, Callable[..., Any]], group: Group) -> dict[str, Callable[..., Any]]:
+    """Implementations, of which those that use the group have it."""
+    uses = {name for name, spec in OPERATORS.items() if spec.uses_group}
+    return {name: partial(run, group=group) if name in uses else run for name, run in operators.items()}

@@ -1,0 +1,169 @@
+"""One rank of several: what they compute with each other, and how rank 0 leads.
+
+Tensors go through torch.distributed: NCCL between GPUs, gloo between CPUs. Plans (`plans.py`) go over a socket from rank 0 to
+each other rank, which may wait for the next one as long as nobody asks anything, and sees at once when rank 0 has ended.
+"""
+
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.errors import Unavailable
+from engine.manifest import Parallelism
+from engine.program import Program
+from executor_svc.frames import FrameSocket
+from executor_svc.group import Follower, Group
+from executor_svc.plans import pack
+
+_PATIENCE = timedelta(minutes=30)  # that one waits for another which computes or loads; of one that has ended it hears
+_CONNECT = 30.0  # seconds for the sockets of the plans
+_SENDS = 8  # that may be on the way: more than a place of a pipeline begins before it waits for something
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+
+
+class Ranks(Group):
+    """One rank of several, each a process; `meet` makes it.
+
+    Args:
+        store: where all of them have met. address: of rank 0.
+        device: "cpu" or "cuda", of which each rank has its own.
+    """
+
+    _leader: FrameSocket  # the way from rank 0, on the others
+
+    def __init__(self, rank: int, mapping: Parallelism, store: dist.TCPStore, address: str, device: str) -> None:
+        super().__init__(rank, mapping)
+        self._store, self._on_gpu = store, device == "cuda"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if self._on_gpu else torch.device(device)
+        store.set_timeout(_PATIENCE)
+        if address == "127.0.0.1":  # all of them are here: gloo need not find out by what name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "nccl" if self._on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=self.size, timeout=_PATIENCE)
+        # Every rank makes every group, in the same order, as torch wants it.
+        firsts = range(0, self.size, self.tp_size)
+        groups = [dist.new_group(list(range(first, first + self.tp_size)), timeout=_PATIENCE) for first in firsts]
+        self._tp = groups[rank // self.tp_size]
+        self._first = rank // self.tp_size * self.tp_size  # of its tensor-parallel group
+        self._end = self.size - self.tp_size  # the rank that has logits for rank 0
+        # Logits have connections of their own, so that they wait for no activations that are on their way.
+        self._home = dist.new_group([0, self._end], timeout=_PATIENCE) if self.pp_size > 1 else None
+        self._sent: deque[tuple[Any, Tensor]] = deque()  # on the way, the oldest first
+        self._vocab_size = 0
+        self.least(0)  # connects, which takes memory of a GPU's
+        self.all_reduce(torch.zeros(1, device=self._device))
+        if self._home is not None and rank in (0, self._end):
+            dist.broadcast(torch.zeros(1, device=self._device), 0, self._home)
+        self._followers: list[FrameSocket] = []
+        if rank == 0:
+            self._followers = _gather(store, address, self.size)
+        else:
+            self._leader = FrameSocket(socket.create_connection((address, int(store.get("plans"))), _CONNECT))
+            self._leader.send(str(rank).encode())
+
+    def least(self, number: int) -> int:
+        found = torch.tensor([number], dtype=torch.int64, device=self._device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found.item())
+
+    def tell(self, plan: Mapping[str, Any]) -> None:
+        if self.rank:
+            return
+        data = pack(plan)
+        for rank, follower in enumerate(self._followers, 1):
+            try:
+                follower.send(data)
+            except ConnectionError:
+                raise Unavailable(f"rank {rank} of {self.size} has ended", reason="RANK_LOST") from None
+
+    def follow(self, front: FrameSocket, runner: Follower) -> NoReturn:
+        while True:
+            ready, _, _ = select.select([front, self._leader], [], [])
+            if front in ready:
+                front.receive(0)  # nothing but its end
+            if self._leader not in ready:
+                continue
+            try:
+                plans = self._leader.receive(0)
+            except ConnectionError:
+                raise Unavailable("rank 0 has ended", reason="RANK_LOST") from None
+            for plan in plans:
+                runner.follow(plan)
+
+    def agree_on_logits(self, program: Program) -> None:
+        if self.pp_size == 1:
+            return
+        if self.rank == self._end:
+            types = {value.name: value.type for op in program.ops for value in op.outputs}
+            self._store.set("vocab_size", str(types[program.outputs[0]].shape[1]))
+        if self.rank == 0:
+            self._vocab_size = int(self._store.get("vocab_size"))
+
+    def bring_home(self, logits: Tensor | None, rows: int) -> Tensor | None:
+        if self._home is None:
+            return logits
+        if self.rank == self._end and logits is not None and rows:
+            self._send(logits[:rows].float(), 0, self._home)
+        if self.rank:
+            return None
+        brought = torch.empty(rows, self._vocab_size, device=self._device)
+        if rows:
+            dist.recv(brought, self._end, self._home)
+        return brought
+
+    def from_leader(self, values: Tensor) -> Tensor:
+        dist.broadcast(values, self._first, self._tp)
+        return values
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=self._tp)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        rows, columns = x.shape
+        parts = x.new_empty(self.tp_size * rows, columns)
+        if rows:
+            _all_gather(parts, x.contiguous(), self._tp)
+        return parts.view(self.tp_size, rows, columns).transpose(0, 1).reshape(rows, self.tp_size * columns)
+
+    def send(self, x: Tensor) -> None:
+        self._send(x, self.rank + self.tp_size, None)
+
+    def recv(self, columns: int, dtype: torch.dtype) -> Tensor:
+        x = torch.empty(self.rows, columns, dtype=dtype, device=self._device)
+        dist.recv(x, self.rank - self.tp_size)
+        return x
+
+    def _send(self, x: Tensor, to: int, group: Any) -> None:
+        """On a CPU without waiting until it is taken: this rank may first have to take what the other one sends."""
+        x = x.contiguous()
+        if self._on_gpu:
+            dist.send(x, to, group)  # in the stream
+            return
+        self._sent.append((dist.isend(x, to, group), x))
+        if len(self._sent) > _SENDS:
+            self._sent.popleft()[0].wait()
+
+
+def _gather(store: dist.TCPStore, address: str, size: int) -> list[FrameSocket]:
+    """Connections to the other ranks, by rank."""
+    found = {}
+    with socket.create_server((address, 0)) as server:
+        server.settimeout(_CONNECT)
+        store.set("plans", str(server.getsockname()[1]))
+        while len(found) < size - 1:
+            connection, _ = server.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            follower = FrameSocket(connection)
+            (rank,) = follower.receive(_CONNECT)
+            found[int(rank)] = follower
+    return [found[rank] for rank in range(1, size)]
