@@ -8,7 +8,6 @@ import argparse
 import atexit
 import contextlib
 import gc
-import importlib.util
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ import socket
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,17 +23,17 @@ from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.fingerprint import Node
 from engine.manifest import Manifest
-from engine.program import Program
 from engine.trust import Trust
 from executor_svc.beams import BeamGroup
 from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
-from executor_svc.group import ALONE, Group
+from executor_svc.group import ALONE
 from executor_svc.intake import to_beam_search, to_sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import begin_load
 from executor_svc.outbox import Outbox
-from executor_svc.runner import Runner, TorchRunner
+from executor_svc.runner import Runner
+from executor_svc.runners import make_runner, on_triton
 from executor_svc.scheduler import Scheduler
 from executor_svc.tally import Tally
 from protos import logs
@@ -42,9 +41,6 @@ from protos.logs import check_request_id, fields
 from protos.rpc import to_failure
 from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
 from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
-
-if TYPE_CHECKING:
-    from executor_svc.cuda_runner import CudaRunner
 
 _IDLE_CHECK = 1.0  # seconds of idleness after which the scheduler's integrity is checked
 _LOAD_INTERVAL = 0.1  # seconds between reports of the load to the front, while there is work
@@ -347,12 +343,13 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         program, weights = unpack(arguments.device, loaded.program, loaded.weights)
         del loaded  # what was read is given back where it has been unpacked
         table: dict[Any, Any] = {}
-        if _on_triton(arguments.device):
+        if on_triton(arguments.device):
             from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
 
             table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
         prepared = prepare(arguments.device, program, weights)
-        runner = _runner(arguments, program, prepared, manifest, table, group)
+        settings = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share, "table": table}
+        runner = make_runner(program, prepared, manifest.limits, device=arguments.device, group=group, **settings)
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     log.info(
@@ -365,41 +362,6 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     told = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=told).SerializeToString())
     worker.run()
-
-
-def _on_triton(device: str) -> bool:
-    """Whether there are kernels of ours for the device: those for GPUs need Triton, which not every torch for CUDA brings."""
-    return device == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-def _runner(
-    arguments: argparse.Namespace,
-    program: Program,
-    weights: dict[str, Any],
-    manifest: Manifest,
-    table: dict[Any, Any],
-    group: Group,
-) -> "CudaRunner | TorchRunner":
-    settings = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share, "group": group}
-    try:
-        if _on_triton(arguments.device):
-            from executor_svc.cuda_runner import CudaRunner  # here, because it needs Triton
-
-            if group.least(CudaRunner.takes(program)):
-                return CudaRunner(program, weights, manifest.limits, table=table, **settings)
-        if arguments.device == "cuda":
-            log.warning(
-                "this engine runs on plain operators, which are slow: kernels for GPUs need Triton, a GPU of compute capability "
-                "8.0, 8.7, 9.0, 10.0 or 10.3 (for 8 bits from 9.0 on), and an engine of dtype bfloat16 or float16"
-            )
-        return TorchRunner(program, weights, manifest.limits, device=arguments.device, **settings)
-    except torch.OutOfMemoryError as error:
-        limits = manifest.limits
-        raise FailedPrecondition(
-            f"the GPU's memory is too small beside weights and KV cache: {error}. Give a smaller --kv-memory, or build the "
-            f"engine with less than max_batch_size {limits.max_batch_size} or max_num_tokens {limits.max_num_tokens}",
-            reason="GPU_MEMORY_TOO_SMALL",
-        ) from None
 
 
 if __name__ == "__main__":
