@@ -4,10 +4,9 @@ from collections import Counter
 
 import msgspec
 
-from engine.opset import OPERATORS, Operator, packed_inputs, quantizes_input
+from engine.opset import FLOATS, OPERATORS, Operator, packed_inputs, quantizes_input
 from engine.program import Op, Program, TensorType, Value
 
-FLOATS = ("bfloat16", "float16", "float32")
 QUANTIZED = ("q", "scales")
 
 DEVICE_OPERATORS = {

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engine.ops import Step
 from engine.ops import rms_norm as reference_rms_norm
+from engine.opset import FLOATS
 from executor_svc.kernels import fp8, paged, prompt, rows, tactics
-from executor_svc.kernels.fuse import FLOATS
 from executor_svc.kernels.grouped import experts
 from executor_svc.kernels.tactics import RULE, Table
 

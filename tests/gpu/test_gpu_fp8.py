@@ -63,8 +63,8 @@ def test_rows(dtype: torch.dtype, static: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 17, 64, 65, 256, 1000])
 def test_products(rows: int, dtype: torch.dtype) -> None:
+    from engine.opset import FLOATS
     from executor_svc.kernels import gpu as cuda
-    from executor_svc.kernels.fuse import FLOATS
 
     torch.manual_seed(rows)
     attrs = {"dtype": FLOATS.index(str(dtype).removeprefix("torch."))}
