@@ -134,8 +134,8 @@ class Mapping:
         """Raises Unimplemented for more than one rank."""
         if self.world_size > 1:
             raise Unimplemented(
-                f"a mapping of {self.world_size} ranks (tp_size {self.tp_size}, pp_size {self.pp_size}): this release runs "
-                "engines and saves checkpoints of one rank; leave the mapping out",
+                f"a mapping of {self.world_size} ranks (tp_size {self.tp_size}, pp_size {self.pp_size}): this release saves "
+                "checkpoints of one rank; leave the mapping out, or build an engine",
                 reason="RANKS_UNSUPPORTED",
             )
 

@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from builder_svc.tensorrt_names import also_takes
 from engine.artifact import Engine
-from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, Unavailable, Unimplemented
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, Unavailable
 from engine.lifetime import at_end
 from enginehouse.llm.generator import Generator, Job, LoopThread, Params
 from enginehouse.llm.outputs import RequestOutput
@@ -189,19 +189,19 @@ class GenerationExecutor(Generator):
         Args:
             engine: what `build` gave, or an engine directory.
             executor_config: the KV cache's settings.
-            model_world_size: ranks; there are engines of one.
+            model_world_size: ranks, as many as the engine has; left at 1, that is not checked.
             world_size, mpi_session, reuse_mpi_comm: taken for scripts that give them; there is no MPI.
 
         Raises:
             NotFound: no engine there.
             FailedPrecondition: it needs another device than this machine has, or more memory.
-            Unimplemented: several ranks.
+            InvalidArgument: (a ValueError) the engine has another number of ranks.
             Unavailable: the worker process cannot be started, or has died.
         """
         if not isinstance(engine, Engine):
             engine = Engine.from_dir(engine)
-        if model_world_size != 1:
-            raise Unimplemented(f"model_world_size is {model_world_size}: this release has engines of one rank")
+        if model_world_size not in (1, ranks := len(engine.manifest.ranks)):
+            raise InvalidArgument(f"model_world_size is {model_world_size}, but the engine was built for {ranks} ranks")
         return GenerationExecutor(engine, kv_cache_config=executor_config)
 
     @overload

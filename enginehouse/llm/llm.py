@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from builder_svc.build_config import DEVICES, BuildConfig
-from builder_svc.mapping import Mapping as RankMapping
 from builder_svc.quant_config import QuantConfig, check_not_asked
 from builder_svc.tensorrt_names import also_takes
 from engine.artifact import Engine
@@ -87,7 +86,8 @@ class LLM:
             tokenizer: instead of the engine's own: a directory or repository of the hub, or an object with encode(text) and
                 decode(token_ids).
             skip_tokenizer_init: token ids in and out, no text.
-            tensor_parallel_size, pipeline_parallel_size: GPUs; this release runs on one.
+            tensor_parallel_size, pipeline_parallel_size: GPUs that each layer is divided among, and groups of GPUs that the
+                layers are; on the CPU, processes. An engine that is there must be for as many; left at 1, they are the engine's.
             dtype: of a new engine's weights and activations; "auto" is the checkpoint's own, and float32 on the CPU.
             revision: branch, tag or commit of the model's repository.
             tokenizer_revision: of the tokenizer's.
@@ -106,7 +106,7 @@ class LLM:
             FailedPrecondition: an engine that needs another device, or more memory, than there is.
             EnginehouseError: what builds, stores and the hub raise.
         """
-        _check_ranks(tensor_parallel_size, pipeline_parallel_size)
+        ranks = _ranks(tensor_parallel_size, pipeline_parallel_size)
         check_not_asked(quant_config)
         if device not in DEVICES:
             raise InvalidArgument(f"device {device!r}: choose one of {', '.join(DEVICES)}")
@@ -117,7 +117,7 @@ class LLM:
             if engine is None:
                 engine = build_engine(
                     model,
-                    _config(build_config, dtype, device),
+                    _config(build_config, dtype, device, ranks),
                     store=store,
                     revision=revision,
                     keep=enable_build_cache,
@@ -125,6 +125,7 @@ class LLM:
                 )
             self.engine: Engine | None = engine
             _check_device(engine, device)
+            _check_ranks(engine, ranks)
             self._tokenizer = _tokenizer(engine, tokenizer, tokenizer_revision, skip=skip_tokenizer_init)
             self._generator: Generator = GenerationExecutor(
                 engine,
@@ -240,16 +241,17 @@ class LLM:
         self._generator.shutdown()
 
 
-def _check_ranks(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+def _ranks(tensor_parallel_size: int, pipeline_parallel_size: int) -> dict[str, Any]:
+    """What is asked for, by the fields of a BuildConfig; nothing where it is 1."""
     sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise InvalidArgument(f"{name} is {size!r}: give a number, at least 1")
-    tp, pp = sizes.values()
-    RankMapping(tp * pp, tp_size=tp, pp_size=pp).check_one_rank()
+    asked = {"tp_size": tensor_parallel_size, "pp_size": pipeline_parallel_size}
+    return {name: size for name, size in asked.items() if size > 1}
 
 
-def _config(build_config: BuildConfig | None, dtype: Any, device: str) -> BuildConfig:
+def _config(build_config: BuildConfig | None, dtype: Any, device: str, ranks: dict[str, Any]) -> BuildConfig:
     """What a new engine is built by."""
     if not isinstance(build_config, BuildConfig | None):
         raise InvalidArgument(f"build_config is {build_config!r}: give a BuildConfig")
@@ -258,13 +260,23 @@ def _config(build_config: BuildConfig | None, dtype: Any, device: str) -> BuildC
         if config.dtype not in ("auto", dtype):
             raise InvalidArgument(f"dtype is {dtype!r}, but build_config has {config.dtype!r}: give it once")
         config = replace(config, dtype=dtype)
-    return replace(config, device=config.target if device == "auto" else device)
+    for name, size in ranks.items():
+        if getattr(config, name) not in (1, size):
+            raise InvalidArgument(f"{name} is {size}, but build_config has {getattr(config, name)}: give it once")
+    return replace(config, device=config.target if device == "auto" else device, **ranks)
 
 
 def _check_device(engine: Engine, device: str) -> None:
     built_for = engine.manifest.fingerprint.device
     if device not in ("auto", built_for):
         raise InvalidArgument(f"device is {device!r}, but engine {engine.engine_id[:12]} was built for {built_for!r}")
+
+
+def _check_ranks(engine: Engine, ranks: dict[str, int]) -> None:
+    for name, size in ranks.items():
+        built_for = getattr(engine.manifest.mapping, name)
+        if size != built_for:
+            raise InvalidArgument(f"{name} is {size}, but engine {engine.engine_id[:12]} was built for {built_for}")
 
 
 def _tokenizer(engine: Engine, given: Any, revision: str | None, *, skip: bool) -> Tokenizer:

@@ -176,7 +176,7 @@ def test_auto_model_and_auto_config(home: Home) -> None:
     mapping = Mapping(world_size=world_size, rank=0, tp_size=tp, pp_size=pp)
     trtllm_model = AutoModelForCausalLM.from_hugging_face(hf_model_dir, mapping=mapping)
     engine = build(trtllm_model, build_config)
-    with pytest.raises(NotImplementedError, match="model_world_size is 2"):
+    with pytest.raises(ValueError, match="model_world_size is 2, but the engine was built for 1"):
         GenerationExecutor.create(engine, None, 2, world_size=2, mpi_session=None, reuse_mpi_comm=False)
     executor = GenerationExecutor.create(engine)
     assert executor.generate(IDS, SamplingParams(max_new_tokens=4)).outputs[0].length == 4  # type: ignore[call-arg]

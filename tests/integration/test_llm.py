@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as HubTokenizer
 from builder_svc.build_config import BuildConfig
 from engine.artifact import Engine
 from engine.errors import DataLoss, FailedPrecondition, NotFound
-from enginehouse import LLM, Home, KvCacheConfig, QuantConfig, SamplingParams
+from enginehouse import LLM, GenerationExecutor, Home, KvCacheConfig, QuantConfig, SamplingParams
 from tests.integration.llm_harness import DEMO, IDS, LONG, PROMPT, script, text, workers
 from tests.seaweed import SeaweedFS
 
@@ -199,7 +199,7 @@ def test_a_conversation_is_written_as_the_model_knows_it(llm: LLM) -> None:
 
 def test_what_an_llm_cannot_be_made_of(engine_dir: Path, tmp_path: Path) -> None:
     for options, error, words in (
-        ({"tensor_parallel_size": 2}, NotImplementedError, "tp_size 2"),
+        ({"tensor_parallel_size": 2}, ValueError, "tp_size is 2, but engine [0-9a-f]{12} was built for 1"),
         ({"pipeline_parallel_size": 0}, ValueError, "pipeline_parallel_size is 0"),
         ({"quant_config": QuantConfig("FP8")}, NotImplementedError, "asks for FP8"),
         ({"device": "tpu"}, ValueError, "device 'tpu'"),
@@ -233,6 +233,18 @@ def test_what_an_llm_cannot_be_made_of(engine_dir: Path, tmp_path: Path) -> None
 
 
 # Where the model comes from
+
+
+def test_an_engine_of_several_ranks_gives_the_same_text(llm: LLM, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    with LLM(DEMO, tensor_parallel_size=2, store=store) as divided:
+        assert text(divided, max_tokens=24) == text(llm, max_tokens=24)
+        assert len(workers(os.getpid())) >= 1 + 2
+        divided.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="tp_size is 2, but build_config has 4"):
+        LLM(DEMO, tensor_parallel_size=2, build_config=BuildConfig(tp_size=4), store=store)
+    with GenerationExecutor.create(tmp_path / "saved", model_world_size=2) as executor:
+        assert executor.generate(IDS, SamplingParams(max_tokens=4)).outputs[0].length == 4
 
 
 def test_a_checkpoint_is_built_once_and_found_again(home: Home, engine_dir: Path, tmp_path: Path) -> None:

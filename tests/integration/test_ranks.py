@@ -16,11 +16,15 @@ import pytest
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
+from engine import registry
 from engine.backends import open_store
+from engine.blobs import blob_key
+from engine.store import Store
 from protos.rpc import from_rpc_error
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
 from protos.v1.executor_pb2_grpc import ExecutorStub
+from tests.integration.llm_harness import gone
 from tests.integration.services import Service, service
 
 SHAPES = {"tp 2": (2, 1), "pp 2": (1, 2), "tp 2 x pp 2": (2, 2)}
@@ -37,6 +41,7 @@ SAMPLINGS = (
 @dataclass
 class Running:
     service: Service
+    store: Store
     engines: dict[str, str]
 
     def workers(self) -> list[int]:
@@ -63,7 +68,7 @@ def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     }
     options = ("--store", store.url, "--kv-memory", str(KV_MEMORY), "--metrics-port", "0")
     with service("executor_svc", directory / "log", *options) as started:
-        yield Running(started, engines)
+        yield Running(started, store, engines)
 
 
 @pytest.fixture
@@ -138,7 +143,7 @@ async def test_several_ranks_give_the_tokens_of_one(running: Running, stub: Exec
         assert not running.workers(), "all ranks end"
 
 
-@pytest.mark.parametrize(("name", "rank"), [("tp 2", 1), ("tp 2 x pp 2", 0)])
+@pytest.mark.parametrize(("name", "rank"), [("tp 2", 1), ("pp 2", 0)])
 async def test_a_rank_that_dies_ends_the_streams_and_all_come_back(
     running: Running, stub: ExecutorStub, name: str, rank: int
 ) -> None:
@@ -165,3 +170,35 @@ async def test_a_rank_that_dies_ends_the_streams_and_all_come_back(
             await asyncio.sleep(0.1)
     assert len((await told(stub, submit)).tokens) == 50
     await stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=engine_id))
+
+
+async def test_a_load_of_several_ranks_can_be_called_off(running: Running, stub: ExecutorStub) -> None:
+    engine_id = running.engines["tp 2"]
+    loading = stub.LoadEngine(pb.LoadEngineRequest(engine_id=engine_id))
+    while len(running.workers()) < 2:
+        await loading.read()
+    await stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=engine_id))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while await loading.read() is not grpc.aio.EOF:
+            pass
+    assert from_rpc_error(caught.value).reason == "ENGINE_UNLOADED"
+    assert not running.workers()
+
+
+async def test_what_one_rank_cannot_load_is_told_and_ends_all(running: Running, stub: ExecutorStub) -> None:
+    manifest = registry.manifest(running.store, running.engines["pp 2"])
+    (file,) = set(manifest.ranks[1].weights) - set(manifest.ranks[0].weights)
+    running.store.replace(blob_key(file.digest), b"short")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await loaded(stub, running.engines["pp 2"])
+    assert from_rpc_error(caught.value).reason == "OBJECT_TRUNCATED"
+    assert not running.workers()
+
+
+async def test_a_killed_front_leaves_no_rank(running: Running, stub: ExecutorStub) -> None:
+    """The last test of this module: it ends the service."""
+    await loaded(stub, running.engines["tp 2"])
+    workers = running.workers()
+    assert len(workers) == 2
+    os.kill(running.service.process.pid, signal.SIGKILL)
+    assert gone(workers)
