@@ -84,6 +84,17 @@ def test_each_way_to_divide_is_an_engine_of_its_own(checkpoint: Path, tmp_path: 
     assert len(ids) == 6
 
 
+def test_every_rank_is_told_how_long_sequences_are(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0, 1.3, 1.7, 2.0, 2.5, 3.0], "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 8.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 24, **factors}
+    changes = {"pad_token_id": None, "original_max_position_embeddings": 24, "rope_parameters": rope}
+    checkpoint, store = save_checkpoint(tmp_path / "checkpoint", "phi3", **changes), DirectoryStore(tmp_path / "store")
+    (one,) = run_ranks(store, make(checkpoint, store).manifest, TOKENS, STEPS)
+    engine = make(checkpoint, store, 2, 2)
+    assert all("rope_lengths" in rank_program(store, engine.manifest, rank).inputs for rank in range(4))
+    check(engine, one)
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 PACKED: dict[str, tuple[dict[str, Any], Writer]] = {
     "int4": ({**GPTQ, "sym": False}, gptq(4, 32, symmetric=False)),
