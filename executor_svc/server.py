@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -25,6 +25,7 @@ from protos.v1.common_pb2 import Logprobs, Usage
 from protos.v1.worker_pb2 import ClientDone, ClientGone, ToWorker
 
 _RELOAD_DELAY, _LONGEST_RELOAD_DELAY = 1.0, 30.0  # seconds before a worker that died is started again
+_AHEAD = 8  # ranks whose processes are started before anybody has found out whether the manifest can be trusted
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,14 @@ class ExecutorServicer:
             self._telemetry.watch(worker)
             worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
             await worker.start(self._spares)
+            self._run(self._prepare_ranks(worker))
         return worker
+
+    async def _prepare_ranks(self, worker: WorkerProcess) -> None:
+        """Starts an engine's other ranks before rank 0, which still imports torch, asks for them."""
+        with contextlib.suppress(EnginehouseError, OSError):  # of which rank 0 tells
+            manifest = await asyncio.to_thread(registry.manifest, self._store, worker.engine_id)
+            await worker.prepare(min(len(manifest.ranks), _AHEAD))
 
     async def close(self) -> None:
         """Ends all workers."""
@@ -230,9 +238,12 @@ class ExecutorServicer:
         if worker.engine_id in self._wanted:
             with contextlib.suppress(OSError):  # then it is tried again, and told, when the engine is loaded
                 self._spares.prepare(len(worker.pids))
-            task = asyncio.create_task(self._reload(worker.engine_id))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._run(self._reload(worker.engine_id))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _reload(self, engine_id: str) -> None:
         """Loads an engine whose worker has died, as often as it takes, until somebody else has or it is unloaded."""

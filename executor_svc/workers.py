@@ -149,6 +149,7 @@ class WorkerProcess:
         self._on_end, self._on_metrics = on_end, on_metrics
         self._ranks: list[_Rank] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._launching = asyncio.Lock()
         self._ending = False
 
     @property
@@ -197,6 +198,12 @@ class WorkerProcess:
             self._kill()
         await asyncio.shield(self.ended)
 
+    async def prepare(self, count: int) -> None:
+        """Sees to it that so many ranks have their process, which waits. Raises OSError: the system gives none."""
+        async with self._launching:
+            while len(self._ranks) < count and not (self.stopping or self._ending):
+                await self._launch()
+
     async def _launch(self) -> None:
         """Takes the next rank's process and listens to it. Raises OSError."""
         process, connection = self._spares.take()
@@ -211,8 +218,7 @@ class WorkerProcess:
     async def _launch_others(self, count: int) -> None:
         """Starts the ranks behind 0, and tells all where they meet."""
         try:
-            while len(self._ranks) < count and not self._ending:
-                await self._launch()
+            await self.prepare(count)
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
         except OSError as error:

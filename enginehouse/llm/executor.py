@@ -160,7 +160,7 @@ class GenerationExecutor(Generator):
             has_chat_template=False,
             has_tokenizer=not isinstance(self._tokenizer, NoTokenizer),
         )
-        self._worker = LocalWorker(engine.engine_id, arguments, service_environment())
+        self._worker = LocalWorker(engine.engine_id, len(manifest.ranks), arguments, service_environment())
         super().__init__()
         self._process = os.getpid()
         self._close = at_end(self, _closer(self._thread, self._worker))

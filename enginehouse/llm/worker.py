@@ -25,10 +25,11 @@ class LocalWorker:
         counted: what the process has told of its work, added up.
     """
 
-    def __init__(self, engine_id: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Starts the process, which imports torch meanwhile.
+    def __init__(self, engine_id: str, ranks: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Starts the processes, which import torch meanwhile.
 
         Args:
+            ranks: that the engine has.
             arguments: of `executor_svc.worker`.
 
         Raises:
@@ -40,7 +41,7 @@ class LocalWorker:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
         self._spares = Spares(arguments, environment=environment, log=self._log)
         try:
-            self._spares.prepare(1)
+            self._spares.prepare(ranks)
         except OSError as error:
             raise Unavailable(f"cannot start a worker process: {error}", reason="WORKER_NOT_STARTED") from None
         self._inboxes = Inboxes(self.cancel)

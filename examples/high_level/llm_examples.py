@@ -84,6 +84,13 @@ def run_llm_with_kv_cache_config(prompt: str, hf_model_dir: str) -> None:
 
 
 @task
+def run_llm_on_tensor_parallel(prompt: str, hf_model_dir: str, tp_size: int) -> None:
+    """Each layer divided among several GPUs; on the CPU, among processes."""
+    with LLM(hf_model_dir, tensor_parallel_size=tp_size) as llm:
+        print(llm.generate(prompt).outputs[0].text)
+
+
+@task
 def run_llm_connected(prompt: str, gateway: str, model: str) -> None:
     """The same over a running cluster: enginehouse up demo=examples/demo-model."""
     with LLM.connect(gateway, model) as llm:
@@ -95,6 +102,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--prompt", default="In the beginning God created the")
     parser.add_argument("--hf_model_dir", help="a model in Hugging Face layout, or of the hub")
+    parser.add_argument("--tp_size", type=int, default=2, help="GPUs of run_llm_on_tensor_parallel")
     parser.add_argument("--gateway", default="127.0.0.1:8400")
     parser.add_argument("--model", default="demo")
     arguments = vars(parser.parse_args())

@@ -56,6 +56,19 @@ def test_low_level(home: Home) -> None:
     assert run(*command, cwd=home.root) == said  # out of the directory
 
 
+def test_low_level_on_several_ranks(home: Home) -> None:
+    script = str(ROOT / "examples" / "low_level" / "llama_multi_gpu.py")
+    options = ("--hf_model_dir", str(DEMO), "--engine_dir", "several.engine", "--tp_size", "2", "--pp_size", "2")
+    said = run(sys.executable, script, *options, cwd=home.root)
+    assert f"{PROMPT!r} -> ' heavens, in the clouds of the earth" in said
+
+
+def test_high_level_on_several_ranks(home: Home) -> None:
+    script = str(ROOT / "examples" / "high_level" / "llm_examples.py")
+    command = (sys.executable, script, "--task", "run_llm_on_tensor_parallel", "--prompt", PROMPT, "--hf_model_dir")
+    assert run(*command, str(DEMO), cwd=home.root).startswith(" heavens, in the clouds of the earth")
+
+
 # The first dialect
 
 

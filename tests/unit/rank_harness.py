@@ -22,7 +22,7 @@ from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config
 from tests.running import run_ahead
 
-BLOCKS = 7  # of which one sequence may need 3: so some are preempted
+BLOCKS = 7  # of which one sequence may need 3: they do not all have room at once
 
 
 def sequences() -> list[Sequence]:
@@ -33,7 +33,7 @@ def sequences() -> list[Sequence]:
     made = []
     for number, sampling in enumerate(samplings):
         prompt = [(7 * number + 3 * at) % 60 + 2 for at in range(5 + 9 * number)]
-        made.append(Sequence(0, number, prompt, len(prompt), 5 + number, sampling))
+        made.append(Sequence(0, number, prompt, len(prompt), 3 + number, sampling))
     made[1].prompt_logprobs = 1
     return made
 

@@ -1,0 +1,42 @@
+"""Engines of several ranks on several GPUs: NCCL inside graphs, and tokens that are drawn on every rank alike."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from builder_svc.build_config import BuildConfig
+from builder_svc.pipeline import build
+from engine.directory import DirectoryStore
+from enginehouse import GenerationExecutor, SamplingParams
+from executor_svc.core import Sequence
+from tests.gpu.test_torch_runner import DEMO, prompts
+from tests.running import make_engine, shortfall
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+# All of them take the most probable token: in the graph, by drawing one of one, and on the host.
+WAYS = (
+    SamplingParams(max_tokens=48, ignore_eos=True),
+    SamplingParams(max_tokens=48, ignore_eos=True, temperature=1.0, top_k=1, seed=3),
+    SamplingParams(max_tokens=48, ignore_eos=True, logprobs=1),
+)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_give_the_tokens_of_one(tp: int, pp: int, dtype: str, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < tp * pp:
+        pytest.skip(f"needs {tp * pp} GPUs")
+    limits = {"max_seq_len": 512, "max_num_tokens": 200, "max_batch_size": 12}
+    one = make_engine(DEMO, tmp_path / "store", "cuda", prepared=False, dtype=dtype, **limits)
+    options = BuildConfig(device="cuda", dtype=dtype, tp_size=tp, pp_size=pp, **limits)
+    several = build(DEMO, options, store=DirectoryStore(tmp_path / "store"))
+    work = [(list(prompt), params) for prompt in prompts()[:8] for params in WAYS]
+    with GenerationExecutor(several) as executor:
+        results = [executor.generate_async(prompt, params) for prompt, params in work]
+        tokens = [result.result().outputs[0].token_ids for result in results]
+    for (prompt, _), found in zip(work, tokens, strict=True):
+        assert len(found) == 48
+        sequence = Sequence(0, 0, [*prompt, *found], len(prompt), len(found))
+        assert shortfall(one, sequence).max() <= 0.02
