@@ -8,6 +8,7 @@ the host, which waits for the tokens. Medians. The settings of each column are i
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from executor_svc import sampler
 from executor_svc.core import Sampling, Scheduled, Sequence
 from executor_svc.cuda_layout import draws
 from executor_svc.kernels.sample import CHUNK, sample
+from executor_svc.kernels.stage import choose
 
 SETTINGS = {
     "greedy": Sampling(0.0),
@@ -75,7 +77,11 @@ def measure(logits: torch.Tensor, sampling: Sampling, chunk: int) -> dict[str, f
     items = [Scheduled(sequence, 7, 1, True) for sequence in sequences]
     tokens = logits.argmax(-1).int()
     if sampling.temperature == 0:
-        call: Callable[[], Any] = lambda: logits.argmax(-1).int()  # noqa: E731
+        places, last = (
+            torch.arange(rows, dtype=torch.int32, device="cuda"),
+            torch.zeros(rows, dtype=torch.int32, device="cuda"),
+        )
+        call: Callable[[], Any] = functools.partial(choose, logits, places, last)
         laid_out = 0.0
     else:
         at = np.zeros(rows, dtype=np.int32)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from engine.manifest import Limits
 from executor_svc.core import Batch, Scheduled
 from executor_svc.kernels.logit_keys import WIDTH
 from executor_svc.kernels.paged import TILE
@@ -93,8 +94,14 @@ def trial(decodes: int, prompt: int = 0, cached: int = 0, *, count: int = 1, tol
         prompt_rows=np.arange(decodes, starts[-1] - 1 if told else decodes, dtype=np.int32),
         sampling_rows=rows,
         updates=np.zeros((0, 2), dtype=np.int32),
-        rope_lengths=zeros,
+        rope_lengths=zeros + 1,
     )
+
+
+def largest(limits: Limits) -> list[HostStep]:
+    """Trials of as many decodes, and of as many tokens of prompts, as a step may hold."""
+    longest = min(limits.max_num_tokens, limits.max_seq_len)
+    return [trial(limits.max_batch_size), trial(0, longest, count=limits.max_num_tokens // longest)]
 
 
 class Shape:

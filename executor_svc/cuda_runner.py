@@ -20,7 +20,7 @@ from engine.manifest import Limits
 from engine.program import ROPE_LENGTHS, Program
 from executor_svc.core import Batch, Sampled
 from executor_svc.cuda_graphs import Graph, memory, shapes
-from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws, trial
+from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws, largest
 from executor_svc.group import ALONE, Group, bind
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import fp8, implementations
@@ -284,8 +284,7 @@ class CudaRunner:
             pool = torch.cuda.graph_pool_handle()
             for graph in reversed(graphs):  # the largest first, whose memory the others then share
                 graph.capture(pool)
-            longest = min(limits.max_num_tokens, limits.max_seq_len)
-            self.walk([trial(limits.max_batch_size), trial(0, longest, 0, count=-(-limits.max_num_tokens // longest))])
+            self.walk(largest(limits))
             torch.cuda.synchronize()
         return graphs
 

@@ -15,6 +15,7 @@ from tests.running import Engine, make_engine, run_ahead
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
 cuda_runner = pytest.importorskip("executor_svc.cuda_runner")
+cuda_layout = pytest.importorskip("executor_svc.cuda_layout")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def sequences(count: int, temperature: float = 0.0) -> list[Sequence]:
 def test_gives_the_plain_runners_tokens(
     engine: LoadedEngine, temperature: float, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunked prompts, cached prefixes, and with few blocks preemption."""
+    """Chunked prompts, cached prefixes, and with few blocks preemption; trials before leave nothing behind."""
     monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)  # fewer programs, each of which takes its time here
     expected = sequences(4, temperature)
     Engine(engine).run(expected)
@@ -51,6 +52,7 @@ def test_gives_the_plain_runners_tokens(
     runner = cuda_runner.CudaRunner(
         engine.program, engine.weights, engine.manifest.limits, kv_memory=memory, device="cpu"
     )
+    runner.walk(cuda_layout.largest(engine.manifest.limits))
     scheduler = Scheduler(scheduler_config(runner, engine.manifest))
     found = sequences(4, temperature)
     run_ahead(runner, scheduler, found)
