@@ -126,9 +126,9 @@ def test_quantization_is_described_and_refused(home: Home) -> None:
     for wrong in ({"quantize_activations": True}, {"per_channel": True}):
         with pytest.raises(ValueError, match="need"):
             QuantConfig().init_from_description(**wrong)
-    config = ModelConfig(model_dir=DEMO, parallel_config=ParallelConfig(tp_size=2))
+    config = ModelConfig(model_dir=DEMO, parallel_config=ParallelConfig(tp_size=7))
     assert config.is_multi_gpu
-    with pytest.raises(NotImplementedError, match="tp_size 2"):
+    with pytest.raises(ValueError, match="cannot be divided among tp_size 7"):
         LLM(config)
 
 

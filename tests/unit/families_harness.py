@@ -75,20 +75,21 @@ def check_half_precision(checkpoint: Path, tmp_path: Path) -> LoadedEngine:
 def watch(engine: Engine) -> dict[tuple[int, int], Tensor]:
     """Filled as the engine runs: (handle, position) -> logits [vocab_size], as they were first computed."""
     rows: dict[tuple[int, int], Tensor] = {}
-    compute = engine.runner._logits
+    runner = engine.runner
 
-    def watched(batch: Batch) -> Tensor:
+    @torch.inference_mode()
+    def start(batch: Batch) -> None:
         items = tuple(item._replace(prompt_rows=range(item.start, item.start + item.count)) for item in batch.items)
-        logits = compute(replace(batch, items=items))
-        sampled = sum(item.samples for item in items)
-        at = sampled
+        logits = runner._logits(runner._layout.lay_out(replace(batch, items=items)))
+        assert logits is not None
+        at = sampled = sum(item.samples for item in items)
         for item in items:
             for position in range(item.start, item.start + item.count):
                 rows.setdefault((item.sequence.handle, position), logits[at])
                 at += 1
-        return logits[:sampled]
+        runner._started.append((batch, sampled, logits[:sampled]))
 
-    engine.runner._logits = watched  # type: ignore[method-assign]
+    runner.start = start  # type: ignore[method-assign]
     return rows
 
 
