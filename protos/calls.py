@@ -19,6 +19,10 @@ _POLLED = ("grpc.health.v1.Health/", "enginehouse.v1.Executor/GetStatus")  # so 
 
 log = logging.getLogger(__name__)
 
+_EARLY = (
+    0.02  # seconds by which a client gives up before the server's clock says so: the deadline it sends is rounded up
+)
+
 
 class Calls:
     """Counts calls. Without metrics, it only names and logs them."""
@@ -90,7 +94,7 @@ def status(error: BaseException | None, context: Any) -> str:
         return grpc.StatusCode.OK.name
     if isinstance(error, asyncio.CancelledError | GeneratorExit):  # the client has left, or its time is over
         remaining = context.time_remaining()
-        late = remaining is not None and remaining <= 0
+        late = remaining is not None and remaining <= _EARLY
         return (grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED).name
     if isinstance(error, grpc.aio.AbortError):
         code = context.code()
