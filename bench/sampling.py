@@ -27,6 +27,7 @@ from executor_svc.core import Sampling, Scheduled, Sequence
 from executor_svc.cuda_layout import draws
 from executor_svc.kernels.sample import CHUNK, sample
 from executor_svc.kernels.stage import choose
+from executor_svc.kernels.tuning import timed
 
 SETTINGS = {
     "greedy": Sampling(0.0),
@@ -41,21 +42,7 @@ CALLS = 10
 
 def gpu_ms(call: Callable[[], Any]) -> float:
     """The kernels of a call, without the host."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(9):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / CALLS)
-    return statistics.median(times)
+    return timed(lambda _: call(), [None] * CALLS) / 1e3
 
 
 def host_ms(call: Callable[[], Any], *, wait: bool) -> float:

@@ -17,8 +17,8 @@ from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine import blobs, signing
 from engine.directory import DirectoryStore
-from engine.errors import DataLoss
-from engine.manifest import Manifest
+from engine.errors import DataLoss, FailedPrecondition
+from engine.manifest import Limits, Manifest
 from engine.trust import Trust
 from tests.conftest import save_checkpoint
 
@@ -202,3 +202,32 @@ def test_a_program_without_kernels_of_ours_has_none(store: DirectoryStore, tmp_p
     checkpoint = save_checkpoint(tmp_path / "model", num_hidden_layers=1)
     options = BuildConfig(device="cuda", compute_capability="9.0", dtype="float32", dummy_weights=True)
     assert not build(checkpoint, options, store=store).manifest.ranks[0].kernels
+
+
+def test_what_a_killed_worker_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing that a living one uses."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, used, other = (tmp_path / f"enginehouse-kernels-{name}-x" for name in (ended.pid, os.getpid(), "mine"))
+    for directory in (left, used, other):
+        directory.mkdir()
+    archives._clear()
+    assert not left.exists() and used.exists() and other.exists()
+
+
+def test_too_little_memory_is_told_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from executor_svc import runners
+    from executor_svc.group import ALONE
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runners, "TorchRunner", full)
+    settings = {"device": "cpu", "group": ALONE, "table": {}, "kv_memory": None, "kv_share": None}
+    with pytest.raises(
+        FailedPrecondition, match="smaller --kv-memory, .* less than max_batch_size 4 or max_num_tokens 64"
+    ):
+        runners.make_runner(None, {}, Limits(4, 64, 64), **settings)  # type: ignore[arg-type]
