@@ -84,8 +84,9 @@ async def run_command(command: Sequence[str], cluster: LocalCluster, signals: Si
         "ENGINEHOUSE_BUILDER": cluster.builder,
         "ENGINEHOUSE_HOME": str(cluster.home.root),
     }
-    process = await asyncio.create_subprocess_exec(find_program(command[0]), *command[1:], env=environment)
-    cluster.warden.watch(process.pid)
+    warden = cluster.warden
+    program = warden.watched([find_program(command[0]), *command[1:]])
+    process = await asyncio.create_subprocess_exec(*program, pass_fds=warden.pass_fds, env=environment)
     signals.command = process
     try:
         status = await process.wait()
@@ -100,7 +101,7 @@ async def run_command(command: Sequence[str], cluster: LocalCluster, signals: Si
         raise
     finally:
         signals.command = None
-        cluster.warden.forget(process.pid)
+        warden.forget(process.pid)
     return status if status >= 0 else 128 - status
 
 

@@ -48,7 +48,8 @@ class ServiceProcess:
         """Starts it, over an older log."""
         with self.log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command,
+                *warden.watched(self._command),
+                pass_fds=warden.pass_fds,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -56,7 +57,6 @@ class ServiceProcess:
                 start_new_session=True,
             )
         self._warden = warden
-        warden.watch(self._process.pid)
 
     async def listening(self) -> None:
         """Returns when the service says that it listens; waits as long as it does not (see `LocalCluster.guard`)."""

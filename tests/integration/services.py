@@ -23,7 +23,7 @@ class Service:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Ends it; its exit status."""
         self.process.send_signal(number)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def service(
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

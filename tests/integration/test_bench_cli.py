@@ -52,7 +52,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     started = Cluster(tmp_path_factory.mktemp("bench"))
     yield started
     started.process.send_signal(signal.SIGINT)
-    rest, _ = started.process.communicate(timeout=20)
+    rest, _ = started.process.communicate(timeout=60)
     assert (started.process.returncode, rest) == (0, b"")  # one line of JSON was all
 
 

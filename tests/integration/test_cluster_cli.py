@@ -121,7 +121,7 @@ def test_a_running_cluster(data: Path) -> None:
         assert generate.stdout
         generate.stdout.read(1)
         generate.send_signal(signal.SIGINT)
-        _, error = generate.communicate(timeout=10)
+        _, error = generate.communicate(timeout=60)
         assert (generate.returncode, error) == (130, b"")
 
         after = enginehouse(data, "generate", "And it came", "--model", "demo", "--max-tokens", "8", "--json")
@@ -143,7 +143,7 @@ def test_a_running_cluster(data: Path) -> None:
         assert moved.returncode == 0, moved.stderr
 
         up.send_signal(signal.SIGINT)
-        assert up.wait(20) == 0
+        assert up.wait(60) == 0
         nothing_left(data)
     finally:
         up.kill()

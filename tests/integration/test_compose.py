@@ -257,7 +257,7 @@ def test_the_gateway_runs_from_what_its_build_stage_makes(tmp_path: Path) -> Non
         probe = [python, *found.health[1:3], address, *found.health[4:]]
         assert subprocess.run(probe, cwd=tmp_path, env=dict(each.environment), timeout=20).returncode == 0
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

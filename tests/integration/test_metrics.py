@@ -63,7 +63,7 @@ def scrape(of: Service) -> Samples:
 
 async def changed(of: Service, name: str, value: float) -> Samples:
     """A scrape in which a sample has come to a value; what is counted at a call's end may come just after it."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (found := await asyncio.to_thread(scrape, of)).get(name) != value:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     return found
@@ -75,7 +75,7 @@ def lines(of: Service) -> list[dict[str, object]]:
 
 async def told(of: Service, request_id: object) -> None:
     """Waits until the log has a line about a request, and so of all that ended before."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not [line for line in lines(of) if line.get("request_id") == request_id]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
@@ -214,7 +214,7 @@ async def test_what_runs_shows_while_it_runs(cluster: Cluster, stub: GatewayStub
     label, codes = f"{{engine={cluster.engine}}}", "enginehouse_gateway_requests_total{code=CANCELLED,model=tiny}"
     calls = await busy(stub)
     open_before = scrape(cluster.gateway)["enginehouse_gateway_streams_open{}"]
-    async with asyncio.timeout(20):  # the worker tells its load ten times a second
+    async with asyncio.timeout(60):  # the worker tells its load ten times a second
         while not (running := scrape(cluster.executor))[f"enginehouse_executor_requests_running{label}"]:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     for call in calls:

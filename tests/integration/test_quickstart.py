@@ -46,7 +46,7 @@ def cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     assert process.stdout is not None
     yield json.loads(process.stdout.readline())["gateway"]
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode in (0, 130)
 
 

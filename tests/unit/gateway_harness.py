@@ -126,7 +126,7 @@ async def eventually(holds: Callable[[], bool], seconds: float = 5) -> None:
 async def collect(call: Any) -> tuple[str, list[int], GenerateResponse]:
     """All text, all token ids and the last message."""
     text, token_ids, last = "", [], GenerateResponse()
-    while (response := await asyncio.wait_for(call.read(), 5)) is not grpc.aio.EOF:
+    while (response := await asyncio.wait_for(call.read(), 60)) is not grpc.aio.EOF:
         assert not last.HasField("finish")
         text, last = text + response.text, response
         token_ids += response.token_ids

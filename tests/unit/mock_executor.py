@@ -128,7 +128,7 @@ class MockExecutor(ExecutorServicer):
         self._steps.put_nowait(code)
 
     async def submitted(self) -> Submit:
-        return await asyncio.wait_for(self.submits.get(), 5)
+        return await asyncio.wait_for(self.submits.get(), 60)
 
     async def cancelled(self) -> int:
-        return await asyncio.wait_for(self.cancels.get(), 5)
+        return await asyncio.wait_for(self.cancels.get(), 60)

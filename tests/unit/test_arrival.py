@@ -33,7 +33,7 @@ class SlowStore(DirectoryStore):
         self.offsets.append(offset)
         self.buffers.add(torch.frombuffer(buffer, dtype=torch.uint8).data_ptr())
         if offset:
-            self.let.wait(10)
+            self.let.wait(60)
         time.sleep(random.random() * 0.005)
         super().read_into(key, offset, buffer)
 

@@ -63,7 +63,7 @@ class Builds:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -88,7 +88,7 @@ async def submit(jobs: Jobs, checkpoint: str, model: str = "", **options: object
 
 async def end(jobs: Jobs, build_id: str) -> Build:
     """The job when it has ended."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async for event in jobs.events(build_id):
             last = event
     return last.state
@@ -96,7 +96,7 @@ async def end(jobs: Jobs, build_id: str) -> Build:
 
 async def seen(jobs: Jobs, build_id: str, first: int = 0) -> list[str]:
     """All events but the log's, in short."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         return [short(event) async for event in jobs.events(build_id, first) if not event.log]
 
 
@@ -107,7 +107,7 @@ async def states(jobs: Jobs) -> list[str]:
 
 async def reach(jobs: Jobs, *wanted: str) -> None:
     """Returns when the jobs have these states, oldest first."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await states(jobs) != list(wanted):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -266,7 +266,7 @@ async def test_cancel_at_any_moment_of_the_beginning(jobs: Jobs, builds: Builds)
     for delay in range(40):
         build_id = await submit(jobs, f"a{delay}")
         await asyncio.sleep(delay / 4000)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert state(await jobs.cancel(build_id)) == "CANCELLED"
     assert builds.at_once == 0
 

@@ -45,7 +45,7 @@ async def running(process: BuildProcess) -> AsyncIterator["asyncio.Task[Result]"
     """A run that has reported its first progress."""
     first = asyncio.Event()
     task = asyncio.create_task(process.run(REQUEST, lambda *_: first.set()))
-    await asyncio.wait_for(first.wait(), 20)
+    await asyncio.wait_for(first.wait(), 60)
     yield task
     assert task.done()
     assert process.work_dir and left(process.work_dir) == []
@@ -148,7 +148,7 @@ async def test_what_killed_builders_have_left_is_cleared_and_nothing_else(work_d
     process = BuildProcess(child("hang()"), work_dir=work_dir)
     first = asyncio.Event()
     task = asyncio.create_task(process.run(REQUEST, lambda *_: first.set()))
-    await asyncio.wait_for(first.wait(), 20)
+    await asyncio.wait_for(first.wait(), 60)
     (busy,) = (
         path for path in left(work_dir) if path.name not in ("enginehouse-build-old", "enginehouse-build-fresh", "mine")
     )
@@ -232,7 +232,7 @@ async def test_a_second_cancel_kills_at_once(work_dir: Path, tmp_path: Path):
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(task, 20)
+            await asyncio.wait_for(task, 60)
     assert await ends(int((tmp_path / "pid").read_text()))
 
 
@@ -312,7 +312,7 @@ def test_the_real_child_leaves_no_traceback_when_it_is_ended_at_its_exit():
         assert b'"result"' in process.stdout.readline()
         time.sleep(0.5)  # it is at its exit now
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         assert process.stderr.read() == b"a line\n"
 
 

@@ -96,7 +96,7 @@ def request(checkpoint: str, model: str = "", **spec: Any) -> SubmitBuildRequest
 
 
 async def watch(stub: BuilderStub, build_id: str) -> list[BuildEvent]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         return [event async for event in stub.WatchBuild(WatchBuildRequest(build_id=build_id))]
 
 
@@ -344,7 +344,7 @@ async def test_no_build_outlives_the_service(tmp_path: Path, root: Path, number:
             assert state((await watching.read()).state) == "QUEUED"
             error = await failure(watching.read())
             assert (error.code, error.reason) == (14, "BUILDER_STOPPING")
-        assert await asyncio.wait_for(process.wait(), 20) == (0 if number == signal.SIGTERM else -number)
+        assert await asyncio.wait_for(process.wait(), 60) == (0 if number == signal.SIGTERM else -number)
     assert await ends(event.progress.done)
     assert number == signal.SIGKILL or left(tmp_path / "outside") == []
 
@@ -361,7 +361,7 @@ async def test_the_next_builder_goes_on_with_the_jobs_of_one_that_was_stopped(tm
         process.terminate()
         await process.wait()
     async with service(tmp_path, root, child(BUILD % engine)) as (_, stub):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             seen = [
                 event
                 async for event in stub.WatchBuild(

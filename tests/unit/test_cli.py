@@ -82,7 +82,8 @@ class MockGateway(GatewayServicer):
             if isinstance(reply, EnginehouseError):
                 abort(context, reply)
             elif reply == "wait":
-                context.add_callback(lambda: self.cancelled.put(True))
+                if not context.add_callback(lambda: self.cancelled.put(True)):  # it has ended already
+                    self.cancelled.put(True)
                 while context.is_active():
                     time.sleep(0.01)
             else:
@@ -495,8 +496,8 @@ def test_ctrl_c_cancels_the_request(gateway: MockGateway, tmp_path: Path) -> Non
     assert process.stdout and process.stderr
     assert process.stdout.read(4) == b"Once"
     process.send_signal(signal.SIGINT)
-    assert gateway.cancelled.get(timeout=5)
-    assert process.wait(5) == 130
+    assert gateway.cancelled.get(timeout=60)
+    assert process.wait(60) == 130
     assert (process.stdout.read(), process.stderr.read()) == (b"\n", b"")
     process.communicate()
 
@@ -544,8 +545,8 @@ def test_ctrl_c_in_a_chat_ends_the_answer_and_not_the_chat(gateway: MockGateway)
     process.stdin.flush()
     assert process.stdout.read(4) == b"Once"
     process.send_signal(signal.SIGINT)
-    assert gateway.cancelled.get(timeout=5)
-    rest, _ = process.communicate(b"More\n", timeout=10)
+    assert gateway.cancelled.get(timeout=60)
+    rest, _ = process.communicate(b"More\n", timeout=60)
     assert (process.returncode, rest) == (0, b"\nagain\n")
     assert [m.content for m in gateway.requests[1].chat.messages] == ["Tell", "Once", "More"]
 
@@ -703,7 +704,7 @@ def test_ctrl_c_cancels_a_build(builder: MockBuilder) -> None:
     assert process.stderr
     assert process.stderr.readline() == b"x: program done\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=60)
     assert (process.returncode, said, builder.cancelled) == (130, b"cancelled build b1\n", ["b1"])
 
 

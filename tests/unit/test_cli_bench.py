@@ -215,7 +215,7 @@ def test_ctrl_c_shows_what_has_been_measured_and_cancels_the_rest(gateway: Timed
         time.sleep(0.01)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=10)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Throughput" in stdout and "interrupted, 3 requests were cut off" in stderr and "Traceback" not in stderr
     point = json.loads(out.read_text())["points"][0]

@@ -53,6 +53,10 @@ class Running:
         assert found
         return found
 
+    def children(self) -> list[int]:
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
     def until(self, text: str) -> None:
         wait_for(lambda: text in self.said + "\n".join(self.events) or self.process.poll() is not None, text)
         assert text in self.said + "\n".join(self.events), self.said
@@ -61,7 +65,7 @@ class Running:
         """Its status, after a signal; by then no process of it is left."""
         if number is not None:
             self.process.send_signal(number)
-        status = self.process.wait(20)
+        status = self.process.wait(60)
         self.nothing_left()
         assert not (self.folder / "data" / "cluster.json").exists() or number == signal.SIGKILL
         return status
@@ -78,7 +82,15 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(done: Callable[[], bool], what: str, seconds: float = 15) -> None:
+def program(pid: int) -> bytes:
+    """The name that a process goes by; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].rpartition(b"/")[2]
+    except OSError:
+        return b""
+
+
+def wait_for(done: Callable[[], bool], what: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
@@ -188,10 +200,10 @@ def test_a_service_does_not_start(up: Up) -> None:
 def test_kill_9_leaves_nothing_and_the_folder_free(up: Up, tmp_path: Path) -> None:
     running = up("demo=demo", "--", "sleep", "600")
     running.until("$ sleep 600")
-    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
-    assert len(children) == 5  # three services, the warden, the command
+    wait_for(lambda: len(running.children()) == 5, "three services, the warden, the command")
+    children = running.children()
     running.ends(signal.SIGKILL)
-    wait_for(lambda: not any(alive(int(pid)) for pid in children), "an end of the command and the warden")
+    wait_for(lambda: not any(map(alive, children)), "an end of the command and the warden")
     assert (tmp_path / "data/cluster.json").exists()
     assert gateway_address(None, Home(tmp_path / "data")) == DEFAULT_GATEWAY
     Home(tmp_path / "data").lock().close()
@@ -226,7 +238,7 @@ def test_command(up: Up, tmp_path: Path) -> None:
 def test_signals_are_passed_on_to_the_command(up: Up, number: signal.Signals) -> None:
     running = up("--", "sleep", "600")
     running.until("$ sleep 600")
-    time.sleep(0.1)
+    wait_for(lambda: any(program(pid) == b"sleep" for pid in running.children()), "the command")
     assert running.ends(number) == 128 + number
     assert running.stopped == ["gateway", "executor", "builder"]
 
@@ -245,7 +257,7 @@ def test_ctrl_c_of_a_terminal_reaches_the_command_once(environment: None, tmp_pa
         while b"got 1\r\n" not in said:
             said += os.read(master, 4096)
             assert b"got 2" not in said
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     assert [event for event in (tmp_path / "events").read_text().splitlines() if event.startswith("stop")] == [
         "stop gateway",
         "stop executor",
@@ -346,27 +358,42 @@ def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_warden_ends_what_is_left(tmp_path: Path) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     lock = open(tmp_path / "lock", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    warden = Warden(keep_open=lock.fileno(), grace=0.2)
     processes = [
-        subprocess.Popen([sys.executable, "-c", deaf], start_new_session=leads, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            warden.watched([sys.executable, "-c", deaf]),
+            pass_fds=warden.pass_fds,
+            start_new_session=leads,
+            stdout=subprocess.PIPE,
+        )
         for leads in (True, False, True)
     ]
     try:
         for process in processes:
             assert process.stdout
             process.stdout.readline()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        warden = Warden(keep_open=lock.fileno(), grace=0.2)
-        for process in processes:
-            warden.watch(process.pid)
         warden.forget(processes[2].pid)
         warden.close()
-        assert [process.wait(5) for process in processes[:2]] == [-signal.SIGKILL] * 2
+        assert [process.wait(30) for process in processes[:2]] == [-signal.SIGKILL] * 2
         assert processes[2].poll() is None
     finally:
         lock.close()
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_the_warden_knows_what_was_started_in_the_last_instant(tmp_path: Path) -> None:
+    """Its pipe ends only when a process that has just been started has said that it is there."""
+    with open(tmp_path / "lock", "w") as lock:
+        warden = Warden(keep_open=lock.fileno(), grace=0.2)
+        with subprocess.Popen(warden.watched(["sleep", "600"]), pass_fds=warden.pass_fds) as process:
+            try:
+                warden.close()
+                assert process.wait(30) == -signal.SIGTERM
+            finally:
+                process.kill()
 
 
 def test_the_lock_is_held_until_the_warden_has_ended(tmp_path: Path) -> None:

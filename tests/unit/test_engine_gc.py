@@ -250,7 +250,7 @@ class Pausing(DirectoryStore):
     def _pass(self, verb: str, key: str) -> None:
         if not self.reached.is_set() and self._at(verb, key):
             self.reached.set()
-            assert self.go_on.wait(20)
+            assert self.go_on.wait(60)
 
     def read(self, key: str) -> bytes:
         self._pass("read", key)
@@ -326,7 +326,7 @@ def test_a_build_that_begins_while_a_sweep_stands_anywhere_loses_nothing(
     paused = Pausing(root, at(*stop))
     with ThreadPoolExecutor(2) as pool:
         sweep = pool.submit(collect, paused)
-        assert paused.reached.wait(20)
+        assert paused.reached.wait(60)
         building = pool.submit(build, DirectoryStore(root))
         time.sleep(0.15)  # the build may end, or wait for the sweep
         paused.go_on.set()
@@ -341,7 +341,7 @@ def test_a_build_that_stands_anywhere_loses_nothing_to_a_whole_sweep(root: Path,
     paused = Pausing(root, at(*stop))
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(build, paused)
-        assert paused.reached.wait(20)
+        assert paused.reached.wait(60)
         collect(DirectoryStore(root))
         paused.go_on.set()
         built = building.result(20)
@@ -359,9 +359,9 @@ def test_both_stand_and_the_build_ends_first(
     build_store, sweep_store = Pausing(root, at(*build_stop)), Pausing(root, at(*sweep_stop))
     with ThreadPoolExecutor(2) as pool:
         building = pool.submit(build, build_store)
-        assert build_store.reached.wait(20)
+        assert build_store.reached.wait(60)
         sweep: Future[gc.Report] = pool.submit(collect, sweep_store)
-        assert sweep_store.reached.wait(20)
+        assert sweep_store.reached.wait(60)
         build_store.go_on.set()
         time.sleep(0.1)
         sweep_store.go_on.set()
@@ -376,7 +376,7 @@ def test_without_a_pin_the_same_build_loses_its_blobs(root: Path) -> None:
     paused = Pausing(root, at("create", "engines/"))
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(publish, paused)
-        assert paused.reached.wait(20)
+        assert paused.reached.wait(60)
         collect(DirectoryStore(root))
         paused.go_on.set()
         built = building.result(20)
@@ -477,7 +477,7 @@ def test_no_manifest_is_taken_from_under_a_sweep_that_has_read_the_pins(
     paused = Pausing(root, at(*stop))
     with ThreadPoolExecutor(2) as pool:
         sweep = pool.submit(collect, paused)
-        assert paused.reached.wait(20)
+        assert paused.reached.wait(60)
         removing = pool.submit(inventory.remove_engine, store, engine)
         time.sleep(0.15)
         assert registry.engine_ids(store) == [engine]
@@ -619,7 +619,7 @@ def test_a_sweep_that_cannot_tell_that_it_is_alive_deletes_nothing(root: Path, m
     store = Pausing(root, at("list", "blobs/"))
     with ThreadPoolExecutor(1) as pool:
         sweep = pool.submit(collect, store)
-        assert store.reached.wait(20)
+        assert store.reached.wait(60)
         now[0] += 10.5
         store.go_on.set()
         with pytest.raises(Unavailable) as caught:

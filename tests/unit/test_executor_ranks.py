@@ -158,7 +158,7 @@ def test_the_runner_for_cuda_gives_the_plain_runners_tokens(tp: int, pp: int, tm
     ]
     try:
         told, _ = ranks[0].communicate(timeout=60)
-        assert [rank.wait(10) for rank in ranks] == [0, 0]
+        assert [rank.wait(60) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

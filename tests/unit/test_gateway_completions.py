@@ -54,7 +54,7 @@ def told(token_ids: list[int], top: int = 0, base: float = -1.0) -> Logprobs:
 async def everything(call: Any) -> dict[int, list[GenerateResponse]]:
     """All messages by completion, each of which ends with its one finish."""
     found: dict[int, list[GenerateResponse]] = {}
-    while (response := await asyncio.wait_for(call.read(), 5)) is not grpc.aio.EOF:
+    while (response := await asyncio.wait_for(call.read(), 60)) is not grpc.aio.EOF:
         found.setdefault(response.index, []).append(response)
     for responses in found.values():
         assert [response.HasField("finish") for response in responses] == [False] * (len(responses) - 1) + [True]

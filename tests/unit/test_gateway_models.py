@@ -115,7 +115,7 @@ async def test_cache_loads_once_for_all_that_ask() -> None:
 
     def load(key: str) -> str:
         loads.append(key)
-        gate.wait(5)
+        gate.wait(60)
         return key.upper()
 
     cache = Cache(load, size=2)

@@ -133,12 +133,12 @@ async def test_the_process_starts_before_its_executors_and_ends_on_sigterm(tmp_p
         sys.executable, "-m", "gateway", *arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdout
-    line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
+    line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
     assert line.startswith("enginehouse gateway listening on 127.0.0.1:")
     await executor.start()
     await eventually(lambda: executor.streams == 1, 10)
     process.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(process.wait(), 10) == 0
+    assert await asyncio.wait_for(process.wait(), 60) == 0
     await executor.stop()
 
 

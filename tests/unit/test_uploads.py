@@ -236,7 +236,7 @@ async def test_files_come_while_offers_wait_for_a_garbage_collection(
     try:
         while len(list(store.list("pins/"))) < 8:  # noqa: ASYNC110  (other threads)
             await asyncio.sleep(0.01)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await send(stub, messages(WEIGHTS))
         assert not any(task.done() for task in offers)
     finally:
@@ -270,7 +270,7 @@ async def test_a_lost_call_keeps_what_has_come(stub: BuilderStub, spool: Path) -
         await call.write(message)
     await arrived(spool, 2 << 20)
     call.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:  # until the server has noticed
             try:
                 await send(stub, messages(WEIGHTS, offset=2 << 20))

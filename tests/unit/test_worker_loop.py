@@ -117,7 +117,7 @@ def test_a_spare_is_taken_once_and_a_dead_one_is_not(tmp_path: Path) -> None:
         connection.sendall(b"hello")
         assert connection.recv(100) == b"hello!"
         connection.close()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_spares_end_with_their_front(tmp_path: Path) -> None:
