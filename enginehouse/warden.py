@@ -72,7 +72,7 @@ def signal_group(pid: int, number: int) -> bool:
     return False
 
 
-def become(pipe: int, command: Sequence[str]) -> None:
+def become(pipe: int, command: list[str]) -> None:
     """What a process does that was started with `Warden.watched`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _say(pipe, f"watch {os.getpid()}")
