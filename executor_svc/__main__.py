@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from executor_svc.launch import Spares
-from protos.options import add_options
+from protos.options import add_drain, add_options
 
 
 def worker_arguments(arguments: argparse.Namespace) -> list[str]:
@@ -37,7 +37,13 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
             await servicer.close()
             raise
         await rpc.serve(
-            "executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close, calls=calls
+            "executor",
+            servicer.register,
+            arguments.host,
+            arguments.port,
+            before_stop=lambda: servicer.drain(arguments.drain_seconds),
+            on_stop=servicer.close,
+            calls=calls,
         )
 
 
@@ -84,6 +90,7 @@ def main() -> int:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
+    add_drain(parser)
     add_options(parser)
     arguments = parser.parse_args()
     spares = Spares(worker_arguments(arguments))

@@ -14,6 +14,7 @@ from engine import registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.store import Store
+from executor_svc.drain import Drain, take_no_more
 from executor_svc.launch import Spares
 from executor_svc.telemetry import Telemetry, name_request
 from executor_svc.workers import Client, WorkerProcess
@@ -22,7 +23,7 @@ from protos.metrics import Metrics
 from protos.rpc import from_failure, to_failure
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import Logprobs, Usage
-from protos.v1.worker_pb2 import ClientDone, ClientGone, ToWorker
+from protos.v1.worker_pb2 import ClientGone, ToWorker
 
 _RELOAD_DELAY, _LONGEST_RELOAD_DELAY = 1.0, 30.0  # seconds before a worker that died is started again
 _AHEAD = 8  # ranks whose processes are started before anybody has found out whether the manifest can be trusted
@@ -42,8 +43,11 @@ class ExecutorServicer:
         self._device = device
         self._spares = spares
         self._workers: dict[str, WorkerProcess] = {}
-        self._telemetry = Telemetry(metrics or Metrics(), lambda: list(self._workers.values()))
         self._clients: dict[int, Client] = {}
+        self._drain = Drain(self._clients)
+        self._telemetry = Telemetry(
+            metrics or Metrics(), lambda: list(self._workers.values()), lambda: self._drain.begun
+        )
         self._wanted: set[str] = set()  # engines that have been loaded and not unloaded
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -96,6 +100,15 @@ class ExecutorServicer:
             manifest = await asyncio.to_thread(registry.manifest, self._store, worker.engine_id)
             await worker.prepare(min(len(manifest.ranks), _AHEAD))
 
+    async def drain(self, seconds: float) -> None:
+        """Takes nothing new, lets requests end within so many seconds, then ends their streams; loads are called off at once.
+
+        What has not ended ends with UNAVAILABLE, and can be resumed elsewhere.
+        """
+        self._wanted.clear()
+        loading = [worker.stop() for worker in self._workers.values() if not worker.ready.done()]
+        await asyncio.gather(self._drain.run(seconds), *loading)
+
     async def close(self) -> None:
         """Ends all workers."""
         self._wanted.clear()
@@ -105,6 +118,7 @@ class ExecutorServicer:
         self._spares.close()
 
     async def LoadEngine(self, request: pb.LoadEngineRequest, _context: Any) -> AsyncIterator[pb.LoadEngineProgress]:
+        self._drain.check()
         engine = request.engine_id or request.model
         if not engine:
             raise InvalidArgument("give an engine_id or a model name", reason="ENGINE_MISSING")
@@ -126,7 +140,9 @@ class ExecutorServicer:
 
     async def GetStatus(self, _request: pb.GetStatusRequest, _context: Any) -> pb.ExecutorStatus:
         engines = [worker.status for worker in self._workers.values()]
-        return pb.ExecutorStatus(engines=engines, device=self._device, version=version("enginehouse"))
+        return pb.ExecutorStatus(
+            engines=engines, device=self._device, version=version("enginehouse"), draining=self._drain.begun
+        )
 
     async def Generate(self, request: pb.Submit, _context: Any) -> AsyncIterator[pb.GenerateOutput]:
         name_request(request)
@@ -134,6 +150,7 @@ class ExecutorServicer:
         worker = self._worker(request.engine_id)
         usage = Usage(prompt_tokens=len(request.token_ids), completion_tokens=len(request.resume_token_ids))
         with self._client() as client:
+            client.used.add(worker)
             worker.send(ToWorker(client=client.number, submit=request, arrived=time.monotonic()))
             async for data in client.outputs():
                 step = pb.StepOutput.FromString(data)
@@ -178,33 +195,31 @@ class ExecutorServicer:
 
     async def _forward(self, commands: AsyncIterator[pb.Command], client: Client) -> None:
         """Hands a stream's commands to the workers until the client has no more."""
-        used: set[WorkerProcess] = set()
         async for command in commands:
             kind = command.WhichOneof("command")
             if kind == "submit":
                 command.submit.request_id = command.submit.request_id or logs.new_request_id()
                 try:
                     worker = self._worker(command.submit.engine_id)
-                except FailedPrecondition as error:
+                except EnginehouseError as error:
                     about = logs.fields(request_id=command.submit.request_id, reason=error.reason)
                     log.info("request refused", extra=about)
                     failed = pb.Failed(handle=command.submit.handle, failure=to_failure(error))
                     client.put(pb.StepOutput(failed=[failed]).SerializeToString())
                     continue
-                used.add(worker)
+                client.used.add(worker)
                 worker.send(ToWorker(client=client.number, submit=command.submit, arrived=time.monotonic()))
             elif kind == "cancel":
-                for worker in used:
+                for worker in client.used:
                     worker.send(ToWorker(client=client.number, cancel=command.cancel))
-        client.drain({worker.engine_id for worker in used if not worker.ended.done()})
-        for worker in used:
-            worker.send(ToWorker(client=client.number, client_done=ClientDone()))
+        take_no_more(client)
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Client]:
         """A client that the workers know until its stream ends, however it ends."""
         client = Client(on_failure=self._gone)
         self._clients[client.number] = client
+        self._drain.joined(client)
         try:
             yield client
         finally:
@@ -216,7 +231,8 @@ class ExecutorServicer:
             worker.send(ToWorker(client=client.number, client_gone=ClientGone()))
 
     def _worker(self, engine_id: str) -> WorkerProcess:
-        """The worker of an engine that serves. Raises FailedPrecondition."""
+        """The worker of an engine that serves. Raises FailedPrecondition, and Unavailable while the executor is being stopped."""
+        self._drain.check()
         worker = self._workers.get(engine_id)
         if worker is None or not worker.serving:
             self._telemetry.refused(engine_id, "ENGINE_NOT_LOADED")

@@ -290,7 +290,8 @@ def main() -> int:
     logs.add_options(parser)
     arguments = parser.parse_args()
     logs.configure("executor", arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when the end is; it closes the socket
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when the end is; it closes the socket
+        signal.signal(number, signal.SIG_IGN)
     front = FrameSocket(socket.socket(fileno=arguments.fd))
     status = 1
     try:

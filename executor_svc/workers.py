@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 class Client:
     """One Run or Generate stream: serialized StepOutputs for it, in order.
 
+    Attributes:
+        used: the workers that have got requests of it.
+
     Args:
         on_failure: called when the stream has failed, before its reader knows; it may be a reader that never comes.
     """
@@ -47,10 +50,16 @@ class Client:
         self._outputs: deque[bytes] = deque()
         self._buffered = 0
         self._news = asyncio.Event()
-        self._done = False
+        self._done = self._held = False
         self._draining: set[str] | None = None
         self._error: EnginehouseError | None = None
         self._on_failure = on_failure
+        self.used: set[WorkerProcess] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the engines have told all, after `drain`, or nobody waits for it any more."""
+        return self._error is not None or (self._draining is not None and not self._draining)
 
     def put(self, output: bytes) -> None:
         """Adds an output. A client that leaves more than MAX_BUFFERED bytes unread fails."""
@@ -71,9 +80,13 @@ class Client:
             self._news.set()
             self._on_failure(self)
 
-    def drain(self, engine_ids: set[str]) -> None:
-        """The client will send no more: the stream ends when these engines have told all."""
-        self._draining = engine_ids
+    def drain(self, engine_ids: set[str], hold: bool = False) -> None:
+        """The client will send no more, or nothing more is taken of it: the stream ends when these engines have told all.
+
+        Args:
+            hold: it stands nevertheless, until `drain` is called without, or it fails.
+        """
+        self._draining, self._held = engine_ids, hold
         self._check_done()
 
     def drained(self, engine_id: str) -> None:
@@ -83,7 +96,7 @@ class Client:
             self._check_done()
 
     def _check_done(self) -> None:
-        self._done = not self._draining
+        self._done = not self._draining and not self._held
         self._news.set()
 
     async def outputs(self) -> AsyncIterator[bytes]:

@@ -10,7 +10,7 @@ from gateway.router import Router
 from gateway.server import Gateway
 from protos.calls import Calls
 from protos.metrics import Metrics
-from protos.options import add_options
+from protos.options import add_drain, add_options
 from protos.rpc import main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
@@ -39,6 +39,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
     parser.add_argument("--port", default=8400, type=int, help="port to listen on, 0 for a free one [%(default)s]")
+    add_drain(parser)
     add_options(parser)
     return parser.parse_args()
 
@@ -55,6 +56,7 @@ async def _run(arguments: argparse.Namespace) -> None:
             arguments.host,
             arguments.port,
             on_stop=router.stop,
+            grace=arguments.drain_seconds,
             calls=Calls(metrics),
         )
 

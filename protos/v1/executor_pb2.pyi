@@ -181,10 +181,13 @@ class ExecutorStatus(_message.Message):
     ENGINES_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """"cpu", "cuda" """
     version: _builtins.str
     """of the executor"""
+    draining: _builtins.bool
+    """it is being stopped: what runs may end, nothing new is taken"""
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus]: ...
     def __init__(
@@ -193,10 +196,11 @@ class ExecutorStatus(_message.Message):
         engines: _abc.Iterable[Global___EngineStatus] | None = ...,
         device: _builtins.str = ...,
         version: _builtins.str = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "engines", b"engines", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "draining", b"draining", "engines", b"engines", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,7 +456,10 @@ class StepOutput(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     BEAMS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    draining: _builtins.bool
+    """the executor is being stopped, as ExecutorStatus.draining tells"""
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -504,10 +511,11 @@ class StepOutput(_message.Message):
         logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
         prompt_logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
         beams: _abc.Iterable[Global___BeamResult] | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_lost", b"engine_lost", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "counts", b"counts", "engine_lost", b"engine_lost", "failed", b"failed", "finished", b"finished", "handles", b"handles", "load", b"load", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "step", b"step", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "counts", b"counts", "draining", b"draining", "engine_lost", b"engine_lost", "failed", b"failed", "finished", b"finished", "handles", b"handles", "load", b"load", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "step", b"step", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

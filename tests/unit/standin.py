@@ -173,6 +173,7 @@ def run(service: str) -> None:
     parser.add_argument("--executor", action="append", default=[])
     parser.add_argument("--checkpoint-root")
     parser.add_argument("--work-dir")
+    parser.add_argument("--drain-seconds")
     arguments = parser.parse_args()
     if told("silent", service):
         print("a line that says nothing", flush=True)

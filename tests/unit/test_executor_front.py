@@ -29,6 +29,20 @@ async def test_a_client_that_used_no_engine_ends_at_once() -> None:
     assert await collect(client) == []
 
 
+async def test_a_stream_that_is_held_ends_when_it_is_let_go() -> None:
+    client = Client(print)
+    client.drain({"a"}, hold=True)
+    assert not client.idle
+    client.drained("a")
+    client.put(b"last")
+    assert client.idle
+    reader = asyncio.create_task(collect(client))
+    await asyncio.sleep(0.01)
+    assert not reader.done()
+    client.drain(set())
+    assert await reader == [b"last"]
+
+
 async def test_a_client_that_does_not_read_is_ended() -> None:
     failed: list[Client] = []
     client = Client(failed.append)
