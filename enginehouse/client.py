@@ -289,14 +289,38 @@ class ExecutorClient(_Client):
     def _connect(self, channel: grpc.aio.Channel) -> None:
         self._stub = ExecutorStub(channel)
 
-    def load(self, engine: str) -> AsyncGenerator[executor_pb2.LoadEngineProgress, None]:
-        """Loads an engine, by id or by model name; the last message holds its status, ready to serve."""
+    def load(
+        self, engine: str, *, kv_memory: int = 0, evict: bool = False
+    ) -> AsyncGenerator[executor_pb2.LoadEngineProgress, None]:
+        """Loads an engine, by id or by model name; the last message holds its status, ready to serve.
+
+        Args:
+            kv_memory: bytes of KV cache that each rank gets; 0 leaves it to the executor.
+            evict: where it does not fit, engines without requests make room, the one used longest ago first.
+
+        Raises:
+            ResourceExhausted: it does not fit; the message has the numbers.
+        """
         is_id = re.fullmatch("[0-9a-f]{64}", engine)
         try:
-            request = executor_pb2.LoadEngineRequest(**{"engine_id" if is_id else "model": engine})
+            named = {"engine_id" if is_id else "model": engine}
+            request = executor_pb2.LoadEngineRequest(kv_memory_bytes=kv_memory, evict=evict, **named)
         except UnicodeEncodeError as error:
             raise not_unicode(error) from None
         return self._replies(self._stub.LoadEngine(request))
+
+    async def unload(self, engine_id: str, drain: float = 0) -> None:
+        """Frees an engine's memory.
+
+        Args:
+            drain: seconds that its requests may take to end, while it takes no new ones; then they are cancelled.
+
+        Raises:
+            FailedPrecondition: it is not loaded.
+        """
+        request = executor_pb2.UnloadEngineRequest(engine_id=engine_id)
+        request.drain.FromNanoseconds(int(drain * 1e9))
+        await self._reply(self._stub.UnloadEngine(request))
 
     async def status(self) -> executor_pb2.ExecutorStatus:
         """What is loaded, and how busy it is."""

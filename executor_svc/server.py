@@ -12,10 +12,12 @@ import grpc
 
 from engine import registry
 from engine.backends import open_store
-from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.store import Store
+from executor_svc.budget import UNKNOWN, Budget, available
 from executor_svc.drain import Drain, take_no_more
 from executor_svc.launch import Spares
+from executor_svc.residents import beside, least_used, memory_left
 from executor_svc.telemetry import Telemetry, name_request
 from executor_svc.workers import Client, WorkerProcess
 from protos import logs
@@ -36,9 +38,13 @@ class ExecutorServicer:
 
     Args:
         spares: where the workers' processes come from; they are for this store and device.
+        memory: bytes that weights and KV caches of all engines may take together, of each device; None is what is free.
     """
 
-    def __init__(self, store_url: str, device: str, spares: Spares, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, store_url: str, device: str, spares: Spares, metrics: Metrics | None = None, memory: int | None = None
+    ) -> None:
+        self._memory = memory
         self._store: Store = open_store(store_url)
         self._device = device
         self._spares = spares
@@ -80,19 +86,41 @@ class ExecutorServicer:
         """Loads an engine by name or id, to the end."""
         await asyncio.shield((await self.load(await self.resolve(engine))).ready)
 
-    async def load(self, engine_id: str) -> WorkerProcess:
-        """The engine's worker, started if there is none; it may still be loading."""
-        while (worker := self._workers.get(engine_id)) and worker.stopping:
-            await asyncio.shield(worker.ended)
-        if worker is None:
-            worker = self._workers[engine_id] = WorkerProcess(
-                engine_id, self._clients, self._ended, lambda news: self._telemetry.add(engine_id, news)
-            )
-            self._telemetry.watch(worker)
-            worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
-            await worker.start(self._spares)
-            self._run(self._prepare_ranks(worker))
+    async def load(self, engine_id: str, kv_memory: int = 0) -> WorkerProcess:
+        """The engine's worker, started if there is none; it may still be loading.
+
+        Engines are loaded one after another: each takes of what the ones before have left.
+
+        Args:
+            kv_memory: bytes of KV cache; 0 leaves it to the worker.
+        """
+        while True:
+            worker = self._workers.get(engine_id)
+            if worker and worker.stopping:
+                await asyncio.shield(worker.ended)
+            elif worker:
+                return worker
+            elif loading := [other.ready for other in self._workers.values() if not other.ready.done()]:
+                await asyncio.wait(loading)
+            else:
+                break
+        left = memory_left(self._memory, self._workers.values())
+        worker = self._workers[engine_id] = WorkerProcess(
+            engine_id, self._clients, self._ended, lambda news: self._telemetry.add(engine_id, news)
+        )
+        self._telemetry.watch(worker)
+        worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
+        await worker.start(self._spares, kv_memory, left)
+        self._run(self._prepare_ranks(worker))
         return worker
+
+    async def _check_room(self, engine_id: str, kv_memory: int) -> None:
+        """Raises ResourceExhausted for an engine that does not fit, before a process is started; of GPUs its worker knows."""
+        if engine_id not in self._workers:
+            manifest = await asyncio.to_thread(registry.manifest, self._store, engine_id)
+            left = memory_left(self._memory, self._workers.values())
+            free = available() if self._device == "cpu" else UNKNOWN
+            Budget(self._device, free, left).check(manifest, 0, kv_memory or None)
 
     async def _prepare_ranks(self, worker: WorkerProcess) -> None:
         """Starts an engine's other ranks before rank 0, which still imports torch, asks for them."""
@@ -122,11 +150,21 @@ class ExecutorServicer:
         engine = request.engine_id or request.model
         if not engine:
             raise InvalidArgument("give an engine_id or a model name", reason="ENGINE_MISSING")
-        worker = await self.load(await self.resolve(engine))
-        while not worker.ready.done():
-            yield worker.progress
-            await asyncio.wait([worker.ready], timeout=0.1)
-        worker.ready.result()
+        engine_id = await self.resolve(engine)
+        while True:
+            try:
+                await self._check_room(engine_id, request.kv_memory_bytes)
+                worker = await self.load(engine_id, request.kv_memory_bytes)
+                while not worker.ready.done():
+                    yield worker.progress
+                    await asyncio.wait([worker.ready], timeout=0.1)
+                worker.ready.result()
+                break
+            except ResourceExhausted as error:
+                if not (victim := least_used(self._workers.values()) if request.evict else None):
+                    raise beside(error, self._workers.values(), request.evict) from None
+                log.info("engine %s makes room for %s", victim.engine_id[:12], engine_id[:12])
+                await self._unload(victim)
         yield worker.progress
 
     async def UnloadEngine(self, request: pb.UnloadEngineRequest, _context: Any) -> pb.UnloadEngineResponse:
@@ -135,13 +173,23 @@ class ExecutorServicer:
             raise self._not_loaded(request.engine_id)
         self._wanted.discard(request.engine_id)
         if worker:
-            await worker.stop()
+            await self._unload(worker, request.drain.ToNanoseconds() / 1e9)
         return pb.UnloadEngineResponse()
+
+    async def _unload(self, worker: WorkerProcess, seconds: float = 0) -> None:
+        """Lets its requests end for so many seconds."""
+        self._wanted.discard(worker.engine_id)
+        await worker.finish(seconds)
+        await worker.stop()
 
     async def GetStatus(self, _request: pb.GetStatusRequest, _context: Any) -> pb.ExecutorStatus:
         engines = [worker.status for worker in self._workers.values()]
         return pb.ExecutorStatus(
-            engines=engines, device=self._device, version=version("enginehouse"), draining=self._drain.begun
+            engines=engines,
+            device=self._device,
+            version=version("enginehouse"),
+            draining=self._drain.begun,
+            memory_limit_bytes=self._memory,
         )
 
     async def Generate(self, request: pb.Submit, _context: Any) -> AsyncIterator[pb.GenerateOutput]:
@@ -237,6 +285,7 @@ class ExecutorServicer:
         if worker is None or not worker.serving:
             self._telemetry.refused(engine_id, "ENGINE_NOT_LOADED")
             raise self._not_loaded(engine_id)
+        worker.last_used = time.monotonic()
         return worker
 
     def _not_loaded(self, engine_id: str) -> FailedPrecondition:
@@ -251,6 +300,8 @@ class ExecutorServicer:
     def _ended(self, worker: WorkerProcess) -> None:
         """Forgets a worker that has ended; an engine that is still wanted is loaded again."""
         del self._workers[worker.engine_id]
+        for client in self._clients.values():
+            client.used.discard(worker)
         if worker.engine_id in self._wanted:
             with contextlib.suppress(OSError):  # then it is tried again, and told, when the engine is loaded
                 self._spares.prepare(len(worker.pids))

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import subprocess
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from protos.v1.executor_pb2 import (
     LoadEngineRequest,
     StepOutput,
 )
-from protos.v1.worker_pb2 import EngineMetrics, FromWorker, Join, ToWorker
+from protos.v1.worker_pb2 import ClientDone, EngineMetrics, FromWorker, Join, ToWorker
 
 MAX_BUFFERED = 16 << 20  # bytes of step outputs that wait for a client to read; a minute or so of a full batch
 
+_LOOK = 0.02  # seconds between two looks at whether requests have ended
 _LAST_MOMENTS = 3.0  # seconds for the end of all ranks, whose memory the next ones will want
 
 log = logging.getLogger(__name__)
@@ -137,6 +139,7 @@ class WorkerProcess:
         ended: done when the process has, with the reason.
         status: as GetStatus reports it.
         progress: the newest of loading.
+        last_used: time.monotonic() seconds when a request was last sent.
 
     Args:
         clients: all streams of the front, by number.
@@ -158,6 +161,8 @@ class WorkerProcess:
         self.ready: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[EnginehouseError] = loop.create_future()
         self.stopping = False
+        self.last_used = 0.0
+        self._undrained: set[int] = set()
         self._clients = clients
         self._on_end, self._on_metrics = on_end, on_metrics
         self._ranks: list[_Rank] = []
@@ -171,6 +176,11 @@ class WorkerProcess:
         return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
 
     @property
+    def busy(self) -> bool:
+        """Whether it has requests, as far as it has told."""
+        return self.status.load.running + self.status.load.waiting > 0
+
+    @property
     def pid(self) -> int:
         """Of the process, of rank 0 among several; 0 while there is none."""
         return self.pids[0] if self._ranks else 0
@@ -180,25 +190,40 @@ class WorkerProcess:
         """Of all ranks."""
         return [rank.process.pid for rank in self._ranks]
 
-    async def start(self, spares: Spares) -> None:
+    async def start(self, spares: Spares, kv_memory: int = 0, memory: int | None = None) -> None:
         """Takes a process and tells it the engine; more of them if the engine has more ranks.
+
+        Args:
+            kv_memory: bytes of KV cache that each rank gets; 0 for what it finds right.
+            memory: bytes that weights and KV cache may take; None is no limit.
 
         Raises:
             Unavailable: the system gives no process or socket; the worker counts as ended.
         """
-        self._spares = spares
+        self._spares, self._kv_memory, self._memory = spares, kv_memory, memory
         try:
             await self._launch()
         except OSError as error:
             failure = _not_started(error)
             self._end("", failure)
             raise failure from None
-        self.send(ToWorker(load_engine=LoadEngineRequest(engine_id=self.engine_id)))
+        load = LoadEngineRequest(engine_id=self.engine_id, kv_memory_bytes=kv_memory)
+        self.send(ToWorker(load_engine=load, memory_bytes=memory))
 
     def send(self, message: ToWorker) -> None:
         """Sends a message; into the void if the worker is gone, which its clients learn from EngineLost."""
         if self._ranks:
             self._ranks[0].send(message)
+
+    async def finish(self, seconds: float) -> None:
+        """Takes no more requests; returns when those that there are have ended, at the latest after so many seconds."""
+        self.status.state = EngineState.ENGINE_STATE_UNLOADING
+        self._undrained = {number for number, client in self._clients.items() if self in client.used}
+        for number in self._undrained:
+            self.send(ToWorker(client=number, client_done=ClientDone()))
+        deadline = time.monotonic() + seconds
+        while self._undrained & self._clients.keys() and time.monotonic() < deadline and not self.ended.done():  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK)
 
     async def stop(self, grace: float = 5) -> None:
         """Ends the process, loading or not: by closing the socket, and by SIGKILL if it does not notice in so many seconds."""
@@ -238,10 +263,16 @@ class WorkerProcess:
             self._ranks[0].failure = _not_started(error)
             self._ranks[0].process.kill()  # with which the others end
             return
-        place = Join(engine_id=self.engine_id, world_size=count, address="127.0.0.1", port=port)
+        place = Join(
+            engine_id=self.engine_id,
+            world_size=count,
+            address="127.0.0.1",
+            port=port,
+            kv_memory_bytes=self._kv_memory,
+        )
         for number, rank in enumerate(self._ranks):
             place.rank = place.local_rank = number
-            rank.send(ToWorker(join=place))
+            rank.send(ToWorker(join=place, memory_bytes=self._memory))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         alone = contextvars.Context()  # it outlives the call that has asked for it, whose id its lines must not have
@@ -287,6 +318,7 @@ class WorkerProcess:
                 self.status.CopyFrom(message.progress.engine)
                 self.ready.set_result(None)
         elif kind == "drained":
+            self._undrained.discard(message.client)
             if client:
                 client.drained(self.engine_id)
         elif kind == "client_failure":

@@ -157,30 +157,3 @@ async def test_an_executor_ends_what_runs_and_takes_nothing_new(store: str, exec
             assert whole == [TOKENS] * len(whole) and len(whole) >= 8
             assert await ended(executor) == 0
     assert "Traceback" not in executor.log.read_text()
-
-
-async def test_what_does_not_end_in_time_can_go_on_elsewhere(store: str, tmp_path: Path) -> None:
-    arguments = ("--store", store, "--engine", "tiny", "--drain-seconds", "0.05")
-    with service("executor_svc", tmp_path / "executor.log", *arguments) as executor:
-        async with grpc.aio.insecure_channel(executor.address) as channel:
-            direct = ExecutorStub(channel)
-            whole = await rest(direct.Generate(submit(store, 3)))
-            calls = [direct.Generate(submit(store, 3)) for _ in range(STREAMS)]
-            tokens = list((await calls[0].read()).token_ids)
-            executor.process.send_signal(signal.SIGTERM)
-            cut = 0
-            for call in calls:
-                try:
-                    while (part := await call.read()) is not grpc.aio.EOF:
-                        tokens += part.token_ids
-                except grpc.aio.AioRpcError as raised:
-                    error = from_rpc_error(raised)
-                    cut += error.reason == "EXECUTOR_DRAINING" and "resume_token_ids" in error.message
-                    # gRPC itself ends calls that come in the server's last moment
-                    assert error.reason == "EXECUTOR_DRAINING" or (
-                        error.reason in ("UNAVAILABLE", "CANCELLED") and not tokens
-                    )
-                assert tokens == whole[: len(tokens)]  # what the next executor is told
-                tokens = []
-            assert cut > 0
-            assert await ended(executor) == 0

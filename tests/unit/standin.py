@@ -128,6 +128,12 @@ class Executor(ExecutorServicer):
         self._engines.append(status)
         yield executor_pb2.LoadEngineProgress(bytes_done=1000, bytes_total=1000, engine=status)
 
+    async def UnloadEngine(
+        self, request: executor_pb2.UnloadEngineRequest, context: Any
+    ) -> executor_pb2.UnloadEngineResponse:
+        self._engines = [status for status in self._engines if status.engine_id != request.engine_id]
+        return executor_pb2.UnloadEngineResponse()
+
     async def GetStatus(self, request: executor_pb2.GetStatusRequest, context: Any) -> executor_pb2.ExecutorStatus:
         return executor_pb2.ExecutorStatus(engines=self._engines, device="cpu")
 

@@ -122,6 +122,7 @@ def typed(line: str) -> Result:
 JSON = {
     "up": None,  # its own test, below
     "load": "load $ENGINE --executor $ADDRESS",
+    "unload": "unload $ENGINE --executor $ADDRESS",
     "build": "build here --name new",
     "builds ls": "builds ls",
     "builds logs": "builds logs build-1",
@@ -163,6 +164,8 @@ def test_json_of_every_command(
     assert typed(f"keys generate {key}").exit_code == 0
     assert typed("build here --name built").exit_code == 0  # job build-1, by the builder
     engine = registry.resolve(store, "spare").engine_id
+    if path == "unload":
+        assert typed(f"load {engine} --executor {os.environ['ENGINEHOUSE_GATEWAY']}").exit_code == 0
     if path == "engines rm":
         for name in ("spare", "demo", "other", "built"):
             assert typed(f"models rm {name}").exit_code == 0
