@@ -11,6 +11,7 @@ import grpc
 
 from engine.errors import EnginehouseError, InvalidArgument, Unavailable
 from enginehouse.upload import Progress, upload
+from protos import tracing
 from protos.rpc import CHANNEL_OPTIONS, from_rpc_error
 from protos.v1 import builder_pb2, executor_pb2, gateway_pb2
 from protos.v1.builder_pb2_grpc import BuilderStub
@@ -55,16 +56,22 @@ class _Client:
         except grpc.aio.AioRpcError as error:
             raise self._known(error) from None
 
-    async def _replies(self, call: "grpc.aio.UnaryStreamCall[Any, _Reply]") -> AsyncGenerator[_Reply, None]:
-        received = False
+    async def _replies(
+        self, call: "grpc.aio.UnaryStreamCall[Any, _Reply]", span: tracing.Span | None = None
+    ) -> AsyncGenerator[_Reply, None]:
+        received, reason = False, ""
         try:
             async for reply in call:
                 received = True
                 yield reply
         except grpc.aio.AioRpcError as error:
-            raise self._known(error, lost=received) from None
+            known = self._known(error, lost=received)
+            reason = known.reason
+            raise known from None
         finally:
             call.cancel()
+            if span:
+                span.end(reason)
 
     def _known(self, error: grpc.aio.AioRpcError, *, lost: bool = False) -> EnginehouseError:
         """The service's own error in its own words, or what is wrong with the connection."""
@@ -159,7 +166,8 @@ class GatewayClient(_Client):
 
     def send(self, request: gateway_pb2.GenerateRequest) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         """What `generate` makes of its arguments, as a request."""
-        return self._replies(self._stub.Generate(request))
+        span = tracing.call("enginehouse.v1.Gateway/Generate")
+        return self._replies(self._stub.Generate(request, metadata=span.headers if span else None), span)
 
     async def detokenize(self, model: str, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids by themselves."""

@@ -5,6 +5,7 @@ import re
 import sys
 
 from executor_svc.launch import Spares
+from protos import tracing
 from protos.options import add_drain, add_options
 
 
@@ -16,6 +17,7 @@ def worker_arguments(arguments: argparse.Namespace) -> list[str]:
     command += ["--kv-memory", str(arguments.kv_memory)] if arguments.kv_memory else []
     command += ["--kv-share", str(arguments.kv_share)] if arguments.kv_share else []
     command += ["--max-waiting", str(arguments.max_waiting)] if arguments.max_waiting is not None else []
+    command += ["--traces"] if arguments.traces else []
     command += ["--log-format", arguments.log_format, "--log-level", arguments.log_level]
     return command
 
@@ -29,6 +31,7 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
     from protos.metrics import Metrics
 
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
+    tracing.configure("executor", arguments.traces)
     metrics = Metrics()
     calls = Calls(metrics)
     servicer = ExecutorServicer(arguments.store, arguments.device, spares, metrics, arguments.memory)
@@ -125,6 +128,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
     add_drain(parser)
+    tracing.add_options(parser)
     add_options(parser)
     arguments = parser.parse_args()
     spares = Spares(worker_arguments(arguments))

@@ -20,7 +20,7 @@ from executor_svc.launch import Spares
 from executor_svc.residents import beside, least_used, memory_left
 from executor_svc.telemetry import Telemetry, name_request
 from executor_svc.workers import Client, WorkerProcess
-from protos import logs
+from protos import logs, tracing
 from protos.metrics import Metrics
 from protos.rpc import from_failure, to_failure
 from protos.v1 import executor_pb2 as pb
@@ -195,7 +195,7 @@ class ExecutorServicer:
     async def Generate(self, request: pb.Submit, _context: Any) -> AsyncIterator[pb.GenerateOutput]:
         name_request(request)
         logs.note(engine=request.engine_id[:12])
-        worker = self._worker(request.engine_id)
+        worker = self._admit(request)
         usage = Usage(prompt_tokens=len(request.token_ids), completion_tokens=len(request.resume_token_ids))
         with self._client() as client:
             client.used.add(worker)
@@ -248,7 +248,7 @@ class ExecutorServicer:
             if kind == "submit":
                 command.submit.request_id = command.submit.request_id or logs.new_request_id()
                 try:
-                    worker = self._worker(command.submit.engine_id)
+                    worker = self._admit(command.submit)
                 except EnginehouseError as error:
                     about = logs.fields(request_id=command.submit.request_id, reason=error.reason)
                     log.info("request refused", extra=about)
@@ -277,6 +277,21 @@ class ExecutorServicer:
     def _gone(self, client: Client) -> None:
         for worker in self._workers.values():
             worker.send(ToWorker(client=client.number, client_gone=ClientGone()))
+
+    def _admit(self, submit: pb.Submit) -> WorkerProcess:
+        """The worker that a request goes to, and the span of that as the parent of the worker's own. Raises as `_worker`."""
+        span = tracing.begin("submit", submit.trace_context)
+        if span is None:
+            return self._worker(submit.engine_id)
+        reason = ""
+        try:
+            return self._worker(submit.engine_id)
+        except EnginehouseError as error:
+            reason = error.reason
+            raise
+        finally:
+            span.inject(submit.trace_context)
+            span.end(reason, enginehouse__engine=submit.engine_id[:12], enginehouse__request_id=submit.request_id)
 
     def _worker(self, engine_id: str) -> WorkerProcess:
         """The worker of an engine that serves. Raises FailedPrecondition, and Unavailable while the executor is being stopped."""

@@ -37,7 +37,7 @@ from executor_svc.runner import KV_SHARE, Runner, free_memory
 from executor_svc.runners import make_runner, on_triton
 from executor_svc.scheduler import Scheduler
 from executor_svc.tally import Tally
-from protos import logs
+from protos import logs, tracing
 from protos.logs import check_request_id, fields
 from protos.rpc import to_failure
 from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
@@ -203,7 +203,7 @@ class Worker:
         except Exception as error:
             if not isinstance(error, EnginehouseError):
                 log.exception("request failed", extra=fields(request_id=submit.request_id))
-            self._tally.refused(submit.request_id, error)
+            self._tally.refused(submit.request_id, error, submit.trace_context)
             self._outbox.fail(client, submit.handle, error)
             return
         live[submit.handle] = sequence
@@ -295,6 +295,7 @@ def main() -> int:
     parser.add_argument("--trust-native", action="store_true")
     parser.add_argument("--max-waiting", type=int)
     logs.add_options(parser)
+    tracing.add_options(parser)
     arguments = parser.parse_args()
     logs.configure("executor", arguments)
     for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when the end is; it closes the socket
@@ -302,6 +303,7 @@ def main() -> int:
     front = FrameSocket(socket.socket(fileno=arguments.fd))
     status = 1
     try:
+        tracing.configure("executor", arguments.traces)
         _serve(front, arguments)
     except ConnectionError:
         status = 0
