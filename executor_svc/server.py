@@ -163,6 +163,7 @@ class ExecutorServicer:
             except ResourceExhausted as error:
                 if not (victim := least_used(self._workers.values()) if request.evict else None):
                     raise beside(error, self._workers.values(), request.evict) from None
+                self._telemetry.evictions.add()
                 log.info("engine %s makes room for %s", victim.engine_id[:12], engine_id[:12])
                 await self._unload(victim)
         yield worker.progress

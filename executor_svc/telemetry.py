@@ -101,6 +101,15 @@ class Telemetry:
         metrics.gauge(
             "executor_engine_state", "1 for the state that the engine is in.", self._states, "engine", "state"
         )
+        self.evictions = counter(
+            "executor_engine_evictions_total", "Engines that were unloaded to make room for another."
+        )
+        metrics.gauge(
+            "executor_engine_memory_bytes",
+            "Weights and KV cache of the engine, of each device.",
+            lambda: {(worker.engine_id[:12],): float(worker.status.memory_bytes) for worker in self._serving()},
+            "engine",
+        )
         metrics.gauge(
             "executor_draining",
             "1 while it is being stopped and lets requests end.",
