@@ -60,7 +60,7 @@ def _count(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,18})([kMGT]?)", text)
+    match = re.fullmatch("([0-9]{1,18})([kMGT]?)", text)
     if not match or not int(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or a number with k, M, G or T, such as 20G")
     return int(match[1]) * 1000 ** " kMGT".index(match[2] or " ")

@@ -57,18 +57,17 @@ class Budget:
                 metadata={"needed_bytes": str(need + cache), "free_bytes": str(left)},
             )
 
-    def kv_memory(self, program: Program, limits: Limits, weights: int, share: float) -> int | None:
-        """Bytes of KV cache where there is a limit: what all sequences need, at most a share of what weights leave of it.
+    def kv_memory(self, program: Program, limits: Limits, weights: int, share: float) -> int:
+        """Bytes of KV cache of a rank: what all sequences need, at most a share of what weights leave.
 
         Args:
-            weights: bytes of this rank's.
-            share: in (0, 1], of the memory of a rank.
+            weights: bytes of all ranks that share the memory.
+            share: in (0, 1], that this rank has of the rest.
         """
-        if self.limit is None:
-            return None
         block = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
         most = limits.max_batch_size * -(-limits.max_seq_len // BLOCK_SIZE) * block
-        return min(most, int(share * max(0, min(self.limit, self.free) - weights)))
+        left = self.free if self.limit is None else min(self.limit, self.free)
+        return min(most, int(share * max(0, left - weights)))
 
 
 def size(count: int) -> str:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 
 from engine.errors import Unavailable
-from executor_svc.workers import Client
+from executor_svc.clients import Client
 from protos.v1.executor_pb2 import StepOutput
 from protos.v1.worker_pb2 import ClientDone, ToWorker
 

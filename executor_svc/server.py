@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any
 
@@ -15,16 +16,17 @@ from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.store import Store
 from executor_svc.budget import UNKNOWN, Budget, available
+from executor_svc.clients import Client
 from executor_svc.drain import Drain, take_no_more
 from executor_svc.launch import Spares
 from executor_svc.residents import beside, least_used, memory_left
+from executor_svc.single import single_outputs
 from executor_svc.telemetry import Telemetry, name_request
-from executor_svc.workers import Client, WorkerProcess
+from executor_svc.workers import WorkerProcess
 from protos import logs, tracing
 from protos.metrics import Metrics
 from protos.rpc import from_failure, to_failure
 from protos.v1 import executor_pb2 as pb
-from protos.v1.common_pb2 import Logprobs, Usage
 from protos.v1.worker_pb2 import ClientGone, ToWorker
 
 _RELOAD_DELAY, _LONGEST_RELOAD_DELAY = 1.0, 30.0  # seconds before a worker that died is started again
@@ -54,7 +56,9 @@ class ExecutorServicer:
         self._telemetry = Telemetry(
             metrics or Metrics(), lambda: list(self._workers.values()), lambda: self._drain.begun
         )
-        self._wanted: set[str] = set()  # engines that have been loaded and not unloaded
+        self._wanted: dict[
+            str, int
+        ] = {}  # engines that have been loaded and not unloaded, and the KV cache that was given
         self._tasks: set[asyncio.Task[None]] = set()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -109,7 +113,7 @@ class ExecutorServicer:
             engine_id, self._clients, self._ended, lambda news: self._telemetry.add(engine_id, news)
         )
         self._telemetry.watch(worker)
-        worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
+        worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.update({engine_id: kv_memory}))
         await worker.start(self._spares, kv_memory, left)
         self._run(self._prepare_ranks(worker))
         return worker
@@ -172,14 +176,14 @@ class ExecutorServicer:
         worker = self._workers.get(request.engine_id)
         if worker is None and request.engine_id not in self._wanted:
             raise self._not_loaded(request.engine_id)
-        self._wanted.discard(request.engine_id)
+        self._wanted.pop(request.engine_id, None)
         if worker:
             await self._unload(worker, request.drain.ToNanoseconds() / 1e9)
         return pb.UnloadEngineResponse()
 
     async def _unload(self, worker: WorkerProcess, seconds: float = 0) -> None:
         """Lets its requests end for so many seconds."""
-        self._wanted.discard(worker.engine_id)
+        self._wanted.pop(worker.engine_id, None)
         await worker.finish(seconds)
         await worker.stop()
 
@@ -197,32 +201,12 @@ class ExecutorServicer:
         name_request(request)
         logs.note(engine=request.engine_id[:12])
         worker = self._admit(request)
-        usage = Usage(prompt_tokens=len(request.token_ids), completion_tokens=len(request.resume_token_ids))
         with self._client() as client:
             client.used.add(worker)
             worker.send(ToWorker(client=client.number, submit=request, arrived=time.monotonic()))
-            async for data in client.outputs():
-                step = pb.StepOutput.FromString(data)
-                if step.HasField("engine_lost") and step.engine_lost.engine_id == request.engine_id:
-                    raise from_failure(step.engine_lost.failure)
-                for failed in step.failed:
-                    raise from_failure(failed.failure)
-                for started in step.started:
-                    usage.prompt_tokens, usage.cached_tokens = started.prompt_tokens, started.cached_tokens
-                hypotheses = [found for result in step.beams for found in result.hypotheses]
-                usage.completion_tokens += len(step.token_ids) + sum(len(found.token_ids) for found in hypotheses)
-                finish = step.finished[0].finish if step.finished else None
-                if step.token_ids or step.prompt_logprobs or finish:
-                    yield pb.GenerateOutput(
-                        token_ids=step.token_ids,
-                        usage=usage,
-                        finish=finish,
-                        logprobs=_joined(step.logprobs),
-                        prompt_logprobs=_joined(step.prompt_logprobs),
-                        hypotheses=hypotheses,
-                    )
-                if finish:
-                    return
+            async with aclosing(single_outputs(request, client)) as outputs:
+                async for output in outputs:
+                    yield output
 
     async def Run(self, requests: AsyncIterator[pb.Command], _context: Any) -> AsyncIterator[bytes]:
         with self._client() as client:
@@ -337,17 +321,8 @@ class ExecutorServicer:
                 return
             log.info("starting the worker of engine %s again", engine_id[:12])
             try:
-                await asyncio.shield((await self.load(engine_id)).ready)
+                await asyncio.shield((await self.load(engine_id, self._wanted[engine_id])).ready)
                 return
             except EnginehouseError as error:
                 log.warning("engine %s cannot be loaded again: %s", engine_id[:12], error.message)
                 delay = min(2 * delay, _LONGEST_RELOAD_DELAY)
-
-
-def _joined(rows: Iterable[pb.RowLogprobs]) -> Logprobs | None:
-    """The columns of one request, those of a later row behind those of an earlier one."""
-    joined = None
-    for row in rows:
-        joined = joined or Logprobs()
-        joined.MergeFrom(row.logprobs)
-    return joined

@@ -364,10 +364,16 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
             table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
         prepared = prepare(arguments.device, program, weights)
         here = group.here if arguments.device == "cpu" else 1  # ranks that share a memory
-        if kv_memory is None:
-            share = arguments.kv_share or (_KV_SHARES[arguments.device])
-            kv_memory = budget.kv_memory(program, manifest.limits, size * here, share / here)
-        settings = {"kv_memory": kv_memory, "kv_share": arguments.kv_share, "table": table}
+        share = arguments.kv_share
+        if kv_memory is None and budget.limit is not None:
+            most = budget.kv_memory(
+                program, manifest.limits, size * here, (share or _KV_SHARES[arguments.device]) / here
+            )
+            if arguments.device == "cpu":
+                kv_memory = most
+            else:  # a part of what is free, since steps take of it, too
+                share = min(share or 1.0, most / max(1, free_memory("cuda")))
+        settings = {"kv_memory": kv_memory, "kv_share": share, "table": table}
         runner = make_runner(program, prepared, manifest.limits, device=arguments.device, group=group, **settings)
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time

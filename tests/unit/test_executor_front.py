@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from engine.errors import ResourceExhausted
+from executor_svc.clients import MAX_BUFFERED, Client
 from executor_svc.frames import FrameSocket, frame, read_frames
-from executor_svc.workers import MAX_BUFFERED, Client
 
 
 async def test_outputs_come_in_order_and_end_when_all_engines_have_drained() -> None:
