@@ -27,6 +27,7 @@ from protos.v1.gateway_pb2_grpc import GatewayStub
 from tests.integration.services import Service, service
 
 TOKENS = 200
+UNLOADING = pb.EngineStatus(state=pb.ENGINE_STATE_UNLOADING)
 MEMORY = 8_000_000  # bytes: two of the engines, with the KV caches that they would like, and not three
 
 
@@ -75,6 +76,15 @@ def request(number: int) -> GenerateRequest:
     )
 
 
+def submit(engine_id: str) -> pb.Submit:
+    return pb.Submit(
+        engine_id=engine_id,
+        token_ids=range(2, 30),
+        sampling=SamplingParams(temperature=1.0, seed=3),
+        stopping=StoppingCriteria(max_tokens=TOKENS, ignore_eos=True),
+    )
+
+
 async def test_a_name_moves_under_load_and_no_stream_is_dropped(running: Running, executor: ExecutorClient) -> None:
     first, second, _ = running.engines
     async with grpc.aio.insecure_channel(running.gateway.address) as channel:
@@ -98,7 +108,25 @@ async def test_a_name_moves_under_load_and_no_stream_is_dropped(running: Running
         async with asyncio.timeout(60):  # until the gateway has moved
             while not (await loaded(executor))[second].load.running:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        await executor.unload(first, drain=60)
+        async with grpc.aio.insecure_channel(running.executor.address) as beside:
+            stub = ExecutorStub(beside)
+            last = [asyncio.create_task(end(stub.Generate(submit(first)))) for _ in range(20)]
+            async with asyncio.timeout(60):
+                while not (await loaded(executor))[first].load.running:  # noqa: ASYNC110
+                    pass
+            unloading = asyncio.create_task(executor.unload(first, drain=60))
+            async with asyncio.timeout(60):
+                while (await loaded(executor)).get(first, UNLOADING).state != pb.ENGINE_STATE_UNLOADING:
+                    pass
+            _, refused = await end(stub.Generate(submit(first)))
+            assert refused and refused.reason == "ENGINE_NOT_LOADED"
+            ends = await asyncio.gather(*last)
+            assert {(len(tokens), error and error.reason) for tokens, error in ends} <= {
+                (TOKENS, None),
+                (0, "ENGINE_NOT_LOADED"),
+            }
+            assert sum(not error for _, error in ends) >= 8
+            await unloading
         assert list(await loaded(executor)) == [second]
         before = len(ended)
         async with asyncio.timeout(60):
@@ -127,8 +155,8 @@ async def test_what_does_not_fit_is_refused_with_numbers_or_takes_the_place_of_w
     async with grpc.aio.insecure_channel(running.executor.address) as channel:
         stopping = StoppingCriteria(max_tokens=2, ignore_eos=True)
         stub = ExecutorStub(channel)
-        submit = pb.Submit(engine_id=second, token_ids=[5, 6, 7], stopping=stopping)
-        assert [part async for part in stub.Generate(submit)]
+        used = pb.Submit(engine_id=second, token_ids=[5, 6, 7], stopping=stopping)
+        assert [part async for part in stub.Generate(used)]
     await load(executor, first, kv_memory=3_000_000, evict=True)
     assert set(await loaded(executor)) == {second, first}
 
@@ -146,16 +174,11 @@ def test_the_check_counts_what_ranks_share(running: Running) -> None:
 
 async def test_what_does_not_end_in_the_grace_can_go_on_elsewhere(running: Running) -> None:
     """The last test: it ends the executor."""
-    submit = pb.Submit(
-        engine_id=running.engines[1],
-        token_ids=range(2, 30),
-        sampling=SamplingParams(temperature=1.0, seed=3),
-        stopping=StoppingCriteria(max_tokens=TOKENS, ignore_eos=True),
-    )
+    request = submit(running.engines[1])
     async with grpc.aio.insecure_channel(running.executor.address) as channel:
         stub = ExecutorStub(channel)
-        whole = [token async for part in stub.Generate(submit) for token in part.token_ids]
-        calls = [stub.Generate(submit) for _ in range(60)]
+        whole, _ = await end(stub.Generate(request))
+        calls = [stub.Generate(request) for _ in range(60)]
         tokens = list((await calls[0].read()).token_ids)
         running.executor.process.send_signal(signal.SIGTERM)
         reasons = []
