@@ -1,6 +1,8 @@
 """One request's trace, from a client's span to the engine's steps, as a collector of OTLP receives it from real processes."""
 
 import asyncio
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -173,6 +175,16 @@ async def test_a_request_that_fails_says_why_and_one_that_nobody_samples_leaves_
     (got,) = (await collector[0].of(call.context.trace_id.to_bytes(16), 1)).values()
     assert got.span.status.code == 2 and got.attributes["error.type"] == call.attributes["error.type"]
     assert not [got for got in collector[0].spans if got.span.trace_id == b"\xaa" * 16]
+
+
+def test_nothing_is_imported_where_nobody_asks() -> None:
+    program = (
+        "import sys; import gateway.server, executor_svc.server, enginehouse.client; from protos import tracing\n"
+        "tracing.configure('gateway', False); assert tracing.begin('x', {}) is None and tracing.call('x') is None\n"
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
+    )
+    without = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    subprocess.run([sys.executable, "-c", program], env=without, check=True, timeout=60)
 
 
 def test_without_the_packages_it_is_said_what_to_install(
