@@ -1,8 +1,11 @@
 """The executor service: python -m executor_svc --store URL --engine NAME."""
 
 import argparse
+import os
 import sys
 
+from engine.errors import InvalidArgument
+from executor_svc.group_options import Place, add_group_options, find_place
 from executor_svc.launch import Spares
 from protos.options import add_options
 
@@ -18,19 +21,27 @@ def worker_arguments(arguments: argparse.Namespace) -> list[str]:
     return command
 
 
-async def run(arguments: argparse.Namespace, spares: Spares) -> None:
-    """Loads the engines that were asked for, then serves."""
+async def run(arguments: argparse.Namespace, spares: Spares, place: Place) -> None:
+    """Loads the engines that were asked for, then serves; on a machine that joins another one, lends it to that one."""
     from engine.trust import Trust
+    from executor_svc.machines import Machines
     from executor_svc.server import ExecutorServicer
     from protos import rpc
     from protos.calls import Calls
     from protos.metrics import Metrics
 
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
+    if place.leader:
+        await lend(arguments, spares, place.leader, place.index)
+        return
     metrics = Metrics()
-    calls, servicer = Calls(metrics), ExecutorServicer(arguments.store, arguments.device, spares, metrics)
+    machines = Machines(place.machines, arguments.host, arguments.device, arguments.join_timeout)
+    calls = Calls(metrics)
+    servicer = ExecutorServicer(arguments.store, arguments.device, spares, metrics, machines)
     with metrics.served("executor", arguments.host, arguments.metrics_port):  # while engines are loaded, too
         try:
+            if place.machines > 1:
+                await machines.listen(place.port)
             for engine in arguments.engine:
                 await servicer.open(engine)
         except BaseException:
@@ -38,6 +49,26 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
             raise
         await rpc.serve(
             "executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close, calls=calls
+        )
+
+
+async def lend(arguments: argparse.Namespace, spares: Spares, leader: tuple[str, int], index: int | None) -> None:
+    """Joins the machine that leads, and answers for its own health alone."""
+    from executor_svc.member import Member
+    from protos import rpc
+    from protos.calls import Calls
+    from protos.metrics import Metrics
+
+    metrics = Metrics()
+    member = Member(leader, spares, arguments.device, index)
+    with metrics.served("executor", arguments.host, arguments.metrics_port):
+        try:
+            await member.join(arguments.join_timeout)
+        except BaseException:
+            await member.close()
+            raise
+        await rpc.serve(
+            "executor", lambda _: None, arguments.host, arguments.port, on_stop=member.close, calls=Calls(metrics)
         )
 
 
@@ -84,8 +115,13 @@ def main() -> int:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
+    add_group_options(parser)
     add_options(parser)
     arguments = parser.parse_args()
+    try:
+        place = find_place(arguments, os.environ)
+    except InvalidArgument as error:
+        parser.error(error.message)
     spares = Spares(worker_arguments(arguments))
     try:
         # While they import torch, this process imports grpc and finds out what --engine means.
@@ -97,7 +133,7 @@ def main() -> int:
     try:
         from protos import rpc
 
-        return rpc.main("executor", run(arguments, spares), arguments)
+        return rpc.main("executor", run(arguments, spares, place), arguments)
     finally:
         spares.close()
 

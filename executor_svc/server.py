@@ -15,6 +15,7 @@ from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.store import Store
 from executor_svc.launch import Spares
+from executor_svc.machines import Machines
 from executor_svc.telemetry import Telemetry, name_request
 from executor_svc.workers import Client, WorkerProcess
 from protos import logs
@@ -25,7 +26,9 @@ from protos.v1.common_pb2 import Logprobs, Usage
 from protos.v1.worker_pb2 import ClientDone, ClientGone, ToWorker
 
 _RELOAD_DELAY, _LONGEST_RELOAD_DELAY = 1.0, 30.0  # seconds before a worker that died is started again
-_AHEAD = 8  # ranks whose processes are started before anybody has found out whether the manifest can be trusted
+_AHEAD = (
+    8  # ranks a machine whose processes are started before anybody has found out whether the manifest can be trusted
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +38,20 @@ class ExecutorServicer:
 
     Args:
         spares: where the workers' processes come from; they are for this store and device.
+        machines: among which the ranks of an engine are divided; none: this one has them all.
     """
 
-    def __init__(self, store_url: str, device: str, spares: Spares, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        store_url: str,
+        device: str,
+        spares: Spares,
+        metrics: Metrics | None = None,
+        machines: Machines | None = None,
+    ) -> None:
         self._store: Store = open_store(store_url)
         self._device = device
-        self._spares = spares
+        self._spares, self._machines = spares, machines or Machines()
         self._workers: dict[str, WorkerProcess] = {}
         self._telemetry = Telemetry(metrics or Metrics(), lambda: list(self._workers.values()))
         self._clients: dict[int, Client] = {}
@@ -86,7 +97,7 @@ class ExecutorServicer:
             )
             self._telemetry.watch(worker)
             worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.add(engine_id))
-            await worker.start(self._spares)
+            await worker.start(self._spares, self._machines)
             self._run(self._prepare_ranks(worker))
         return worker
 
@@ -94,7 +105,7 @@ class ExecutorServicer:
         """Starts an engine's other ranks before rank 0, which still imports torch, asks for them."""
         with contextlib.suppress(EnginehouseError, OSError):  # of which rank 0 tells
             manifest = await asyncio.to_thread(registry.manifest, self._store, worker.engine_id)
-            await worker.prepare(min(len(manifest.ranks), _AHEAD))
+            await worker.prepare(len(manifest.ranks), _AHEAD * self._machines.count)
 
     async def close(self) -> None:
         """Ends all workers."""
@@ -102,6 +113,7 @@ class ExecutorServicer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(worker.stop() for worker in list(self._workers.values())))
+        await self._machines.close()
         self._spares.close()
 
     async def LoadEngine(self, request: pb.LoadEngineRequest, _context: Any) -> AsyncIterator[pb.LoadEngineProgress]:

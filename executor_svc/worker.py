@@ -334,7 +334,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         if join or len(manifest.ranks) > 1:
             from executor_svc.meeting import find_place  # here, because most engines have one rank
 
-            group = find_place(front, manifest, arguments.device, join)
+            group = find_place(front, manifest, arguments.device, join, first.machines or 1, first.host or "127.0.0.1")
         return group.rank
 
     loaded = begin_load(store, engine_id, node, progress, trust, place)
