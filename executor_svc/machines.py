@@ -111,6 +111,7 @@ class Machines:
 
     Attributes:
         count: of them, this one included.
+        where: they join it, HOST:PORT.
         host: the interface where ranks of this machine listen for others.
         patience: seconds to wait for machines that have not come.
 
@@ -125,7 +126,7 @@ class Machines:
         self._own_address = reachable(host)
         self._come = asyncio.Condition()
         self._refused = ""  # why the last one that came was not taken
-        self._where = ""
+        self.where = ""
         self._server: asyncio.Server | None = None
         self._meetings: set[asyncio.Task[None]] = set()
 
@@ -143,8 +144,8 @@ class Machines:
                 f"cannot listen for other machines on {self.host}:{port}: {error}; choose another --machines-port",
                 reason="PORT_TAKEN",
             ) from None
-        self._where = f"{self.host}:{self._server.sockets[0].getsockname()[1]}"
-        log.info("the first of %d machines; the others join it on %s", self.count, self._where)
+        self.where = f"{self.host}:{self._server.sockets[0].getsockname()[1]}"
+        log.info("the first of %d machines; the others join it on %s", self.count, self.where)
 
     async def close(self) -> None:
         """Lets the others go, and takes no more."""
@@ -167,7 +168,7 @@ class Machines:
             missing = sorted(set(range(1, self.count)) - set(self._there))
             refused = f" One was refused: {self._refused}" if self._refused else ""
             raise Unavailable(
-                f"of {self.count} machines, these have not joined {self._where} within {patience:.0f} s: "
+                f"of {self.count} machines, these have not joined {self.where} within {patience:.0f} s: "
                 f"{', '.join(map(str, missing))}; look into their logs, or start executors there with --join.{refused}",
                 reason="MACHINE_MISSING",
             ) from None
@@ -191,7 +192,7 @@ class Machines:
                 log.warning("a machine that wants to join from %s: %s", connection.getpeername()[0], error.message)
                 writer.write(frame(ToMachine(refused=to_failure(error)).SerializeToString()))
                 return
-            self._there[machine.place] = machine
+            self._there[machine.place], self._refused = machine, ""
             self._own_address = connection.getsockname()[0]
             machine.send(ToMachine(welcome=Welcome(machine=machine.place)))
             log.info("machine %d has come: %s", machine.place, machine.address)

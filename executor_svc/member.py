@@ -5,6 +5,8 @@ import contextlib
 import logging
 import time
 
+from google.protobuf.message import DecodeError
+
 from engine.errors import Unavailable
 from executor_svc.frames import frame, read_frames
 from executor_svc.launch import Spares
@@ -70,17 +72,13 @@ class Member:
         try:
             async with asyncio.timeout(_ANSWER):
                 link = _Link(*await asyncio.open_connection(*self._leader))
-                link.send(FromMachine(hello=self._hello))
-                answer = ToMachine.FromString(await anext(link.messages))
+                answer = await link.ask(FromMachine(hello=self._hello))
         except (OSError, TimeoutError) as error:
             what = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached: {error}"
             raise Unavailable(
                 f"{where} {what}; is its executor started with --machines, and does --join name it?",
                 reason="LEADER_MISSING",
             ) from None
-        except StopAsyncIteration:
-            link.writer.close()
-            raise Unavailable(f"{where} has hung up", reason="LEADER_MISSING") from None
         if answer.HasField("refused"):
             link.writer.close()
             error = from_failure(answer.refused)
@@ -169,6 +167,17 @@ class _Link:
         watch(connection)
         self.writer, self.messages = writer, read_frames(reader, LARGEST)
         self.address: str = connection.getpeername()[0]
+
+    async def ask(self, message: FromMachine) -> ToMachine:
+        """Sends the first message, and gives the answer. Raises ConnectionError: the leader has hung up, or is somebody else."""
+        try:
+            self.send(message)
+            return ToMachine.FromString(await anext(self.messages))
+        except BaseException as error:
+            self.writer.close()
+            if isinstance(error, StopAsyncIteration | DecodeError):
+                raise ConnectionError("it speaks another language" if error.args else "it has hung up") from None
+            raise
 
     def send(self, message: FromMachine) -> None:
         if not self.writer.is_closing():
