@@ -46,7 +46,7 @@ class Frames:
 async def read_frames(reader: asyncio.StreamReader, largest: int = 1 << 32) -> AsyncGenerator[bytes, None]:
     """The messages, until the other side is gone, or sends one of more than `largest` bytes."""
     frames = Frames(largest)
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(OSError):  # the network's timeout among them
         while data := await reader.read(_READ_SIZE):
             for message in frames.feed(data):
                 yield message

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.errors import InvalidArgument
 
-PORT = 8412  # where the machine that leads waits for others
+PORT = 8450  # where the machine that leads waits for others
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class Member:
         while True:
             try:
                 await self._obey(link)
+            except DecodeError:
+                log.warning("the machine that leads speaks another language")
             finally:
                 link.writer.close()
                 count = await self._end_all()
