@@ -282,6 +282,7 @@ def main() -> int:
     parser.add_argument("--store", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--kv-memory", type=int)
+    parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--kv-share", type=float)
     parser.add_argument("--no-block-reuse", action="store_true")
     parser.add_argument("--trusted-keys", action="append", default=[])
@@ -348,7 +349,10 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
             table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
         prepared = prepare(arguments.device, program, weights)
-        settings = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share, "table": table}
+        kv_memory = arguments.kv_memory
+        if arguments.kv_tokens:  # of which each rank keeps its part
+            kv_memory = arguments.kv_tokens * sum(cache.bytes_per_token for cache in program.caches)
+        settings = {"kv_memory": kv_memory, "kv_share": arguments.kv_share, "table": table}
         runner = make_runner(program, prepared, manifest.limits, device=arguments.device, group=group, **settings)
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
