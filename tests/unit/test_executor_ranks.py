@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
@@ -20,10 +21,12 @@ from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, Unavailable
 from engine.fingerprint import Fingerprint, Node
 from engine.manifest import FileRef, Limits, Manifest, ModelFacts, Parallelism, Rank
+from executor_svc import meeting
 from executor_svc.frames import FrameSocket
 from executor_svc.loader import begin_load, load_engine
 from executor_svc.meeting import find_place, meet
 from executor_svc.plans import pack, unpack
+from executor_svc.ranks import _gather
 from protos.v1.worker_pb2 import FromWorker
 from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine
@@ -89,6 +92,41 @@ def test_ranks_of_different_engines_do_not_run_together() -> None:
     assert isinstance(second, FailedPrecondition | Unavailable), "the first may have gone before it has looked"
 
 
+def test_ranks_of_different_releases_do_not_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    releases = iter(["0.1.0", "0.2.0"])
+    monkeypatch.setattr(meeting, "version", lambda _: next(releases))
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        met = [pool.submit(meet, MANIFEST, "cpu", 20, place(rank, port)) for rank in range(2)]
+        errors = [made.exception(timeout=30) for made in met]
+    assert isinstance(errors[0], FailedPrecondition) and "enginehouse 0.1.0 with torch" in errors[0].message
+    assert "enginehouse 0.2.0 with torch" in errors[0].message and errors[0].message.endswith("and one release")
+
+
+def test_ranks_that_cannot_be_divided_among_machines() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(FailedPrecondition, match="has 2 ranks, which cannot be divided among 3 machines"):
+        find_place(FrameSocket(theirs), MANIFEST, "cpu", None, machines=3)
+
+
+def test_a_stranger_is_no_rank() -> None:
+    """Whoever connects to rank 0 and does not know what the ranks have told each other is sent away."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor(1) as pool:
+        gathering = pool.submit(_gather, store, "127.0.0.1", 2)
+        port, secret = store.get("plans").decode().split()
+        for said in (b"", b"1", b"guess 1", f"{secret} 7".encode(), b"\xff\xff"):
+            with socket.create_connection(("127.0.0.1", int(port))) as stranger:
+                FrameSocket(stranger).send(said)
+                assert not stranger.recv(1)
+        with socket.create_connection(("127.0.0.1", int(port))) as rank:
+            FrameSocket(rank).send(f"{secret} 1".encode())
+            (follower,) = gathering.result(timeout=60)
+            follower.send(b"a plan")
+            assert FrameSocket(rank).receive(60) == [b"a plan"]
+        follower._socket.close()
+
+
 def test_an_engine_for_more_gpus_than_there_are_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     ours, theirs = socket.socketpair()
@@ -109,7 +147,10 @@ def test_the_first_rank_asks_for_the_others() -> None:
     with ours, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(find_place, FrameSocket(theirs), MANIFEST, "cpu", None)
         (message,) = FrameSocket(ours).receive(10)
-        assert FromWorker.FromString(message).ranks == 2
+        told = FromWorker.FromString(message)
+        assert told.ranks == 2
+        with pytest.raises(OSError, match="in use"):  # nobody can take the port before the others have come
+            socket.create_server(("127.0.0.1", told.port))
         ours.shutdown(socket.SHUT_RDWR)
         assert isinstance(asked.exception(timeout=10), ConnectionError), "it waits for no front that is gone"
         theirs.close()
