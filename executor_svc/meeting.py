@@ -109,8 +109,9 @@ def meet(
     host = listener.getsockname()[0] if listener else address
     until = time.monotonic() + patience
     try:
-        # torchrun has opened the store itself
-        serves = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # torchrun has opened the store itself, where it has started the ranks: executors' workers only inherit what it has told
+        served = listener is None and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = rank == 0 and not served
         store = dist.TCPStore(
             address,
             port,

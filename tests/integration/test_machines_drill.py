@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -148,3 +150,35 @@ async def test_a_network_that_is_cut(hosts: dict[str, str], checkpoint: Path, tm
         while logs[0].read_text().count(" MB loaded in ") < 2:
             assert time.monotonic() - began < 60, "the group comes back with the network"
             await asyncio.sleep(0.2)
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path) -> Iterator[None]:
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        yield
+    finally:
+        process.terminate()  # torchrun hands it on
+        process.wait()
+
+
+async def test_machines_that_torchrun_starts(checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    expected, engine_id = one_rank(checkpoint, store), engine(checkpoint, store, 2, 1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+    where = ("--master-addr", "127.0.0.1", "--master-port", str(port))
+    ours = ("-m", "executor_svc", "--store", str(store), "--port", "0", "--join-timeout", "60")
+    with contextlib.ExitStack() as stack:
+        logs = [tmp_path / "log0", tmp_path / "log1"]
+        for rank, log in enumerate(logs):
+            stack.enter_context(running([*torchrun, "--node-rank", str(rank), *where, *ours], log))
+        assert all(says(log, " listening on ") for log in logs), [log.read_text() for log in logs]
+        address = re.search(r"listening on (\S+)", logs[0].read_text())
+        assert address and says(logs[1], "machine 1 of the group that 127.0.0.1 leads")
+        async with grpc.aio.insecure_channel(address[1]) as channel:
+            stub = ExecutorStub(channel)
+            await loaded(stub, engine_id)
+            assert await tokens(stub, engine_id) == expected
