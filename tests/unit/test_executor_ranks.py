@@ -205,3 +205,22 @@ def test_the_runner_for_cuda_gives_the_plain_runners_tokens(tp: int, pp: int, tm
             rank.kill()
             rank.wait()
     assert json.loads(told) == [one.token_ids for one in expected]
+
+
+@pytest.mark.drill
+def test_ranks_that_torchrun_starts(tmp_path: Path) -> None:
+    """They meet at torchrun's own store."""
+    checkpoint = save_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+    limits = {"max_seq_len": 48, "max_batch_size": 4, "max_num_tokens": 24}
+    expected = sequences()
+    Engine(make_engine(checkpoint, tmp_path / "store", **limits)).run(expected)
+    engine_id = build(checkpoint, BuildConfig(tp_size=2, **limits), store=DirectoryStore(tmp_path / "store")).engine_id
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, "-m", "tests.unit.rank_harness", str(tmp_path / "store"), engine_id],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [one.token_ids for one in expected]
