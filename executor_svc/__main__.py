@@ -35,7 +35,9 @@ async def run(arguments: argparse.Namespace, spares: Spares, place: Place) -> No
         await lend(arguments, spares, place.leader, place.index)
         return
     metrics = Metrics()
-    machines = Machines(place.machines, arguments.host, arguments.device, arguments.join_timeout)
+    machines = Machines()  # this one alone, whose ranks listen for nobody else
+    if place.machines > 1:
+        machines = Machines(place.machines, arguments.host, arguments.device, arguments.join_timeout)
     calls = Calls(metrics)
     servicer = ExecutorServicer(arguments.store, arguments.device, spares, metrics, machines)
     with metrics.served("executor", arguments.host, arguments.metrics_port):  # while engines are loaded, too

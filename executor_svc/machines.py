@@ -31,7 +31,8 @@ class RemoteRank:
     pid = None
 
     def __init__(self, machine: "_Machine", number: int) -> None:
-        self.failure: EnginehouseError | None = None  # why there was no process
+        self.failure: EnginehouseError | None = None
+        self.where = str(machine)
         self._machine, self._number = machine, number
         self._messages: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._how: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -98,12 +99,15 @@ class _Machine:
             if message.HasField("ended"):
                 del self._ranks[message.process]
 
+    def __str__(self) -> str:
+        return f"machine {self.place}, {self.address}"
+
     def hang_up(self) -> None:
         self._writer.close()
 
     def lost(self) -> None:
         for rank in self._ranks.values():
-            rank.end(f"the loss of machine {self.place}, {self.address}")
+            rank.end(f"the loss of {self}")
 
 
 class Machines:
@@ -195,7 +199,7 @@ class Machines:
             self._there[machine.place], self._refused = machine, ""
             self._own_address = connection.getsockname()[0]
             machine.send(ToMachine(welcome=Welcome(machine=machine.place)))
-            log.info("machine %d has come: %s", machine.place, machine.address)
+            log.info("%s, has come", machine)
             async with self._come:
                 self._come.notify_all()
             async for data in messages:
@@ -204,7 +208,7 @@ class Machines:
             pass  # a stranger, or gone already
         finally:
             if machine:
-                log.warning("machine %d is gone: %s", machine.place, machine.address)
+                log.warning("%s, is gone", machine)
                 self._there.pop(machine.place, None)
                 machine.lost()
             writer.close()

@@ -13,9 +13,15 @@ from protos.v1.worker_pb2 import ToWorker
 
 
 class RankProcess(Protocol):
-    """A worker's process and the way to it; `failure` is what it has told before it ended."""
+    """A worker's process and the way to it.
+
+    Attributes:
+        failure: what it has told before it ended.
+        where: the machine, if it is another one.
+    """
 
     failure: EnginehouseError | None
+    where: str
 
     @property
     def pid(self) -> int | None:
@@ -39,6 +45,8 @@ class RankProcess(Protocol):
 
 class LocalRank:
     """A process of this machine."""
+
+    where = ""
 
     def __init__(
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -242,6 +242,8 @@ class WorkerProcess:
         async for data in rank.messages():
             message = FromWorker.FromString(data)
             if message.HasField("failure"):
+                if rank.where:
+                    message.failure.message = f"{rank.where}: {message.failure.message}"
                 rank.failure = from_failure(message.failure)
             elif number == 0:
                 self._take(message)

@@ -53,9 +53,19 @@ async def test_the_end_of_a_rank_elsewhere_and_of_the_machine_that_leads(checkpo
     with contextlib.ExitStack() as stack:
         leader = stack.enter_context(service("executor_svc", tmp_path / "leader", *here, *LEADING))
         where = where_to_join(leader)
-        member = stack.enter_context(service("executor_svc", tmp_path / "member", *here, "--join", where))
         async with grpc.aio.insecure_channel(leader.address) as channel:
             stub = ExecutorStub(channel)
+            alone = engine(checkpoint, store, 1, 1)
+            await loaded(stub, alone)  # which needs nobody
+            assert await tokens(stub, alone) == expected
+            await stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=alone))
+            other = ("--store", str(tmp_path / "other"), "--join", where)
+            with (
+                service("executor_svc", tmp_path / "with another store", *other),
+                pytest.raises(grpc.aio.AioRpcError, match="machine 1, 127.0.0.1: no engine"),
+            ):
+                await loaded(stub, engine_id)
+            member = stack.enter_context(service("executor_svc", tmp_path / "member", *here, "--join", where))
             with pytest.raises(grpc.aio.AioRpcError, match="has 3 ranks, which cannot be divided among 2 machines"):
                 await loaded(stub, uneven)
             await loaded(stub, engine_id)
