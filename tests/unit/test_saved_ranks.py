@@ -24,7 +24,6 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "llama-keys-that-ranks-share": ("llama", {"vocab_size": 323, "tie_word_embeddings": True}, (4, 1)),
     "biases": ("gpt_neox", {"rope_parameters": ROPE}, (2, 1)),
     "learned-positions": ("gpt2", {}, (2, 2)),
-    "head-norms": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "rope_parameters": ROPE}, (4, 1)),
     "norms-of-all-heads": ("olmo2", {"num_key_value_heads": 1}, (2, 1)),
     "experts": ("mixtral", {"num_local_experts": 3}, (2, 1)),
 }
