@@ -25,6 +25,7 @@ from executor_svc import meeting
 from executor_svc.frames import FrameSocket
 from executor_svc.loader import begin_load, load_engine
 from executor_svc.meeting import find_place, meet
+from executor_svc.network import listen
 from executor_svc.plans import pack, unpack
 from executor_svc.ranks import _gather
 from protos.v1.worker_pb2 import FromWorker
@@ -50,6 +51,17 @@ def place(rank: int, port: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
+def both(*manifests: Manifest) -> list[BaseException | None]:
+    """What two ranks say that meet."""
+    with listen("127.0.0.1") as server, ThreadPoolExecutor(2) as pool:
+        port = server.getsockname()[1]
+        met = [
+            pool.submit(meet, manifest, "cpu", 20, place(rank, port), None if rank else server)
+            for rank, manifest in enumerate(manifests)
+        ]
+        return [made.exception(timeout=60) for made in met]
+
+
 def test_a_plan_arrives_as_it_was_told() -> None:
     plan = {
         "tokens": np.arange(5, dtype=np.int32), "table": np.arange(6, dtype=np.int32).reshape(2, 3),
@@ -68,25 +80,24 @@ def test_a_plan_arrives_as_it_was_told() -> None:
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     began = time.monotonic()
-    with pytest.raises(Unavailable, match=r"of 2 ranks, these have not come to 127.0.0.1:\d+ within 1 s: 1;") as caught:
-        meet(MANIFEST, "cpu", 1, place(0, free_port()))
+    missing = r"of 2 ranks, these have not come to 127.0.0.1:\d+ within 1 s: 1;"
+    with listen("127.0.0.1") as server, pytest.raises(Unavailable, match=missing) as caught:
+        meet(MANIFEST, "cpu", 1, place(0, server.getsockname()[1]), server)
     assert caught.value.reason == "RANK_MISSING" and time.monotonic() - began < 10
 
 
 def test_a_rank_that_does_not_find_the_first_says_where_it_has_looked() -> None:
-    port, began = free_port(), time.monotonic()
-    with pytest.raises(Unavailable, match=f"rank 1 of 2 has not found rank 0 within 1 s.* at 127.0.0.1:{port}"):
-        meet(MANIFEST, "cpu", 1, place(1, port))
+    began = time.monotonic()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # so that nobody else listens there
+        port = silent.getsockname()[1]
+        with pytest.raises(Unavailable, match=f"rank 1 of 2 has not found rank 0 within 1 s.* at 127.0.0.1:{port}"):
+            meet(MANIFEST, "cpu", 1, place(1, port))
     assert time.monotonic() - began < 10
 
 
 def test_ranks_of_different_engines_do_not_run_together() -> None:
-    port, other = free_port(), msgspec.structs.replace(MANIFEST, engine_id="b" * 64)
-    with ThreadPoolExecutor(2) as pool:
-        met = [
-            pool.submit(meet, manifest, "cpu", 20, place(rank, port)) for rank, manifest in enumerate((MANIFEST, other))
-        ]
-        first, second = (made.exception(timeout=30) for made in met)
+    first, second = both(MANIFEST, msgspec.structs.replace(MANIFEST, engine_id="b" * 64))
     assert isinstance(first, FailedPrecondition) and first.reason == "RANKS_DIFFER"
     assert "rank 0 runs engine aaaa" in first.message and "rank 1 runs engine bbbb" in first.message
     assert isinstance(second, FailedPrecondition | Unavailable), "the first may have gone before it has looked"
@@ -95,12 +106,9 @@ def test_ranks_of_different_engines_do_not_run_together() -> None:
 def test_ranks_of_different_releases_do_not_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
     releases = iter(["0.1.0", "0.2.0"])
     monkeypatch.setattr(meeting, "version", lambda _: next(releases))
-    port = free_port()
-    with ThreadPoolExecutor(2) as pool:
-        met = [pool.submit(meet, MANIFEST, "cpu", 20, place(rank, port)) for rank in range(2)]
-        errors = [made.exception(timeout=30) for made in met]
-    assert isinstance(errors[0], FailedPrecondition) and "enginehouse 0.1.0 with torch" in errors[0].message
-    assert "enginehouse 0.2.0 with torch" in errors[0].message and errors[0].message.endswith("and one release")
+    first, _ = both(MANIFEST, MANIFEST)
+    assert isinstance(first, FailedPrecondition) and "enginehouse 0.1.0 with torch" in first.message
+    assert "enginehouse 0.2.0 with torch" in first.message and first.message.endswith("and one release")
 
 
 def test_ranks_that_cannot_be_divided_among_machines() -> None:
@@ -112,9 +120,10 @@ def test_ranks_that_cannot_be_divided_among_machines() -> None:
 def test_a_stranger_is_no_rank() -> None:
     """Whoever connects to rank 0 and does not know what the ranks have told each other is sent away."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    theirs = dist.TCPStore("127.0.0.1", store.port, is_master=False)
     with ThreadPoolExecutor(1) as pool:
         gathering = pool.submit(_gather, store, "127.0.0.1", 2)
-        port, secret = store.get("plans").decode().split()
+        port, secret = theirs.get("plans").decode().split()
         for said in (b"", b"1", b"guess 1", f"{secret} 7".encode(), b"\xff\xff"):
             with socket.create_connection(("127.0.0.1", int(port))) as stranger:
                 FrameSocket(stranger).send(said)
