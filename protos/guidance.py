@@ -1,4 +1,4 @@
-"""What gateway and executor both check of guided output, in the same words. Whether a grammar makes sense the executor finds out."""
+"""What gateway and executor both check of guided output, in the same words. What a grammar means the executor finds out."""
 
 import json
 from typing import Any, NoReturn
@@ -48,11 +48,15 @@ def parse_schema(text: str) -> dict[str, Any]:
     except ValueError as error:
         _refuse(f"guided_decoding.json_schema is no JSON ({error}): give a JSON schema as text")
     if depth > MAX_DEPTH:
-        _refuse(f"guided_decoding.json_schema is nested more than {MAX_DEPTH} deep: make it flatter, or use $defs and $ref")
+        _refuse(
+            f"guided_decoding.json_schema is nested more than {MAX_DEPTH} deep: make it flatter, or use $defs and $ref"
+        )
     if schema is True:
         return {}
     if not isinstance(schema, dict):
-        _refuse(f"guided_decoding.json_schema is {json.dumps(schema)[:80]}: give an object, such as {{\"type\": \"object\"}}")
+        _refuse(
+            f'guided_decoding.json_schema is {json.dumps(schema)[:80]}: give an object, such as {{"type": "object"}}'
+        )
     return schema
 
 
