@@ -27,7 +27,7 @@ _PLACE = re.compile(r"^(at )?\d+\(\d+\): ")
 _EXCERPT = re.compile(r"\n *\d+ \| ")
 _LONGEST_ERROR = 400  # characters
 # A model that is not sure of JSON would fill its tokens with white space: a line break and an indentation is all that text needs.
-_WHITE_SPACE = r"[ ]?|\n[ ]{0,40}"
+_WHITE_SPACE = r"[ ]?|\n[ ]{0,20}"
 
 
 class Grammar(NamedTuple):
