@@ -20,7 +20,9 @@ import sys
 import threading
 import time
 
+import llguidance
 import msgspec
+import numpy as np
 
 from engine.errors import EnginehouseError, InvalidArgument, ResourceExhausted
 from engine.token_table import TokenTable
@@ -29,7 +31,7 @@ from executor_svc.grammars import Grammar, compile_grammar, describe, vocabulary
 
 _MEMORY = 2 << 30  # bytes of address space
 _START = 60.0  # seconds until the process answers for the first time
-_TOKENS = 32  # that a grammar is followed for
+_TOKENS = 128  # that a grammar is followed for
 _READY, _FINE, _INVALID, _TOO_COMPLEX = "ready", "fine", "invalid", "too complex"
 
 
@@ -146,20 +148,20 @@ def main() -> int:
         _answer(*_follow(matcher, len(table.tokens), grammar))
 
 
-def _follow(matcher: object, end: int, grammar: Grammar) -> tuple[str, str]:
-    """What comes of random tokens that a grammar allows."""
+def _follow(matcher: llguidance.LLMatcher, end: int, grammar: Grammar) -> tuple[str, str]:
+    """What comes of random tokens that a grammar allows, of those below `end`."""
     chance = random.Random(0)
     for step in range(_TOKENS):
-        bits = int.from_bytes(matcher.compute_bitmask(), "little")  # type: ignore[attr-defined]
-        if matcher.is_error():  # type: ignore[attr-defined]
-            error = describe(matcher.get_error())  # type: ignore[attr-defined]
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        if matcher.is_error():
+            error = describe(matcher.get_error())
             if "NoExtension" not in error:
                 return _TOO_COMPLEX, error
             return (_FINE, "") if step else (_INVALID, f"guided_decoding.{grammar.kind} matches no text: change it")
-        allowed = [token for token in range(end) if bits >> token & 1]
-        if not allowed or matcher.is_stopped():  # type: ignore[attr-defined]
+        allowed = np.nonzero(np.unpackbits(bits, count=end, bitorder="little"))[0]
+        if not len(allowed) or matcher.is_stopped():
             break
-        matcher.consume_token(chance.choice(allowed))  # type: ignore[attr-defined]
+        matcher.consume_token(int(chance.choice(allowed)))
     return _FINE, ""
 
 

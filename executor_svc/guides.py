@@ -5,11 +5,13 @@ A sequence has a `Guide`: a matcher that follows its tokens. Its mask is a row o
 the batch's logits are; all of a batch's masks are one call, without the interpreter's lock.
 """
 
+import functools
 import logging
 import os
 import queue
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -40,8 +42,18 @@ class Guide:
         error: why it cannot go on; then every token is allowed, and none of them counts.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, kind: str, sequence: Sequence, vocab_size: int) -> None:
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        kind: str,
+        sequence: Sequence,
+        vocab_size: int,
+        give_up: Callable[[ResourceExhausted], None],
+    ) -> None:
         """At the beginning of a completion, or behind the tokens that `sequence` has of it.
+
+        Args:
+            give_up: told when the grammar turns out to be too complex.
 
         Raises:
             InvalidArgument: these do not follow the grammar, or have come to its end.
@@ -52,6 +64,7 @@ class Guide:
         self.mask: Future[None] | None = None  # of the next token, once it was begun
         self.row = np.empty(0, dtype=np.uint8)
         self._end = vocab_size
+        self._give_up = give_up
         self._ends = sequence.eos_ids | sequence.stop_ids
         self.ends = np.zeros(-(-(vocab_size + 1) // 32) * 4, dtype=np.uint8)  # their bits
         for token in self._ends:
@@ -74,7 +87,7 @@ class Guide:
         """Follows the completion's next token; whether the completion ends with it, since nothing more is allowed."""
         self.mask = None
         if self.error is None and token not in self._ends and not self.matcher.consume_token(token):
-            self.error = too_complex(self.kind, self.matcher.get_error())
+            self.error = self._failure()
         return self.error is not None or self.matcher.is_stopped()
 
     def allowed(self) -> np.ndarray:
@@ -86,24 +99,32 @@ class Guide:
         return self.row
 
     def finish(self, row: np.ndarray) -> None:
-        """Takes its mask, in which the end of the text is a token: writes in its place what ends a completion."""
+        """Takes its mask, in which the end of the text is a token: writes in its place what ends a completion.
+
+        A matcher that cannot go on allows the end, too, wherever it is.
+        """
         self.row = row
         end, bit = self._end >> 3, 1 << (self._end & 7)
         if row[end] & bit:
             row[end] ^= bit
-            row |= self.ends
+            if self.matcher.is_error():
+                row.fill(0)
+            else:
+                row |= self.ends
         elif self._ends:
             kept = row & ~self.ends
             if kept.any():
                 row[:] = kept
         if not row.any():
-            self.error = self._dead_end()
+            self.error = self._failure()
             row.fill(0xFF)
 
-    def _dead_end(self) -> EnginehouseError:
+    def _failure(self) -> EnginehouseError:
         error = self.matcher.get_error()
         if self.matcher.is_error() and "NoExtension" not in error:
-            return too_complex(self.kind, error)
+            found = too_complex(self.kind, error)
+            self._give_up(found)
+            return found
         return InvalidArgument(
             f"guided_decoding.{self.kind} has led to where no token of this model can follow: change it",
             reason="GUIDED_DECODING_DEAD_END",
@@ -235,7 +256,8 @@ class Guides:
         if isinstance(found, ResourceExhausted):
             raise found
         vocab_size = len(self._table.tokens) if self._table else 0
-        sequence.guide = Guide(found.deep_copy(), grammar.kind, sequence, vocab_size)
+        give_up = functools.partial(self._remember, grammar)
+        sequence.guide = Guide(found.deep_copy(), grammar.kind, sequence, vocab_size, give_up)
 
     def _compile_asked(self) -> None:
         """A compiler's thread."""
@@ -265,8 +287,12 @@ class Guides:
             found = compile_grammar(tokens, grammar)
         except ResourceExhausted as error:
             found = error
+        self._remember(grammar, found)
+        return found
+
+    def _remember(self, grammar: Grammar, found: _Known) -> None:
         with self._lock:
             self._known[grammar] = found
+            self._known.move_to_end(grammar)
             if len(self._known) > _MOST_GRAMMARS:
                 self._known.popitem(last=False)
-        return found

@@ -155,8 +155,13 @@ def _forbidden(allowed: np.ndarray, vocab_size: int, device: torch.device) -> Te
     """uint8 [N, bytes], a bit a token from the lowest on -> where it is 0: bool [N, vocab_size]."""
     if device.type == "cpu":
         return torch.from_numpy(np.unpackbits(~allowed, axis=1, count=vocab_size, bitorder="little").view(np.bool_))
-    bits = torch.from_numpy(allowed).to(device)[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)
-    return (bits & 1 == 0).flatten(1)[:, :vocab_size]
+    return _unset(torch.from_numpy(allowed).to(device), vocab_size)
+
+
+def _unset(bits: Tensor, count: int) -> Tensor:
+    """uint8 [N, bytes] -> whether each of the first bits is 0, bool [N, count]; where numpy does not reach."""
+    spread = bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (spread & 1 == 0).flatten(1)[:, :count]
 
 
 def _pairs(parts: _Pairs, device: torch.device) -> tuple[Tensor, Tensor]:

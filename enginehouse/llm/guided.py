@@ -60,7 +60,7 @@ class GuidedDecodingParams:
             return GuidedDecoding(json_object=True)
         except UnicodeEncodeError as error:
             raise not_unicode(error) from None
-        except TypeError as error:
+        except (TypeError, UnicodeDecodeError) as error:
             raise InvalidArgument(f"guided_decoding.{given[0]} cannot be sent ({error}): give texts") from None
 
 
