@@ -40,6 +40,9 @@ class Guide:
 
     Attributes:
         error: why it cannot go on; then every token is allowed, and none of them counts.
+        mask, row: of the next token: that it is being computed, and then its bits; None before.
+        end: the token by which a matcher says that a text may end, behind all of the model's.
+        ends, stops: bits of the tokens that end the completion; whether any of them is text.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class Guide:
         kind: str,
         sequence: Sequence,
         vocab_size: int,
+        special: frozenset[int],
         give_up: Callable[[ResourceExhausted], None],
     ) -> None:
         """At the beginning of a completion, or behind the tokens that `sequence` has of it.
 
         Args:
+            special: tokens that are no text.
             give_up: told when the grammar turns out to be too complex.
 
         Raises:
@@ -61,14 +66,15 @@ class Guide:
         self.error: EnginehouseError | None = None
         self.kind = kind
         self.matcher = matcher
-        self.mask: Future[None] | None = None  # of the next token, once it was begun
-        self.row = np.empty(0, dtype=np.uint8)
-        self._end = vocab_size
+        self.mask: Future[None] | None = None
+        self.row: np.ndarray | None = None
+        self.end = vocab_size
         self._give_up = give_up
         self._ends = sequence.eos_ids | sequence.stop_ids
-        self.ends = np.zeros(-(-(vocab_size + 1) // 32) * 4, dtype=np.uint8)  # their bits
+        self.ends = np.zeros(-(-(vocab_size + 1) // 32) * 4, dtype=np.uint8)
         for token in self._ends:
             self.ends[token >> 3] |= 1 << (token & 7)
+        self.stops = not self._ends <= special
         resumed = sequence.token_ids[sequence.prompt_len :]
         for place, token in enumerate(resumed):
             if matcher.is_stopped() or token in self._ends or not matcher.consume_token(token):
@@ -85,39 +91,36 @@ class Guide:
 
     def accept(self, token: int) -> bool:
         """Follows the completion's next token; whether the completion ends with it, since nothing more is allowed."""
-        self.mask = None
+        self.mask = self.row = None
         if self.error is None and token not in self._ends and not self.matcher.consume_token(token):
             self.error = self._failure()
         return self.error is not None or self.matcher.is_stopped()
 
     def allowed(self) -> np.ndarray:
         """The tokens that may come next, a bit each from the lowest on: uint8 [at least vocab_size / 8]. Not to be changed."""
-        if self.mask is None:
-            fill([self], None)
-        else:
-            self.mask.result()
+        if self.row is None:
+            if self.mask is None:
+                fill([self], None)
+            else:
+                self.mask.result()
+        if self.row is None:
+            raise Internal("the mask of a guide was not computed")
         return self.row
 
-    def finish(self, row: np.ndarray) -> None:
-        """Takes its mask, in which the end of the text is a token: writes in its place what ends a completion.
-
-        A matcher that cannot go on allows the end, too, wherever it is.
-        """
-        self.row = row
-        end, bit = self._end >> 3, 1 << (self._end & 7)
-        if row[end] & bit:
-            row[end] ^= bit
-            if self.matcher.is_error():
-                row.fill(0)
-            else:
-                row |= self.ends
-        elif self._ends:
+    def finish(self, row: np.ndarray, at_end: int) -> None:
+        """Takes the mask of its next token, of one whose text may end, or whose mask has to be looked at."""
+        if at_end and self.matcher.is_error():  # then it allows the end, wherever it is
+            row.fill(0)
+        elif at_end:
+            row |= self.ends
+        elif self.stops:
             kept = row & ~self.ends
             if kept.any():
                 row[:] = kept
         if not row.any():
             self.error = self._failure()
             row.fill(0xFF)
+        self.row = row
 
     def _failure(self) -> EnginehouseError:
         error = self.matcher.get_error()
@@ -140,8 +143,15 @@ def fill(guides: List[Guide], threads: llguidance.LLExecutor | None) -> None:
     else:
         places = [(guide.matcher, place) for place, guide in enumerate(guides)]
         threads.unsafe_compute_mask_ptr(places, rows.ctypes.data, rows.shape[1], len(guides))
-    for guide, row in zip(guides, rows, strict=True):
-        guide.finish(row)
+    end, bit = guides[0].end >> 3, 1 << (guides[0].end & 7)  # the token that is the end of the text
+    at_end = (rows[:, end] & bit).tolist()
+    rows[:, end] &= 0xFF ^ bit
+    some_left: list[bool] = rows.any(axis=1).tolist()
+    for guide, row, ends, some in zip(guides, rows, at_end, some_left, strict=True):
+        if ends or guide.stops or not some:
+            guide.finish(row, ends)
+        else:
+            guide.row = row
 
 
 class Guides:
@@ -157,6 +167,7 @@ class Guides:
     def __init__(self, table: TokenTable | None, seconds: float = COMPILE_SECONDS) -> None:
         self._table, self._seconds = table, seconds
         self._tokens = vocabulary(table) if table else None
+        self._special = frozenset(table.special) if table else frozenset()
         self._known: OrderedDict[Grammar, _Known] = OrderedDict()
         self._lock = threading.Lock()  # of what is known
         self._asked: queue.SimpleQueue[tuple[Sequence, Grammar] | None] = queue.SimpleQueue()
@@ -257,7 +268,7 @@ class Guides:
             raise found
         vocab_size = len(self._table.tokens) if self._table else 0
         give_up = functools.partial(self._remember, grammar)
-        sequence.guide = Guide(found.deep_copy(), grammar.kind, sequence, vocab_size, give_up)
+        sequence.guide = Guide(found.deep_copy(), grammar.kind, sequence, vocab_size, self._special, give_up)
 
     def _compile_asked(self) -> None:
         """A compiler's thread."""

@@ -12,6 +12,9 @@ from executor_svc.core import Sequence
 
 _Pairs = list[tuple[int, np.ndarray]]  # rows, and tokens of each
 
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_OF_BYTE = np.where(_BITS, np.float32(0), np.float32(-np.inf))  # [256, 8]
+
 
 class History:
     """The tokens that a sequence holds, each once, with how often its completion does."""
@@ -125,11 +128,11 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
         logits[_pairs(banned, device)] = float("-inf")
     if guided:
         rows = [row for row, _ in guided]
-        forbidden = _forbidden(np.stack([bits for _, bits in guided]), logits.shape[-1], device)
+        masks = _masks(np.array([bits for _, bits in guided]), logits.shape[-1], device)
         if len(rows) == len(logits):
-            logits.masked_fill_(forbidden, float("-inf"))
+            logits += masks
         else:
-            logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
+            logits[rows] += masks
     if held:
         at = _pairs(held, device)
         lengths = [len(tokens) for _, tokens in held]
@@ -151,17 +154,20 @@ def _without(allowed: np.ndarray, bans: list[int]) -> np.ndarray:
     return left if left.any() else allowed
 
 
-def _forbidden(allowed: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:
-    """uint8 [N, bytes], a bit a token from the lowest on -> where it is 0: bool [N, vocab_size]."""
+def _masks(allowed: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:
+    """uint8 [N, bytes], a bit a token from the lowest on -> 0 where it is set, -inf where it is not: float32 [N, vocab_size].
+
+    To look up eight at a time and to add them is many times quicker than to mask.
+    """
     if device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(~allowed, axis=1, count=vocab_size, bitorder="little").view(np.bool_))
-    return _unset(torch.from_numpy(allowed).to(device), vocab_size)
+        masks = torch.from_numpy(_OF_BYTE.take(allowed, axis=0))
+    else:  # bits are soon there
+        masks = _look_up(torch.from_numpy(allowed).to(device))
+    return masks.view(len(allowed), -1)[:, :vocab_size]
 
 
-def _unset(bits: Tensor, count: int) -> Tensor:
-    """uint8 [N, bytes] -> whether each of the first bits is 0, bool [N, count]; where numpy does not reach."""
-    spread = bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (spread & 1 == 0).flatten(1)[:, :count]
+def _look_up(allowed: Tensor) -> Tensor:
+    return torch.from_numpy(_OF_BYTE).to(allowed.device).index_select(0, allowed.flatten().int())
 
 
 def _pairs(parts: _Pairs, device: torch.device) -> tuple[Tensor, Tensor]:

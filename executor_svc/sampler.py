@@ -94,7 +94,9 @@ def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> S
     for way, all_rows in ways.items():
         for rows in slices(all_rows, logits.shape[-1]):
             chosen, at = [sequences[row] for row in rows], [positions[row] for row in rows]
-            scores = torch.log_softmax(logits[rows], -1) if way is _Way.CANDIDATES else logits[rows]
+            scores = logits.clone() if len(rows) == len(logits) else logits[rows]
+            if way is _Way.CANDIDATES:
+                scores = torch.log_softmax(scores, -1)
             edit(scores, chosen, at)
             if way is _Way.CANDIDATES:
                 told |= _candidates(scores, chosen, rows)

@@ -13,7 +13,7 @@ from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument,
 from engine.token_table import TokenTable
 from executor_svc.core import Batch, Reason, Sampled, Sampling, Scheduled, SchedulerConfig, Sequence
 from executor_svc.guides import Guides
-from executor_svc.processors import _forbidden, _unset
+from executor_svc.processors import _look_up, _masks
 from executor_svc.sampler import sample
 from executor_svc.scheduler import Scheduler
 from protos.v1.common_pb2 import GuidedDecoding
@@ -83,12 +83,14 @@ def test_masks_that_were_begun_with_a_batch_are_the_same(guides: Guides) -> None
     assert [allowed(sequence) for sequence in run] == [allowed(sequence) for sequence in again]
 
 
-def test_forbidden_tokens_by_numpy_and_by_torch() -> None:
+def test_masks_are_the_bits() -> None:
     bits = np.random.default_rng(0).integers(0, 256, (3, 8), dtype=np.uint8)
     for count in (64, 61, 57):
-        wanted = [[not row[token >> 3] >> (token & 7) & 1 for token in range(count)] for row in bits.tolist()]
-        assert _forbidden(bits, count, torch.device("cpu")).tolist() == wanted
-        assert _unset(torch.from_numpy(bits), count).tolist() == wanted
+        wanted = [
+            [0.0 if row[token >> 3] >> (token & 7) & 1 else -np.inf for token in range(count)] for row in bits.tolist()
+        ]
+        assert _masks(bits, count, torch.device("cpu")).tolist() == wanted
+    assert torch.equal(_look_up(torch.from_numpy(bits)).view(3, 64), _masks(bits, 64, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
