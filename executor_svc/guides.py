@@ -277,6 +277,8 @@ class Guides:
         trial = Trial(self._table, self._seconds)
         while (asked := self._asked.get()) is not None:
             sequence, grammar = asked
+            if sequence not in self._pending:  # it was forgotten
+                continue
             error: EnginehouseError | None = None
             try:
                 found = self._recall(grammar) or self._learn(grammar, trial, self._tokens)

@@ -18,8 +18,7 @@ def check_guided(guided: GuidedDecoding, beam: BeamSearch) -> None:
         _refuse("guided_decoding is empty: set json_schema, regex, choices, grammar or json_object, or leave it out")
     if beam.width:
         raise InvalidArgument(
-            "guided_decoding and beam_search exclude each other: beams go on from texts that a grammar would have to follow "
-            "backwards. Leave one of both out, or ask for best_of",
+            "guided_decoding and beam_search exclude each other: leave one of both out, or ask for best_of",
             reason="BEAM_SEARCH_GUIDED",
         )
     if kind == "json_object":

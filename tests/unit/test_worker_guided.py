@@ -117,7 +117,7 @@ def test_guided_and_free_requests_run_side_by_side() -> None:
 
 
 def test_a_grammar_that_takes_its_time_blocks_nobody() -> None:
-    with working(seconds=2) as (front, worker):
+    with working(seconds=1) as (front, worker):
         front.submit(1, SLOW)
         front.submit(2, {"regex": "ab"})
         front.submit(3, stopping={"max_tokens": 5, "ignore_eos": True})
@@ -129,7 +129,7 @@ def test_a_grammar_that_takes_its_time_blocks_nobody() -> None:
 
 
 def test_who_waits_for_a_grammar_can_be_cancelled_and_lost() -> None:
-    with working(seconds=2) as (front, worker):
+    with working(seconds=1) as (front, worker):
         front.submit(1, SLOW)
         front.submit(2, SLOW, client=2)
         front.send(cancel=Cancel(handles=[1]))
