@@ -1,4 +1,4 @@
-"""How machines find each other, and what they say when they do not fit. tests/integration/test_machine_groups.py lets them run."""
+"""How machines find each other, and what they say when they do not fit. integration/test_machine_groups.py lets them run."""
 
 import argparse
 import asyncio
