@@ -1,7 +1,8 @@
 """A short run of every kind of step on a tiny model, for compute-sanitizer: `bench/sanitize.sh` starts it.
 
 A prompt in one step, prompts in chunks beside decodes, shared prefixes, sampling; then the operators that the model has not:
-windows, caps, heads of 256, experts, packed products. Where allocations are not cached, as graphs need, steps are computed instead of replayed.
+windows, caps, heads of 256, experts, packed products.
+Where allocations are not cached, as graphs need, steps are computed instead of replayed.
 """
 
 import json
