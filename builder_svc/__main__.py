@@ -17,6 +17,7 @@ from engine import signing
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import InvalidArgument
 from protos import rpc
+from protos.access import Access
 from protos.calls import Calls
 from protos.metrics import Metrics
 from protos.options import add_options
@@ -79,6 +80,7 @@ async def run(arguments: argparse.Namespace) -> None:
         if private and result.manifest:
             signing.sign(patient, result.engine_id, private, result.manifest)
 
+    access = Access.of(arguments)
     metrics = Metrics()
     telemetry = Telemetry(metrics)
     process = BuildProcess(work_dir=arguments.work_dir, on_phase=telemetry.phase)
@@ -104,6 +106,7 @@ async def run(arguments: argparse.Namespace) -> None:
             before_stop=jobs.close,
             on_stop=stop,
             calls=Calls(metrics),
+            access=access,
         )
 
 

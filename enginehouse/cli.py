@@ -42,7 +42,14 @@ _model = click.option(
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
 )
-def main() -> None:
+@click.option("--api-key-file", metavar="FILE", help="The API key to call with.  [$ENGINEHOUSE_API_KEY, _API_KEY_FILE]")
+@click.option(
+    "--tls-ca", metavar="FILE", help="Speak TLS, and trust this authority; or: system.  [$ENGINEHOUSE_TLS_CA]"
+)
+@click.option("--tls-cert", metavar="FILE", help="The certificate to show (mutual TLS).  [$ENGINEHOUSE_TLS_CERT]")
+@click.option("--tls-key", metavar="FILE", help="Its private key.  [$ENGINEHOUSE_TLS_KEY]")
+@click.pass_context
+def main(ctx: click.Context, /, **given: str | None) -> None:
     """Build LLM engines once, keep them in a store, load them in seconds, stream tokens from them.
 
     With --json, which all commands have but chat and completion, stdout is one JSON document (of `builds logs` one a line):
@@ -50,6 +57,10 @@ def main() -> None:
     line on stderr: {"error": {"code", "reason", "message", "metadata", "retry_after"}}. The status is 1 after an error, 2 if
     something was typed wrong, 130 after Ctrl-C.
     """
+    if any(given.values()):
+        from enginehouse.credentials import Given, typed
+
+        ctx.with_resource(typed(Given(**given)))
 
 
 @click.command()

@@ -23,10 +23,12 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
     from engine.trust import Trust
     from executor_svc.server import ExecutorServicer
     from protos import rpc
+    from protos.access import Access
     from protos.calls import Calls
     from protos.metrics import Metrics
 
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
+    access = Access.of(arguments)
     metrics = Metrics()
     calls, servicer = Calls(metrics), ExecutorServicer(arguments.store, arguments.device, spares, metrics)
     with metrics.served("executor", arguments.host, arguments.metrics_port):  # while engines are loaded, too
@@ -37,7 +39,13 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
             await servicer.close()
             raise
         await rpc.serve(
-            "executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close, calls=calls
+            "executor",
+            servicer.register,
+            arguments.host,
+            arguments.port,
+            on_stop=servicer.close,
+            calls=calls,
+            access=access,
         )
 
 

@@ -8,9 +8,11 @@ import uvloop
 from engine.backends import open_store
 from gateway.router import Router
 from gateway.server import Gateway
+from protos.access import Access
 from protos.calls import Calls
+from protos.dial import Credentials
 from protos.metrics import Metrics
-from protos.options import add_options
+from protos.options import add_client_options, add_options
 from protos.rpc import main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
@@ -39,12 +41,20 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
     parser.add_argument("--port", default=8400, type=int, help="port to listen on, 0 for a free one [%(default)s]")
+    add_client_options(parser, "executor")
     add_options(parser)
     return parser.parse_args()
 
 
 async def _run(arguments: argparse.Namespace) -> None:
-    router = Router(arguments.executor)
+    access = Access.of(arguments)
+    credentials = Credentials.of(
+        arguments.executor_tls_cert,
+        arguments.executor_tls_key,
+        arguments.executor_tls_ca,
+        arguments.executor_api_key_file,
+    )
+    router = Router(arguments.executor, credentials)
     metrics = Metrics()
     gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics)
     router.start()
@@ -56,6 +66,7 @@ async def _run(arguments: argparse.Namespace) -> None:
             arguments.port,
             on_stop=router.stop,
             calls=Calls(metrics),
+            access=access,
         )
 
 

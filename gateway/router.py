@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from engine.errors import Unavailable
 from gateway.link import Link, View
+from protos.dial import NONE, Credentials
 
 
 def least_loaded(views: Sequence[View]) -> int | None:
@@ -17,8 +18,8 @@ def least_loaded(views: Sequence[View]) -> int | None:
 class Router:
     """Holds a link to each executor."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._links = [Link(address) for address in dict.fromkeys(addresses)]
+    def __init__(self, addresses: Sequence[str], credentials: Credentials = NONE) -> None:
+        self._links = [Link(address, credentials) for address in dict.fromkeys(addresses)]
         self._tasks: list[asyncio.Task[None]] = []
         self._looking: asyncio.Future[list[None]] | None = None
 

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from engine.errors import EnginehouseError, Internal, InvalidArgument, Unavailable
 from protos import logs
+from protos.access import EVERYBODY, Access
 from protos.calls import Call, Calls
 from protos.v1.common_pb2 import Failure
 
@@ -104,17 +105,18 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Lets servicers raise EnginehouseError; whatever else they raise is logged and becomes INTERNAL.
 
-    Calls get their request id here, are counted and logged (`protos/calls.py`).
+    Calls get their request id here, are counted and logged (`protos/calls.py`); those that nobody may make end here.
     """
 
-    def __init__(self, calls: Calls | None = None) -> None:
+    def __init__(self, calls: Calls | None = None, access: Access = EVERYBODY) -> None:
         self._calls = calls or Calls()
+        self._access = access
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        method, calls = handler_call_details.method, self._calls
+        method, calls, access = handler_call_details.method, self._calls, self._access
 
         async def fail(context: Any, error: Exception) -> None:
             if isinstance(error, grpc.aio.AbortError):
@@ -130,6 +132,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 with Call(calls, method, context) as observed:
                     try:
                         await observed.begin()
+                        access.check(method, context)
                         return await inner(read(request), context)
                     except Exception as error:
                         return await fail(context, error)
@@ -141,6 +144,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 with Call(calls, method, context) as observed:
                     try:
                         await observed.begin()
+                        access.check(method, context)
                         # a lost call ends the servicer's, too
                         async with aclosing(inner(read(request), context)) as responses:
                             async for response in responses:
@@ -190,6 +194,8 @@ async def serve(
     before_stop: Callable[[], Awaitable[None]] | None = None,
     grace: float = 5.0,
     calls: Calls | None = None,
+    access: Access = EVERYBODY,
+    limits: Sequence[tuple[str, int]] = (),
 ) -> None:
     """Serves until SIGTERM or SIGINT, then stops taking calls, lets running ones end within `grace` seconds, and returns.
 
@@ -201,22 +207,31 @@ async def serve(
         before_stop: called when the signal has come and calls still run; makes those end that would not by themselves.
         on_stop: called after the last call has ended.
         calls: what counts them.
+        access: who may call.
+        limits: gRPC's options for the server, beside those that all services have.
 
     Raises:
         Unavailable: the port cannot be bound.
     """
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(calls)], options=_SERVER_OPTIONS)
+    options = {**dict(_SERVER_OPTIONS), **dict(limits)}
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(calls, access)], options=list(options.items()))
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        place = f"{host}:{port}"
+        bound = (
+            server.add_secure_port(place, access.server.credentials())
+            if access.server
+            else server.add_insecure_port(place)
+        )
     except RuntimeError:
         bound = 0
     if not bound:
         raise Unavailable(
             f"cannot listen on {host}:{port}; is the port taken? Choose another with --port", reason="PORT_TAKEN"
         )
+    access.warn(service, host)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
