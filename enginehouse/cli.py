@@ -14,9 +14,10 @@ from enginehouse.builds_cli import builds
 from enginehouse.command_line import Commands, add_examples
 from enginehouse.completion import complete_model
 from enginehouse.generation_options import SectionedCommand, choosing, several
+from enginehouse.keys_cli import certs, keys
 from enginehouse.options import with_data, with_gateway, with_json
 from enginehouse.plan_cli import plan
-from enginehouse.registry_cli import engines, keys, models
+from enginehouse.registry_cli import engines, models
 from enginehouse.serve_cli import load, up
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -136,6 +137,6 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     command.run(Choices(**choices), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
 
 
-for _command in (up, load, build, builds, plan, bench, models, engines, keys, completion):
+for _command in (up, load, build, builds, plan, bench, models, engines, keys, certs, completion):
     main.add_command(_command)
 add_examples(main)

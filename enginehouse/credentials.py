@@ -8,9 +8,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from protos.dial import Credentials, check_key, key_of_file
-from protos.tls import ClientTls, TlsFiles
+from protos.tls import CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE, ClientTls, TlsFiles
 
-KEY_VARIABLE, KEY_FILE_VARIABLE = "ENGINEHOUSE_API_KEY", "ENGINEHOUSE_API_KEY_FILE"
+_VARIABLES = {
+    "api_key": "ENGINEHOUSE_API_KEY",
+    "api_key_file": "ENGINEHOUSE_API_KEY_FILE",
+    "tls_ca": CA_VARIABLE,
+    "tls_cert": CERT_VARIABLE,
+    "tls_key": KEY_VARIABLE,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,12 @@ class Given:
             merged |= {"api_key": self.api_key, "api_key_file": self.api_key_file}
         return Given(**merged)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that say the same to another program."""
+        given = {name: getattr(self, name) for name in _VARIABLES}
+        return {_VARIABLES[name]: value for name, value in given.items() if value}
+
 
 _NOTHING = Given()
 _typed: ContextVar[Given] = ContextVar("typed", default=_NOTHING)
@@ -42,21 +54,22 @@ _typed: ContextVar[Given] = ContextVar("typed", default=_NOTHING)
 
 @contextmanager
 def typed(given: Given) -> Iterator[None]:
-    """What was typed, as long as the context lasts."""
-    token = _typed.set(given)
+    """What was typed, as long as the context lasts, over what was before."""
+    token = _typed.set(given.over(_typed.get()))
     try:
         yield
     finally:
         _typed.reset(token)
 
 
+def typed_environment() -> dict[str, str]:
+    """The variables for a program that is to bring what was typed."""
+    return _typed.get().environment
+
+
 def find(given: Given) -> Credentials:
     """Credentials of a client. Raises EnginehouseError for files and keys that are not right, without showing them."""
-    environment = Given(
-        os.environ.get(KEY_VARIABLE),
-        os.environ.get(KEY_FILE_VARIABLE),
-        *(os.environ.get(f"ENGINEHOUSE_TLS_{part}") for part in ("CA", "CERT", "KEY")),
-    )
+    environment = Given(**{name: os.environ.get(variable) for name, variable in _VARIABLES.items()})
     chosen = given.over(_typed.get()).over(environment)
     files = TlsFiles.of(chosen.tls_cert, chosen.tls_key, chosen.tls_ca)
     api_key = None
