@@ -18,6 +18,7 @@ from gateway.submission import check, check_prompt, check_token_ids, submission
 from gateway.telemetry import Telemetry, found, observed, timed
 from gateway.tokenizer import Tokenizer
 from gateway.turns import Turns
+from protos.access import caller
 from protos.logs import request_id
 from protos.metrics import Metrics
 from protos.v1 import gateway_pb2 as wire
@@ -42,6 +43,7 @@ class Gateway(GatewayServicer):
     @observed
     async def Generate(self, request: wire.GenerateRequest, context: Context) -> AsyncIterator[wire.GenerateResponse]:
         check(request)
+        caller().check_model(request.model)
         model = await self._models.get(request.model)
         found(model)
         tokenizer = await self._models.tokenizer(model.engine_id)
@@ -66,18 +68,21 @@ class Gateway(GatewayServicer):
 
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
         check_prompt(request)
+        caller().check_model(request.model)
         model = await self._models.get(request.model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         return wire.TokenizeResponse(token_ids=await _prompt(request, tokenizer))
 
     async def Detokenize(self, request: wire.DetokenizeRequest, _context: Context) -> wire.DetokenizeResponse:
+        caller().check_model(request.model)
         model = await self._models.get(request.model)
         check_token_ids(request.token_ids, model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         return wire.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special(request)))
 
     async def ListModels(self, _request: wire.ListModelsRequest, _context: Context) -> wire.ListModelsResponse:
-        return wire.ListModelsResponse(models=[self._describe(model) for model in await self._models.list()])
+        models = [model for model in await self._models.list() if caller().allows(model.name)]
+        return wire.ListModelsResponse(models=[self._describe(model) for model in models])
 
     def _describe(self, model: Model) -> wire.Model:
         return wire.Model(
@@ -100,8 +105,8 @@ async def _prompt(request: wire.GenerateRequest | wire.TokenizeRequest, tokenize
 
 
 def _carry_context(submit: Submit, context: Context) -> None:
-    """The call's id, deadline and trace context, for the executor. Raises DeadlineExceeded if there is no time left."""
-    submit.request_id = request_id()
+    """The call's id, tenant, deadline and trace context, for the executor. Raises DeadlineExceeded if there is no time left."""
+    submit.request_id, submit.tenant = request_id(), caller().name
     remaining = context.time_remaining()
     if remaining is not None:
         if remaining <= 0:
