@@ -6,6 +6,7 @@ import sys
 import uvloop
 
 from engine.backends import open_store
+from gateway.admission import DEFAULT_LIMITS, Limits
 from gateway.router import Router
 from gateway.server import Gateway
 from protos.access import Access
@@ -26,6 +27,12 @@ def _address(text: str) -> str:
     return text
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit: give 1 to {2**31 - 1}")
+    return int(text)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m gateway", description="Prompt -> executor -> text, over gRPC.")
     parser.add_argument(
@@ -41,6 +48,14 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
     parser.add_argument("--port", default=8400, type=int, help="port to listen on, 0 for a free one [%(default)s]")
+    for option, default, meaning in (
+        ("--max-streams", DEFAULT_LIMITS.max_streams, "Generate calls under way, of all tenants; more of them wait"),
+        ("--max-waiting", DEFAULT_LIMITS.max_waiting, "Generate calls that may wait; more are refused"),
+        ("--max-prompt-bytes", DEFAULT_LIMITS.max_prompt_bytes, "of a prompt's text"),
+        ("--max-message-bytes", 16 * 1024 * 1024, "of a request"),
+        ("--max-streams-per-connection", 1000, "calls at a time on one connection; a client holds more of them back"),
+    ):
+        parser.add_argument(option, type=_count, default=default, metavar="N", help=f"{meaning} [%(default)s]")
     add_client_options(parser, "executor")
     add_options(parser)
     return parser.parse_args()
@@ -56,7 +71,8 @@ async def _run(arguments: argparse.Namespace) -> None:
     )
     router = Router(arguments.executor, credentials)
     metrics = Metrics()
-    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics)
+    limits = Limits(arguments.max_streams, arguments.max_waiting, arguments.max_prompt_bytes)
+    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, limits)
     router.start()
     with metrics.served("gateway", arguments.host, arguments.metrics_port):
         await serve(
@@ -67,6 +83,10 @@ async def _run(arguments: argparse.Namespace) -> None:
             on_stop=router.stop,
             calls=Calls(metrics),
             access=access,
+            limits=(
+                ("grpc.max_receive_message_length", arguments.max_message_bytes),
+                ("grpc.max_concurrent_streams", arguments.max_streams_per_connection),
+            ),
         )
 
 

@@ -10,6 +10,7 @@ import grpc
 
 from engine.errors import DeadlineExceeded
 from engine.store import Store
+from gateway.admission import DEFAULT_LIMITS, Admission, Limits
 from gateway.generation import begin
 from gateway.models import Model, Models
 from gateway.prompt import prompt_ids, skip_special
@@ -34,26 +35,35 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Gateway(GatewayServicer):
     """Thin: each step of a request has its own module. `transcript.py` makes text, `link.py` speaks with the executor."""
 
-    def __init__(self, store: Store, router: Router, metrics: Metrics | None = None) -> None:
-        self.telemetry = Telemetry(metrics or Metrics(), router)
+    def __init__(
+        self, store: Store, router: Router, metrics: Metrics | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        metrics = metrics or Metrics()
+        self.telemetry = Telemetry(metrics, router)
+        self._admission = Admission(limits, metrics)
+        self._max_prompt_bytes = limits.max_prompt_bytes
         self._models = Models(store, router.ready)
         self._router = router
         self._turns = Turns()
 
     @observed
     async def Generate(self, request: wire.GenerateRequest, context: Context) -> AsyncIterator[wire.GenerateResponse]:
-        check(request)
+        check(request, self._max_prompt_bytes)
         caller().check_model(request.model)
+        grant = await self._admission.enter(caller(), request.priority, context.time_remaining())
+        context.add_done_callback(grant.ended)  # type: ignore[arg-type]  # a class in grpc's stubs; however the call ends
         model = await self._models.get(request.model)
         found(model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         prompt = await _prompt(request, tokenizer)
+        grant.charge_prompt(len(prompt))
         make = functools.partial(submission, request, model, prompt, tokenizer)
         submit = (
             await asyncio.to_thread(make) if request.bad_words else make()
         )  # they are tokenized, which takes its time
         executor = await self._router.find(model.name, model.engine_id)
         generation = begin(request, submit, prompt, tokenizer, executor, lambda submit: _carry_context(submit, context))
+        grant.follow(generation.usage)
         first = True
         with generation:
             while not generation.done:
@@ -67,7 +77,7 @@ class Gateway(GatewayServicer):
                     await self._turns.pause(began)
 
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
-        check_prompt(request)
+        check_prompt(request, self._max_prompt_bytes)
         caller().check_model(request.model)
         model = await self._models.get(request.model)
         tokenizer = await self._models.tokenizer(model.engine_id)
