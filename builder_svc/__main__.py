@@ -82,6 +82,7 @@ async def run(arguments: argparse.Namespace) -> None:
 
     access = Access.of(arguments)
     metrics = Metrics()
+    access.watch(metrics)
     telemetry = Telemetry(metrics)
     process = BuildProcess(work_dir=arguments.work_dir, on_phase=telemetry.phase)
     work_directory.clear(arguments.work_dir)

@@ -30,6 +30,7 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
     access = Access.of(arguments)
     metrics = Metrics()
+    access.watch(metrics)
     calls, servicer = Calls(metrics), ExecutorServicer(arguments.store, arguments.device, spares, metrics)
     with metrics.served("executor", arguments.host, arguments.metrics_port):  # while engines are loaded, too
         try:

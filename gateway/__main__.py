@@ -71,6 +71,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     )
     router = Router(arguments.executor, credentials)
     metrics = Metrics()
+    access.watch(metrics)
     limits = Limits(arguments.max_streams, arguments.max_waiting, arguments.max_prompt_bytes)
     gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, limits)
     router.start()

@@ -23,6 +23,7 @@ from protos.v1.common_pb2 import Usage
 
 _SHORTEST_RETRY, _LONGEST_RETRY, _UNKNOWN_RETRY = 0.1, 60.0, 1.0  # seconds that a refused client is told to wait
 _TICK = 0.001  # seconds by which a timer may come early
+_REASONS = ("QUEUE_FULL", "DEADLINE_TOO_SHORT", "RATE_LIMITED")
 NOBODY = "-"  # the label of calls without a tenant
 
 
@@ -103,6 +104,8 @@ class Admission:
         self._refused = metrics.counter(
             "gateway_admission_refused_total", "Requests that were refused by a limit.", "tenant", "reason"
         )
+        for reason in _REASONS:
+            self._refused.add(NOBODY, reason, by=0)
         self._tokens = metrics.counter(
             "gateway_tenant_tokens_total", "Tokens of prompts and completions.", "tenant", "kind"
         )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from protos import logs, tls
@@ -17,6 +17,9 @@ AUTHORIZATION = "authorization"
 _BEARER = "bearer "
 _OPEN = "/grpc.health.v1.Health/"  # tells nothing that connecting would not; probes hold no keys
 _NAMES = ("x509_common_name", "x509_subject_alternative_name", "peer_spiffe_id")
+
+if TYPE_CHECKING:  # prometheus_client comes with services that have metrics, not with clients
+    from protos.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,14 @@ class Access:
             tenant = self.keyring.find(_secret(context.invocation_metadata() or ()))
             _caller.set(tenant)
             logs.note(tenant=tenant.name)
+
+    def watch(self, metrics: "Metrics") -> None:
+        """Tells how long the certificate is good, so that somebody renews it in time."""
+        metrics.gauge(
+            "tls_certificate_expires_timestamp_seconds",
+            "When the service's certificate expires, since 1970.",
+            lambda: {(): self.server.expires} if self.server else {},
+        )
 
     def warn(self, service: str, host: str) -> None:
         """Tells in the log what anybody on the network may do here."""

@@ -3,9 +3,12 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +47,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     guest = key_file.add(keys, "guest", models=("other-*",)).secret
     (root / "operator.key").write_text(operator)
     command = [sys.executable, "-m", "enginehouse", "--api-key-file", str(root / "operator.key"), "up", f"demo={DEMO}"]
-    command += ["--port", "0", "--json", "--certs", str(certs), "--api-keys", str(keys), "--data", str(home.root)]
+    command += [
+        "--port",
+        "0",
+        "--json",
+        "--certs",
+        str(certs),
+        "--api-keys",
+        str(keys),
+        "--metrics",
+        "--data",
+        str(home.root),
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ENGINEHOUSE_")}
     with (root / "up.log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
@@ -103,6 +117,12 @@ def test_only_who_is_known_gets_in(cluster: Secured) -> None:
             assert len(await builder.builds()) == 1
 
     asyncio.run(let_in())
+    for url in state.metrics.values():
+        with urllib.request.urlopen(url) as page:
+            found = re.search(
+                rb"^enginehouse_tls_certificate_expires_timestamp_seconds (\S+)", page.read(), re.MULTILINE
+            )
+        assert found and 364 * 86400 < float(found[1]) - time.time() < 366 * 86400
 
 
 def test_a_tenant_sees_and_uses_its_models_alone(cluster: Secured) -> None:
