@@ -80,7 +80,7 @@ async def run(arguments: argparse.Namespace) -> None:
         if private and result.manifest:
             signing.sign(patient, result.engine_id, private, result.manifest)
 
-    access = Access.of(arguments)
+    access = Access.of("builder", arguments)
     metrics = Metrics()
     access.watch(metrics)
     telemetry = Telemetry(metrics)

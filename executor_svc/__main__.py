@@ -28,7 +28,7 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
     from protos.metrics import Metrics
 
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
-    access = Access.of(arguments)
+    access = Access.of("executor", arguments)
     metrics = Metrics()
     access.watch(metrics)
     calls, servicer = Calls(metrics), ExecutorServicer(arguments.store, arguments.device, spares, metrics)

@@ -62,7 +62,7 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _run(arguments: argparse.Namespace) -> None:
-    access = Access.of(arguments)
+    access = Access.of("gateway", arguments)
     credentials = Credentials.of(
         arguments.executor_tls_cert,
         arguments.executor_tls_key,

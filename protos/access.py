@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import InvalidArgument, PermissionDenied, Unauthenticated
+from engine.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated
 from protos import logs, tls
 from protos.keys import ANYBODY, Keyring, Tenant
 
@@ -46,8 +46,12 @@ class Access:
     keyring: Keyring | None = None
 
     @staticmethod
-    def of(options: argparse.Namespace) -> "Access":
-        """What a command line says, as `protos.options` gives it. Raises EnginehouseError for files that are not right."""
+    def of(service: str, options: argparse.Namespace) -> "Access":
+        """What a command line says, as `protos.options` gives it; "builder", "executor" or "gateway".
+
+        Raises:
+            EnginehouseError: files are not right, or everybody on the network could command an executor or builder.
+        """
         files = tls.TlsFiles.of(options.tls_cert, options.tls_key, options.tls_ca)
         names = frozenset(options.allow_client)
         if names and not (files and files.ca):
@@ -56,7 +60,10 @@ class Access:
                 reason="TLS_INCOMPLETE",
             )
         keyring = Keyring(Path(options.api_keys)) if options.api_keys else None
-        return Access(tls.ServerTls(files) if files else None, names, keyring)
+        access = Access(tls.ServerTls(files) if files else None, names, keyring)
+        if not options.insecure:
+            access.check_host(service, options.host)
+        return access
 
     def check(self, method: str, context: Any) -> None:
         """Lets a call in, and notes whose it is. Raises Unauthenticated, PermissionDenied."""
@@ -64,10 +71,9 @@ class Access:
             return
         if self.names:
             self._check_names(method, context)
-        if self.keyring:
-            tenant = self.keyring.find(_secret(context.invocation_metadata() or ()))
-            _caller.set(tenant)
-            logs.note(tenant=tenant.name)
+        tenant = self.keyring.find(_secret(context.invocation_metadata() or ())) if self.keyring else ANYBODY
+        _caller.set(tenant)
+        logs.note(tenant=tenant.name or None)
 
     def watch(self, metrics: "Metrics") -> None:
         """Tells how long the certificate is good, so that somebody renews it in time."""
@@ -77,15 +83,20 @@ class Access:
             lambda: {(): self.server.expires} if self.server else {},
         )
 
-    def warn(self, service: str, host: str) -> None:
-        """Tells in the log what anybody on the network may do here."""
-        if self.keyring is None and (self.server is None or not self.server.asks) and not _is_loopback(host):
-            log.warning(
-                "%s listens on %s for everybody who reaches it: keep its network closed, or give --api-keys or --tls-ca "
-                "(docs/security.md)",
-                service,
-                host,
+    def check_host(self, service: str, host: str) -> None:
+        """Raises FailedPrecondition for an executor or builder that would obey everybody on the network. A gateway, of which
+        others only want text, says so in its log."""
+        if self.keyring or (self.server and self.server.asks) or _is_loopback(host):
+            return
+        said = (
+            f"{service} on {host} would obey everybody who reaches it: give --api-keys or --tls-ca (docs/security.md)"
+        )
+        if service != "gateway":
+            raise FailedPrecondition(
+                f"{said}, or --insecure where only its gateways and people who may do all reach its network",
+                reason="OPEN_TO_EVERYBODY",
             )
+        log.warning("%s, or --insecure to say that this is right", said)
 
     def _check_names(self, method: str, context: Any) -> None:
         shown = {name.decode(errors="replace") for kind in _NAMES for name in context.auth_context().get(kind, ())}

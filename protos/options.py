@@ -30,6 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of those, only clients whose certificate has this common, DNS or URI (SPIFFE) name; may be repeated [all]",
     )
     _add_file(parser, "--api-keys", KEYS_VARIABLE, "take only calls with one of these keys (`enginehouse keys add`)")
+    parser.add_argument(
+        "--insecure", action="store_true", help="let in everybody, on other addresses than this machine's own, too"
+    )
     logs.add_options(parser)
 
 

@@ -231,7 +231,6 @@ async def serve(
         raise Unavailable(
             f"cannot listen on {host}:{port}; is the port taken? Choose another with --port", reason="PORT_TAKEN"
         )
-    access.warn(service, host)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -13,13 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
 from engine.errors import EnginehouseError, PermissionDenied, Unauthenticated, Unavailable
 from enginehouse import LLM, SamplingParams, key_file
 from enginehouse.certificates import generate
 from enginehouse.client import BuilderClient, ExecutorClient, GatewayClient
+from enginehouse.credentials import Given, find
 from enginehouse.home import ClusterState, Home
+from protos.rpc import CHANNEL_OPTIONS
+from protos.v1.gateway_pb2 import TokenizeRequest
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 
@@ -148,6 +152,27 @@ def test_a_tenant_sees_and_uses_its_models_alone(cluster: Secured) -> None:
     with LLM.connect(cluster.state.gateway, "demo", api_key=operator, tls_ca=ca) as llm:
         made = llm.generate("In the beginning", SamplingParams(max_tokens=4))
         assert len(made.outputs[0].token_ids) == 4
+
+
+def test_what_is_too_large_or_asks_how_the_service_looks_is_refused(cluster: Secured) -> None:
+    credentials = find(Given(api_key=cluster.secrets[0], tls_ca=f"{cluster.certs}/ca.pem"))
+
+    async def ask() -> list[str]:
+        found = []
+        async with credentials.channel(cluster.state.gateway, CHANNEL_OPTIONS) as channel:
+            large = TokenizeRequest(model="demo", text="a" * 17 * 1024 * 1024).SerializeToString()
+            for method, data in (
+                ("enginehouse.v1.Gateway/Tokenize", large),
+                ("grpc.reflection.v1.ServerReflection/ServerReflectionInfo", b""),
+                ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", b""),
+            ):
+                try:
+                    await channel.unary_unary(f"/{method}")(data)
+                except grpc.aio.AioRpcError as error:
+                    found.append(error.code().name)
+        return found
+
+    assert asyncio.run(ask()) == ["RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "UNIMPLEMENTED"]
 
 
 def test_keys_are_replaced_while_the_gateway_runs(cluster: Secured) -> None:

@@ -1,5 +1,6 @@
 """API keys: what the file keeps, what is let in, and what commands do to it."""
 
+import argparse
 import json
 import stat
 from pathlib import Path
@@ -15,6 +16,7 @@ from enginehouse import key_file
 from enginehouse.cli import main
 from protos.access import Access
 from protos.keys import ANYBODY, ApiKey, KeyFile, Keyring, Tenant, read_key_file
+from protos.options import add_options
 from protos.watched import Watched
 
 
@@ -207,6 +209,31 @@ def test_a_client_needs_one_of_the_names() -> None:
         with pytest.raises(PermissionDenied, match=f"{shown} may not call Run here") as told:
             access.check(method, Call(**certificate))
         assert told.value.reason == "CLIENT_DENIED"
+
+
+@pytest.mark.parametrize("service", ["builder", "executor", "gateway"])
+def test_who_would_obey_everybody_says_so(service: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Executors and builders do not start; a gateway warns."""
+    key_file.add(tmp_path / "keys.json", "acme")
+
+    def start(*words: str) -> str:
+        caplog.clear()
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--host")
+        add_options(parser)
+        try:
+            Access.of(service, parser.parse_args(words))
+        except FailedPrecondition as error:
+            assert error.reason == "OPEN_TO_EVERYBODY" and service != "gateway"
+            return error.message
+        return caplog.text
+
+    said = f"{service} on 0.0.0.0 would obey everybody who reaches it: give --api-keys or --tls-ca"
+    for host in ("0.0.0.0", "::", "10.0.0.7", "executor-1"):  # noqa: S104
+        assert said.replace("0.0.0.0", host) in start("--host", host)  # noqa: S104
+        assert start("--host", host, "--insecure") == start("--host", host, "--api-keys", f"{tmp_path}/keys.json") == ""
+    for host in ("127.0.0.1", "127.0.0.5", "localhost", "[::1]"):
+        assert start("--host", host) == ""
 
 
 def test_a_tenant_uses_the_models_that_it_may() -> None:
