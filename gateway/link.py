@@ -113,16 +113,16 @@ class Link:
 
     async def run(self) -> None:
         """Connects, again and again, until it is cancelled."""
-        pause, told = _FIRST_PAUSE, False
+        pause, told = _FIRST_PAUSE, ""
         try:
             while True:
                 begun = time.monotonic()
                 reason = await self._session()
                 stood = time.monotonic() - begun > _STATUS_TIMEOUT
                 pause = _FIRST_PAUSE if stood and self._connected else min(2 * pause, _LONGEST_PAUSE)
-                if self._connected or not told:
+                if self._connected or reason != told:
                     log.warning("executor %s: %s", self.address, reason)
-                    told = True
+                    told = reason
                 if self._connected:
                     self.on_loss()
                 self._disconnect(reason)

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -35,8 +34,6 @@ _SERVER_OPTIONS = CHANNEL_OPTIONS + [("grpc.so_reuseport", 0), ("grpc.http2.min_
 
 # A status travels in HTTP/2 trailers, twice and partly percent-encoded; past 8 KiB the client would see another error.
 _MAX_STATUS_TEXT, _MAX_METADATA_VALUE = 1500, 200
-
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core would tell of every connection that ends
 
 log = logging.getLogger(__name__)
 

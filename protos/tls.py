@@ -144,6 +144,20 @@ class ClientTls:
         return grpc.ssl_channel_credentials(pems.ca, *(pems.own or ()))
 
 
+def first_name(path: Path) -> str:
+    """One that a server's certificate is for. Raises FailedPrecondition if it is for none."""
+    from cryptography import x509
+
+    own = _parsed(path, "certificates", lambda: x509.load_pem_x509_certificates(_bytes(path)))[0]
+    try:
+        names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return str(next(iter((*names.get_values_for_type(x509.DNSName), *names.get_values_for_type(x509.IPAddress)))))
+    except (x509.ExtensionNotFound, StopIteration):
+        raise FailedPrecondition(
+            f"the certificate in {path} is for no host: no client would take it", reason="TLS_FILE_INVALID"
+        ) from None
+
+
 def _read(files: TlsFiles) -> _Pems:
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import load_pem_private_key

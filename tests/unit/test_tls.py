@@ -9,7 +9,9 @@ from typing import Any
 
 import grpc
 import pytest
+from gateway_harness import eventually
 from grpc_health.v1 import health, health_pb2_grpc
+from mock_executor import MockExecutor
 
 from engine.errors import (
     EnginehouseError,
@@ -23,6 +25,7 @@ from enginehouse import key_file
 from enginehouse.certificates import generate
 from enginehouse.client import GatewayClient
 from enginehouse.credentials import Given, find, typed
+from gateway.router import Router
 from protos import probe
 from protos.access import EVERYBODY, Access, caller
 from protos.dial import NONE, Credentials, key_of_file, why_not
@@ -154,6 +157,43 @@ def client_of(directory: Path) -> dict[str, str]:
     return {"tls_cert": f"{directory}/client.pem", "tls_key": f"{directory}/client-key.pem"}
 
 
+async def test_a_gateway_reaches_executors_that_know_it_and_again_with_new_certificates_and_keys(
+    certs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.link._LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr("protos.watched._INTERVAL", 0.0)
+    keys, own = tmp_path / "keys.json", tmp_path / "own.key"
+    own.write_text(key_file.add(keys, "gateway").secret)
+    install(certs / "ours", tmp_path)
+    files, executor = pair(tmp_path, "gateway", tmp_path), MockExecutor("e")
+
+    def access(directory: Path) -> Access:
+        return Access(ServerTls(pair(directory, "executor", directory)), frozenset(["gateway"]), Keyring(keys))
+
+    await executor.start(access(certs / "ours"))
+    credentials = Credentials.of(str(files.cert), str(files.key), str(files.ca), str(own))
+    router = Router([executor.address], credentials)
+    router.start()
+    try:
+        await eventually(lambda: router.ready("e") == 1, 60)
+        await executor.stop()
+        await executor.start(access(certs / "theirs"))
+        await eventually(lambda: "has not signed" in caplog.text, 60)
+        assert router.ready("e") == 0
+        install(certs / "theirs", tmp_path)
+        await eventually(lambda: router.ready("e") == 1, 60)
+        await executor.stop()
+        keys.write_text("{}")
+        await executor.start(access(certs / "theirs"))
+        await eventually(lambda: "not known, or was revoked" in caplog.text, 60)
+        keys.unlink()
+        own.write_text(key_file.add(keys, "gateway").secret)
+        await eventually(lambda: router.ready("e") == 1, 60)
+    finally:
+        await router.stop()
+        await executor.stop()
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "said"),
     [
@@ -239,6 +279,10 @@ async def test_the_environment_is_what_clients_bring_by_default(certs: Path, mon
     assert given.api_key and given.api_key() == "eh_given"
 
 
+def own(directory: Path) -> list[str]:
+    return ["--tls-cert", f"{directory}/gateway.pem", "--tls-key", f"{directory}/gateway-key.pem"]
+
+
 async def test_probes_speak_tls_and_need_no_key(
     certs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,10 +295,26 @@ async def test_probes_speak_tls_and_need_no_key(
             (["--tls-ca", f"{certs}/ours/ca.pem"], 0, "SERVING\n"),
             (["--tls-ca", f"{certs}/theirs/ca.pem"], 1, "has not signed"),
             ([], 1, "if it speaks TLS"),
+            (own(certs / "ours"), 0, "SERVING\n"),  # as in the service's own container
+            (own(certs / "elsewhere"), 1, "has not signed"),
             (["--tls-cert", "x"], 1, "--tls-cert is given without --tls-key"),
         ):
             assert await asyncio.to_thread(probe.main, [address, *arguments]) == status
             assert said in capsys.readouterr().out
+
+
+async def test_a_probe_of_a_service_needs_no_more_than_the_service_has(
+    certs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever hosts its certificate is for, and with mutual TLS too."""
+    import asyncio
+
+    ca = certs / "elsewhere/ca.pem"
+    monkeypatch.setenv("ENGINEHOUSE_TLS_CERT", f"{certs}/elsewhere/gateway.pem")
+    monkeypatch.setenv("ENGINEHOUSE_TLS_KEY", f"{certs}/elsewhere/gateway-key.pem")
+    for asked in (None, ca.parent):
+        async with serving(Access(ServerTls(pair(certs / "elsewhere", "gateway", asked)))) as address:
+            assert await asyncio.to_thread(probe.main, [address]) == 0, capsys.readouterr().out
 
 
 def test_what_tls_has_nothing_to_do_with_is_left_as_it_is() -> None:
