@@ -14,7 +14,7 @@ from bisect import bisect, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.errors import EnginehouseError, InvalidArgument, PermissionDenied, ResourceExhausted
+from engine.errors import EnginehouseError, InvalidArgument, ResourceExhausted
 from gateway.waiting import Line, Mean, Ticket
 from protos.histogram import REQUEST
 from protos.keys import Tenant
@@ -106,6 +106,9 @@ class Admission:
         )
         for reason in _REASONS:
             self._refused.add(NOBODY, reason, by=0)
+        self._ended = metrics.counter(
+            "gateway_tenant_requests_total", "Requests that had begun and have ended.", "tenant"
+        )
         self._tokens = metrics.counter(
             "gateway_tenant_tokens_total", "Tokens of prompts and completions.", "tenant", "kind"
         )
@@ -158,7 +161,7 @@ class Admission:
         now = self._clock()
         line = self._lines.get(tenant.name) or self._lines.setdefault(tenant.name, Line(tenant))
         line.follow(tenant, now)
-        _check_priority(tenant, priority)
+        tenant.check_priority(priority)
         ticket = Ticket(line, priority, next(self._numbers), call)
         if not self._num_waiting and self._running < self._limits.max_streams and not line.full and not line.debt(now):
             self._begin(ticket)
@@ -186,6 +189,7 @@ class Admission:
     def leave(self, ticket: Ticket, prompt: int, completion: int, began: float) -> None:
         """A request has ended, which had begun at that time and has used so many tokens."""
         label, seconds = _label(ticket.line.tenant), self._clock() - began
+        self._ended.add(label)
         self._tokens.add(label, "prompt", by=prompt)
         self._tokens.add(label, "completion", by=completion)
         for durations in (self._durations, ticket.line.durations):
@@ -279,14 +283,6 @@ class Admission:
         after = _UNKNOWN_RETRY if retry is None else min(max(retry, _SHORTEST_RETRY), _LONGEST_RETRY)
         after = math.ceil(after * 1000) / 1000
         return ResourceExhausted(f"{message}: try again in {after:g} s", reason=reason, retry_after=after)
-
-
-def _check_priority(tenant: Tenant, priority: int) -> None:
-    if tenant.max_priority is not None and priority > tenant.max_priority:
-        raise PermissionDenied(
-            f"priority is {priority}, and tenant {tenant.name!r} may have {tenant.max_priority} at most: lower it",
-            reason="PRIORITY_DENIED",
-        )
 
 
 def _wait(durations: Mean, place: int, width: int) -> float | None:

@@ -27,6 +27,7 @@ from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2_grpc import GatewayServicer
 
 _LONG_TEXT = 4000  # characters, 2 ms of tokenizing; longer ones leave the event loop
+_MANY_TOKENS = 1000  # of which the same holds
 _TRACE_KEYS = ("traceparent", "tracestate")
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -86,9 +87,14 @@ class Gateway(GatewayServicer):
     async def Detokenize(self, request: wire.DetokenizeRequest, _context: Context) -> wire.DetokenizeResponse:
         caller().check_model(request.model)
         model = await self._models.get(request.model)
-        check_token_ids(request.token_ids, model)
         tokenizer = await self._models.tokenizer(model.engine_id)
-        return wire.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special(request)))
+
+        def text() -> str:
+            check_token_ids(request.token_ids, model)
+            return tokenizer.decode(request.token_ids, skip_special(request))
+
+        many = len(request.token_ids) > _MANY_TOKENS
+        return wire.DetokenizeResponse(text=await asyncio.to_thread(text) if many else text())
 
     async def ListModels(self, _request: wire.ListModelsRequest, _context: Context) -> wire.ListModelsResponse:
         models = [model for model in await self._models.list() if caller().allows(model.name)]

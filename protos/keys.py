@@ -61,6 +61,14 @@ class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 reason="MODEL_DENIED",
             )
 
+    def check_priority(self, priority: int) -> None:
+        """Raises PermissionDenied for one that its requests may not have."""
+        if self.max_priority is not None and priority > self.max_priority:
+            raise PermissionDenied(
+                f"priority is {priority}, and tenant {self.name!r} may have {self.max_priority} at most: lower it",
+                reason="PRIORITY_DENIED",
+            )
+
 
 ANYBODY = Tenant("", max_priority=None)
 """Who calls a service that has no API keys."""

@@ -168,7 +168,7 @@ def _read(files: TlsFiles) -> _Pems:
         own = key, cert = _bytes(files.key), _bytes(files.cert)
         certificate = _parsed(files.cert, "certificates", lambda: x509.load_pem_x509_certificates(cert))[0]
         private = _parsed(files.key, "private key without a password", lambda: load_pem_private_key(key, None))
-        if certificate.public_key() != private.public_key():
+        if _parsed(files.cert, "public key that is known", certificate.public_key) != private.public_key():
             raise FailedPrecondition(
                 f"the key in {files.key} is not that of the certificate in {files.cert}: give the pair that was made together",
                 reason="TLS_KEY_MISMATCH",
@@ -201,7 +201,9 @@ def _bytes(path: Path) -> bytes:
 
 
 def _parsed(path: Path, what: str, parse: Callable[[], T]) -> T:
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     try:
         return parse()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise FailedPrecondition(f"{path} holds no {what} in PEM: {error}", reason="TLS_FILE_INVALID") from None
