@@ -1,7 +1,7 @@
 """What clients bring to services: what a caller gives them, else what was typed before a command, else the environment."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -72,10 +72,11 @@ def find(given: Given) -> Credentials:
     environment = Given(**{name: os.environ.get(variable) for name, variable in _VARIABLES.items()})
     chosen = given.over(_typed.get()).over(environment)
     files = TlsFiles.of(chosen.tls_cert, chosen.tls_key, chosen.tls_ca)
-    api_key = None
+    return Credentials(ClientTls(files) if files else None, _api_key(chosen))
+
+
+def _api_key(chosen: Given) -> Callable[[], str] | None:
     if chosen.api_key:
         secret = check_key(chosen.api_key)
-        api_key = lambda: secret  # noqa: E731
-    elif chosen.api_key_file:
-        api_key = key_of_file(Path(chosen.api_key_file))
-    return Credentials(ClientTls(files) if files else None, api_key)
+        return lambda: secret
+    return key_of_file(Path(chosen.api_key_file)) if chosen.api_key_file else None

@@ -68,6 +68,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         arguments.executor_tls_key,
         arguments.executor_tls_ca,
         arguments.executor_api_key_file,
+        "--executor-tls",
     )
     router = Router(arguments.executor, credentials)
     metrics = Metrics()

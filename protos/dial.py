@@ -28,9 +28,11 @@ class Credentials:
     api_key: Callable[[], str] | None = None
 
     @staticmethod
-    def of(cert: str | None, key: str | None, ca: str | None, api_key_file: str | None) -> "Credentials":
+    def of(
+        cert: str | None, key: str | None, ca: str | None, api_key_file: str | None, option: str = "--tls"
+    ) -> "Credentials":
         """Of files, None where there is none. Raises EnginehouseError for those that are not right."""
-        files = TlsFiles.of(cert, key, ca)
+        files = TlsFiles.of(cert, key, ca, option)
         return Credentials(
             ClientTls(files) if files else None, key_of_file(Path(api_key_file)) if api_key_file else None
         )

@@ -5,7 +5,6 @@ signed (mutual TLS). A client with `ca` speaks TLS, and with `cert` and `key` it
 imported where TLS is used.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,26 +27,25 @@ SYSTEM_CA = "system"  # instead of a file: the authorities that grpc brings alon
 @dataclass(frozen=True)
 class TlsFiles:
     """PEM files: `cert`, a certificate with those that lead to its authority, and its `key` are one's own; whose `ca` signed
-    the other side's certificate is trusted. None where a side has none."""
+    the other side's certificate is trusted. None where a side has none. `option` is what errors call them by."""
 
     cert: Path | None = None
     key: Path | None = None
     ca: Path | None = None
+    option: str = "--tls"
 
     @staticmethod
-    def of(cert: str | None, key: str | None, ca: str | None) -> "TlsFiles | None":
+    def of(cert: str | None, key: str | None, ca: str | None, option: str = "--tls") -> "TlsFiles | None":
         """None where nothing is given: no TLS. Raises InvalidArgument for half of a pair."""
         if not (cert or key or ca):
             return None
         if bool(cert) != bool(key):
-            given, missing = ("--tls-cert", "--tls-key") if cert else ("--tls-key", "--tls-cert")
-            raise InvalidArgument(f"{given} is given without {missing}: they are a pair", reason="TLS_INCOMPLETE")
-        return TlsFiles(*(Path(each) if each else None for each in (cert, key, ca)))
-
-    @staticmethod
-    def of_environment() -> "TlsFiles | None":
-        """What $ENGINEHOUSE_TLS_CERT, _KEY and _CA say. Raises InvalidArgument as `of` does."""
-        return TlsFiles.of(*(os.environ.get(name) for name in (CERT_VARIABLE, KEY_VARIABLE, CA_VARIABLE)))
+            given, missing = ("cert", "key") if cert else ("key", "cert")
+            raise InvalidArgument(
+                f"{option}-{given} is given without {option}-{missing}: they are a pair", reason="TLS_INCOMPLETE"
+            )
+        own, private, authority = (Path(each) if each else None for each in (cert, key, ca))
+        return TlsFiles(own, private, authority, option)
 
     @property
     def paths(self) -> list[Path]:
@@ -124,8 +122,8 @@ class ClientTls:
     def __init__(self, files: TlsFiles) -> None:
         if not files.ca:
             raise InvalidArgument(
-                f"a client certificate is given without --tls-ca: say whose servers it may be shown to, or {SYSTEM_CA!r} for "
-                "those with a public certificate",
+                f"a client certificate is given without {files.option}-ca: say whose servers it may be shown to, or "
+                f"{SYSTEM_CA!r} for those with a public certificate",
                 reason="TLS_INCOMPLETE",
             )
         self._pems = Watched(files.paths, lambda: _read(files))

@@ -232,6 +232,11 @@ async def test_a_gateway_reaches_executors_that_know_it_and_again_with_new_certi
         ),
         (lambda certs: ClientTls(pair(certs / "ours", "client")), InvalidArgument, "without --tls-ca"),
         (lambda certs: TlsFiles.of("a", None, None), InvalidArgument, "--tls-cert is given without --tls-key"),
+        (
+            lambda certs: Credentials.of("a", None, None, None, "--executor-tls"),
+            InvalidArgument,
+            "--executor-tls-cert is given without --executor-tls-key",
+        ),
         (lambda certs: find(Given(api_key="two words")), InvalidArgument, "an API key of 9 characters is none"),
         (lambda certs: find(Given(api_key_file=f"{certs}/no")), InvalidArgument, "cannot read the API key in"),
         (lambda certs: Credentials.of(None, None, f"{certs}/no", None), InvalidArgument, "cannot read"),
