@@ -38,6 +38,7 @@ bench: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python bench/cpu.py $(CHECKPOINT) $(GGUF:%=--gguf %)
 	PYTHONPATH=. $(BIN)/python bench/overhead.py
 	PYTHONPATH=. $(BIN)/python bench/gateway.py
+	PYTHONPATH=. $(BIN)/python bench/gateway.py --tls
 	$(BIN)/python -m bench.llm
 	PYTHONPATH=. $(BIN)/python bench/checkpoint.py
 

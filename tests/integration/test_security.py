@@ -3,8 +3,10 @@
 import asyncio
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -173,6 +175,35 @@ def test_what_is_too_large_or_asks_how_the_service_looks_is_refused(cluster: Sec
         return found
 
     assert asyncio.run(ask()) == ["RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "UNIMPLEMENTED"]
+
+
+def test_garbage_at_the_ports_changes_nothing(cluster: Secured) -> None:
+    """Bytes that are no TLS, some of it, or HTTP; connections that are left open, or reset."""
+    numbers, state = random.Random(1), cluster.state
+    hello = bytes.fromhex("16030100c8010000c40303")  # the beginning of a handshake
+    left = []
+    for number in range(60):
+        host, _, port = (state.gateway, state.builder, state.executors[0])[number % 3].rpartition(":")
+        one = socket.create_connection((host, int(port)), timeout=60)
+        begin = (b"", hello, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n")[number % 4]
+        one.sendall(begin + numbers.randbytes(numbers.choice((1, 100, 5000))))
+        if number % 5:
+            one.close()
+        else:
+            left.append(one)
+    ca = f"{cluster.certs}/ca.pem"
+
+    async def still() -> None:
+        async with GatewayClient(state.gateway, api_key=cluster.secrets[0], tls_ca=ca) as gateway:
+            assert [model.ready_executors for model in await gateway.models()] == [1]
+        async with BuilderClient(state.builder, **cluster.client) as builder:
+            assert len(await builder.builds()) == 1
+        async with ExecutorClient(state.executors[0], **cluster.client) as executor:
+            assert len((await executor.status()).engines) == 1
+
+    asyncio.run(still())
+    for one in left:
+        one.close()
 
 
 def test_keys_are_replaced_while_the_gateway_runs(cluster: Secured) -> None:
