@@ -163,7 +163,8 @@ def _read(files: TlsFiles) -> _Pems:
     own = ca = None
     expires = float("inf")
     if files.cert and files.key:
-        own = key, cert = _bytes(files.key), _bytes(files.cert)
+        cert, key = _bytes(files.cert), _bytes(files.key)
+        own = key, cert
         certificate = _parsed(files.cert, "certificates", lambda: x509.load_pem_x509_certificates(cert))[0]
         private = _parsed(files.key, "private key without a password", lambda: load_pem_private_key(key, None))
         if _parsed(files.cert, "public key that is known", certificate.public_key) != private.public_key():

@@ -200,7 +200,7 @@ async def test_a_gateway_reaches_executors_that_know_it_and_again_with_new_certi
         (
             lambda certs: ServerTls(TlsFiles(certs / "no.pem", certs / "no")),
             InvalidArgument,
-            "cannot read .*/no: No such file",
+            "cannot read .*/no.pem: No such file",
         ),
         (
             lambda certs: ServerTls(TlsFiles(certs / "ours/gateway.pem", certs / "ours/client-key.pem")),
