@@ -8,6 +8,7 @@ import asyncio
 import gc
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ async def fuzz(
 ) -> Counter[str]:
     """Sends `count` messages, to each method as many; how many ended with which status."""
     ends: Counter[str] = Counter()
-    tasks, memory = len(asyncio.all_tasks()), 0.0
+    tasks, memory = asyncio.all_tasks(), 0.0
     kinds = {method: service.kind(method) for method in service.methods}
     known = {method: [each for each in good if isinstance(each, kind)] for method, kind in kinds.items()}
     rounds = -(-count // len(kinds))
@@ -87,11 +88,12 @@ async def fuzz(
     return ends
 
 
-async def settled(tasks: int) -> None:
-    """Returns when no more tasks run than before."""
-    async with asyncio.timeout(60):
-        while len(asyncio.all_tasks()) > tasks:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+async def settled(before: set[asyncio.Task[Any]]) -> None:
+    """Returns when as many tasks run as before; fails with those that are too many."""
+    deadline = time.monotonic() + 60
+    while len(tasks := asyncio.all_tasks()) > len(before):
+        assert time.monotonic() < deadline, tasks - before
+        await asyncio.sleep(0.01)
 
 
 def resident() -> float:
