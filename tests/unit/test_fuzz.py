@@ -69,16 +69,19 @@ async def fuzz(
 ) -> Counter[str]:
     """Sends `count` messages, to each method as many; how many ended with which status."""
     ends: Counter[str] = Counter()
-    tasks, memory = asyncio.all_tasks(), 0.0
     kinds = {method: service.kind(method) for method in service.methods}
     known = {method: [each for each in good if isinstance(each, kind)] for method, kind in kinds.items()}
+    for method, messages in known.items():  # after which connections stand
+        for message in messages:
+            await service.call(method, message.SerializeToString())
+    tasks, memory = asyncio.all_tasks(), 0.0
     rounds = -(-count // len(kinds))
     for number in range(rounds):
         if number == int(rounds * WARM_UP):
             memory = resident()
-        messages = Messages(SEED * 1_000_003 + number, words)
+        made = Messages(SEED * 1_000_003 + number, words)
         for method, kind in kinds.items():
-            data = [messages.data(kind, known[method]) for _ in range(1 + number % 3)]
+            data = [made.data(kind, known[method]) for _ in range(1 + number % 3)]
             status = await asyncio.wait_for(service.call(method, *data), 60)
             assert status not in CRASHES, f"{method} ended with {status}: FUZZ_SEED={SEED}, message {number}: {data!r}"
             ends[status] += 1
