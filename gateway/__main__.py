@@ -1,12 +1,14 @@
 """python -m gateway: the gateway as a process."""
 
 import argparse
+import functools
 import sys
 
 import uvloop
 
 from engine.backends import open_store
 from gateway.admission import DEFAULT_LIMITS, Limits
+from gateway.link import Link
 from gateway.router import Router
 from gateway.server import Gateway
 from protos.access import Access
@@ -70,7 +72,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         arguments.executor_api_key_file,
         "--executor-tls",
     )
-    router = Router(arguments.executor, credentials)
+    router = Router(arguments.executor, link=functools.partial(Link, credentials=credentials))
     metrics = Metrics()
     access.watch(metrics)
     limits = Limits(arguments.max_streams, arguments.max_waiting, arguments.max_prompt_bytes)

@@ -1,5 +1,6 @@
 """TLS between real servers and clients of grpc: who gets in, what is said where it fails, certificates that are replaced."""
 
+import functools
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from enginehouse import key_file
 from enginehouse.certificates import generate
 from enginehouse.client import GatewayClient
 from enginehouse.credentials import Given, find, typed
+from gateway.link import Link
 from gateway.router import Router
 from protos import probe
 from protos.access import EVERYBODY, Access, caller
@@ -172,7 +174,7 @@ async def test_a_gateway_reaches_executors_that_know_it_and_again_with_new_certi
 
     await executor.start(access(certs / "ours"))
     credentials = Credentials.of(str(files.cert), str(files.key), str(files.ca), str(own))
-    router = Router([executor.address], credentials)
+    router = Router([executor.address], link=functools.partial(Link, credentials=credentials))
     router.start()
     try:
         await eventually(lambda: router.ready("e") == 1, 60)
