@@ -11,11 +11,12 @@ from gateway.admission import DEFAULT_LIMITS, Limits
 from gateway.link import Link
 from gateway.router import Router
 from gateway.server import Gateway
+from protos import tracing
 from protos.access import Access
 from protos.calls import Calls
 from protos.dial import Credentials
 from protos.metrics import Metrics
-from protos.options import add_client_options, add_options
+from protos.options import add_client_options, add_drain, add_options
 from protos.rpc import main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
@@ -59,6 +60,8 @@ def _arguments() -> argparse.Namespace:
     ):
         parser.add_argument(option, type=_count, default=default, metavar="N", help=f"{meaning} [%(default)s]")
     add_client_options(parser, "executor")
+    add_drain(parser)
+    tracing.add_options(parser)
     add_options(parser)
     return parser.parse_args()
 
@@ -73,6 +76,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         "--executor-tls",
     )
     router = Router(arguments.executor, link=functools.partial(Link, credentials=credentials))
+    tracing.configure("gateway", arguments.traces)
     metrics = Metrics()
     access.watch(metrics)
     limits = Limits(arguments.max_streams, arguments.max_waiting, arguments.max_prompt_bytes)
@@ -85,6 +89,7 @@ async def _run(arguments: argparse.Namespace) -> None:
             arguments.host,
             arguments.port,
             on_stop=router.stop,
+            grace=arguments.drain_seconds,
             calls=Calls(metrics),
             access=access,
             limits=(

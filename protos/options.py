@@ -1,12 +1,15 @@
 """What every service's command line has beside its own. Imports no grpc."""
 
 import argparse
+import math
 import os
 
 from protos import logs
 from protos.tls import CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE
 
 KEYS_VARIABLE = "ENGINEHOUSE_API_KEYS"
+
+DRAIN_SECONDS = 20.0  # with the seconds that follow it, less than the 30 that Kubernetes and Compose give
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +66,27 @@ def _add_file(parser: argparse.ArgumentParser, option: str, variable: str, meani
         default=os.environ.get(variable) or None,
         help=f"{meaning}; read again when it changes [${variable}]",
     )
+
+
+def add_drain(parser: argparse.ArgumentParser) -> None:
+    """Of services that stream tokens."""
+    parser.add_argument(
+        "--drain-seconds",
+        type=_seconds,
+        default=DRAIN_SECONDS,
+        metavar="S",
+        help="that requests which run may take to end after SIGTERM; a second signal cuts them short [%(default)g]",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds: give 0 or more")
+    return found
 
 
 def _port(text: str) -> int:

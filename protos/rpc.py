@@ -19,6 +19,7 @@ from engine.errors import EnginehouseError, Internal, InvalidArgument, Unavailab
 from protos import logs
 from protos.access import EVERYBODY, Access
 from protos.calls import Call, Calls
+from protos.cut import Cuttable, Scissors
 from protos.v1.common_pb2 import Failure
 
 DOMAIN = "enginehouse"
@@ -34,6 +35,8 @@ _SERVER_OPTIONS = CHANNEL_OPTIONS + [("grpc.so_reuseport", 0), ("grpc.http2.min_
 
 # A status travels in HTTP/2 trailers, twice and partly percent-encoded; past 8 KiB the client would see another error.
 _MAX_STATUS_TEXT, _MAX_METADATA_VALUE = 1500, 200
+
+_LAST_MOMENTS = 1.0  # seconds in which calls that are cut hear of it
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +111,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, calls: Calls | None = None, access: Access = EVERYBODY) -> None:
         self._calls = calls or Calls()
         self._access = access
+        self._scissors = Scissors()
+
+    def cut(self, error: EnginehouseError) -> None:
+        """Ends all calls that run, with this error."""
+        self._scissors.cut(error)
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        method, calls, access = handler_call_details.method, self._calls, self._access
+        method, calls = handler_call_details.method, self._calls
+        scissors, access = self._scissors, self._access
 
         async def fail(context: Any, error: Exception) -> None:
             if isinstance(error, grpc.aio.AbortError):
@@ -128,9 +137,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             async def call(request: Any, context: Any) -> Any:
                 with Call(calls, method, context) as observed:
                     try:
-                        await observed.begin()
-                        access.check(method, context)
-                        return await inner(read(request), context)
+                        with Cuttable(scissors):
+                            await observed.begin()
+                            access.check(method, context)
+                            return await inner(read(request), context)
                     except Exception as error:
                         return await fail(context, error)
 
@@ -140,12 +150,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             async def call(request: Any, context: Any) -> AsyncIterator[Any]:
                 with Call(calls, method, context) as observed:
                     try:
-                        await observed.begin()
-                        access.check(method, context)
-                        # a lost call ends the servicer's, too
-                        async with aclosing(inner(read(request), context)) as responses:
-                            async for response in responses:
-                                yield response
+                        with Cuttable(scissors) as cuttable:
+                            await observed.begin()
+                            access.check(method, context)
+                            # a lost call ends the servicer's, too
+                            async with aclosing(inner(read(request), context)) as responses:
+                                async for response in responses:
+                                    cuttable.pause()
+                                    yield response
+                                    cuttable.go_on()
                     except Exception as error:
                         await fail(context, error)
 
@@ -196,12 +209,15 @@ async def serve(
 ) -> None:
     """Serves until SIGTERM or SIGINT, then stops taking calls, lets running ones end within `grace` seconds, and returns.
 
+    What has not ended by then ends with UNAVAILABLE. A second signal ends every wait.
+
     Prints one line "enginehouse <service> listening on <host>:<port>" to stdout; port 0 takes a free one.
 
     Args:
         service: "builder", "executor" or "gateway".
         register: adds the servicers.
-        before_stop: called when the signal has come and calls still run; makes those end that would not by themselves.
+        before_stop: called when the signal has come, while calls run and new ones still come; makes those end that would not
+            by themselves. May be cancelled.
         on_stop: called after the last call has ended.
         calls: what counts them.
         access: who may call.
@@ -210,8 +226,9 @@ async def serve(
     Raises:
         Unavailable: the port cannot be bound.
     """
+    interceptor = ErrorInterceptor(calls, access)
     options = {**dict(_SERVER_OPTIONS), **dict(limits)}
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(calls, access)], options=list(options.items()))
+    server = grpc.aio.server(interceptors=[interceptor], options=list(options.items()))
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -237,11 +254,27 @@ async def serve(
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     print(f"enginehouse {service} listening on {host}:{bound}", flush=True)
     await stop.wait()
+    stop.clear()
     await checks.enter_graceful_shutdown()
     if before_stop:
-        await before_stop()
-    await server.stop(grace)
+        await _within(None, stop, asyncio.ensure_future(before_stop()))
+    ended = asyncio.ensure_future(server.stop(grace + _LAST_MOMENTS))
+    await _within(grace, stop, asyncio.shield(ended))
+    interceptor.cut(
+        Unavailable(f"the {service} was stopped before the call had ended: send it again", reason="SERVICE_STOPPED")
+    )
+    await ended
     await on_stop()
+
+
+async def _within(seconds: float | None, stop: asyncio.Event, work: "asyncio.Future[None]") -> None:
+    """Waits for some work, at most so many seconds and until `stop` is set; then it is cancelled."""
+    signalled = asyncio.ensure_future(stop.wait())
+    ends: list[asyncio.Future[Any]] = [work, signalled]
+    await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if not work.cancel():
+        work.result()
 
 
 def main(

@@ -176,6 +176,8 @@ async def test_the_page_lists_every_metric_of_every_service_as_it_is() -> None:
     ExecutorTelemetry(metrics, lambda: [])
     router = Router(["127.0.0.1:1"])
     GatewayTelemetry(metrics, router)
+    with metrics.served("gateway", "127.0.0.1", 0):  # which adds what tells of the service as such
+        pass
     there = {family.name: (family.kind, family.labels) for family in metrics.families}
     page = documented()
     assert {name: (row.kind, row.labels) for name, row in page.items()} == there
