@@ -289,6 +289,7 @@ def main() -> int:
     parser.add_argument("--store", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--kv-memory", type=int)
+    parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--kv-share", type=float)
     parser.add_argument("--no-block-reuse", action="store_true")
     parser.add_argument("--trusted-keys", action="append", default=[])
@@ -349,7 +350,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         if join or len(manifest.ranks) > 1:
             from executor_svc.meeting import find_place  # here, because most engines have one rank
 
-            group = find_place(front, manifest, arguments.device, join)
+            group = find_place(front, manifest, arguments.device, join, first.machines or 1, first.host or "127.0.0.1")
         return group.rank
 
     loaded = begin_load(store, engine_id, node, progress, trust, place)
@@ -363,6 +364,8 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
             table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
         prepared = prepare(arguments.device, program, weights)
+        if arguments.kv_tokens:  # of which each rank keeps its part
+            kv_memory = arguments.kv_tokens * sum(cache.bytes_per_token for cache in program.caches)
         here = group.here if arguments.device == "cpu" else 1  # ranks that share a memory
         share = arguments.kv_share
         if kv_memory is None and budget.limit is not None:
