@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 from collections.abc import AsyncGenerator
+from typing import Any
 
 _LENGTH = struct.Struct("<I")
 _READ_SIZE = 1 << 18
@@ -68,13 +69,18 @@ class FrameSocket:
         """Writes a frame each. Raises ConnectionError when the other side is gone."""
         self._socket.sendall(b"".join(map(frame, messages)))
 
-    def receive(self, timeout: float | None) -> list[bytes]:
+    def receive(self, timeout: float | None, *others: Any) -> list[bytes]:
         """The messages that are there, waiting up to `timeout` seconds (None: without end) for the first.
+
+        Args:
+            others: files whose being readable ends the waiting, too.
 
         Raises:
             ConnectionError: the other side is gone.
         """
-        if timeout and not select.select([self._socket], [], [], timeout)[0]:
+        if (timeout or (timeout is None and others)) and self._socket not in select.select(
+            [self._socket, *others], [], [], timeout
+        )[0]:
             return []
         try:
             data = self._socket.recv(_READ_SIZE, 0 if timeout is None else socket.MSG_DONTWAIT)

@@ -160,6 +160,7 @@ class GenerationExecutor(Generator):
             max_seq_len=manifest.limits.max_seq_len,
             has_chat_template=False,
             has_tokenizer=not isinstance(self._tokenizer, NoTokenizer),
+            has_token_table=manifest.token_table is not None,
         )
         self._worker = LocalWorker(engine.engine_id, len(manifest.ranks), arguments, service_environment())
         super().__init__()

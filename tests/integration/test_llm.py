@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import pickle
 import pty
+import re
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from tokenizers import Tokenizer as HubTokenizer
 from builder_svc.build_config import BuildConfig
 from engine.artifact import Engine
 from engine.errors import DataLoss, FailedPrecondition, NotFound
-from enginehouse import LLM, GenerationExecutor, Home, KvCacheConfig, QuantConfig, SamplingParams
+from enginehouse import LLM, GenerationExecutor, GuidedDecodingParams, Home, KvCacheConfig, QuantConfig, SamplingParams
 from tests.integration.llm_harness import DEMO, IDS, LONG, PROMPT, script, text, workers
 from tests.seaweed import SeaweedFS
 
@@ -70,6 +72,28 @@ def test_stop_strings_and_the_prompt_in_the_output(llm: LLM) -> None:
     assert (stopped.finish_reason, stopped.stop_reason, stopped.token_ids[-1]) == ("stop", 13, 13)
     ended = llm.generate(PROMPT, SamplingParams(end_id=13)).outputs[0]
     assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
+
+
+def test_guided_output(llm: LLM) -> None:
+    """In batches with free ones, streamed, with stop strings and seeds; what is no grammar fails alone."""
+    number = GuidedDecodingParams(regex=r"( [0-9]{3}){4}!")
+    params = SamplingParams(temperature=1.0, seed=7, n=2, guided_decoding=number)
+    held, free = llm.generate([PROMPT, PROMPT], [params, SamplingParams()])
+    assert all(re.fullmatch(r"( [0-9]{3}){4}!", one.text) and one.finish_reason == "stop" for one in held.outputs)
+    assert held.outputs[0].text != held.outputs[1].text
+    assert free.outputs == llm.generate(PROMPT).outputs
+    one = SamplingParams(temperature=1.0, seed=7, guided_decoding=number)
+    assert [part.outputs[0].text for part in llm.generate_async(PROMPT, one, streaming=True)][-1] == held.outputs[
+        0
+    ].text
+    cut = text(llm, stop=" 1", guided_decoding=GuidedDecodingParams(regex="( 1| 2){40}"), max_tokens=64)
+    assert set(cut) <= set(" 2")
+    limits = {"n": {"type": "integer", "minimum": 0, "maximum": 999}}
+    schema = {"type": "object", "properties": limits, "required": ["n"], "additionalProperties": False}
+    told = text(llm, guided_decoding=GuidedDecodingParams(json=schema), max_tokens=64)
+    assert set(json.loads(told)) == {"n"}
+    with pytest.raises(ValueError, match="guided_decoding.regex cannot be used"):
+        llm.generate(PROMPT, SamplingParams(guided_decoding=GuidedDecodingParams(regex="(")))
 
 
 def test_streaming_in_a_script_adds_up(llm: LLM) -> None:
