@@ -7,6 +7,8 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+import protos  # noqa: F401  (before grpc)
+
 if TYPE_CHECKING:
     from builder_svc.auto import AutoConfig, AutoModelForCausalLM
     from builder_svc.build_config import BuildConfig

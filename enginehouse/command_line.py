@@ -41,7 +41,8 @@ SECTIONS = {
     "Serve": ("up", "load", "unload"),
     "Build": ("build", "builds", "plan"),
     "Use": ("generate", "chat", "bench"),
-    "Inspect": ("models", "engines", "keys", "completion"),
+    "Inspect": ("models", "engines", "completion"),
+    "Secure": ("keys", "certs"),
 }
 
 

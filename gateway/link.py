@@ -14,6 +14,7 @@ import grpc
 from engine.errors import Unavailable
 from gateway.inbox import Inbox
 from gateway.inboxes import Inboxes
+from protos.dial import NONE, Credentials, why_not
 from protos.rpc import CHANNEL_OPTIONS
 from protos.v1.executor_pb2 import (
     ENGINE_STATE_READY,
@@ -64,11 +65,11 @@ class Link:
         on_loss: called when a connection that stood is lost.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials = NONE) -> None:
         self.address = address
+        self._credentials = credentials
         self.on_loss: Callable[[], None] = lambda: None
-        self._channel = grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, *_RECONNECT])
-        self._stub: ExecutorAsyncStub = ExecutorStub(self._channel)
+        self._dial()
         self._connected = False
         self._answers = False
         self._loads: dict[str, EngineLoad] = {}  # of the engines that are ready
@@ -112,16 +113,16 @@ class Link:
 
     async def run(self) -> None:
         """Connects, again and again, until it is cancelled."""
-        pause, told = _FIRST_PAUSE, False
+        pause, told = _FIRST_PAUSE, ""
         try:
             while True:
                 begun = time.monotonic()
                 reason = await self._session()
                 stood = time.monotonic() - begun > _STATUS_TIMEOUT
                 pause = _FIRST_PAUSE if stood and self._connected else min(2 * pause, _LONGEST_PAUSE)
-                if self._connected or not told:
+                if self._connected or reason != told:
                     log.warning("executor %s: %s", self.address, reason)
-                    told = True
+                    told = reason
                 if self._connected:
                     self.on_loss()
                 self._disconnect(reason)
@@ -132,6 +133,9 @@ class Link:
 
     async def _session(self) -> str:
         """One Run stream from its beginning to its end; says what ended it."""
+        if self._credentials.version != self._version:
+            await self._channel.close()
+            self._dial()
         try:
             self._note(await self._stub.GetStatus(GetStatusRequest(), timeout=_STATUS_TIMEOUT))
             self._commands = asyncio.Queue()
@@ -146,11 +150,18 @@ class Link:
                 poll.cancel()
                 call.cancel()
         except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {error.details()}"
+            known = why_not(error.details() or "", self.address, self._credentials)
+            return known or f"{error.code().name}: {error.details()}"
         except Exception as error:  # whatever it sent: a link must not die of it
             log.exception("executor %s", self.address)
             return f"{type(error).__name__}: {error}"
         return "it ended the Run stream"
+
+    def _dial(self) -> None:
+        """A channel with the newest certificates: one that has been made keeps its own."""
+        self._version = self._credentials.version
+        self._channel = self._credentials.channel(self.address, [*CHANNEL_OPTIONS, *_RECONNECT])
+        self._stub: ExecutorAsyncStub = ExecutorStub(self._channel)
 
     async def look(self) -> None:
         """Asks at once what the executor has. One that is not connected, or does not answer soon, stays as it was."""

@@ -1,7 +1,7 @@
 """Which executor a request goes to."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.errors import Unavailable
 from gateway.link import Link, View
@@ -17,8 +17,8 @@ def least_loaded(views: Sequence[View]) -> int | None:
 class Router:
     """Holds a link to each executor."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._links = [Link(address) for address in dict.fromkeys(addresses)]
+    def __init__(self, addresses: Sequence[str], link: Callable[[str], Link] = Link) -> None:
+        self._links = [link(address) for address in dict.fromkeys(addresses)]
         self._tasks: list[asyncio.Task[None]] = []
         self._looking: asyncio.Future[list[None]] | None = None
 

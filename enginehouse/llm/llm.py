@@ -10,6 +10,7 @@ from builder_svc.quant_config import QuantConfig, check_not_asked
 from builder_svc.tensorrt_names import also_takes
 from engine.artifact import Engine
 from engine.errors import FailedPrecondition, InvalidArgument
+from enginehouse.client import GatewayClient
 from enginehouse.llm.executor import ExecutorStats, GenerationExecutor, KvCacheConfig, Skipped
 from enginehouse.llm.generator import Generator
 from enginehouse.llm.outputs import RequestOutput
@@ -136,21 +137,34 @@ class LLM:
             )
 
     @classmethod
-    def connect(cls, address: str, model: str, *, skip_tokenizer_init: bool = False) -> Self:
+    def connect(
+        cls,
+        address: str,
+        model: str,
+        *,
+        skip_tokenizer_init: bool = False,
+        api_key: str | None = None,
+        tls_ca: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+    ) -> Self:
         """The same over a running cluster, whose executors run the engine.
 
         Args:
             address: the gateway's host:port.
             model: a name that it serves.
             skip_tokenizer_init: token ids in and out, no text.
+            api_key, tls_ca, tls_cert, tls_key: as `GatewayClient` takes them.
 
         Raises:
+            Unauthenticated: the gateway asks for an API key, and does not know this one.
             Unavailable: no gateway answers there.
             NotFound: no model of that name; the message lists those that are there.
         """
         llm = cls.__new__(cls)
         llm.engine = None
-        llm._generator = remote = RemoteGenerator(address, model, text=not skip_tokenizer_init)
+        client = GatewayClient(address, api_key=api_key, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+        llm._generator = remote = RemoteGenerator(client, model, text=not skip_tokenizer_init)
         llm._tokenizer = None if skip_tokenizer_init else remote.tokenizer  # type: ignore[assignment]
         return llm
 
