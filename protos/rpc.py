@@ -38,6 +38,8 @@ _MAX_STATUS_TEXT, _MAX_METADATA_VALUE = 1500, 200
 
 _LAST_MOMENTS = 1.0  # seconds in which calls that are cut hear of it
 
+ALIVE = "alive"  # the name whose health says that the process works, also while it ends: no reason to kill it
+
 log = logging.getLogger(__name__)
 
 
@@ -250,12 +252,14 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
-    for name in ("", f"enginehouse.v1.{service.capitalize()}"):
+    ready = ("", f"enginehouse.v1.{service.capitalize()}")
+    for name in (*ready, ALIVE):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     print(f"enginehouse {service} listening on {host}:{bound}", flush=True)
     await stop.wait()
     stop.clear()
-    await checks.enter_graceful_shutdown()
+    for name in ready:
+        await checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     if before_stop:
         await _within(None, stop, asyncio.ensure_future(before_stop()))
     ended = asyncio.ensure_future(server.stop(grace + _LAST_MOMENTS))
