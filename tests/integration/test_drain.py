@@ -16,7 +16,7 @@ from builder_svc.pipeline import build
 from engine import registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError
-from protos.rpc import from_rpc_error
+from protos.rpc import ALIVE, from_rpc_error
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
 from protos.v1.executor_pb2_grpc import ExecutorStub
@@ -84,8 +84,8 @@ async def error_of(call: Any) -> EnginehouseError:
     return from_rpc_error(caught.value)
 
 
-async def health(channel: grpc.aio.Channel) -> int:
-    return (await HealthStub(channel).Check(HealthCheckRequest())).status
+async def health(channel: grpc.aio.Channel, name: str = "") -> int:
+    return (await HealthStub(channel).Check(HealthCheckRequest(service=name))).status
 
 
 async def ended(of: Service) -> int:
@@ -147,6 +147,7 @@ async def test_an_executor_ends_what_runs_and_takes_nothing_new(store: str, exec
                     pass
             assert status.engines[0].state == pb.ENGINE_STATE_READY
             assert await health(beside) == HealthCheckResponse.NOT_SERVING
+            assert await health(beside, ALIVE) == HealthCheckResponse.SERVING
             refused = await error_of(direct.Generate(submit(store, 1)))
             assert (refused.code, refused.reason) == (14, "EXECUTOR_DRAINING")
             error = await error_of(direct.LoadEngine(pb.LoadEngineRequest(model="tiny")))
