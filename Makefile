@@ -1,4 +1,4 @@
-# make demo | test | check | drills | fuzz | bench | protos | docs
+# make demo | test | check | drills | fuzz | bench | protos | docs | site
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL ?= -n 2 --dist loadfile
 PROTOS := $(wildcard protos/v1/*.proto)
 
-.PHONY: demo test check drills fuzz bench protos docs clean
+.PHONY: demo test check drills fuzz bench protos docs site clean
 
 demo: $(VENV)/.ready
 	$(BIN)/enginehouse up demo=examples/demo-model -- $(BIN)/enginehouse generate "In the beginning" --model demo --max-tokens 96 --stats
@@ -51,6 +51,11 @@ protos: $(VENV)/.ready
 docs: $(VENV)/.ready
 	@mkdir -p $(OUT)/docs
 	@$(BIN)/python docs/make_api.py $(OUT)/docs/api.md
+	@$(BIN)/python docs/make_cli.py $(OUT)/docs/cli.md
+
+# docs/ as a site, in site/.
+site: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,4 +63,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

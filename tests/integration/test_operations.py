@@ -1,6 +1,5 @@
 """docs/operations.md as somebody follows it, over one cluster: every command, in order."""
 
-import re
 import shlex
 import signal
 import subprocess
@@ -15,12 +14,13 @@ from builder_svc.pipeline import build
 from engine import registry
 from engine.backends import open_store
 from enginehouse.process import service_environment
+from tests.documents import commands
 from tests.integration.services import Service, service
 
 pytestmark = pytest.mark.drill
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = re.findall(r"^\$ (.*)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+COMMANDS = commands("operations.md")
 
 
 def test_every_command(tmp_path: Path) -> None:

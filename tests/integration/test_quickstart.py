@@ -16,11 +16,12 @@ import pytest
 from engine.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from enginehouse import LLM, SamplingParams
 from enginehouse.process import service_environment
+from tests.documents import commands
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "quickstart.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = re.findall(r"^\$ (.*)$", TEXT, re.MULTILINE)
+COMMANDS = commands("quickstart.md")
 GATEWAY = "127.0.0.1:8400"
 PROMPT = "In the beginning God created the"
 

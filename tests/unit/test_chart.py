@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import tomllib
 from itertools import product
 from typing import Any
 
@@ -227,6 +228,23 @@ def test_gateways_name_every_executor_that_a_pool_can_have(example: str) -> None
                 assert named(manifests, "Service")[pod.owner["spec"]["serviceName"]]["spec"]["clusterIP"] == "None"
                 assert pod.owner["spec"]["serviceName"] == name
     assert sorted(told) == sorted(wanted) and told
+
+
+def test_the_chart_has_the_projects_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (chart["appVersion"], chart["version"], chart["description"]) == (
+        project["version"],
+        project["version"],
+        project["description"],
+    )
+
+
+def test_clients_may_balance_among_gateways_themselves() -> None:
+    service = named(render("one-node", *values(gateway__service__type="Headless")), "Service")[
+        f"{RELEASE}-enginehouse-gateway"
+    ]
+    assert service["spec"]["clusterIP"] == "None" and "type" not in service["spec"]
 
 
 def test_the_http_port_is_there_if_it_was_asked_for() -> None:

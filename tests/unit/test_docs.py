@@ -1,5 +1,6 @@
 """What the documents name exists: files, functions, commands and their options."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from click import Context, Group
 
 from enginehouse.cli import main
+from tests import documents
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -69,7 +71,10 @@ def test_the_reasons_and_fields_of_the_page_on_security_exist() -> None:
     assert [name for name in found if not re.search(rf"\b{name}\b", CODE)] == []
 
 
-@pytest.mark.parametrize("command", [*commands(README), *commands(SECURITY)], ids=" ".join)
+OTHERS = {"make", "pip", "git", "torchrun", "helm", "kubectl", "docker", "curl", "mkdir", "for", "sleep"}
+
+
+@pytest.mark.parametrize("command", commands(README), ids=" ".join)
 def test_every_command_of_the_readme_can_be_typed(command: list[str]) -> None:
     """Parsed, not run; the integration tests run them."""
     program, *arguments = command
@@ -87,6 +92,29 @@ def test_every_command_of_the_readme_can_be_typed(command: list[str]) -> None:
             command = command.get_command(context, name)
             assert command is not None, name
         command.make_context(name, arguments, parent=context)
+
+
+@pytest.mark.parametrize("page", [page for page in documents.PAGES if page != "cli.md"])
+def test_every_command_of_a_page_can_be_typed_and_is_run_or_says_what_it_needs(page: str) -> None:
+    """Parsed here; a test runs each that needs nothing special (`tests/documents.py`)."""
+    assert {block.needs for block in documents.blocks(page)} <= documents.NEEDS | {""}
+    typed = [line for block in documents.blocks(page) for command in block.commands for line in command.splitlines()]
+    for line in typed:
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        while words and words[0] == "enginehouse":
+            end = words.index("--") if "--" in words else len(words)
+            test_every_command_of_the_readme_can_be_typed(words[:end])
+            words = words[end + 1 :]
+        if words[:1] == ["python"]:
+            assert not re.match(
+                "(gateway|builder_svc|executor_svc|protos|bench)", words[2]
+            ) or importlib.util.find_spec(words[2])
+        else:
+            assert not words or words[0] in OTHERS, line
+    if page in documents.OWN and documents.commands(page):
+        assert f'"{page}"' in (ROOT / documents.OWN[page]).read_text(), "it does not read the page"
 
 
 def test_relative_links_lead_somewhere() -> None:
