@@ -33,7 +33,7 @@ class Image:
     """What a target becomes.
 
     Attributes:
-        extra: of pyproject.toml, that its environment was made with.
+        extra: of pyproject.toml, that its environment was made with; several with commas between.
         commands: all instructions, from the base image on.
         health: the command of its health check.
     """
@@ -104,7 +104,7 @@ def image(target: str) -> Image:
     commands = chain(target)
     copied = [flag for command in commands for flag in command.flags if flag.startswith("--from=")]
     source = chain(copied[-1].removeprefix("--from="))
-    extras = re.findall(r"\.\[(\w+)\]", " ".join(part for command in source for part in command.value))
+    extras = re.findall(r"\.\[([\w,]+)\]", " ".join(part for command in source for part in command.value))
     return Image(
         extra=extras[-1],
         commands=commands,

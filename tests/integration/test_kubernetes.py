@@ -85,7 +85,7 @@ def test_tls_api_keys_and_signatures_from_secrets(tmp_path: Path) -> None:
     secrets["trusted-keys"] = {"ours.pem": public}
     secrets["engines-store"] = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "asks"}
     given = values(
-        store__url="/srv/engines", store__claim="engines", builder__signingKey__secret="signing", builder__image=""
+        store__url="/srv/engines", store__claim="engines", builder__signingKey__secret="signing", builder__gpus=0
     )
     started = pods(render("several-models", *given))
     node = Node(tmp_path, secrets)

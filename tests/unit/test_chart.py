@@ -148,9 +148,9 @@ def test_a_pool_may_say_less_than_the_defaults_do() -> None:
 def test_a_pod_has_its_images_ports_user_and_probes(example: str, name: str) -> None:
     pod = pods(render(example))[name]
     ports = pod.ports
-    if pod.target != "builder-cuda":  # one that its owner makes
-        assert pod.image.exposed == (ports["grpc"], ports["metrics"])
-        assert {"machines", "grpc", "metrics"} >= ports.keys()
+    assert pod.image.exposed == (ports["grpc"], ports["metrics"])
+    assert {"machines", "grpc", "metrics"} >= ports.keys()
+    assert pod.target.endswith("-cuda") == ("nvidia.com/gpu" in pod.container["resources"].get("limits", {}))
     assert f"--metrics-port={ports['metrics']}" in pod.container["args"]
     context = pod.spec["securityContext"]
     assert (context["runAsUser"], context["runAsNonRoot"], pod.spec["automountServiceAccountToken"]) == (

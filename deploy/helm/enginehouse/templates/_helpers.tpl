@@ -35,7 +35,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{/* The image: one a target of deploy/docker/Dockerfile. */}}
 {{- define "enginehouse.image" -}}
 {{- $target := .service -}}
-{{- if eq (.part.device | default "cpu") "cuda" -}}{{- $target = printf "%s-cuda" .service -}}{{- end -}}
+{{- if or (eq (.part.device | default "cpu") "cuda") (and (eq .service "builder") .part.gpus) -}}{{- $target = printf "%s-cuda" .service -}}{{- end -}}
 {{- $image := .part.image | default (printf "%senginehouse-%s" .root.Values.image.prefix $target) -}}
 {{- if contains "@" $image -}}{{ $image }}{{- else -}}{{ $image }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}{{- end -}}
 {{- end -}}
