@@ -52,7 +52,7 @@ def test_a_cluster_on_one_node_as_the_page_says(tmp_path: Path, monkeypatch: pyt
             assert command[0] == "enginehouse"
             if command[1] == "models":  # what they load is built by now
                 start("demo")
-                node.names[f"{NAME}demo-0.{NAME}demo:8411"] = node.running["demo"].address
+                node.names[f"{NAME}demo-0.{NAME}demo.default.svc:8411"] = node.running["demo"].address
                 start("gateway")
             for name, port in (("builder", 8401), ("gateway", 8400)):
                 here = node.running[name].address if name in node.running else ""
@@ -97,9 +97,9 @@ def test_tls_api_keys_and_signatures_from_secrets(tmp_path: Path) -> None:
             *as_client, "build", str(ROOT / "examples" / "demo-model"), "--name", "demo", "--builder", builder.address
         )
         executor = stack.enter_context(node.start(started["embedded"]))
-        node.names[f"{NAME}embedded-0.{NAME}embedded:8411"] = executor.address
+        node.names[f"{NAME}embedded-0.{NAME}embedded.default.svc:8411"] = executor.address
         node.names |= {
-            f"{NAME}{pool}-{number}.{NAME}{pool}:8411": "127.0.0.1:1"
+            f"{NAME}{pool}-{number}.{NAME}{pool}.default.svc:8411": "127.0.0.1:1"
             for pool in ("large", "small")
             for number in range(8)
         }

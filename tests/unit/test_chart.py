@@ -222,7 +222,8 @@ def test_gateways_name_every_executor_that_a_pool_can_have(example: str) -> None
             ]
             assert ("replicas" in pod.owner["spec"]) == (not most)
             wanted += [
-                f"{name}-{number}.{name}:8411" for number in range(most[0] if most else pod.owner["spec"]["replicas"])
+                f"{name}-{number}.{name}.default.svc:8411"
+                for number in range(most[0] if most else pod.owner["spec"]["replicas"])
             ]
             if pod.owner["kind"] == "StatefulSet":  # else the controller of the group makes it
                 assert named(manifests, "Service")[pod.owner["spec"]["serviceName"]]["spec"]["clusterIP"] == "None"
