@@ -1,6 +1,5 @@
 """A rank's weights: taken from the checkpoint tensor by tensor, written as safetensors, hashed on the way."""
 
-import errno
 import json
 import math
 import os
@@ -13,8 +12,9 @@ import torch
 
 from builder_svc.checkpoint.tensors import Tensors
 from builder_svc.models.sources import Source
+from builder_svc.work_directory import unwritable
 from engine.blobs import Hasher
-from engine.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from engine.errors import InvalidArgument
 from engine.manifest import FileRef
 from engine.program import ITEM_SIZE, Program, TensorType
 
@@ -141,14 +141,7 @@ def write_weights(
     written = []
     for number, group in enumerate(_groups(order, program)):
         path = directory / f"{stem}-{number:05d}.safetensors"
-        try:
-            ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
-        except (ResourceExhausted, FailedPrecondition) as error:
-            raise type(error)(
-                f"{error.message}; free some space, or choose another folder: --data of `enginehouse build`, --work-dir of a "
-                "builder",
-                reason=error.reason,
-            ) from None
+        ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
         written.append((ref, path))
     return written
 
@@ -179,9 +172,7 @@ def write_file(
                 output.write(memoryview(part.view(-1).view(torch.uint8).numpy()))
                 wrote(part.nbytes)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceExhausted(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_FULL") from None
-        raise FailedPrecondition(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_UNWRITABLE") from None
+        raise unwritable(path, error) from None
     return output.hasher.ref(path.name)
 
 

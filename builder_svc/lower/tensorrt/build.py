@@ -1,0 +1,139 @@
+"""A lowered network becomes a plan: profiles, options of the builder, progress, and an end in the middle."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder_svc.lower.tensorrt.lowered import LoweredNetwork
+from builder_svc.lower.tensorrt.packages import failed
+from builder_svc.lower.tensorrt.targets import Target
+from builder_svc.work_directory import unwritable
+from engine.blobs import Hasher
+from engine.manifest import FileRef
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan that was built.
+
+    Attributes:
+        timing_cache: what the builder has measured, for the next build of the same version and target; empty where it measures nothing.
+    """
+
+    ref: FileRef
+    path: Path
+    timing_cache: bytes
+
+
+def build(
+    lowered: LoweredNetwork,
+    trt: Any,
+    target: Target,
+    path: Path,
+    *,
+    weight_streaming: bool = False,
+    timing_cache: bytes = b"",
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Plan:
+    """Writes the plan of a network to a file, as TensorRT makes it: it need not fit into memory twice, or into 2 GiB.
+
+    TensorRT works in a thread of its own, so that a signal is heard: whatever is raised here meanwhile ends the build at its next step.
+
+    Args:
+        weight_streaming: whether weights may stay in main memory while the plan runs.
+        progress: called with (steps done, steps in all), from that thread.
+
+    Raises:
+        Internal: TensorRT gives no plan; the message has its reason.
+        ResourceExhausted, FailedPrecondition: the file cannot be written.
+    """
+    config = _config(lowered, trt, target, weight_streaming)
+    cache = config.create_timing_cache(timing_cache)
+    if cache is not None:
+        config.set_timing_cache(cache, True)
+    monitor, writer = _monitor(trt, progress), _writer(trt, path)
+    config.progress_monitor = monitor
+    with ThreadPoolExecutor(1, "tensorrt") as pool:
+        building = pool.submit(lowered.builder.build_serialized_network_to_stream, lowered.network, config, writer)
+        try:
+            done = building.result()
+        except BaseException:
+            monitor.stop.set()
+            raise
+        finally:
+            writer.file.close()
+    if writer.error is not None:
+        raise unwritable(path, writer.error)
+    if not done:
+        raise failed(trt, f"the network for {target}")
+    measured = b"" if cache is None else bytes(memoryview(cache.serialize()))
+    return Plan(writer.hasher.ref(path.name), path, measured)
+
+
+def _config(lowered: LoweredNetwork, trt: Any, target: Target, weight_streaming: bool) -> Any:
+    config = lowered.builder.create_builder_config()
+    if target.flavour == "tensorrt_rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, target.name), 0)
+    if weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    for ranges in lowered.profiles:
+        profile = lowered.builder.create_optimization_profile()
+        for port in lowered.io_spec.inputs:
+            profile.set_shape(port.name, *ranges.shapes(port))
+        if config.add_optimization_profile(profile) < 0:
+            raise failed(trt, f"profile {ranges.name!r}")
+    return config
+
+
+def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
+    """An IProgressMonitor that counts the steps of all phases, and ends the build when `stop` is set."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.stop = threading.Event()
+            self._lock = threading.Lock()
+            self._done = self._total = 0
+
+        def phase_start(self, _name: str, _parent: str | None, steps: int) -> None:
+            self._count(0, steps)
+
+        def step_complete(self, _name: str, _step: int) -> bool:
+            self._count(1, 0)
+            return not self.stop.is_set()
+
+        def phase_finish(self, _name: str) -> None:
+            pass
+
+        def _count(self, done: int, total: int) -> None:
+            with self._lock, suppress(Exception):  # an exception would end the process, in the middle of TensorRT's own code
+                self._done, self._total = self._done + done, self._total + total
+                progress(min(self._done, self._total), self._total)
+
+    return Monitor()
+
+
+def _writer(trt: Any, path: Path) -> Any:
+    """An IStreamWriter into a file, hashed on the way."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.hasher, self.file = Hasher(), path.open("wb")
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
+            self.hasher.update(data)
+            return len(data)
+
+    return Writer()

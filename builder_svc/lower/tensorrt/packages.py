@@ -1,0 +1,87 @@
+"""The TensorRT packages: imported when they are used, since they are large and not everybody's."""
+
+import importlib
+import importlib.util
+import logging
+from typing import Any
+
+from engine.errors import FailedPrecondition, Internal
+
+FLAVOURS = ("tensorrt", "tensorrt_rtx")
+"""What plans are made with, by the name of the backend: TensorRT for the GPU that is here, or TensorRT for RTX for one that is named."""
+
+_MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+_LIBRARIES = {"tensorrt_rtx_bindings": "tensorrt_rtx_libs"}
+_NO_GPU = "cudaError 35", "CUDA initialization failure with error: 35"
+
+log = logging.getLogger(__name__)
+
+
+def load(flavour: str) -> Any:
+    """The module of a flavour.
+
+    Raises:
+        FailedPrecondition: it is not installed, or cannot be loaded; the message names the extra.
+    """
+    extra = flavour.replace("_", "-")
+    for name in _MODULES[flavour]:
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            if name in _LIBRARIES:
+                importlib.import_module(_LIBRARIES[name])  # finds the shared libraries
+            return importlib.import_module(name)
+        except (ImportError, OSError) as error:
+            raise FailedPrecondition(
+                f"{name} is installed, but cannot be loaded: {error}. Install it again: pip install --force-reinstall "
+                f"'enginehouse[{extra}]'",
+                reason="TENSORRT_BROKEN",
+            ) from None
+    raise FailedPrecondition(
+        f"backend {flavour!r} needs {flavour}, which is not installed here: pip install 'enginehouse[{extra}]'",
+        reason="EXTRA_MISSING",
+    )
+
+
+def version(trt: Any) -> str:
+    """The version of a flavour's module, such as "1.7.1.116": plans fit no other one."""
+    return str(trt.__version__)
+
+
+_loggers: dict[str, Any] = {}
+
+
+def logger(trt: Any) -> Any:
+    """The ILogger of a module, which keeps errors until `take_errors`; one for the process, as TensorRT has it."""
+    found = _loggers.get(trt.__name__)
+    if found is not None:
+        return found
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if any(text in message for text in _NO_GPU):
+                return  # a builder on a machine without a GPU says so each time
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message.strip())
+            elif severity <= trt.ILogger.Severity.WARNING:
+                log.info("%s: %s", trt.__name__, message.strip())
+
+    _loggers[trt.__name__] = Logger()
+    return _loggers[trt.__name__]
+
+
+def take_errors(trt: Any) -> str:
+    """What TensorRT said was wrong since the last time."""
+    errors = logger(trt).errors
+    text = "; ".join(errors[-3:])
+    errors.clear()
+    return text or "it gave no reason"
+
+
+def failed(trt: Any, what: str) -> Internal:
+    """An error of the builder's that no table of ours foresaw, with TensorRT's own words."""
+    return Internal(f"TensorRT refused {what}: {take_errors(trt)}", reason="TENSORRT_REFUSED")

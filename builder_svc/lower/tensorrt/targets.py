@@ -1,0 +1,141 @@
+"""What TensorRT takes for which GPU: looked up before a build, so that it is refused in words and not by an error deep inside one."""
+
+import re
+from dataclasses import dataclass
+
+from builder_svc.lower.tensorrt.linears import INT4_GROUPS, int4_group
+from engine.errors import InvalidArgument, Unimplemented
+from engine.program import Op, Program
+
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""Of GPUs for which TensorRT for RTX builds, without having one."""
+
+LEAST = {"float16": "7.5", "float32": "8.0", "bfloat16": "8.0", "int8": "7.5", "int4": "8.0", "fp8": "8.9"}
+"""Form of activations or weights -> the first compute capability that takes it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is for.
+
+    Attributes:
+        flavour: "tensorrt" or "tensorrt_rtx" (`packages.FLAVOURS`).
+        capability: compute capability of the GPU, such as "12.0".
+    """
+
+    flavour: str
+    capability: str
+
+    @property
+    def name(self) -> str:
+        """Such as "SM120"."""
+        return f"SM{self.capability.replace('.', '')}"
+
+    def __str__(self) -> str:
+        return f"{self.flavour} for {self.name}"
+
+    @staticmethod
+    def named(flavour: str, text: str) -> "Target":
+        """Of "sm120", "SM120" or "12.0". Raises InvalidArgument, listing those that there are."""
+        capability = capability_of(text)
+        if flavour == "tensorrt_rtx" and capability not in CAPABILITIES:
+            fitting = ", ".join(f"sm{known.replace('.', '')}" for known in CAPABILITIES)
+            raise InvalidArgument(
+                f"target {text!r}: TensorRT for RTX builds for {fitting}", reason="TARGET_UNSUPPORTED"
+            )
+        return Target(flavour, capability)
+
+
+def capability_of(text: str) -> str:
+    """The compute capability that "sm120" or "12.0" means. Raises InvalidArgument."""
+    if found := re.fullmatch(r"(?i:sm_?)([0-9]{1,2})([0-9])|([0-9]{1,2})\.([0-9])", text):
+        return ".".join(part for part in found.groups() if part is not None)
+    raise InvalidArgument(f"target {text!r}: write it like sm120, or as a compute capability like 12.0")
+
+
+def attention_form(program: Program, target: Target) -> str:
+    """ "packed" where TensorRT has it and no layer needs a mask, else "padded"."""
+    masked = any(op.op == "attention" and (_alibi(op) or op.attrs["window"] or op.attrs.get("soft_cap")) for op in program.ops)
+    return "packed" if target.flavour == "tensorrt" and not masked else "padded"
+
+
+def check(program: Program, target: Target) -> None:
+    """Raises Unimplemented unless the target takes every operator in the form that the program has it in.
+
+    The message names the layer, the target and what would do.
+    """
+    layer = 0
+    for op in program.ops:
+        where = _layer(op, program) or f"layer {layer}"
+        for problem, alternatives in _problems(op, program, target):
+            raise Unimplemented(f"{where}: {problem}; {alternatives}", reason="TARGET_UNSUPPORTED")
+        layer += op.op == "attention"
+
+
+def _layer(op: Op, program: Program) -> str:
+    weights = [name for name in op.inputs if name in program.weights]
+    return f"{op.op} {weights[0].removesuffix('.weight')}" if weights and op.op != "attention" else ""
+
+
+def _problems(op: Op, program: Program, target: Target) -> list[tuple[str, str]]:
+    """(problem, alternatives) of one operator."""
+    forms = {value.type.dtype for value in op.outputs} & set(LEAST)
+    packed = {"linear_int4": "int4", "linear_int8": "int8", "linear_fp8": "fp8"}.get(op.op)
+    found = [_too_old(form, target) for form in sorted(forms | ({packed} if packed else set()))]
+    found.append(_ABSENT.get(op.op))
+    if op.op == "attention" and program.caches[int(str(op.attrs["cache"]))].dtype == "float8_e4m3fn":
+        found.append((f"{target} has no KV cache of 8 bits", "build with kv_cache_dtype 'auto', or with backend 'torch'"))
+    if op.op == "linear_int4":
+        found.append(_groups(op, program, target))
+    if op.op == "linear_fp8":
+        found.append(_blocks(op, program, target))
+    return [problem for problem in found if problem]
+
+
+_ABSENT = {
+    name: ("a pipeline's ranks have no layer in TensorRT", "build with pp_size 1 (and a larger tp_size), or with backend 'torch'")
+    for name in ("send", "recv")
+}
+
+
+def _too_old(form: str, target: Target) -> tuple[str, str] | None:
+    if _number(LEAST[form]) <= _number(target.capability):
+        return None
+    newer = [f"sm{known.replace('.', '')}" for known in CAPABILITIES if _number(known) >= _number(LEAST[form])]
+    taken = [other for other, least in LEAST.items() if _number(least) <= _number(target.capability)]
+    return (
+        f"{target} takes no {form}",
+        f"choose a target of {', '.join(newer)}, or one of {', '.join(taken)} in its place, or backend 'torch'",
+    )
+
+
+def _groups(op: Op, program: Program, target: Target) -> tuple[str, str] | None:
+    size = int(str(op.attrs["group_size"]))
+    columns = int(program.weights[op.inputs[1]].shape[1]) * 2
+    if int4_group(size) and columns % size == 0:
+        return None
+    groups = ", ".join(map(str, sorted(INT4_GROUPS)))
+    return (
+        f"{target} takes INT4 in groups of {groups} inputs, or of a multiple of these, and whole ones, not {columns} inputs in groups of "
+        f"{size}",
+        f"quantize with groups of {groups}, or choose backend 'torch'",
+    )
+
+
+def _blocks(op: Op, program: Program, target: Target) -> tuple[str, str] | None:
+    columns = int(program.weights[op.inputs[1]].shape[1])
+    rows, wide = op.attrs["block_rows"], op.attrs["block_columns"]
+    if int(str(wide)) >= columns:
+        return None
+    return (
+        f"{target} takes FP8 with a scale a row or one for all, not one for {rows} x {wide} blocks",
+        "quantize by channel or by tensor, or choose backend 'torch'",
+    )
+
+
+def _alibi(op: Op) -> bool:
+    return len(op.inputs) > 3 and bool(op.inputs[3])
+
+
+def _number(capability: str) -> float:
+    return float(capability)
