@@ -175,7 +175,7 @@ def cache_blocks(
     per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
     if kv_memory is None:
         most = (limits.max_batch_size * per_sequence + spare) * block_bytes
-        kv_memory = min(most, int(kv_share * max(0, _free_memory(device) - steps)))
+        kv_memory = min(most, int(kv_share * max(0, free_memory(device) - steps)))
     num_blocks = max(kv_memory // block_bytes - spare, 0)
     if num_blocks < per_sequence:
         raise FailedPrecondition(
@@ -201,7 +201,7 @@ def _cache(spec: KVCache, num_blocks: int, device: str) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _free_memory(device: str) -> int:
+def free_memory(device: str) -> int:
     """Bytes of the device's memory that nobody uses; on the CPU, that can be had without swapping."""
     if device == "cuda":
         free: int = torch.cuda.mem_get_info()[0]

@@ -44,9 +44,9 @@ class Engine:
 
     def __init__(self, loaded: LoadedEngine, kv_blocks: int | None = None) -> None:
         memory = kv_blocks and kv_blocks * 16 * loaded.manifest.model.kv_bytes_per_token
-        device = loaded.manifest.fingerprint.device
-        self.runner = TorchRunner(
-            loaded.program, loaded.weights, loaded.manifest.limits, device=device, kv_memory=memory
+        self.device = loaded.manifest.fingerprint.device
+        self.runner: Any = TorchRunner(
+            loaded.program, loaded.weights, loaded.manifest.limits, device=self.device, kv_memory=memory
         )
         self.scheduler = Scheduler(scheduler_config(self.runner, loaded.manifest))
 

@@ -27,7 +27,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, lowered: LoweredNetwork, trt: Any, *, wide: torch.dtype = torch.float32, collective: Collective | None = None
+        self,
+        lowered: LoweredNetwork,
+        trt: Any,
+        *,
+        wide: torch.dtype = torch.float32,
+        collective: Collective | None = None,
     ) -> None:
         self._lowered, self._trt, self._wide, self._collective = lowered, trt, wide, collective
         self._dtypes = {
@@ -85,7 +90,9 @@ class Evaluator:
 
     def _check(self, tensor: Any, value: Tensor) -> None:
         shape = tuple(tensor.shape)
-        fits = len(shape) == value.dim() and all(size in (-1, is_) for size, is_ in zip(shape, value.shape, strict=True))
+        fits = len(shape) == value.dim() and all(
+            size in (-1, is_) for size, is_ in zip(shape, value.shape, strict=True)
+        )
         assert fits, f"{tensor.name}: TensorRT infers {shape}, here it is {tuple(value.shape)}"
 
     def _constant(self, layer: Any) -> Tensor:
@@ -183,11 +190,13 @@ class Evaluator:
     ) -> Tensor:
         cache = cache.clone()
         for row, start in enumerate(starts.tolist()):
-            part = new[row]
-            if layer.update_form == self._trt.AttentionIOForm.PACKED_NHD:
-                assert borders is not None
+            if borders is None:
+                assert layer.update_form == self._trt.AttentionIOForm.PADDED_BHND
+                part = new[row]
+            else:
+                assert layer.update_form == self._trt.AttentionIOForm.PACKED_NHD
                 part = new[int(borders[row]) : int(borders[row + 1])].transpose(0, 1)
-            assert 0 <= start and start + part.shape[1] <= cache.shape[2], "tokens beyond the end of the slot"
+            assert start >= 0 and start + part.shape[1] <= cache.shape[2], "tokens beyond the end of the slot"
             cache[row, :, start : start + part.shape[1]] = part
         return cache
 
@@ -207,10 +216,11 @@ class Evaluator:
         packed = of.query_form == forms.PACKED_NHD
         results = []
         for row in range(len(k)):
-            queries = q[row]
             if packed:
                 assert borders is not None
                 queries = q[int(borders[row]) : int(borders[row + 1])].transpose(0, 1)
+            else:
+                queries = q[row]
             length = k.shape[2] if lengths is None else int(lengths[row])
             count, repeats = queries.shape[1], q.shape[1] // k.shape[1]
             keys, values = (self._f(x[row, :, :length]).repeat_interleave(repeats, 0) for x in (k, v))
@@ -220,7 +230,9 @@ class Evaluator:
                 scores = scores.masked_fill(~seen, float("-inf"))
             if mask is not None:
                 part = mask[row, :, :, :length]
-                scores = scores.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else scores + self._f(part)
+                scores = (
+                    scores.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else scores + self._f(part)
+                )
             made = scores.softmax(-1).nan_to_num(0.0) @ values
             results.append(made.transpose(0, 1) if packed else made)
         return torch.cat(results) if packed else torch.stack(results)

@@ -82,8 +82,8 @@ class _Attention:
 class Padded(_Attention):
     """Tokens [batch, seq]: row i is slot i of the caches, its tokens stand at write_index[i] and behind it.
 
-    kv_lengths is write_index + seq, also for rows of fewer tokens: the query at place t sees kv_lengths - seq + t + 1 keys. What a row
-    has behind its tokens is written to the cache, too, unseen, and overwritten by those that follow.
+    kv_lengths is write_index + seq, also for rows of fewer tokens: the query at place t sees kv_lengths - seq + t + 1 keys. What
+    a row has behind its tokens is written to the cache, too, unseen, and overwritten by those that follow.
     """
 
     def __init__(self, program: Program, capacity: int) -> None:
@@ -162,7 +162,7 @@ class Padded(_Attention):
         return net.reshape(net.matmul(net.cast(weights, dtype), values), (BATCH, heads, SEQ, dim))
 
     def _mask(self, net: Net, alibi: Weight | None, window: int, dtype: torch.dtype) -> ITensor:
-        """Which keys a query sees, bool [batch, 1, seq, capacity]; with alibi what is added to scores [batch, heads, seq, capacity]."""
+        """Which keys a query sees, bool [batch, 1, seq, capacity]; with alibi what scores get, [batch, heads, seq, capacity]."""
         key = (alibi and alibi.name, window, dtype)
         if key in self._masks:
             return self._masks[key]
@@ -182,7 +182,7 @@ class Padded(_Attention):
 
 
 class Packed(_Attention):
-    """Tokens [num_tokens]: the rows of the step one after another, row i in slot i of the caches, from borders[i] to borders[i + 1]."""
+    """Tokens [num_tokens], one row after another: row i, in slot i of the caches, from query_lengths[i] to query_lengths[i + 1]."""
 
     def __init__(self, program: Program, capacity: int) -> None:
         super().__init__(program, capacity)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from builder_svc.lower.tensorrt.lowered import LoweredNetwork
-from builder_svc.lower.tensorrt.packages import failed
 from builder_svc.lower.tensorrt.targets import Target
 from builder_svc.work_directory import unwritable
 from engine.blobs import Hasher
 from engine.manifest import FileRef
+from engine.tensorrt import failed
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Plan:
     """A plan that was built.
 
     Attributes:
-        timing_cache: what the builder has measured, for the next build of the same version and target; empty where it measures nothing.
+        timing_cache: what the builder has measured, for the next build of the same version and target; may be empty.
     """
 
     ref: FileRef
@@ -41,7 +41,8 @@ def build(
 ) -> Plan:
     """Writes the plan of a network to a file, as TensorRT makes it: it need not fit into memory twice, or into 2 GiB.
 
-    TensorRT works in a thread of its own, so that a signal is heard: whatever is raised here meanwhile ends the build at its next step.
+    TensorRT works in a thread of its own, so that a signal is heard: what is raised here meanwhile ends the build at its next
+    step.
 
     Args:
         weight_streaming: whether weights may stay in main memory while the plan runs.
@@ -111,7 +112,10 @@ def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
             pass
 
         def _count(self, done: int, total: int) -> None:
-            with self._lock, suppress(Exception):  # an exception would end the process, in the middle of TensorRT's own code
+            with (
+                self._lock,
+                suppress(Exception),
+            ):  # an exception would end the process, in the middle of TensorRT's own code
                 self._done, self._total = self._done + done, self._total + total
                 progress(min(self._done, self._total), self._total)
 

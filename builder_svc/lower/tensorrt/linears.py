@@ -36,8 +36,8 @@ def linear_int4(
 ) -> ITensor:
     """Codes less 8, times the scales of their groups, which are rounded to the dtype of x.
 
-    The layer has no zero points: sum_k x_k (q_k - z) s = sum_k x_k (q_k - 8) s + (8 - z) s sum_k x_k, a second, small product with the
-    sums of the input's groups.
+    The layer has no zero points: sum_k x_k (q_k - z) s = sum_k x_k (q_k - 8) s + (8 - z) s sum_k x_k, a second, small product
+    with the sums of the input's groups.
     """
     dtype = net.torch_dtypes[x.dtype]
     rows, columns = weight.tensor.shape[0], weight.tensor.shape[1] * 2
@@ -65,7 +65,7 @@ def linear_int8(
     *,
     per_token: bool = False,
 ) -> ITensor:
-    """A scale a row of the weight; x in 8 bits, too, with an input scale (SmoothQuant: Xiao et al. 2023) or one for each token."""
+    """A scale a row of the weight; x in 8 bits, too, with a scale of its own (SmoothQuant: Xiao et al. 2023) or one a token."""
     return _eight_bits(net, x, weight, scales.tensor, scales.name, bias, input_scale, per_token, INT8_MAX)
 
 
@@ -97,7 +97,7 @@ def _eight_bits(
     per_token: bool,
     largest: float,
 ) -> ITensor:
-    """Both factors as codes and scales, which TensorRT turns into a product of codes; without scales of x into one of matrices."""
+    """Both factors as codes and scales, which TensorRT makes a product of codes; where x has none, one of matrices."""
     dtype = net.torch_dtypes[x.dtype]
     codes = net.weight(weight)
     matrix = net.dequantize(codes, net.constant(name, scales.to(dtype)), dtype, axis=0)

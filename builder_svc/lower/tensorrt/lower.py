@@ -9,13 +9,24 @@ from torch import Tensor
 
 from builder_svc.lower.tensorrt import linears, operators, rope
 from builder_svc.lower.tensorrt.attention import Packed, Padded
-from builder_svc.lower.tensorrt.lowered import BATCH, BORDERS, LOGITS, SEQ, TOKENS, IoSpec, LoweredNetwork, Port, Profile
+from builder_svc.lower.tensorrt.lowered import (
+    BATCH,
+    BORDERS,
+    LOGITS,
+    SEQ,
+    TOKENS,
+    IoSpec,
+    LoweredNetwork,
+    Port,
+    Profile,
+)
 from builder_svc.lower.tensorrt.net import Net, Weight
-from builder_svc.lower.tensorrt.packages import failed, logger
 from builder_svc.lower.tensorrt.targets import Target, attention_form, check
 from engine.errors import Internal
 from engine.manifest import Limits
 from engine.program import Op, Program
+from engine.tensorrt import PROMPT_ROWS, failed, logger
+from engine.tensorrt import capacity as slot_capacity
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     function.__name__: function
@@ -37,7 +48,7 @@ def lower(
 
     Args:
         constants: the program's weights by name. Their memory is the network's: nothing is copied that can stay as it is.
-        trt: the module of the target's flavour (`packages.load`).
+        trt: the module of the target's flavour (`engine.tensorrt.load`).
         limits: of a step and a sequence.
         ranks: of the tensor-parallel group that the program is one rank's of.
 
@@ -51,7 +62,7 @@ def lower(
     if network is None:
         raise failed(trt, "to make a network")
     net = Net(trt, network)
-    capacity = limits.max_seq_len + 1  # rows of a slot that nobody uses in a step are written behind its last token
+    capacity = slot_capacity(limits.max_seq_len)
     form = attention_form(program, target)
     attention = (Packed if form == "packed" else Padded)(program, capacity)
     handlers = HANDLERS | {
@@ -95,15 +106,14 @@ def _check_type(net: Net, op: Op, dtype: str, result: Any) -> None:
 
 
 def _profiles(form: str, limits: Limits) -> tuple[Profile, ...]:
-    """Prompts, few rows of many tokens; and decodes, many rows of one. The largest batch is at least 2: a decode profile that is fixed
-    at 1 would bring the weights a second time."""
+    """Prompts, one row of many tokens; and decodes, many rows of one, at least 2: fixed at 1 they bring the weights again."""
     rows, tokens = max(2, limits.max_batch_size), limits.max_num_tokens
     longest = min(tokens, limits.max_seq_len)
     usual = max(1, rows // 4)
 
     def dims(batch: tuple[int, int, int], seq: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
         sums = tuple(min(max(tokens, rows), few * many) for few, many in zip(batch, seq, strict=True))
-        logits = (1, max(1, batch[1]), max(tokens, batch[2]))
+        logits = (1, batch[1], batch[2] + min(tokens, PROMPT_ROWS))
         found: dict[str, Any] = {BATCH: batch, LOGITS: logits}
         if form == "padded":
             return found | {SEQ: seq}

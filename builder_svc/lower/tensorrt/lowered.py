@@ -8,8 +8,8 @@ from torch import Tensor
 
 BATCH, SEQ, TOKENS, LOGITS = "batch", "seq", "num_tokens", "num_logits"
 BORDERS = "batch + 1"
-"""Names of dimensions: rows of the cache, tokens of each in a padded step, tokens of a packed one, rows whose logits are wanted, and
-what cumulative lengths have."""
+"""Names of dimensions: rows of the cache, tokens of each in a padded step, tokens of a packed one, rows whose logits are wanted,
+and what cumulative lengths have."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class IoSpec:
     """What goes in and comes out.
 
     Attributes:
-        attention: "padded": tokens [batch, seq], a row a slot of the caches; or "packed": tokens [num_tokens], the rows of the step one
-            after another.
+        attention: "padded": tokens [batch, seq], a row a slot of the caches; or "packed": tokens [num_tokens], the rows of the
+            step one after another.
         capacity: tokens that a slot of the caches holds.
     """
 
@@ -55,7 +55,7 @@ class LoweredNetwork:
 
     Attributes:
         network: an INetworkDefinition.
-        constants: layer name -> the tensor whose memory its constant is. TensorRT reads it when it builds, so they must live as long.
+        constants: layer name -> the tensor whose memory its constant is, which TensorRT reads when it builds.
         kv_aliases: output -> the input whose memory it shares: a cache, before and after the step's tokens are written.
         profiles: for prefill and decode.
         builder: the Builder that made the network, which must live as long.

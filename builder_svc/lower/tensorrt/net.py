@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder_svc.lower.tensorrt.packages import failed
+from engine.tensorrt import failed
 
 ITensor = Any
 """A tensor of a network."""

@@ -140,13 +140,10 @@ def gather(net: Net, x: ITensor, indices: ITensor) -> ITensor:
     return net.gather(x, indices)
 
 
-def _collective(net: Net, x: ITensor, operation: str, reduce: str | None, ranks: int) -> ITensor:
+def _collective(net: Net, x: ITensor, operation: str, reduce: str, ranks: int) -> ITensor:
     """The layer's attributes cannot be read back: its metadata has them, for whoever evaluates the network."""
-    trt = net.trt
-    kind = None if reduce is None else getattr(trt.ReduceOperation, reduce)
-    layer = net.network.add_dist_collective(
-        x, getattr(trt.CollectiveOperation, operation), kind, -1, list(range(ranks))
-    )
+    kind, by = getattr(net.trt.CollectiveOperation, operation), getattr(net.trt.ReduceOperation, reduce)
+    layer = net.network.add_dist_collective(x, kind, by, -1, list(range(ranks)))
     result = net.out(layer)
     layer.num_ranks = ranks
     layer.metadata = json.dumps({"operation": operation, "reduce": reduce, "ranks": ranks})
@@ -161,5 +158,5 @@ def all_reduce(net: Net, x: ITensor, *, ranks: int) -> ITensor:
 def all_gather(net: Net, x: ITensor, *, ranks: int) -> ITensor:
     """[N, n] of each rank, side by side: the layer puts them one behind another."""
     columns = x.shape[1]
-    stacked = net.reshape(_collective(net, x, "ALL_GATHER", None, ranks), (ranks, -1, columns))
+    stacked = net.reshape(_collective(net, x, "ALL_GATHER", "NONE", ranks), (ranks, -1, columns))
     return net.reshape(net.transpose(stacked, (1, 0, 2)), (-1, ranks * columns))

@@ -19,7 +19,7 @@ class Target:
     """What a plan is for.
 
     Attributes:
-        flavour: "tensorrt" or "tensorrt_rtx" (`packages.FLAVOURS`).
+        flavour: "tensorrt" or "tensorrt_rtx" (`engine.tensorrt.FLAVOURS`).
         capability: compute capability of the GPU, such as "12.0".
     """
 
@@ -55,7 +55,9 @@ def capability_of(text: str) -> str:
 
 def attention_form(program: Program, target: Target) -> str:
     """ "packed" where TensorRT has it and no layer needs a mask, else "padded"."""
-    masked = any(op.op == "attention" and (_alibi(op) or op.attrs["window"] or op.attrs.get("soft_cap")) for op in program.ops)
+    masked = any(
+        op.op == "attention" and (_alibi(op) or op.attrs["window"] or op.attrs.get("soft_cap")) for op in program.ops
+    )
     return "packed" if target.flavour == "tensorrt" and not masked else "padded"
 
 
@@ -79,12 +81,12 @@ def _layer(op: Op, program: Program) -> str:
 
 def _problems(op: Op, program: Program, target: Target) -> list[tuple[str, str]]:
     """(problem, alternatives) of one operator."""
-    forms = {value.type.dtype for value in op.outputs} & set(LEAST)
-    packed = {"linear_int4": "int4", "linear_int8": "int8", "linear_fp8": "fp8"}.get(op.op)
-    found = [_too_old(form, target) for form in sorted(forms | ({packed} if packed else set()))]
+    found = [_too_old(form, target) for form in _forms(op)]
     found.append(_ABSENT.get(op.op))
     if op.op == "attention" and program.caches[int(str(op.attrs["cache"]))].dtype == "float8_e4m3fn":
-        found.append((f"{target} has no KV cache of 8 bits", "build with kv_cache_dtype 'auto', or with backend 'torch'"))
+        found.append(
+            (f"{target} has no KV cache of 8 bits", "build with kv_cache_dtype 'auto', or with backend 'torch'")
+        )
     if op.op == "linear_int4":
         found.append(_groups(op, program, target))
     if op.op == "linear_fp8":
@@ -92,10 +94,21 @@ def _problems(op: Op, program: Program, target: Target) -> list[tuple[str, str]]
     return [problem for problem in found if problem]
 
 
-_ABSENT = {
-    name: ("a pipeline's ranks have no layer in TensorRT", "build with pp_size 1 (and a larger tp_size), or with backend 'torch'")
-    for name in ("send", "recv")
-}
+def _forms(op: Op) -> list[str]:
+    """What a product computes with. What lies between products may be float32 everywhere."""
+    if op.op != "attention" and not op.op.startswith("linear"):
+        return []
+    weights = {"linear_int4": "int4", "linear_int8": "int8", "linear_fp8": "fp8"}
+    return [str(op.outputs[0].type.dtype), *filter(None, [weights.get(op.op)])]
+
+
+_ABSENT = dict.fromkeys(
+    ("send", "recv"),
+    (
+        "a pipeline's ranks have no layer in TensorRT",
+        "build with pp_size 1 (and a larger tp_size), or with backend 'torch'",
+    ),
+)
 
 
 def _too_old(form: str, target: Target) -> tuple[str, str] | None:

@@ -1,4 +1,9 @@
-"""The TensorRT packages: imported when they are used, since they are large and not everybody's."""
+"""TensorRT: its packages, imported when they are used, and what whoever builds a plan and whoever runs it agree upon.
+
+A plan's inputs are token_ids, positions (and what else the program takes), write_index and kv_lengths, one a row, and logit_indices,
+all int32, and the caches [rows, heads, capacity, head_dim]; its outputs are logits float32, and the caches again, in place. With
+query_lengths [rows + 1] the tokens of all rows stand one after another; without it they are [rows, tokens of the longest].
+"""
 
 import importlib
 import importlib.util
@@ -9,6 +14,12 @@ from engine.errors import FailedPrecondition, Internal
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 """What plans are made with, by the name of the backend: TensorRT for the GPU that is here, or TensorRT for RTX for one that is named."""
+
+PREFILL, DECODE = 0, 1
+"""Profiles of a plan, in their order: one row of many tokens (packed: any), and many rows of one."""
+
+PROMPT_ROWS = 256
+"""Logits of a step, beside one a row: of prompts whose log-probabilities are wanted."""
 
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _LIBRARIES = {"tensorrt_rtx_bindings": "tensorrt_rtx_libs"}
@@ -41,6 +52,16 @@ def load(flavour: str) -> Any:
         f"backend {flavour!r} needs {flavour}, which is not installed here: pip install 'enginehouse[{extra}]'",
         reason="EXTRA_MISSING",
     )
+
+
+def installed() -> list[str]:
+    """The flavours that are here, perhaps broken ones; imports nothing."""
+    return [flavour for flavour, names in _MODULES.items() if any(map(importlib.util.find_spec, names))]
+
+
+def capacity(max_seq_len: int) -> int:
+    """Tokens of a slot of the caches: rows that have no token in a step still write one behind their last."""
+    return max_seq_len + 1
 
 
 def version(trt: Any) -> str:
