@@ -1,8 +1,8 @@
 """TensorRT: its packages, imported when they are used, and what whoever builds a plan and whoever runs it agree upon.
 
-A plan's inputs are token_ids, positions (and what else the program takes), write_index and kv_lengths, one a row, and logit_indices,
-all int32, and the caches [rows, heads, capacity, head_dim]; its outputs are logits float32, and the caches again, in place. With
-query_lengths [rows + 1] the tokens of all rows stand one after another; without it they are [rows, tokens of the longest].
+A plan's inputs are token_ids, positions (and what else the program takes), write_index and kv_lengths, one a row, and
+logit_indices, all int32, and the caches [rows, heads, capacity, head_dim]; its outputs are logits float32, and the caches again,
+in place. With query_lengths [rows + 1] the tokens of all rows stand one after another; without it they are [rows, tokens].
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 from engine.errors import FailedPrecondition, Internal
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
-"""What plans are made with, by the name of the backend: TensorRT for the GPU that is here, or TensorRT for RTX for one that is named."""
+"""What plans are made with, by the backend's name: TensorRT for the GPU that is here, TensorRT for RTX for one that is named."""
 
 PREFILL, DECODE = 0, 1
 """Profiles of a plan, in their order: one row of many tokens (packed: any), and many rows of one."""

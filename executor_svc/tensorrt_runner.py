@@ -222,8 +222,8 @@ def _slots(slot_bytes: int, limits: Limits, device: str, kv_memory: int | None, 
         kv_memory = int(kv_share * free_memory(device))
     if kv_memory < slot_bytes:
         raise FailedPrecondition(
-            f"{kv_memory >> 20} MiB of KV cache are less than one sequence of {limits.max_seq_len} tokens: start the executor with "
-            f"--kv-memory {slot_bytes} or more, or build the engine with a smaller --max-seq-len",
+            f"{kv_memory >> 20} MiB of KV cache are less than one sequence of {limits.max_seq_len} tokens: start the executor "
+            f"with --kv-memory {slot_bytes} or more, or build the engine with a smaller --max-seq-len",
             reason="KV_MEMORY_TOO_SMALL",
         )
     return min(limits.max_batch_size, kv_memory // slot_bytes)

@@ -1,4 +1,4 @@
-"""TensorRT's runtime as runners see it, over a network that is evaluated: an engine, a context, and tensors by their addresses."""
+"""TensorRT's runtime as runners see it, over a network that is evaluated: engine, context, and tensors by their addresses."""
 
 import ctypes
 import math

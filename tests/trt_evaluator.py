@@ -1,6 +1,7 @@
 """Computes an INetworkDefinition with torch, on the CPU: what TensorRT documents of each layer, rounded to each tensor's dtype.
 
-Layers are computed in float32 (or float64) and rounded where the network says so; shapes are compared with those that TensorRT infers.
+Layers are computed in float32 (or float64) and rounded where the network says so; shapes are compared with those that TensorRT
+infers.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Families as TensorRT networks against transformers: ragged prompts in chunks, then decodes, through the scheduler and TensorRTRunner."""
+"""Families as TensorRT networks against transformers: ragged prompts, then decodes, through scheduler and TensorRTRunner."""
 
 import copy
 import threading

@@ -182,7 +182,7 @@ class Padded(_Attention):
 
 
 class Packed(_Attention):
-    """Tokens [num_tokens], one row after another: row i, in slot i of the caches, from query_lengths[i] to query_lengths[i + 1]."""
+    """Tokens [num_tokens], one row after another: row i, in slot i of the caches, from query_lengths[i] to the next."""
 
     def __init__(self, program: Program, capacity: int) -> None:
         super().__init__(program, capacity)

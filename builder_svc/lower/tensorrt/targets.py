@@ -1,4 +1,4 @@
-"""What TensorRT takes for which GPU: looked up before a build, so that it is refused in words and not by an error deep inside one."""
+"""What TensorRT takes for which GPU: looked up before a build, so that it is refused in words, not by an error deep inside."""
 
 import re
 from dataclasses import dataclass
@@ -87,6 +87,9 @@ def _problems(op: Op, program: Program, target: Target) -> list[tuple[str, str]]
         found.append(
             (f"{target} has no KV cache of 8 bits", "build with kv_cache_dtype 'auto', or with backend 'torch'")
         )
+    if op.op == "attention" and op.outputs[0].type.dtype != "float32" and int(str(op.attrs["head_dim"])) % 8:
+        heads = f"{target} takes heads of a multiple of 8 in 16 bits, not of {op.attrs['head_dim']}"
+        found.append((heads, "choose dtype 'float32', or backend 'torch'"))
     if op.op == "linear_int4":
         found.append(_groups(op, program, target))
     if op.op == "linear_fp8":
@@ -102,13 +105,15 @@ def _forms(op: Op) -> list[str]:
     return [str(op.outputs[0].type.dtype), *filter(None, [weights.get(op.op)])]
 
 
-_ABSENT = dict.fromkeys(
-    ("send", "recv"),
-    (
-        "a pipeline's ranks have no layer in TensorRT",
-        "build with pp_size 1 (and a larger tp_size), or with backend 'torch'",
-    ),
+_PIPELINE = (
+    "ranks of a pipeline have no layer in TensorRT",
+    "build with pp_size 1 and a larger tp_size, or with backend 'torch'",
 )
+_ABSENT = {
+    "send": _PIPELINE,
+    "recv": _PIPELINE,
+    "experts": ("TensorRT has no kernels for experts of this form, for any target", "choose backend 'torch'"),
+}
 
 
 def _too_old(form: str, target: Target) -> tuple[str, str] | None:
@@ -129,8 +134,7 @@ def _groups(op: Op, program: Program, target: Target) -> tuple[str, str] | None:
         return None
     groups = ", ".join(map(str, sorted(INT4_GROUPS)))
     return (
-        f"{target} takes INT4 in groups of {groups} inputs, or of a multiple of these, and whole ones, not {columns} inputs in groups of "
-        f"{size}",
+        f"{target} takes INT4 in whole groups of {groups} inputs, or multiples of these, not {columns} inputs in groups of {size}",
         f"quantize with groups of {groups}, or choose backend 'torch'",
     )
 
