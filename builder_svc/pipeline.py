@@ -24,6 +24,7 @@ from builder_svc.models.decoder import Decoder, KVScales
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.ranks import RankPart, write_ranks
 from builder_svc.shard import check_shards, cuts
+from builder_svc.tensorrt_plans import Planner
 from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights import check_weights
 from builder_svc.work_directory import WorkDirectory, clear
@@ -105,6 +106,7 @@ def build(
     """
     options = build_config or BuildConfig()
     options.check()
+    planner = Planner.of(options)
     if store is None:
         return _temporary(model, options, source, progress)
     if isinstance(store, str):
@@ -126,6 +128,8 @@ def build(
     parts = [whole]
     if resolved.mapping.world_size > 1:
         parts = [make_rank(resolved, rank) for rank in resolved.mapping.ranks()]
+    if planner:
+        planner.check([part.program for part in parts])
     progress("program", 1, 1, "")
     with WorkDirectory(work_dir) as directory:
         written = write_ranks(parts, weights, directory, lambda done, total: progress("weights", done, total, "bytes"))
@@ -141,6 +145,21 @@ def build(
             for number, program in enumerate(programs)
         )
         files = [(ref, path) for _, ref, path in written] + [file for made in kernels.values() for file in made]
+        if planner:
+            of_ranks = [[path for numbers, _, path in written if number in numbers] for number in range(len(parts))]
+            plans = planner.plans(
+                [part.program for part in parts],
+                of_ranks,
+                resolved.limits,
+                store,
+                directory,
+                lambda *steps: progress("plan", *steps),
+            )
+            ranks = tuple(
+                Rank(rank.program, (), native=(plan.ref,), network=plan.network)
+                for rank, plan in zip(ranks, plans, strict=True)
+            )
+            files = [(plan.ref, plan.path) for plan in plans]
         tokenizer = resolved.tokenizer.files() if resolved.tokenizer else {}
         opset = max(part.program.opset_version for part in parts)
         manifest = Manifest(
@@ -151,7 +170,7 @@ def build(
             model=model_facts(resolved, whole.program),
             limits=resolved.limits,
             mapping=_parallelism(resolved.mapping),
-            fingerprint=Fingerprint("torch", options.target, opset, options.compute_capability),
+            fingerprint=_fingerprint(options, planner, opset),
             ranks=ranks,
             tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
             quantization=weights.facts,
@@ -175,6 +194,13 @@ def build(
     progress("publish", 1, 1, "")
     as_ours = msgspec.structs.replace(manifest, created=published.created, source=published.source)
     return Engine(store, published, ours=published == as_ours)
+
+
+def _fingerprint(options: BuildConfig, planner: Planner | None, opset: int) -> Fingerprint:
+    if planner is None:
+        return Fingerprint("torch", options.target, opset, options.compute_capability)
+    version = planner.identity()["tensorrt"]
+    return Fingerprint(options.backend, "cuda", opset, planner.target.capability, backend_version=version)
 
 
 def _temporary(model: Path | CausalLM, options: BuildConfig, source: str | None, progress: Progress) -> Engine:
@@ -268,7 +294,12 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
         "limits": msgspec.to_builtins(model.limits),
         "quantization": model.weights.facts,
         "mapping": msgspec.to_builtins(_parallelism(model.mapping)),
-        "target": {"backend": "torch", "device": options.target, "compute_capability": options.compute_capability},
+        "target": {
+            "backend": options.backend,
+            "device": options.target,
+            "compute_capability": options.compute_capability,
+            **(planner.identity() if (planner := Planner.of(options)) else {}),
+        },
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
         "recipe_version": RECIPE_VERSION,
     }

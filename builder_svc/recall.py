@@ -12,8 +12,19 @@ from pathlib import Path
 
 from builder_svc.build_config import RECIPE_VERSION, BuildConfig
 from builder_svc.checkpoint.digests import cache_path, load_cache, save_cache, signature
+from engine.tensorrt import PACKAGES
 
-_LIBRARIES = ("enginehouse", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "gguf", "triton")
+_LIBRARIES = (
+    "enginehouse",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "gguf",
+    "triton",
+    *PACKAGES,
+)
 
 
 def build_key(checkpoint: Path, build_config: BuildConfig) -> str:

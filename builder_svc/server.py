@@ -89,11 +89,15 @@ def read_options(spec: BuildSpec) -> BuildConfig:
     if device is None:
         known = ", ".join(DeviceKind.Name(kind) for kind in _DEVICES)
         raise InvalidArgument(f"target.device {spec.target.device}: choose one of {known}")
+    if spec.backend not in ("", "torch") and not spec.target.device:
+        device = "cuda"
     return BuildConfig(
         dtype=spec.dtype or "auto",
         device=device,
         compute_capability=spec.target.compute_capability or None,
         dummy_weights=spec.dummy_weights,
         kv_cache_dtype=spec.kv_cache_dtype or "auto",
+        backend=spec.backend or "torch",
+        weight_streaming=spec.weight_streaming,
         **{field.name: value for field, value in spec.ListFields() if field.name in _NUMBERS},
     )

@@ -8,12 +8,16 @@ in place. With query_lengths [rows + 1] the tokens of all rows stand one after a
 import importlib
 import importlib.util
 import logging
+import re
 from typing import Any
 
-from engine.errors import FailedPrecondition, Internal
+from engine.errors import FailedPrecondition, Internal, InvalidArgument
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 """What plans are made with, by the backend's name: TensorRT for the GPU that is here, TensorRT for RTX for one that is named."""
+
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities of GPUs for which TensorRT for RTX builds, without having one."""
 
 PREFILL, DECODE = 0, 1
 """Profiles of a plan, in their order: one row of many tokens (packed: any), and many rows of one."""
@@ -21,11 +25,32 @@ PREFILL, DECODE = 0, 1
 PROMPT_ROWS = 256
 """Logits of a step, beside one a row: of prompts whose log-probabilities are wanted."""
 
+PACKAGES = ("tensorrt-cu13-bindings", "tensorrt-rtx-cu13-bindings")
+
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _LIBRARIES = {"tensorrt_rtx_bindings": "tensorrt_rtx_libs"}
 _NO_GPU = "cudaError 35", "CUDA initialization failure with error: 35"
 
 log = logging.getLogger(__name__)
+
+
+def capability_of(text: str) -> str:
+    """The compute capability that "sm120" or "12.0" means. Raises InvalidArgument."""
+    if found := re.fullmatch(r"(?i:sm_?)([0-9]{1,2})([0-9])|([0-9]{1,2})\.([0-9])", text):
+        return ".".join(part for part in found.groups() if part is not None)
+    raise InvalidArgument(f"target {text!r}: write it like sm120, or as a compute capability like 12.0")
+
+
+def check_target(flavour: str, capability: str | None) -> None:
+    """Raises InvalidArgument, listing those that there are, unless a flavour builds for a compute capability."""
+    if flavour != "tensorrt_rtx" or capability in CAPABILITIES:
+        return
+    fitting = ", ".join(f"sm{known.replace('.', '')}" for known in CAPABILITIES)
+    what = "needs a target" if capability is None else f"does not build for compute capability {capability}"
+    raise InvalidArgument(
+        f"backend 'tensorrt_rtx' {what}: choose one of {fitting} (--target, or compute_capability='12.0')",
+        reason="TARGET_UNSUPPORTED",
+    )
 
 
 def load(flavour: str) -> Any:

@@ -23,8 +23,9 @@ class LoadedEngine:
     """A rank of an engine, in memory.
 
     Attributes:
-        weights: by the program's names, on the node's device.
+        weights: by the program's names, on the node's device; none where there is a plan, which holds them.
         size: bytes that are read or made.
+        plan: a plan of the manifest's backend, uint8 in main memory; None for a program.
         arriving: leaving this context waits until the weights have their values, and raises what reading them raises.
     """
 
@@ -33,6 +34,7 @@ class LoadedEngine:
     weights: dict[str, Tensor]
     size: int
     arriving: ExitStack = field(default_factory=ExitStack)
+    plan: Tensor | None = None
 
 
 def only_rank(manifest: Manifest) -> int:
@@ -86,7 +88,7 @@ def begin_load(
     )
     rank = manifest.ranks[which(manifest)]
     program = Program.from_json(blobs.read(store, rank.program))
-    total, done = sum(file.size for file in rank.weights), 0
+    total, done = sum(file.size for file in (*rank.weights, *rank.native)), 0
     if rank.random_seed is not None:
         total = sum(declared.nbytes for declared in program.weights.values())
     one = threading.Lock()
@@ -97,6 +99,10 @@ def begin_load(
             done += count
             progress(done, total)
 
+    if rank.native:
+        plan = memory.zeros(rank.native[0].size)
+        blobs.read_into(store, [(rank.native[0], memoryview(plan.numpy()))], arrived)
+        return LoadedEngine(manifest, program, {}, total, plan=plan)
     with ExitStack() as arriving:
         weights = _weights(store, rank, node.device, arrived, arriving)
         if rank.random_seed is not None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from engine import tensorrt
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.fingerprint import Node
@@ -33,7 +34,7 @@ from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import begin_load
 from executor_svc.outbox import Outbox
 from executor_svc.runner import Runner
-from executor_svc.runners import make_runner, on_triton
+from executor_svc.runners import make_plan_runner, make_runner, on_triton
 from executor_svc.scheduler import Scheduler
 from executor_svc.tally import Tally
 from protos import logs
@@ -57,8 +58,19 @@ def this_node(device: str) -> Node:
                 "this executor was started with --device cuda, but torch finds no GPU here", reason="DEVICE_MISSING"
             )
         major, minor = torch.cuda.get_device_capability()
-        return Node("cuda", {"torch": torch.__version__}, compute_capability=f"{major}.{minor}")
+        return Node("cuda", _backends(), compute_capability=f"{major}.{minor}")
     return Node("cpu", {"torch": torch.__version__})
+
+
+def _backends() -> dict[str, str]:
+    """By name, the version of each backend that a GPU's engines may be for."""
+    found = {"torch": torch.__version__}
+    for flavour in tensorrt.installed():
+        try:
+            found[flavour] = tensorrt.version(tensorrt.load(flavour))
+        except FailedPrecondition as error:
+            log.warning("%s", error)
+    return found
 
 
 def scheduler_config(
@@ -338,7 +350,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         return group.rank
 
     loaded = begin_load(store, engine_id, node, progress, trust, place)
-    manifest, size = loaded.manifest, loaded.size
+    manifest, size, plan = loaded.manifest, loaded.size, loaded.plan
     with loaded.arriving:  # a runner's graphs need to know where weights will be, and not yet their values
         program, weights = unpack(arguments.device, loaded.program, loaded.weights)
         del loaded  # what was read is given back where it has been unpacked
@@ -347,9 +359,15 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
             from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
 
             table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
-        prepared = prepare(arguments.device, program, weights)
-        settings = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share, "table": table}
-        runner = make_runner(program, prepared, manifest.limits, device=arguments.device, group=group, **settings)
+        memory = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share}
+        runner: Runner
+        if plan is not None:
+            backend = manifest.fingerprint.backend
+            runner = make_plan_runner(program, plan, backend, manifest.limits, group=group, **memory)
+        else:
+            prepared = prepare(arguments.device, program, weights)
+            settings = {**memory, "device": arguments.device, "table": table}
+            runner = make_runner(program, prepared, manifest.limits, group=group, **settings)
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     log.info(

@@ -35,6 +35,8 @@ class Choices:
     kv_cache_dtype: str = "auto"
     tp_size: int | None = None
     pp_size: int | None = None
+    backend: str = "torch"
+    weight_streaming: bool = False
 
     def spec(self, checkpoint: str) -> BuildSpec:
         """The same on the wire. Raises InvalidArgument for a path that is not valid Unicode."""
@@ -53,6 +55,8 @@ class Choices:
                 kv_cache_dtype=self.kv_cache_dtype,
                 tp_size=self.tp_size,
                 pp_size=self.pp_size,
+                backend=self.backend,
+                weight_streaming=self.weight_streaming,
             )
         except UnicodeEncodeError as error:
             raise not_unicode(error) from None

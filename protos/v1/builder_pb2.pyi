@@ -102,6 +102,8 @@ class BuildSpec(_message.Message):
     KV_CACHE_DTYPE_FIELD_NUMBER: _builtins.int
     TP_SIZE_FIELD_NUMBER: _builtins.int
     PP_SIZE_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    WEIGHT_STREAMING_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     """A directory or .gguf file under the builder's checkpoint root, "hf://ORG/NAME[/FILE.gguf][@REVISION]" of the Hugging Face
     hub, or what OfferCheckpoint gave.
@@ -122,6 +124,10 @@ class BuildSpec(_message.Message):
     """[1] ranks that each layer is divided among"""
     pp_size: _builtins.int
     """[1] groups of ranks that the layers are divided among"""
+    backend: _builtins.str
+    """["torch"] what runs the engine; or "tensorrt", for the builder's own GPU, or "tensorrt_rtx", for target.compute_capability"""
+    weight_streaming: _builtins.bool
+    """a plan of TensorRT may keep its weights in main memory"""
     @_builtins.property
     def target(self) -> Global___Target: ...
     def __init__(
@@ -137,10 +143,12 @@ class BuildSpec(_message.Message):
         kv_cache_dtype: _builtins.str = ...,
         tp_size: _builtins.int | None = ...,
         pp_size: _builtins.int | None = ...,
+        backend: _builtins.str = ...,
+        weight_streaming: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "target", b"target", "tp_size", b"tp_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "kv_cache_dtype", b"kv_cache_dtype", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "target", b"target", "tp_size", b"tp_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "backend", b"backend", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "kv_cache_dtype", b"kv_cache_dtype", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "target", b"target", "tp_size", b"tp_size", "weight_streaming", b"weight_streaming"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_batch_size: _TypeAlias = _typing.Literal["max_batch_size"]  # noqa: Y015
     _WhichOneofArgType__max_batch_size: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size"]  # noqa: Y015
@@ -316,7 +324,7 @@ class BuildProgress(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """"download", "checkpoint", "program", "weights", "upload", "publish" """
+    """"download", "checkpoint", "program", "weights", "plan", "upload", "publish" """
     done: _builtins.int
     total: _builtins.int
     unit: _builtins.str

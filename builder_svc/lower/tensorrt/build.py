@@ -37,7 +37,7 @@ def build(
     *,
     weight_streaming: bool = False,
     timing_cache: bytes = b"",
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Writes the plan of a network to a file, as TensorRT makes it: it need not fit into memory twice, or into 2 GiB.
 
@@ -46,7 +46,7 @@ def build(
 
     Args:
         weight_streaming: whether weights may stay in main memory while the plan runs.
-        progress: called with (steps done, steps in all), from that thread.
+        progress: called with the number of steps done, from that thread; nobody knows how many there will be.
 
     Raises:
         Internal: TensorRT gives no plan; the message has its reason.
@@ -91,7 +91,7 @@ def _config(lowered: LoweredNetwork, trt: Any, target: Target, weight_streaming:
     return config
 
 
-def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
+def _monitor(trt: Any, progress: Callable[[int], None]) -> Any:
     """An IProgressMonitor that counts the steps of all phases, and ends the build when `stop` is set."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -99,25 +99,22 @@ def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
             trt.IProgressMonitor.__init__(self)
             self.stop = threading.Event()
             self._lock = threading.Lock()
-            self._done = self._total = 0
+            self._done = 0
 
-        def phase_start(self, _name: str, _parent: str | None, steps: int) -> None:
-            self._count(0, steps)
-
-        def step_complete(self, _name: str, _step: int) -> bool:
-            self._count(1, 0)
-            return not self.stop.is_set()
-
-        def phase_finish(self, _name: str) -> None:
+        def phase_start(self, _name: str, _parent: str | None, _steps: int) -> None:
             pass
 
-        def _count(self, done: int, total: int) -> None:
+        def step_complete(self, _name: str, _step: int) -> bool:
             with (
                 self._lock,
                 suppress(Exception),
             ):  # an exception would end the process, in the middle of TensorRT's own code
-                self._done, self._total = self._done + done, self._total + total
-                progress(min(self._done, self._total), self._total)
+                self._done += 1
+                progress(self._done)
+            return not self.stop.is_set()
+
+        def phase_finish(self, _name: str) -> None:
+            pass
 
     return Monitor()
 

@@ -1,14 +1,11 @@
 """What TensorRT takes for which GPU: looked up before a build, so that it is refused in words, not by an error deep inside."""
 
-import re
 from dataclasses import dataclass
 
 from builder_svc.lower.tensorrt.linears import INT4_GROUPS, int4_group
-from engine.errors import InvalidArgument, Unimplemented
+from engine.errors import Unimplemented
 from engine.program import Op, Program
-
-CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""Of GPUs for which TensorRT for RTX builds, without having one."""
+from engine.tensorrt import CAPABILITIES
 
 LEAST = {"float16": "7.5", "float32": "8.0", "bfloat16": "8.0", "int8": "7.5", "int4": "8.0", "fp8": "8.9"}
 """Form of activations or weights -> the first compute capability that takes it."""
@@ -33,24 +30,6 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.flavour} for {self.name}"
-
-    @staticmethod
-    def named(flavour: str, text: str) -> "Target":
-        """Of "sm120", "SM120" or "12.0". Raises InvalidArgument, listing those that there are."""
-        capability = capability_of(text)
-        if flavour == "tensorrt_rtx" and capability not in CAPABILITIES:
-            fitting = ", ".join(f"sm{known.replace('.', '')}" for known in CAPABILITIES)
-            raise InvalidArgument(
-                f"target {text!r}: TensorRT for RTX builds for {fitting}", reason="TARGET_UNSUPPORTED"
-            )
-        return Target(flavour, capability)
-
-
-def capability_of(text: str) -> str:
-    """The compute capability that "sm120" or "12.0" means. Raises InvalidArgument."""
-    if found := re.fullmatch(r"(?i:sm_?)([0-9]{1,2})([0-9])|([0-9]{1,2})\.([0-9])", text):
-        return ".".join(part for part in found.groups() if part is not None)
-    raise InvalidArgument(f"target {text!r}: write it like sm120, or as a compute capability like 12.0")
 
 
 def attention_form(program: Program, target: Target) -> str:
@@ -134,7 +113,7 @@ def _groups(op: Op, program: Program, target: Target) -> tuple[str, str] | None:
         return None
     groups = ", ".join(map(str, sorted(INT4_GROUPS)))
     return (
-        f"{target} takes INT4 in whole groups of {groups} inputs, or multiples of these, not {columns} inputs in groups of {size}",
+        f"{target} takes INT4 in whole groups of {groups} inputs or multiples, not {columns} inputs in groups of {size}",
         f"quantize with groups of {groups}, or choose backend 'torch'",
     )
 

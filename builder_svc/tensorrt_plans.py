@@ -1,0 +1,142 @@
+"""Engines for TensorRT: a plan a rank, of its program and its weights, in place of both."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from builder_svc.build_config import BuildConfig
+from builder_svc.lower.tensorrt.build import build
+from builder_svc.lower.tensorrt.lower import lower
+from builder_svc.lower.tensorrt.targets import Target, check
+from engine import tensorrt
+from engine.errors import FailedPrecondition, NotFound
+from engine.manifest import FileRef, Limits
+from engine.program import Program
+from engine.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's plan, where it lies, and a summary of its network."""
+
+    ref: FileRef
+    path: Path
+    network: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes the plans of one build.
+
+    Attributes:
+        trt: the module of the flavour.
+    """
+
+    trt: Any
+    target: Target
+    options: BuildConfig
+
+    @staticmethod
+    def of(options: BuildConfig) -> "Planner | None":
+        """What the options ask for; None for an engine without plans.
+
+        Raises:
+            FailedPrecondition: the package is not installed, or the GPU that the plans are to be for is not here.
+        """
+        if options.backend == "torch":
+            return None
+        trt = tensorrt.load(options.backend)
+        return Planner(trt, Target(options.backend, _capability(options)), options)
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides the engine."""
+        streaming = {"weight_streaming": True} if self.options.weight_streaming else {}
+        return {"tensorrt": tensorrt.version(self.trt), "compute_capability": self.target.capability, **streaming}
+
+    def check(self, programs: Sequence[Program]) -> None:
+        """Raises Unimplemented, before anything is written, if the target does not take what a program has."""
+        for program in programs:
+            check(program, self.target)
+
+    def plans(
+        self,
+        programs: Sequence[Program],
+        weights: Sequence[Sequence[Path]],
+        limits: Limits,
+        store: Store,
+        directory: Path,
+        progress: Callable[[int, int, str], None],
+    ) -> list[RankPlan]:
+        """A plan for each rank, in a directory. What the builder has measured is kept in the store, for the next build.
+
+        Args:
+            weights: each rank's safetensors files, which are mapped and not read.
+            progress: called with (steps done, steps in all, "steps"); the second is 0 until it is known.
+        """
+        made, steps = [], 0
+
+        def step(_: int) -> None:
+            nonlocal steps
+            steps += 1
+            progress(steps, 0, "steps")
+
+        key = f"timing/{self.options.backend}-{tensorrt.version(self.trt)}-{self.target.name}"
+        for rank, (program, files) in enumerate(zip(programs, weights, strict=True)):
+            known = _read(store, key)
+            lowered = lower(program, _mapped(files), self.trt, self.target, limits, len(programs))
+            plan = build(
+                lowered,
+                self.trt,
+                self.target,
+                directory / f"rank{rank}.plan",
+                weight_streaming=self.options.weight_streaming,
+                timing_cache=known,
+                progress=step,
+            )
+            if plan.timing_cache != known:
+                store.replace(key, plan.timing_cache)
+            log.info("plan of rank %d for %s: %.1f MB", rank, self.target, plan.ref.size / 1e6)
+            made.append(RankPlan(plan.ref, plan.path, lowered.summary()))
+        progress(steps, steps, "steps")
+        return made
+
+
+def _capability(options: BuildConfig) -> str:
+    if options.backend == "tensorrt_rtx":
+        return str(options.compute_capability)
+    import torch
+
+    here = ""
+    if torch.cuda.is_available():
+        here = ".".join(map(str, torch.cuda.get_device_capability()))
+    if not here or options.compute_capability not in (None, here):
+        wanted = f"compute capability {options.compute_capability}" if options.compute_capability else "a GPU"
+        raise FailedPrecondition(
+            f"backend 'tensorrt' builds for the GPU of this machine, which has {here or 'none'}, and {wanted} is wanted: build on "
+            "such a machine, or choose backend 'tensorrt_rtx' with a target, or 'torch'",
+            reason="DEVICE_MISSING",
+        )
+    return here
+
+
+def _mapped(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of several files, which the system reads when they are used."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    return found
+
+
+def _read(store: Store, key: str) -> bytes:
+    try:
+        return store.read(key)
+    except NotFound:
+        return b""
