@@ -161,6 +161,6 @@ class BuildConfig:
             raise InvalidArgument(f"backend {self.backend!r} makes engines for GPUs, not for device 'cpu'")
         if self.dummy_weights:
             raise InvalidArgument(
-                f"dummy_weights are made by executors, and a plan of backend {self.backend!r} holds its weights: choose one of both"
+                f"dummy_weights are made by executors, but a plan of backend {self.backend!r} holds its weights: choose one"
             )
         check_target(self.backend, self.compute_capability)

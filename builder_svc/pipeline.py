@@ -146,20 +146,8 @@ def build(
         )
         files = [(ref, path) for _, ref, path in written] + [file for made in kernels.values() for file in made]
         if planner:
-            of_ranks = [[path for numbers, _, path in written if number in numbers] for number in range(len(parts))]
-            plans = planner.plans(
-                [part.program for part in parts],
-                of_ranks,
-                resolved.limits,
-                store,
-                directory,
-                lambda *steps: progress("plan", *steps),
-            )
-            ranks = tuple(
-                Rank(rank.program, (), native=(plan.ref,), network=plan.network)
-                for rank, plan in zip(ranks, plans, strict=True)
-            )
-            files = [(plan.ref, plan.path) for plan in plans]
+            of_ranks = [part.program for part in parts]
+            ranks, files = planner.ranks(of_ranks, written, resolved.limits, store, directory, progress)
         tokenizer = resolved.tokenizer.files() if resolved.tokenizer else {}
         opset = max(part.program.opset_version for part in parts)
         manifest = Manifest(
@@ -170,7 +158,9 @@ def build(
             model=model_facts(resolved, whole.program),
             limits=resolved.limits,
             mapping=_parallelism(resolved.mapping),
-            fingerprint=_fingerprint(options, planner, opset),
+            fingerprint=planner.fingerprint(opset)
+            if planner
+            else Fingerprint("torch", options.target, opset, options.compute_capability),
             ranks=ranks,
             tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
             quantization=weights.facts,
@@ -194,13 +184,6 @@ def build(
     progress("publish", 1, 1, "")
     as_ours = msgspec.structs.replace(manifest, created=published.created, source=published.source)
     return Engine(store, published, ours=published == as_ours)
-
-
-def _fingerprint(options: BuildConfig, planner: Planner | None, opset: int) -> Fingerprint:
-    if planner is None:
-        return Fingerprint("torch", options.target, opset, options.compute_capability)
-    version = planner.identity()["tensorrt"]
-    return Fingerprint(options.backend, "cuda", opset, planner.target.capability, backend_version=version)
 
 
 def _temporary(model: Path | CausalLM, options: BuildConfig, source: str | None, progress: Progress) -> Engine:
@@ -294,12 +277,9 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
         "limits": msgspec.to_builtins(model.limits),
         "quantization": model.weights.facts,
         "mapping": msgspec.to_builtins(_parallelism(model.mapping)),
-        "target": {
-            "backend": options.backend,
-            "device": options.target,
-            "compute_capability": options.compute_capability,
-            **(planner.identity() if (planner := Planner.of(options)) else {}),
-        },
+        "target": planner.identity()
+        if (planner := Planner.of(options))
+        else {"backend": "torch", "device": options.target, "compute_capability": options.compute_capability},
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
         "recipe_version": RECIPE_VERSION,
     }

@@ -1,7 +1,7 @@
 """Engines for TensorRT: a plan a rank, of its program and its weights, in place of both."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,26 +9,19 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from builder_svc.build_config import BuildConfig
+from builder_svc.build_config import BuildConfig, Progress
 from builder_svc.lower.tensorrt.build import build
 from builder_svc.lower.tensorrt.lower import lower
 from builder_svc.lower.tensorrt.targets import Target, check
 from engine import tensorrt
+from engine.blobs import describe
 from engine.errors import FailedPrecondition, NotFound
-from engine.manifest import FileRef, Limits
+from engine.fingerprint import Fingerprint
+from engine.manifest import FileRef, Limits, Rank
 from engine.program import Program
 from engine.store import Store
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """One rank's plan, where it lies, and a summary of its network."""
-
-    ref: FileRef
-    path: Path
-    network: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,55 +50,69 @@ class Planner:
 
     def identity(self) -> dict[str, Any]:
         """What of it decides the engine."""
-        streaming = {"weight_streaming": True} if self.options.weight_streaming else {}
-        return {"tensorrt": tensorrt.version(self.trt), "compute_capability": self.target.capability, **streaming}
+        return {
+            "backend": self.target.flavour,
+            "version": tensorrt.version(self.trt),
+            "device": "cuda",
+            "compute_capability": self.target.capability,
+            "weight_streaming": self.options.weight_streaming,
+        }
+
+    def fingerprint(self, opset_version: int) -> Fingerprint:
+        """What an executor must have: this version, and such a GPU."""
+        version = tensorrt.version(self.trt)
+        return Fingerprint(self.target.flavour, "cuda", opset_version, self.target.capability, backend_version=version)
 
     def check(self, programs: Sequence[Program]) -> None:
         """Raises Unimplemented, before anything is written, if the target does not take what a program has."""
         for program in programs:
             check(program, self.target)
 
-    def plans(
+    def ranks(
         self,
         programs: Sequence[Program],
-        weights: Sequence[Sequence[Path]],
+        weights: Sequence[tuple[tuple[int, ...], FileRef, Path]],
         limits: Limits,
         store: Store,
         directory: Path,
-        progress: Callable[[int, int, str], None],
-    ) -> list[RankPlan]:
-        """A plan for each rank, in a directory. What the builder has measured is kept in the store, for the next build.
+        progress: Progress,
+    ) -> tuple[tuple[Rank, ...], list[tuple[FileRef, Path]]]:
+        """Each rank with its plan in place of weights, and the plans' files, in a directory.
 
         Args:
-            weights: each rank's safetensors files, which are mapped and not read.
-            progress: called with (steps done, steps in all, "steps"); the second is 0 until it is known.
+            programs: each rank's.
+            weights: safetensors files, each with the ranks whose it is (`ranks.write_ranks`). They are mapped and not read.
+            store: what the builder has measured is kept there, for the next build.
         """
-        made, steps = [], 0
+        ranks, files, steps = [], [], 0
 
         def step(_: int) -> None:
             nonlocal steps
             steps += 1
-            progress(steps, 0, "steps")
+            progress("plan", steps, 0, "steps")
 
-        key = f"timing/{self.options.backend}-{tensorrt.version(self.trt)}-{self.target.name}"
-        for rank, (program, files) in enumerate(zip(programs, weights, strict=True)):
+        key = f"timing/{self.target.flavour}-{tensorrt.version(self.trt)}-{self.target.name}"
+        for number, program in enumerate(programs):
             known = _read(store, key)
-            lowered = lower(program, _mapped(files), self.trt, self.target, limits, len(programs))
+            constants = _mapped([path for numbers, _, path in weights if number in numbers])
+            lowered = lower(program, constants, self.trt, self.target, limits, len(programs))
             plan = build(
                 lowered,
                 self.trt,
                 self.target,
-                directory / f"rank{rank}.plan",
+                directory / f"rank{number}.plan",
                 weight_streaming=self.options.weight_streaming,
                 timing_cache=known,
                 progress=step,
             )
             if plan.timing_cache != known:
                 store.replace(key, plan.timing_cache)
-            log.info("plan of rank %d for %s: %.1f MB", rank, self.target, plan.ref.size / 1e6)
-            made.append(RankPlan(plan.ref, plan.path, lowered.summary()))
-        progress(steps, steps, "steps")
-        return made
+            log.info("plan of rank %d for %s: %.1f MB", number, self.target, plan.ref.size / 1e6)
+            described = describe("program.json", program.to_json())
+            ranks.append(Rank(described, (), native=(plan.ref,), network=lowered.summary()))
+            files.append((plan.ref, plan.path))
+        progress("plan", steps, steps, "steps")
+        return tuple(ranks), files
 
 
 def _capability(options: BuildConfig) -> str:
@@ -119,8 +126,8 @@ def _capability(options: BuildConfig) -> str:
     if not here or options.compute_capability not in (None, here):
         wanted = f"compute capability {options.compute_capability}" if options.compute_capability else "a GPU"
         raise FailedPrecondition(
-            f"backend 'tensorrt' builds for the GPU of this machine, which has {here or 'none'}, and {wanted} is wanted: build on "
-            "such a machine, or choose backend 'tensorrt_rtx' with a target, or 'torch'",
+            f"backend 'tensorrt' builds for the GPU of this machine, which has {here or 'none'}, and {wanted} is wanted: build "
+            "on such a machine, or choose backend 'tensorrt_rtx' with a target, or 'torch'",
             reason="DEVICE_MISSING",
         )
     return here

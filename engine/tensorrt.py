@@ -25,7 +25,7 @@ PREFILL, DECODE = 0, 1
 PROMPT_ROWS = 256
 """Logits of a step, beside one a row: of prompts whose log-probabilities are wanted."""
 
-PACKAGES = ("tensorrt-cu13-bindings", "tensorrt-rtx-cu13-bindings")
+PACKAGES = ("tensorrt-cu13", "tensorrt-rtx-cu13-bindings")
 
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _LIBRARIES = {"tensorrt_rtx_bindings": "tensorrt_rtx_libs"}

@@ -99,7 +99,11 @@ def begin_load(
             done += count
             progress(done, total)
 
-    if rank.native:
+    if manifest.fingerprint.backend != "torch":
+        if len(rank.native) != 1:
+            raise DataLoss(
+                f"engine {engine_id[:12]}: {len(rank.native)} plans of a rank, expected one", reason="PLAN_INVALID"
+            )
         plan = memory.zeros(rank.native[0].size)
         blobs.read_into(store, [(rank.native[0], memoryview(plan.numpy()))], arrived)
         return LoadedEngine(manifest, program, {}, total, plan=plan)

@@ -8,13 +8,6 @@ from builder_svc.lower.tensorrt.lowered import BATCH, BORDERS, LOGITS, SEQ, TOKE
 from builder_svc.lower.tensorrt.net import ITensor, Net, Weight
 from engine.program import KVCache, Program
 
-_FUSED_HEADS = range(32, 257)
-
-
-def is_fused(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether TensorRT has kernels of its own for it; it is computed step by step otherwise."""
-    return dtype != torch.float32 and head_dim in _FUSED_HEADS and head_dim % 8 == 0
-
 
 class AttentionIO(Protocol):
     """How tokens come in, and how attention is made of them.
@@ -125,11 +118,11 @@ class Padded(_Attention):
         if soft_cap:
             attended = self._by_steps(net, query, keys, values, self._mask(net, alibi, window, torch.float32), soft_cap)
         else:
-            attended = self._by_layer(net, query, keys, values, alibi, window, head_dim)
+            attended = self._by_layer(net, query, keys, values, alibi, window)
         return net.reshape(net.transpose(attended, (0, 2, 1, 3)), (-1, q.shape[1]))
 
     def _by_layer(
-        self, net: Net, query: ITensor, keys: ITensor, values: ITensor, alibi: Weight | None, window: int, head_dim: int
+        self, net: Net, query: ITensor, keys: ITensor, values: ITensor, alibi: Weight | None, window: int
     ) -> ITensor:
         trt, dtype = net.trt, net.torch_dtypes[query.dtype]
         masked = alibi is not None or window > 0
@@ -139,8 +132,7 @@ class Padded(_Attention):
         if masked:
             attention.mask = self._mask(net, alibi, window, dtype)
         attention.key_value_lengths = self._ports["kv_lengths"]
-        attention.decomposable = not is_fused(dtype, head_dim)
-        attention.name = net.where
+        _finish(net, attention)
         return result
 
     def _by_steps(
@@ -226,6 +218,11 @@ class Packed(_Attention):
         attention.query_form = trt.AttentionIOForm.PACKED_NHD
         attention.query_lengths = borders
         attention.key_value_lengths = self._ports["kv_lengths"]
-        attention.decomposable = not is_fused(net.torch_dtypes[query.dtype], head_dim)
-        attention.name = net.where
+        _finish(net, attention)
         return net.reshape(result, (TOKENS, q.shape[1]))
+
+
+def _finish(net: Net, attention: Any) -> None:
+    """Where TensorRT has no kernel for the shape (float32, two heads, 264 dimensions), it is computed step by step."""
+    attention.decomposable = True
+    attention.name = net.where

@@ -21,7 +21,7 @@ class Plan:
     """A plan that was built.
 
     Attributes:
-        timing_cache: what the builder has measured, for the next build of the same version and target; may be empty.
+        timing_cache: what the builder has measured, for the next build of the same version and target; empty of TensorRT for RTX.
     """
 
     ref: FileRef
@@ -53,25 +53,24 @@ def build(
         ResourceExhausted, FailedPrecondition: the file cannot be written.
     """
     config = _config(lowered, trt, target, weight_streaming)
-    cache = config.create_timing_cache(timing_cache)
-    if cache is not None:
+    cache = None
+    if target.flavour == "tensorrt":  # that for RTX measures nothing when it builds
+        cache = config.create_timing_cache(timing_cache) or config.create_timing_cache(b"")
         config.set_timing_cache(cache, True)
     monitor, writer = _monitor(trt, progress), _writer(trt, path)
     config.progress_monitor = monitor
-    with ThreadPoolExecutor(1, "tensorrt") as pool:
+    with writer, ThreadPoolExecutor(1, "tensorrt") as pool:
         building = pool.submit(lowered.builder.build_serialized_network_to_stream, lowered.network, config, writer)
         try:
             done = building.result()
         except BaseException:
             monitor.stop.set()
             raise
-        finally:
-            writer.file.close()
     if writer.error is not None:
         raise unwritable(path, writer.error)
     if not done:
         raise failed(trt, f"the network for {target}")
-    measured = b"" if cache is None else bytes(memoryview(cache.serialize()))
+    measured = bytes(memoryview(cache.serialize())) if cache else b""
     return Plan(writer.hasher.ref(path.name), path, measured)
 
 
@@ -125,16 +124,27 @@ def _writer(trt: Any, path: Path) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
-            self.hasher, self.file = Hasher(), path.open("wb")
-            self.error: OSError | None = None
+            self.hasher, self.error = Hasher(), None
+            try:
+                self._file = path.open("wb", buffering=0)
+            except OSError as error:
+                raise unwritable(path, error) from None
 
         def write(self, data: bytes) -> int:
+            view = memoryview(data)
             try:
-                self.file.write(data)
+                while view:
+                    view = view[self._file.write(view) :]
             except OSError as error:
                 self.error = error
                 return 0
             self.hasher.update(data)
             return len(data)
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
 
     return Writer()

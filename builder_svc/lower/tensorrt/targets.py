@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from builder_svc.lower.tensorrt.linears import INT4_GROUPS, int4_group
 from engine.errors import Unimplemented
-from engine.program import Op, Program
+from engine.program import ITEM_SIZE, Op, Program
 from engine.tensorrt import CAPABILITIES
 
 LEAST = {"float16": "7.5", "float32": "8.0", "bfloat16": "8.0", "int8": "7.5", "int4": "8.0", "fp8": "8.9"}
@@ -61,8 +61,10 @@ def _layer(op: Op, program: Program) -> str:
 def _problems(op: Op, program: Program, target: Target) -> list[tuple[str, str]]:
     """(problem, alternatives) of one operator."""
     found = [_too_old(form, target) for form in _forms(op)]
-    found.append(_ABSENT.get(op.op))
-    if op.op == "attention" and program.caches[int(str(op.attrs["cache"]))].dtype == "float8_e4m3fn":
+    if op.op in _ABSENT:
+        what, alternatives = _ABSENT[op.op]
+        found.append((f"{target} has no {what}", alternatives))
+    if op.op == "attention" and ITEM_SIZE[program.caches[int(str(op.attrs["cache"]))].dtype] == 1:
         found.append(
             (f"{target} has no KV cache of 8 bits", "build with kv_cache_dtype 'auto', or with backend 'torch'")
         )
@@ -84,15 +86,13 @@ def _forms(op: Op) -> list[str]:
     return [str(op.outputs[0].type.dtype), *filter(None, [weights.get(op.op)])]
 
 
-_PIPELINE = (
-    "ranks of a pipeline have no layer in TensorRT",
-    "build with pp_size 1 and a larger tp_size, or with backend 'torch'",
-)
+_PIPELINE = "layer for ranks of a pipeline", "build with pp_size 1 and a larger tp_size, or with backend 'torch'"
 _ABSENT = {
     "send": _PIPELINE,
     "recv": _PIPELINE,
-    "experts": ("TensorRT has no kernels for experts of this form, for any target", "choose backend 'torch'"),
+    "experts": ("kernels for experts whose weights are of 16 or 32 bits", "choose backend 'torch'"),
 }
+"""Operator -> what there is none of, for any target, and what would do."""
 
 
 def _too_old(form: str, target: Target) -> tuple[str, str] | None:
