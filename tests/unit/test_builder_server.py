@@ -24,6 +24,7 @@ from engine import registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError, InvalidArgument, NotFound, PermissionDenied
 from engine.store import Store
+from enginehouse.commands.build import Choices
 from protos import rpc
 from protos.v1.builder_pb2 import (
     DEVICE_KIND_CUDA,
@@ -114,10 +115,22 @@ def test_options_as_given():
     assert read_options(spec) == BuildConfig("bfloat16", "cuda", "9.0", **sizes, kv_cache_dtype="fp8")
 
 
+def test_a_backend_of_plans_is_for_gpus():
+    spec = BuildSpec(backend="tensorrt_rtx", target=Target(compute_capability="12.0"), weight_streaming=True)
+    wanted = BuildConfig(device="cuda", compute_capability="12.0", backend="tensorrt_rtx", weight_streaming=True)
+    assert read_options(spec) == wanted
+    assert (
+        Choices(device="cuda", compute_capability="12.0", backend="tensorrt_rtx").spec("demo").backend == "tensorrt_rtx"
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         (BuildSpec(dtype="int3"), "'int3'"),
+        (BuildSpec(backend="onnx"), "backend 'onnx': choose one of torch, tensorrt, tensorrt_rtx"),
+        (BuildSpec(backend="tensorrt_rtx"), "needs a target: choose one of sm75"),
+        (BuildSpec(weight_streaming=True), "weight_streaming needs backend tensorrt"),
         (BuildSpec(kv_cache_dtype="int8"), "kv_cache_dtype 'int8': choose one of auto, fp8"),
         (BuildSpec(max_batch_size=0), "max_batch_size is 0"),
         (BuildSpec(max_seq_len=0), "max_seq_len is 0"),

@@ -1,8 +1,10 @@
-"""Real builds by TensorRT for RTX, without a GPU: plans for named targets, in the store, signed, refused where they cannot run."""
+"""Real builds by TensorRT for RTX, without a GPU: plans for named targets, in the store, signed, and refused elsewhere."""
 
+import asyncio
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +23,14 @@ from builder_svc.lower.tensorrt.build import build as build_plan
 from builder_svc.lower.tensorrt.lower import lower
 from builder_svc.lower.tensorrt.lowered import LoweredNetwork
 from builder_svc.lower.tensorrt.targets import Target
-from builder_svc.pipeline import build
+from builder_svc.mapping import Mapping
+from builder_svc.pipeline import build, build_identity, make_rank, read_model
+from builder_svc.process import BuildProcess, BuildRequest
 from engine import blobs, registry, signing, tensorrt
 from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.fingerprint import Node
-from engine.manifest import Limits
+from engine.manifest import Limits, engine_id
 from engine.program import Op, Program, TensorType, Value
 from engine.trust import Trust
 from enginehouse.cli import main
@@ -94,7 +98,7 @@ def test_from_the_command_line_signed_and_refused_in_words(tmp_path: Path, monke
     limits = ["--max-batch-size", "4", "--max-num-tokens", "64", "--store", store.url, "--data", str(tmp_path / "data")]
     run = CliRunner().invoke(main, [*command, *limits, "--sign-with", str(key)])
     assert run.exit_code == 0, run.output
-    engine_id = registry.find_engine(store, "X")
+    found = registry.find_engine(store, "X")
     shown = CliRunner().invoke(main, ["engines", "inspect", "X", "--store", store.url]).output
     assert "needs         tensorrt_rtx, " in shown and "compute capability 12.0" in shown and "native code" in shown
     assert "in the plans" in shown and "padded attention" in shown and f"signed by     {private.public.id}" in shown
@@ -110,10 +114,10 @@ def test_from_the_command_line_signed_and_refused_in_words(tmp_path: Path, monke
     }
     for problem, node in nodes.items():
         with pytest.raises(FailedPrecondition) as caught:
-            load_engine(store, engine_id, node, trust=trust)
+            load_engine(store, found, node, trust=trust)
         assert problem in caught.value.message and "Build one that fits: enginehouse build" in caught.value.message
     with pytest.raises(FailedPrecondition, match="trusted") as caught:
-        load_engine(store, engine_id, nodes["this GPU has 9.0"])
+        load_engine(store, found, nodes["this GPU has 9.0"])
     assert caught.value.reason == "NATIVE_UNTRUSTED"
 
 
@@ -131,9 +135,6 @@ def test_where_it_fits_the_plan_is_loaded_and_nothing_else(tmp_path: Path) -> No
 
 
 def build_id(checkpoint: Path, chosen: BuildConfig) -> str:
-    from builder_svc.pipeline import build_identity, read_model
-    from engine.manifest import engine_id
-
     return engine_id(build_identity(read_model(checkpoint, chosen), chosen))
 
 
@@ -263,6 +264,54 @@ def test_a_signal_ends_it_in_the_middle(tmp_path: Path) -> None:
     with stopping(), pytest.raises(Stopped):
         build_plan(embedding(64, 32), RTX, SM120, tmp_path / "plan", progress=kill)
     assert 5 <= len(steps) < whole
+
+
+@pytest.mark.drill
+def test_a_large_model_becomes_a_network_soon_and_without_copies() -> None:
+    """Llama 8B in under 60 s, with under 4 GB beside its weights, which nobody has written: memory that is copied would count."""
+    chosen = BuildConfig(device="cuda", dtype="bfloat16", dummy_weights=True, max_seq_len=8192)
+    model = read_model(Path(__file__).parents[2] / "bench/models/llama-3.1-8b", chosen)
+    program = make_rank(model, Mapping()).program
+    weights = {
+        name: torch.empty(type.shape, dtype=getattr(torch, type.dtype)) for name, type in program.weights.items()
+    }
+    weights |= {name: torch.ones_like(tensor) for name, tensor in weights.items() if tensor.dtype == torch.float32}
+    before, began = anonymous(), time.monotonic()
+    lowered = lower(program, weights, RTX, SM120, model.limits)
+    assert time.monotonic() - began < 60
+    assert anonymous() - before < 4 * 1024**3
+    assert lowered.summary()["layers"]["ATTENTION_INPUT"] == 32
+    assert sum(tensor.nbytes for tensor in lowered.constants.values()) > 16e9
+
+
+@pytest.mark.drill
+async def test_a_build_that_is_cancelled_while_tensorrt_works_leaves_nothing(tmp_path: Path) -> None:
+    """As a builder runs it: the job's events have TensorRT's steps, and its process ends in the middle of them."""
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", **{**TINY, "num_hidden_layers": 12})
+    store, work = DirectoryStore(tmp_path / "store"), tmp_path / "work"
+    work.mkdir()
+    building, steps = asyncio.Event(), list[int]()
+
+    def progress(phase: str, done: int, *_: object) -> None:
+        if phase == "plan":
+            steps.append(done)
+            building.set()
+
+    request = BuildRequest(str(checkpoint), store.url, options())
+    job = asyncio.create_task(BuildProcess(work_dir=work).run(request, progress))
+    await asyncio.wait({asyncio.create_task(building.wait()), job}, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    assert building.is_set(), job
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert list(work.iterdir()) == [] and registry.engine_ids(store) == []
+    assert steps
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 @pytest.mark.drill

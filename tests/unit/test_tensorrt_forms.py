@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[Program, Target, str, str]] = {
         linear("linear_int4", "float16", int4(8, zeros=False), group_size=8), SM80, "groups of 8", "groups of 16, 32, 64, 128",
     ),
     "int4 short group": (
-        linear("linear_int4", "float16", int4(48, zeros=False), group_size=48), SM80, "not 256 inputs in groups of 48", "of 16, 32",
+        linear("linear_int4", "float16", int4(48, zeros=False), group_size=48), SM80, "256 inputs in groups of 48", "of 16, 32",
     ),
     "fp8": (linear("linear_fp8", "float16", fp8(1, IN), block_rows=1, block_columns=IN), SM80, "takes no fp8", "sm89, sm120"),
     "fp8 blocks": (

@@ -67,18 +67,18 @@ class Net:
 
     # Constants
 
-    def constant(self, name: str, tensor: Tensor, shape: Sequence[int] | None = None, dtype: Any = None) -> ITensor:
+    def constant(self, name: str, values: Tensor, shape: Sequence[int] | None = None, dtype: Any = None) -> ITensor:
         """A constant over a tensor's own memory, made once for each name, shape and dtype.
 
         Args:
             shape: by default the tensor's; of as many elements.
             dtype: TensorRT's, where torch has none (int4).
         """
-        dims = tuple(tensor.shape if shape is None else shape)
-        kind = self.dtypes[tensor.dtype] if dtype is None else dtype
+        dims = tuple(values.shape if shape is None else shape)
+        kind = self.dtypes[values.dtype] if dtype is None else dtype
         key = (name, dims, str(kind))
         if key not in self._made:
-            kept = tensor.contiguous()
+            kept = values.contiguous()
             layer = self.network.add_constant(dims, self.trt.Weights(kind, kept.data_ptr(), math.prod(dims)))
             self._made[key] = self.out(layer)
             layer.name = name if name not in self.constants else f"{name} as {list(dims)} {kind}"
