@@ -84,8 +84,8 @@ def make_plan_runner(
     engine = trt.Runtime(tensorrt.logger(trt)).deserialize_cuda_engine(memoryview(plan.numpy()))
     if engine is None:
         raise FailedPrecondition(
-            f"{backend} {tensorrt.version(trt)} does not take this plan on {torch.cuda.get_device_name()}: "
-            f"{tensorrt.take_errors(trt)}. Build the engine again, for this GPU",
+            f"{backend} {tensorrt.version(trt)} does not take this plan here: {tensorrt.take_errors(trt)}. Build the engine "
+            "again, for this GPU",
             reason="PLAN_REFUSED",
         )
     return TensorRTRunner(program, engine, limits, group=group, kv_memory=kv_memory, kv_share=kv_share)

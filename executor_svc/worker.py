@@ -351,22 +351,23 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
     loaded = begin_load(store, engine_id, node, progress, trust, place)
     manifest, size, plan = loaded.manifest, loaded.size, loaded.plan
+    memory = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share}
+    runner: Runner
     with loaded.arriving:  # a runner's graphs need to know where weights will be, and not yet their values
-        program, weights = unpack(arguments.device, loaded.program, loaded.weights)
-        del loaded  # what was read is given back where it has been unpacked
-        table: dict[Any, Any] = {}
-        if on_triton(arguments.device):
-            from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
-
-            table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
-        memory = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share}
-        runner: Runner
         if plan is not None:
             backend = manifest.fingerprint.backend
-            runner = make_plan_runner(program, plan, backend, manifest.limits, group=group, **memory)
+            runner = make_plan_runner(loaded.program, plan, backend, manifest.limits, group=group, **memory)
+            del loaded, plan
         else:
+            program, weights = unpack(arguments.device, loaded.program, loaded.weights)
+            del loaded  # what was read is given back where it has been unpacked
+            table: dict[Any, Any] = {}
+            if on_triton(arguments.device):
+                from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
+
+                table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
             prepared = prepare(arguments.device, program, weights)
-            settings = {**memory, "device": arguments.device, "table": table}
+            settings = {"device": arguments.device, "table": table, **memory}
             runner = make_runner(program, prepared, manifest.limits, group=group, **settings)
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time

@@ -26,7 +26,10 @@ PADDED, PACKED = Target("tensorrt_rtx", "12.0"), Target("tensorrt", "9.0")
 class EvaluatedEngine:
     """An ICudaEngine over a lowered network."""
 
-    streamable_weights_size = 0
+    streamable_weights_size = weight_streaming_budget_v2 = 0
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return self.streamable_weights_size // 2
 
     def __init__(self, lowered: LoweredNetwork, trt: Any, collective: Collective | None = None) -> None:
         self.lowered, self.trt, self.collective = lowered, trt, collective
