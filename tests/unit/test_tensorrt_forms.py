@@ -11,8 +11,9 @@ from quantized_writers import awq, floats, gptq, packed_ints, save_quantized
 from torch import Tensor
 
 from builder_svc.build_config import BuildConfig
+from builder_svc.lower.tensorrt.build import build as build_plan
 from builder_svc.lower.tensorrt.lower import lower
-from builder_svc.lower.tensorrt.targets import Target, check
+from builder_svc.lower.tensorrt.targets import LEAST, Target, check
 from builder_svc.pipeline import build
 from engine import tensorrt
 from engine.errors import InvalidArgument, Unimplemented
@@ -122,6 +123,32 @@ def test_int8_is_what_the_operator_says(activations: str) -> None:
         x = (x / unit).round().clamp(-128, 127) * unit
     wanted = x @ matrix.T + weights["bias"]
     assert (found - wanted).abs().max() <= (3e-3 if activations else 1e-5) * wanted.abs().max()
+
+
+ROW: dict[str, Any] = {"block_rows": 1, "block_columns": IN}
+INT8 = {"w": torch.ones(OUT, IN, dtype=torch.int8), "s": torch.ones(OUT), "i": torch.ones(1)}
+BUILT: dict[str, tuple[str, Sequence[str], dict[str, Any], dict[str, Tensor]]] = {
+    "int4": ("linear_int4", ("w", "s"), {"group_size": 128}, int4(128, zeros=False)),
+    "int4 zero points": ("linear_int4", ("w", "s", "z"), {"group_size": 32}, int4(32, zeros=True)),
+    "int8 weights": ("linear_int8", ("w", "s"), {}, INT8),
+    "int8 by tensor": ("linear_int8", ("w", "s", "", "i"), {}, INT8),
+    "int8 by token": ("linear_int8", ("w", "s"), {"per_token": True}, INT8),
+    "fp8 weights": ("linear_fp8", ("w", "s"), ROW, fp8(1, IN)),
+    "fp8 by tensor": ("linear_fp8", ("w", "s", "", "i"), ROW, fp8(1, IN)),
+    "fp8 by token": ("linear_fp8", ("w", "s"), {**ROW, "per_token": True}, fp8(1, IN)),
+}
+
+
+@pytest.mark.parametrize("form", BUILT)
+def test_each_form_builds_in_16_bits(form: str, tmp_path: Path) -> None:
+    """For the newest target, and the oldest that takes it, as the table says."""
+    op, inputs, attrs, weights = BUILT[form]
+    weights = tensors("float16") | weights
+    trt, program = tensorrt.load("tensorrt_rtx"), one(op, "float16", inputs, attrs, weights)
+    for capability in ("12.0", LEAST[form.split()[0]]):
+        target = Target("tensorrt_rtx", capability)
+        plan = build_plan(lower(program, weights, trt, target, LIMITS), trt, target, tmp_path / "plan")
+        assert plan.ref.size > OUT * IN // 2
 
 
 WRITERS: dict[str, tuple[dict[str, Any], Any]] = {
