@@ -1,6 +1,7 @@
 """Forms of weights as TensorRT networks: what they compute, and which targets refuse which, before anything is built."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from quantized_writers import awq, floats, gptq, packed_ints, save_quantized
 from torch import Tensor
 
 from builder_svc.build_config import BuildConfig
+from builder_svc.lower.tensorrt.attention import Padded
 from builder_svc.lower.tensorrt.build import build as build_plan
-from builder_svc.lower.tensorrt.lower import lower
-from builder_svc.lower.tensorrt.targets import LEAST, Target, check
+from builder_svc.lower.tensorrt.lower import HANDLERS, lower
+from builder_svc.lower.tensorrt.targets import ABSENT, LEAST, Target, check
 from builder_svc.pipeline import build
 from engine import tensorrt
 from engine.errors import InvalidArgument, Unimplemented
 from engine.manifest import Limits
 from engine.ops import REFERENCE
+from engine.opset import OPERATORS
 from engine.program import KVCache, Op, Program, TensorType, Value
 from tests.conftest import save_checkpoint
 from tests.running import make_engine, reference_logits
@@ -254,6 +257,16 @@ def test_experts_and_pipelines_are_refused(family: str, changes: dict[str, Any],
     options = BuildConfig(backend="tensorrt_rtx", compute_capability="12.0", dtype="float32", **ranks)
     with pytest.raises(Unimplemented, match=problem):
         build(checkpoint, options, store=str(tmp_path / "store"))
+
+
+def test_every_operator_has_a_handler_or_is_refused() -> None:
+    """With all its inputs and attributes, but for those of caches of 8 bits."""
+    assert HANDLERS.keys() | ABSENT.keys() | {"attention"} == OPERATORS.keys()
+    for name, handler in (HANDLERS | {"attention": Padded.attend}).items():
+        taken = list(inspect.signature(handler).parameters.values())
+        positional = [each for each in taken if each.kind is each.POSITIONAL_OR_KEYWORD]
+        assert len(positional) - (2 if name == "attention" else 1) >= len(OPERATORS[name].inputs), name
+        assert set(OPERATORS[name].attrs) - {each.name for each in taken} <= {"k_scale", "v_scale"}, name
 
 
 @pytest.mark.parametrize(

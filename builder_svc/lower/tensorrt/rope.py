@@ -30,7 +30,7 @@ def rope_table(net: Net, positions: ITensor, inv_freq: Weight, *, scale: float, 
     """A table of all positions that a slot may have, computed here as the operator's reference does."""
     angles = torch.arange(capacity, dtype=torch.float32)[:, None] * inv_freq.tensor.float()[None, :]
     rows = net.reshape(positions, (TOKENS, 1))
-    return RopeTable(inv_freq.name, angles.cos() * scale, angles.sin() * scale, rows, angles.shape[1])
+    return RopeTable(net.where, angles.cos() * scale, angles.sin() * scale, rows, angles.shape[1])
 
 
 def long_rope_table(
@@ -51,7 +51,7 @@ def long_rope_table(
     longer = net.elementwise(lengths, net.number(original, lengths), "GREATER")
     offset = net.select(longer, net.number(capacity, positions), net.number(0, positions))
     rows = net.reshape(net.add(positions, offset), (TOKENS, 1))
-    return RopeTable(inv_freq.name, angles.cos() * scale, angles.sin() * scale, rows, angles.shape[1])
+    return RopeTable(net.where, angles.cos() * scale, angles.sin() * scale, rows, angles.shape[1])
 
 
 def dynamic_rope_table(
@@ -76,7 +76,7 @@ def dynamic_rope_table(
     angles = net.divide(at, net.elementwise(base, steps, "POW"))
     half = rotary_dim // 2
     cos, sin = (net.reshape(net.unary(angles, function), (TOKENS, 1, half)) for function in ("COS", "SIN"))
-    return RopeTable("dynamic", cos, sin, None, half)
+    return RopeTable(net.where, cos, sin, None, half)
 
 
 def rope(net: Net, x: ITensor, table: RopeTable, _: RopeTable, *, head_dim: int, interleaved: bool) -> ITensor:

@@ -61,8 +61,8 @@ def _layer(op: Op, program: Program) -> str:
 def _problems(op: Op, program: Program, target: Target) -> list[tuple[str, str]]:
     """(problem, alternatives) of one operator."""
     found = [_too_old(form, target) for form in _forms(op)]
-    if op.op in _ABSENT:
-        what, alternatives = _ABSENT[op.op]
+    if op.op in ABSENT:
+        what, alternatives = ABSENT[op.op]
         found.append((f"{target} has no {what}", alternatives))
     if op.op == "attention" and ITEM_SIZE[program.caches[int(str(op.attrs["cache"]))].dtype] == 1:
         found.append(
@@ -87,7 +87,7 @@ def _forms(op: Op) -> list[str]:
 
 
 _PIPELINE = "layer for ranks of a pipeline", "build with pp_size 1 and a larger tp_size, or with backend 'torch'"
-_ABSENT = {
+ABSENT = {
     "send": _PIPELINE,
     "recv": _PIPELINE,
     "experts": ("kernels for experts whose weights are of 16 or 32 bits", "choose backend 'torch'"),
