@@ -33,7 +33,7 @@ WINDOW: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "sliding_window": 2
 
 @pytest.mark.parametrize("family", ["", "mistral", "gemma2"])
 def test_tokens_are_near_the_references_best(family: str, tmp_path: Path) -> None:
-    """The demo model, one with windows, and one with soft caps: teacher-forced, as docs/architecture.md says what "equal" means."""
+    """The demo model, one with windows, one with soft caps: teacher-forced, as docs/architecture.md says what "equal" means."""
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family, **WINDOW) if family else DEMO
     store = DirectoryStore(tmp_path / "store")
     chosen = BuildConfig(backend="tensorrt_rtx", compute_capability=HERE, **LIMITS)

@@ -75,7 +75,7 @@ def prompts() -> list[Sequence]:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon"])
 def test_half_precision_errs_as_transformers_does(family: str, dtype: str, tmp_path: Path) -> None:
     """Against transformers in float32 with the weights rounded, of logits of about 5."""
-    changes = {"alibi": True} if family == "falcon" else {"head_dim": 32}
+    changes: dict[str, Any] = {"alibi": True, "hidden_size": 64} if family == "falcon" else {"head_dim": 32}
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family, **changes)
     attention = "sdpa" if family == "falcon" else "eager"
     half: Any = copy.deepcopy(reference_of(checkpoint, attention)).to(getattr(torch, dtype))
