@@ -120,14 +120,14 @@ def _capability(options: BuildConfig) -> str:
         return str(options.compute_capability)
     import torch
 
-    here = ""
-    if torch.cuda.is_available():
-        here = ".".join(map(str, torch.cuda.get_device_capability()))
-    if not here or options.compute_capability not in (None, here):
-        wanted = f"compute capability {options.compute_capability}" if options.compute_capability else "a GPU"
+    here = ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
+    if here is None or options.compute_capability not in (None, here):
+        found = (
+            "none is here" if here is None else f"its compute capability is {here}, not {options.compute_capability}"
+        )
         raise FailedPrecondition(
-            f"backend 'tensorrt' builds for the GPU of this machine, which has {here or 'none'}, and {wanted} is wanted: build "
-            "on such a machine, or choose backend 'tensorrt_rtx' with a target, or 'torch'",
+            f"backend 'tensorrt' builds for the GPU of this machine, and {found}: build on one that has it, or choose backend "
+            "'tensorrt_rtx' with a target, or 'torch'",
             reason="DEVICE_MISSING",
         )
     return here

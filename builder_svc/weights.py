@@ -12,9 +12,9 @@ import torch
 
 from builder_svc.checkpoint.tensors import Tensors
 from builder_svc.models.sources import Source
-from builder_svc.work_directory import unwritable
+from builder_svc.work_directory import MORE_ROOM, unwritable
 from engine.blobs import Hasher
-from engine.errors import InvalidArgument
+from engine.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.manifest import FileRef
 from engine.program import ITEM_SIZE, Program, TensorType
 
@@ -141,7 +141,10 @@ def write_weights(
     written = []
     for number, group in enumerate(_groups(order, program)):
         path = directory / f"{stem}-{number:05d}.safetensors"
-        ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
+        try:
+            ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
+        except (ResourceExhausted, FailedPrecondition) as error:
+            raise type(error)(f"{error.message}; {MORE_ROOM}", reason=error.reason) from None
         written.append((ref, path))
     return written
 

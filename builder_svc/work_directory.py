@@ -12,6 +12,7 @@ from pathlib import Path
 from engine.errors import EnginehouseError, FailedPrecondition, ResourceExhausted
 
 _PREFIX = "enginehouse-build-"
+MORE_ROOM = "free some space, or choose another folder: --data of `enginehouse build`, --work-dir of a builder"
 _FRESH = 10.0  # seconds in which a new directory may not be locked yet
 
 
@@ -45,10 +46,9 @@ def clear(parent: Path | None) -> None:
                 os.close(lock)
 
 
-def unwritable(path: Path, error: OSError) -> EnginehouseError:
-    """Why a file of a build cannot be written, and what to do."""
-    fix = "free some space, or choose another folder: --data of `enginehouse build`, --work-dir of a builder"
-    message = f"cannot write {path}: {error.strerror}; {fix}"
+def unwritable(path: Path, error: OSError, fix: str = "") -> EnginehouseError:
+    """Why a file cannot be written, and what to do: MORE_ROOM for one in a work directory."""
+    message = f"cannot write {path}: {error.strerror}" + (f"; {fix}" if fix else "")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceExhausted(message, reason="WORK_DIR_FULL")
     return FailedPrecondition(message, reason="WORK_DIR_UNWRITABLE")

@@ -88,7 +88,7 @@ def begin_load(
     )
     rank = manifest.ranks[which(manifest)]
     program = Program.from_json(blobs.read(store, rank.program))
-    total, done = sum(file.size for file in (*rank.weights, *rank.native)), 0
+    total, done = sum(file.size for file in rank.weights), 0
     if rank.random_seed is not None:
         total = sum(declared.nbytes for declared in program.weights.values())
     one = threading.Lock()
@@ -104,7 +104,8 @@ def begin_load(
             raise DataLoss(
                 f"engine {engine_id[:12]}: {len(rank.native)} plans of a rank, expected one", reason="PLAN_INVALID"
             )
-        plan = memory.zeros(rank.native[0].size)
+        total = rank.native[0].size
+        plan = memory.zeros(total)
         blobs.read_into(store, [(rank.native[0], memoryview(plan.numpy()))], arrived)
         return LoadedEngine(manifest, program, {}, total, plan=plan)
     with ExitStack() as arriving:

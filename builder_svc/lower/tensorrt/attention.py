@@ -1,6 +1,7 @@
 """Attention and its caches: padded, where every row of a step has a slot of its own, or packed, where rows follow each other."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -9,18 +10,32 @@ from builder_svc.lower.tensorrt.net import ITensor, Net, Weight
 from engine.program import KVCache, Program
 
 
-class AttentionIO(Protocol):
+class AttentionIO(ABC):
     """How tokens come in, and how attention is made of them.
 
     Attributes:
         ports: the network's inputs, but for the caches.
+        cache_ports: the caches, as `attend` makes them. aliases: what they are called when the step's tokens are in them.
     """
 
-    ports: tuple[Port, ...]
+    def __init__(
+        self, program: Program, capacity: int, tokens: tuple[str, ...], borders: tuple[Port, ...] = ()
+    ) -> None:
+        """`capacity`: tokens of a slot. `tokens`: dimensions of the program's inputs. `borders`: a further port."""
+        self._caches, self._capacity, self._names = program.caches, capacity, tuple(program.inputs)
+        of_tokens = [Port(name, "int32", tokens) for name in self._names if name != "logit_indices"]
+        of_rows = [Port(name, "int32", (BATCH,)) for name in ("write_index", "kv_lengths")]
+        self.ports = (*of_tokens, *of_rows, *borders, Port("logit_indices", "int32", (LOGITS,)))
+        self.cache_ports: list[Port] = []
+        self.aliases: dict[str, str] = {}
+        self._inputs: dict[str, ITensor] = {}
 
     def inputs(self, net: Net) -> dict[str, ITensor]:
-        """Makes the ports; the program's inputs [num_tokens] by name."""
+        """Makes the ports; the program's inputs by name."""
+        self._inputs = {port.name: net.input(port.name, torch.int32, port.shape) for port in self.ports}
+        return {name: self._inputs[name] for name in self._names}
 
+    @abstractmethod
     def attend(
         self,
         net: Net,
@@ -37,27 +52,12 @@ class AttentionIO(Protocol):
     ) -> ITensor:
         """`engine.ops.attention` of [num_tokens, heads * D]; the caches are written."""
 
-
-class _Attention:
-    """What both ways have in common.
-
-    Args:
-        capacity: tokens of a slot.
-    """
-
-    def __init__(self, program: Program, capacity: int) -> None:
-        self._caches, self._capacity = program.caches, capacity
-        self._inputs = tuple(program.inputs)
-        self.cache_ports: list[Port] = []
-        self.aliases: dict[str, str] = {}
-        self._ports: dict[str, ITensor] = {}
-
     def _update(self, net: Net, name: str, spec: KVCache, new: ITensor, lengths: ITensor | None) -> ITensor:
         """The cache [batch, G, capacity, D] with the step's keys or values in it; input and output share their memory."""
         dtype = getattr(torch, spec.dtype)
         shape = (BATCH, spec.num_kv_heads, self._capacity, spec.head_dim)
         before = net.input(name, dtype, shape)
-        layer = net.network.add_kv_cache_update(before, new, self._ports["write_index"], net.trt.KVCacheMode.LINEAR)
+        layer = net.network.add_kv_cache_update(before, new, self._inputs["write_index"], net.trt.KVCacheMode.LINEAR)
         if layer is not None and lengths is not None:
             layer.update_form = net.trt.AttentionIOForm.PACKED_NHD
             layer.update_lengths = lengths
@@ -72,7 +72,7 @@ class _Attention:
         return q if scale == 1 else net.multiply(q, net.number(scale, q))
 
 
-class Padded(_Attention):
+class Padded(AttentionIO):
     """Tokens [batch, seq]: row i is slot i of the caches, its tokens stand at write_index[i] and behind it.
 
     kv_lengths is write_index + seq, also for rows of fewer tokens: the query at place t sees kv_lengths - seq + t + 1 keys. What
@@ -80,18 +80,13 @@ class Padded(_Attention):
     """
 
     def __init__(self, program: Program, capacity: int) -> None:
-        super().__init__(program, capacity)
-        tokens = [Port(name, "int32", (BATCH, SEQ)) for name in program.inputs if name != "logit_indices"]
-        rows = [Port(name, "int32", (BATCH,)) for name in ("write_index", "kv_lengths")]
-        self.ports = (*tokens, *rows, Port("logit_indices", "int32", (LOGITS,)))
+        super().__init__(program, capacity, (BATCH, SEQ))
         self._masks: dict[Any, ITensor] = {}
 
     def inputs(self, net: Net) -> dict[str, ITensor]:
-        for port in self.ports:
-            self._ports[port.name] = net.input(port.name, torch.int32, port.shape)
+        ports = super().inputs(net)
         net.set_extent(TOKENS, net.multiply(net.extent(BATCH), net.extent(SEQ)))
-        flat = {name: self._ports[name] for name in self._inputs}
-        return {name: net.reshape(port, (-1,)) if len(port.shape) == 2 else port for name, port in flat.items()}
+        return {name: net.reshape(port, (-1,)) if len(port.shape) == 2 else port for name, port in ports.items()}
 
     def attend(
         self,
@@ -131,7 +126,7 @@ class Padded(_Attention):
         result = net.out(attention)
         if masked:
             attention.mask = self._mask(net, alibi, window, dtype)
-        attention.key_value_lengths = self._ports["kv_lengths"]
+        attention.key_value_lengths = self._inputs["kv_lengths"]
         _finish(net, attention)
         return result
 
@@ -158,7 +153,7 @@ class Padded(_Attention):
         key = (alibi and alibi.name, window, dtype)
         if key in self._masks:
             return self._masks[key]
-        at = net.reshape(self._ports["positions"], (BATCH, 1, SEQ, 1))
+        at = net.reshape(self._inputs["positions"], (BATCH, 1, SEQ, 1))
         places = net.constant("places", torch.arange(self._capacity, dtype=torch.int32)[None, None, None])
         behind = net.elementwise(places, at, "SUB")  # 0 is the query's own place
         seen = net.elementwise(behind, net.number(1, behind), "LESS")
@@ -173,20 +168,11 @@ class Padded(_Attention):
         return seen
 
 
-class Packed(_Attention):
+class Packed(AttentionIO):
     """Tokens [num_tokens], one row after another: row i, in slot i of the caches, from query_lengths[i] to the next."""
 
     def __init__(self, program: Program, capacity: int) -> None:
-        super().__init__(program, capacity)
-        tokens = [Port(name, "int32", (TOKENS,)) for name in program.inputs if name != "logit_indices"]
-        rows = [Port(name, "int32", (BATCH,)) for name in ("write_index", "kv_lengths")]
-        borders = Port("query_lengths", "int32", (BORDERS,))
-        self.ports = (*tokens, *rows, borders, Port("logit_indices", "int32", (LOGITS,)))
-
-    def inputs(self, net: Net) -> dict[str, ITensor]:
-        for port in self.ports:
-            self._ports[port.name] = net.input(port.name, torch.int32, port.shape)
-        return {name: self._ports[name] for name in self._inputs}
+        super().__init__(program, capacity, (TOKENS,), (Port("query_lengths", "int32", (BORDERS,)),))
 
     def attend(
         self,
@@ -202,7 +188,7 @@ class Packed(_Attention):
         window: int,  # noqa: ARG002
         soft_cap: float = 0.0,  # noqa: ARG002
     ) -> ITensor:
-        trt, spec, borders = net.trt, self._caches[cache], self._ports["query_lengths"]
+        trt, spec, borders = net.trt, self._caches[cache], self._inputs["query_lengths"]
 
         def heads(x: ITensor) -> ITensor:
             return net.reshape(x, (TOKENS, x.shape[1] // head_dim, head_dim))
@@ -217,7 +203,7 @@ class Packed(_Attention):
         result = net.out(attention)
         attention.query_form = trt.AttentionIOForm.PACKED_NHD
         attention.query_lengths = borders
-        attention.key_value_lengths = self._ports["kv_lengths"]
+        attention.key_value_lengths = self._inputs["kv_lengths"]
         _finish(net, attention)
         return net.reshape(result, (TOKENS, q.shape[1]))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from builder_svc.lower.tensorrt.lowered import LoweredNetwork
 from builder_svc.lower.tensorrt.targets import Target
-from builder_svc.work_directory import unwritable
+from builder_svc.work_directory import MORE_ROOM, unwritable
 from engine.blobs import Hasher
 from engine.manifest import FileRef
 from engine.tensorrt import failed
@@ -67,7 +67,7 @@ def build(
             monitor.stop.set()
             raise
     if writer.error is not None:
-        raise unwritable(path, writer.error)
+        raise unwritable(path, writer.error, MORE_ROOM)
     if not done:
         raise failed(trt, f"the network for {target}")
     measured = bytes(memoryview(cache.serialize())) if cache else b""
@@ -104,10 +104,8 @@ def _monitor(trt: Any, progress: Callable[[int], None]) -> Any:
             pass
 
         def step_complete(self, _name: str, _step: int) -> bool:
-            with (
-                self._lock,
-                suppress(Exception),
-            ):  # an exception would end the process, in the middle of TensorRT's own code
+            # An exception would end the process, in the middle of TensorRT's own code.
+            with self._lock, suppress(Exception):
                 self._done += 1
                 progress(self._done)
             return not self.stop.is_set()
@@ -128,7 +126,7 @@ def _writer(trt: Any, path: Path) -> Any:
             try:
                 self._file = path.open("wb", buffering=0)
             except OSError as error:
-                raise unwritable(path, error) from None
+                raise unwritable(path, error, MORE_ROOM) from None
 
         def write(self, data: bytes) -> int:
             view = memoryview(data)

@@ -78,7 +78,7 @@ def lower(
         net.where = f"ops.{number} {op.op}"
         results = _applied(net, handlers[op.op], op, values)
         for value, result in zip(op.outputs, results, strict=True):
-            _check_type(net, op, value.type.dtype, result)
+            _check_type(net, value.type.dtype, result)
             values[value.name] = result
     outputs = []
     for name in program.outputs:
@@ -94,15 +94,15 @@ def lower(
 def _applied(net: Net, handler: Callable[..., Any], op: Op, values: Mapping[str, Any]) -> tuple[Any, ...]:
     inputs = [values[name] if name else None for name in op.inputs]
     made = handler(net, *inputs, **op.attrs)
-    if isinstance(made, rope.RopeTable):
+    if isinstance(made, rope.RopeTable):  # in place of both results
         return made, made
     return made if isinstance(made, tuple) else (made,)
 
 
-def _check_type(net: Net, op: Op, dtype: str, result: Any) -> None:
+def _check_type(net: Net, dtype: str, result: Any) -> None:
     """What a handler makes has the dtype that the program says."""
     if not isinstance(result, rope.RopeTable) and net.torch_dtypes[result.dtype] != getattr(torch, dtype):
-        raise Internal(f"{net.where} makes {result.dtype}, the program says {dtype} ({op.op})", reason="LOWERING_WRONG")
+        raise Internal(f"{net.where} makes {result.dtype}, the program says {dtype}", reason="LOWERING_WRONG")
 
 
 def _profiles(form: str, limits: Limits) -> tuple[Profile, ...]:
