@@ -267,7 +267,7 @@ def spread(scale: Tensor, x: Tensor, axis: int) -> Tensor:
 
 ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "SUM": torch.add, "PROD": torch.mul, "SUB": torch.sub, "DIV": torch.div, "MAX": torch.maximum, "POW": torch.pow,
-    "GREATER": torch.gt, "LESS": torch.lt, "AND": torch.logical_and,
+    "GREATER": torch.gt, "LESS": torch.lt, "EQUAL": torch.eq, "AND": torch.logical_and,
 }  # fmt: skip
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "SQRT": torch.sqrt, "RECIP": torch.reciprocal, "ABS": torch.abs, "COS": torch.cos, "SIN": torch.sin,

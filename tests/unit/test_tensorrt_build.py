@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {**TINY, "sliding_window": 24}),
     "alibi": ("falcon", {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "alibi": True}),
     "capped": ("gemma2", {**TINY, "sliding_window": 24}),
+    "experts": ("mixtral", {**TINY, "num_local_experts": 4}),
     "int4": ("llama", TINY),
     "fp8": ("llama", TINY),
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families_harness import check_family, reference_of, watch
 from test_families import CASES as LLAMAS
+from test_families_experts import CASES as EXPERTS
 from test_families_gpt import CASES as GPTS
 from test_families_wide import CASES as WIDE
 from torch import Tensor
@@ -33,10 +34,11 @@ from tests.ranks import Stage
 from tests.running import make_engine
 from tests.trt_engine import PACKED, PADDED, TensorRTEngine, evaluated, runner
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {**LLAMAS, **GPTS, **WIDE}  # type: ignore[dict-item]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {**LLAMAS, **GPTS, **WIDE, **EXPERTS}  # type: ignore[dict-item]
 QUICK = (
     "llama-grouped-odd-head", "qwen2", "qwen3", "mistral", "phi3-longrope", "llama-dynamic", "gpt2", "gptj", "phi", "falcon-40b",
     "falcon-rw", "gpt-neox-parallel", "gemma", "gemma2-caps", "gemma3", "stablelm-parallel-norms", "olmo2", "olmo3", "granite",
+    "mixtral", "qwen2-moe",
 )  # fmt: skip
 """One of each family; the others in drills."""
 OPTIONS: dict[str, Any] = {"max_num_tokens": 64, "max_batch_size": 4}

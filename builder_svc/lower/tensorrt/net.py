@@ -142,10 +142,11 @@ class Net:
         layer.first_transpose = tuple(axes)
         return self.out(layer)
 
-    def columns(self, x: ITensor, start: int, size: int, rows: str) -> ITensor:
-        """x[:, start : start + size] of a tensor whose first dimension is named `rows`."""
-        layer = self.network.add_slice(x, (0, start), (0, size), (1, 1))
-        layer.set_input(2, self.shape_of((rows, size)))
+    def columns(self, x: ITensor, start: int, size: int, rows: Sequence[int | str]) -> ITensor:
+        """x[..., start : start + size]; `rows` are the other dimensions."""
+        before = (0,) * len(rows)
+        layer = self.network.add_slice(x, (*before, start), (*before, size), (1,) * (len(rows) + 1))
+        layer.set_input(2, self.shape_of((*rows, size)))
         return self.out(layer)
 
     # Arithmetic

@@ -87,14 +87,14 @@ def head_layer_norm(net: Net, x: ITensor, weight: Weight, *, eps: float) -> ITen
     return net.reshape(scaled, (TOKENS, heads * dim))
 
 
-def _halves(net: Net, x: ITensor) -> tuple[ITensor, ITensor]:
-    half = x.shape[1] // 2
-    return net.columns(x, 0, half, TOKENS), net.columns(x, half, half, TOKENS)
+def _halves(net: Net, x: ITensor, rows: tuple[int | str, ...] = (TOKENS,)) -> tuple[ITensor, ITensor]:
+    half = x.shape[-1] // 2
+    return net.columns(x, 0, half, rows), net.columns(x, half, half, rows)
 
 
-def silu_mul(net: Net, gate_up: ITensor) -> ITensor:
+def silu_mul(net: Net, gate_up: ITensor, rows: tuple[int | str, ...] = (TOKENS,)) -> ITensor:
     """silu(gate) * up."""
-    gate, up = _halves(net, gate_up)
+    gate, up = _halves(net, gate_up, rows)
     return net.multiply(net.multiply(gate, net.activation(gate, "SIGMOID")), up)
 
 
@@ -112,6 +112,32 @@ def gelu_mul(net: Net, gate_up: ITensor, *, tanh: bool) -> ITensor:
 def sigmoid_mul(net: Net, x: ITensor, gate: ITensor) -> ITensor:
     """sigmoid(gate) * x, with one gate a row."""
     return net.multiply(x, net.activation(gate, "SIGMOID"))
+
+
+def experts(
+    net: Net, x: ITensor, router_logits: ITensor, gate_up: Weight, down: Weight, *, top_k: int, normalize: bool
+) -> ITensor:
+    """Every expert computes every token, and those that the router has not chosen count 0.
+
+    TensorRT's own layer for experts has no kernels for weights of 16 bits. Weights are read once a step either way, by all
+    but the smallest; products grow by experts / top_k.
+    """
+    trt, dtype, number = net.trt, net.torch_dtypes[x.dtype], gate_up.tensor.shape[0]
+    softmax = net.network.add_softmax(net.cast(router_logits, torch.float32))
+    shares = net.out(softmax)
+    softmax.axes = 1 << 1
+    best = net.network.add_topk(shares, trt.TopKOperation.MAX, top_k, 1 << 1)
+    weights, chosen = net.out(best, 0), net.out(best, 1)
+    if normalize:
+        weights = net.divide(weights, net.reduce(weights, "SUM", 1))
+    numbers = net.constant(f"{number} experts", torch.arange(number, dtype=torch.int32)[None, None])
+    one = net.elementwise(net.reshape(chosen, (TOKENS, top_k, 1)), numbers, "EQUAL")
+    weights = net.reshape(weights, (TOKENS, top_k, 1))
+    of_all = net.reduce(net.select(one, weights, net.number(0.0, weights)), "SUM", 1, keep=False)
+    counts = net.reshape(net.transpose(net.cast(of_all, dtype), (1, 0)), (number, TOKENS, 1))
+    inner = net.matmul(net.reshape(x, (1, TOKENS, x.shape[1])), net.weight(gate_up), transposed=True)
+    made = net.matmul(silu_mul(net, inner, (number, TOKENS)), net.weight(down), transposed=True)
+    return net.reduce(net.multiply(made, counts), "SUM", 0, keep=False)
 
 
 def add(net: Net, x: ITensor, y: ITensor) -> ITensor:
@@ -132,7 +158,7 @@ def soft_cap(net: Net, x: ITensor, *, cap: float) -> ITensor:
 def split(net: Net, x: ITensor, *, sizes: list[int]) -> tuple[ITensor, ...]:
     """Pieces of the columns."""
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    return tuple(net.columns(x, start, size, TOKENS) for start, size in zip(starts, sizes, strict=True))
+    return tuple(net.columns(x, start, size, (TOKENS,)) for start, size in zip(starts, sizes, strict=True))
 
 
 def gather(net: Net, x: ITensor, indices: ITensor) -> ITensor:

@@ -90,7 +90,6 @@ _PIPELINE = "layer for ranks of a pipeline", "build with pp_size 1 and a larger 
 ABSENT = {
     "send": _PIPELINE,
     "recv": _PIPELINE,
-    "experts": ("kernels for experts whose weights are of 16 or 32 bits", "choose backend 'torch'"),
 }
 """Operator -> what there is none of, for any target, and what would do."""
 
