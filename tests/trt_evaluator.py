@@ -157,11 +157,6 @@ class Evaluator:
     def _topk(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(torch.topk(self._f(x), layer.k, layer.axes.bit_length() - 1))  # type: ignore[return-value]
 
-    def _one_hot(self, layer: Any, indices: Tensor, values: Tensor, depth: Tensor) -> Tensor:
-        assert layer.axis in (-1, indices.dim())
-        chosen = F.one_hot(indices.long(), int(depth)).bool()
-        return torch.where(chosen, values[1], values[0])
-
     def _normalization(self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         axes = [axis for axis in range(x.dim()) if layer.axes >> axis & 1]
         wide = self._f(x)
@@ -284,5 +279,5 @@ CLASSES = {
     "CAST": "ICastLayer", "QUANTIZE": "IQuantizeLayer", "DEQUANTIZE": "IDequantizeLayer",
     "DIST_COLLECTIVE": "IDistCollectiveLayer", "SOFTMAX": "ISoftMaxLayer", "CONCATENATION": "IConcatenationLayer",
     "SLICE": "ISliceLayer", "NORMALIZATION": "INormalizationLayer", "SELECT": "ISelectLayer", "SHAPE": "IShapeLayer",
-    "TOPK": "ITopKLayer", "ONE_HOT": "IOneHotLayer",
+    "TOPK": "ITopKLayer",
 }  # fmt: skip

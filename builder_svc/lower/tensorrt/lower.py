@@ -33,8 +33,8 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     for function in (
         operators.embedding, operators.embedding_shard, operators.rms_norm, operators.add_rms_norm, operators.head_rms_norm,
         operators.layer_norm, operators.add_layer_norm, operators.head_layer_norm, operators.silu_mul, operators.gelu,
-        operators.gelu_mul, operators.sigmoid_mul, operators.experts, operators.add, operators.scale, operators.soft_cap, operators.split,
-        operators.gather, operators.all_reduce, operators.all_gather, linears.linear, linears.linear_int4,
+        operators.gelu_mul, operators.sigmoid_mul, operators.experts, operators.add, operators.scale, operators.soft_cap,
+        operators.split, operators.gather, operators.all_reduce, operators.all_gather, linears.linear, linears.linear_int4,
         linears.linear_int8, linears.linear_fp8, rope.rope_table, rope.long_rope_table, rope.dynamic_rope_table, rope.rope,
     )
 }  # fmt: skip
