@@ -22,10 +22,8 @@ from executor_svc.group import ALONE, Group
 from executor_svc.layout import Layout, StepLayout
 from executor_svc.plans import unpack
 from executor_svc.rope_lengths import rope_lengths
-from executor_svc.runner import Capabilities, free_memory
+from executor_svc.runner import KV_SHARE, Capabilities, free_memory
 from executor_svc.sampler import answer
-
-_KV_SHARE = 0.5  # of the free memory, where nobody says how much
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ class TensorRTRunner:
         shapes = {name: tuple(engine.get_tensor_shape(name))[1:] for name in self._aliases.values()}
         dtype = {name: getattr(torch, program.caches[int(name.rpartition(".")[2])].dtype) for name in shapes}
         slot_bytes = sum(int(np.prod(shape)) * dtype[name].itemsize for name, shape in shapes.items())
-        share = (kv_share or _KV_SHARE) / (group.here if device == "cpu" else 1)
-        slots = group.least(_slots(slot_bytes, limits, device, kv_memory, share))
+        share = (kv_share or KV_SHARE) / (group.here if device == "cpu" else 1)
+        slots = group.least(_slots(slot_bytes, limits, device, kv_memory, share, capped=kv_share is not None))
         self._caches = {
             name: torch.zeros(slots, *shape, dtype=dtype[name], device=self._device) for name, shape in shapes.items()
         }
@@ -217,10 +215,16 @@ class TensorRTRunner:
         return int(torch.cuda.current_stream().cuda_stream) if self._device.type == "cuda" else 0
 
 
-def _slots(slot_bytes: int, limits: Limits, device: str, kv_memory: int | None, kv_share: float) -> int:
-    """How many sequences the caches have room for. Raises FailedPrecondition if it is none."""
-    if kv_memory is None:
-        kv_memory = int(kv_share * free_memory(device))
+def _slots(
+    slot_bytes: int, limits: Limits, device: str, kv_memory: int | None, kv_share: float, *, capped: bool
+) -> int:
+    """How many sequences the caches have room for; arguments as `runner.cache_blocks` has them.
+
+    Raises FailedPrecondition if it is none.
+    """
+    if kv_memory is None or capped:
+        free = int(kv_share * free_memory(device))
+        kv_memory = free if kv_memory is None else min(kv_memory, free)
     if kv_memory < slot_bytes:
         raise FailedPrecondition(
             f"{kv_memory >> 20} MiB of KV cache are less than one sequence of {limits.max_seq_len} tokens: start the executor "

@@ -118,7 +118,7 @@ class TensorRTEngine(Engine):
     """
 
     def __init__(self, loaded: LoadedEngine, target: Target, slots: int = 4) -> None:
-        self.device = "cpu"
+        self.device, self.guides = "cpu", None
         self.evaluated = evaluated(loaded, target)
         self.runner = runner(loaded, self.evaluated, slots)
         self.scheduler = Scheduler(scheduler_config(self.runner, loaded.manifest))

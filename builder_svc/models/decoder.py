@@ -38,7 +38,7 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, index: int, mapping: Mapping) -> None:
         super().__init__()
         self.spec, self.index = spec, index
-        self.kv_scales = (0.0, 0.0)  # a cache in the dtype of keys and values
+        self.kv_scales, self.kv_int8 = (0.0, 0.0), False  # a cache in the dtype of keys and values
         self.qkv = Linear(hidden_size, sum(spec.qkv_sizes), spec.qkv_bias)
         self.q_norm = HeadNorm(spec, spec.num_heads, eps, mapping) if spec.qk_norm else None
         self.k_norm = HeadNorm(spec, spec.num_kv_heads, eps, mapping) if spec.qk_norm else None
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         if rotation:
             q, k = (op.rope(part, *rotation, spec.head_dim, spec.rope.interleaved) for part in (q, k))
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        settings = (self.index, spec.head_dim, scale, spec.window, spec.soft_cap, *self.kv_scales)
+        settings = (self.index, spec.head_dim, scale, spec.window, spec.soft_cap, *self.kv_scales, self.kv_int8)
         return self.out(op.attention(q, k, v, alibi, *settings))
 
 

@@ -114,17 +114,14 @@ def test_fp8_is_what_the_operator_says(rows: int, activations: str) -> None:
 
 @pytest.mark.parametrize("activations", ["", "tensor", "token"])
 def test_int8_is_what_the_operator_says(activations: str) -> None:
-    """SmoothQuant's products: codes times codes, then both scales. (Operator set 5 has them.)"""
+    """SmoothQuant's products: codes times codes, then both scales."""
     weights = tensors("float32")
     weights |= {"w": torch.randint(-127, 128, (OUT, IN)).to(torch.int8), "s": torch.rand(OUT) * 0.001}
     weights |= {"i": torch.tensor([3.5 / 127])}
     inputs = ["w", "s", "bias", *(["i"] if activations == "tensor" else [])]
-    found = computed("linear_int8", "float32", inputs, {"per_token": True} if activations == "token" else {}, weights)
-    x, matrix = weights["embedding"][:TOKENS], weights["w"].float() * weights["s"][:, None]
-    if activations:
-        unit = weights["i"] if activations == "tensor" else x.abs().amax(1, keepdim=True) / 127
-        x = (x / unit).round().clamp(-128, 127) * unit
-    wanted = x @ matrix.T + weights["bias"]
+    attrs = {"per_token": True} if activations == "token" else {}
+    found = computed("linear_int8", "float32", inputs, attrs, weights)
+    wanted = REFERENCE["linear_int8"](weights["embedding"][:TOKENS], *(weights[name] for name in inputs), **attrs)
     assert (found - wanted).abs().max() <= (3e-3 if activations else 1e-5) * wanted.abs().max()
 
 
@@ -257,7 +254,7 @@ def test_every_operator_has_a_handler_or_is_refused() -> None:
         taken = list(inspect.signature(handler).parameters.values())
         positional = [each for each in taken if each.kind is each.POSITIONAL_OR_KEYWORD]
         assert len(positional) - (2 if name == "attention" else 1) >= len(OPERATORS[name].inputs), name
-        assert set(OPERATORS[name].attrs) - {each.name for each in taken} <= {"k_scale", "v_scale"}, name
+        assert set(OPERATORS[name].attrs) - {each.name for each in taken} <= {"k_scale", "v_scale", "kv_int8"}, name
 
 
 @pytest.mark.parametrize(

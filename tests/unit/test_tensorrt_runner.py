@@ -181,6 +181,7 @@ def test_what_tensorrt_refuses_is_an_error(call: str, group: Group, kind: type, 
     engine.create_execution_context = lambda: context  # type: ignore[method-assign]
     with pytest.raises(kind, match="TensorRT|the plan"):
         run = TensorRTEngine.__new__(TensorRTEngine)
+        run.guides = None
         run.runner = TensorRTRunner(loaded.program, engine, loaded.manifest.limits, device="cpu", group=group)
         run.scheduler = Engine(loaded).scheduler
         run.run([Sequence(0, 0, prompt(3), 3, 2, Sampling(0.0))])
@@ -214,10 +215,18 @@ def test_a_worker_loads_a_plan_and_serves_it(tmp_path: Path, monkeypatch: pytest
     node = Node("cuda", {"tensorrt_rtx": tensorrt.version(tensorrt.load("tensorrt_rtx"))}, compute_capability="12.0")
     monkeypatch.setattr(worker, "this_node", lambda _: node)
     monkeypatch.setattr(worker, "make_plan_runner", runtime)
+    monkeypatch.setattr(worker, "free_memory", lambda _: 1 << 30)
     monkeypatch.setattr(worker.gc, "freeze", lambda: None)  # this process has more to do
     ours, theirs = socket.socketpair()
     front = FrameSocket(ours)
-    more = {"kv_memory": 1 << 20, "kv_share": None, "max_waiting": None, "no_block_reuse": False, "trusted_keys": []}
+    more = {
+        "kv_memory": 1 << 20,
+        "kv_tokens": None,
+        "kv_share": None,
+        "max_waiting": None,
+        "no_block_reuse": False,
+        "trusted_keys": [],
+    }
     arguments = Namespace(device="cuda", store=store.url, trust_native=True, **more)
     with ThreadPoolExecutor(1) as pool, theirs:
         serving = pool.submit(worker._serve, FrameSocket(theirs), arguments)
