@@ -142,7 +142,9 @@ def build_id(checkpoint: Path, chosen: BuildConfig) -> str:
 def test_two_ranks_have_a_plan_each(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "store")
     changes = {**TINY, "num_key_value_heads": 2, "vocab_size": 322}
-    manifest = build(save_checkpoint(tmp_path / "checkpoint", **changes), options(tp_size=2), store=store).manifest
+    manifest = build(
+        save_checkpoint(tmp_path / "checkpoint", **changes), options(tp_size=2, weight_streaming=True), store=store
+    ).manifest
     assert [rank.native[0].name for rank in manifest.ranks] == ["rank0.plan", "rank1.plan"]
     for rank in manifest.ranks:
         assert rank.network is not None and rank.network["layers"]["DIST_COLLECTIVE"] == 4
@@ -261,6 +263,8 @@ def test_a_signal_ends_it_in_the_middle(tmp_path: Path) -> None:
         steps.append(step)
         if step == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
+        if step >= 5:
+            time.sleep(0.05)  # the main thread hears of it meanwhile
 
     with stopping(), pytest.raises(Stopped):
         build_plan(embedding(64, 32), RTX, SM120, tmp_path / "plan", progress=kill)
