@@ -6,6 +6,7 @@ import sys
 import uvloop
 
 from engine.backends import open_store
+from gateway.failover import PATIENCE, Failover
 from gateway.router import Router
 from gateway.server import Gateway
 from protos.calls import Calls
@@ -24,6 +25,16 @@ def _address(text: str) -> str:
     return text
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 3600")
+    return seconds
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m gateway", description="Prompt -> executor -> text, over gRPC.")
     parser.add_argument(
@@ -39,6 +50,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
     parser.add_argument("--port", default=8400, type=int, help="port to listen on, 0 for a free one [%(default)s]")
+    parser.add_argument(
+        "--failover-patience",
+        default=PATIENCE,
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a request that has lost its executor waits for another one that has its engine [%(default)s]",
+    )
     add_options(parser)
     return parser.parse_args()
 
@@ -46,7 +64,8 @@ def _arguments() -> argparse.Namespace:
 async def _run(arguments: argparse.Namespace) -> None:
     router = Router(arguments.executor)
     metrics = Metrics()
-    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics)
+    failover = Failover(router, arguments.failover_patience)
+    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, failover)
     router.start()
     with metrics.served("gateway", arguments.host, arguments.metrics_port):
         await serve(

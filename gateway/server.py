@@ -10,6 +10,7 @@ import grpc
 
 from engine.errors import DeadlineExceeded
 from engine.store import Store
+from gateway.failover import Failover
 from gateway.generation import begin
 from gateway.models import Model, Models
 from gateway.prompt import prompt_ids, skip_special
@@ -33,8 +34,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Gateway(GatewayServicer):
     """Thin: each step of a request has its own module. `transcript.py` makes text, `link.py` speaks with the executor."""
 
-    def __init__(self, store: Store, router: Router, metrics: Metrics | None = None) -> None:
-        self.telemetry = Telemetry(metrics or Metrics(), router)
+    def __init__(
+        self, store: Store, router: Router, metrics: Metrics | None = None, failover: Failover | None = None
+    ) -> None:
+        self._failover = failover or Failover(router)
+        self.telemetry = Telemetry(metrics or Metrics(), router, self._failover)
         self._models = Models(store, router.ready)
         self._router = router
         self._turns = Turns()
@@ -50,8 +54,10 @@ class Gateway(GatewayServicer):
         submit = (
             await asyncio.to_thread(make) if request.bad_words else make()
         )  # they are tokenized, which takes its time
-        executor = await self._router.find(model.name, model.engine_id)
-        generation = begin(request, submit, prompt, tokenizer, executor, lambda submit: _carry_context(submit, context))
+        await self._router.look(model.engine_id)
+        limit = functools.partial(_carry_context, context=context)
+        executor = self._failover.request(model.name, limit)
+        generation = begin(request, submit, prompt, tokenizer, executor, limit)
         first = True
         with generation:
             while not generation.done:

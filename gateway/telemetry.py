@@ -16,6 +16,7 @@ from protos.v1.common_pb2 import FINISH_REASON_CANCELLED, FINISH_REASON_LENGTH, 
 from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
 
 if TYPE_CHECKING:
+    from gateway.failover import Failover
     from gateway.models import Model
     from gateway.router import Router
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 class Telemetry:
     """Counts requests by the name of their model."""
 
-    def __init__(self, metrics: Metrics, router: "Router") -> None:
+    def __init__(self, metrics: Metrics, router: "Router", failover: "Failover") -> None:
         counter, histograms = metrics.counter, metrics.histograms
         self.requests = counter("gateway_requests_total", "Requests that have ended, by gRPC status.", "model", "code")
         self.lost = counter(
@@ -73,6 +74,43 @@ class Telemetry:
             lambda: {(link.address,): float(link.num_requests) for link in router.links},
             "executor",
         )
+        metrics.gauge(
+            "gateway_executor_circuit",
+            "0 closed, 1 half-open, 2 open: the executor failed several requests in a row.",
+            lambda: {
+                (link.address, engine[:12]): float(circuit.state)
+                for link in router.links
+                for engine, circuit in list(link.circuits.items())
+            },
+            "executor",
+            "engine",
+        )
+        retries = counter(
+            "gateway_retries_total",
+            "Requests sent to another executor, by why the one before failed.",
+            "model",
+            "reason",
+        )
+        resumed = counter(
+            "gateway_streams_resumed_total",
+            "Completions that went on at another executor behind their tokens.",
+            "model",
+        )
+        resumed_tokens = counter(
+            "gateway_resumed_tokens_total", "Tokens that they had, which the other executor was given.", "model"
+        )
+        expected = counter(
+            "gateway_expected_cached_prompt_tokens_total",
+            "Prompt tokens that the chosen executor was believed to have in its prefix cache.",
+            "model",
+        )
+
+        def resume(model: str, tokens: int) -> None:
+            resumed.add(model)
+            resumed_tokens.add(model, by=tokens)
+
+        failover.on_retry, failover.on_resume = retries.add, resume
+        failover.on_choice = lambda model, tokens: expected.add(model, by=tokens)
         self._losses = counter("gateway_executor_losses_total", "Connections that were lost.", "executor")
         for link in router.links:
             self._losses.add(link.address, by=0)

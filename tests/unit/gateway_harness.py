@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError
+from gateway.failover import Failover
 from gateway.router import Router
 from gateway.server import Gateway
 from protos.rpc import ErrorInterceptor, from_rpc_error
@@ -80,6 +81,7 @@ class Cluster:
         self.executor = executors[0]
         self.router = Router([executor.address for executor in executors])
         self.stub: Any = None
+        self.gateway: Any = None
 
     def generate(self, **fields: Any) -> "grpc.aio.UnaryStreamCall[GenerateRequest, GenerateResponse]":
         timeout = fields.pop("timeout", None)
@@ -93,7 +95,8 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(path: Path, executors: int = 1) -> AsyncIterator[Cluster]:
+async def cluster(path: Path, executors: int = 1, patience: float = 30) -> AsyncIterator[Cluster]:
+    """`patience`: of requests that have lost their executor."""
     store = DirectoryStore(path)
     engine_id = publish(store, "demo")
     mocks = [MockExecutor(engine_id) for _ in range(executors)]
@@ -101,7 +104,8 @@ async def cluster(path: Path, executors: int = 1) -> AsyncIterator[Cluster]:
         await mock.start()
     made = Cluster(store, engine_id, mocks)
     server = grpc.aio.server(interceptors=[ErrorInterceptor()])
-    add_GatewayServicer_to_server(Gateway(store, made.router), server)
+    made.gateway = Gateway(store, made.router, failover=Failover(made.router, patience))
+    add_GatewayServicer_to_server(made.gateway, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     made.router.start()

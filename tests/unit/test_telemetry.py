@@ -15,6 +15,7 @@ from builder_svc.phases import Phases
 from builder_svc.telemetry import Telemetry as BuilderTelemetry
 from engine.errors import NotFound, Unavailable
 from executor_svc.telemetry import Telemetry as ExecutorTelemetry
+from gateway.failover import Failover
 from gateway.router import Router
 from gateway.telemetry import Telemetry as GatewayTelemetry
 from protos import rpc
@@ -171,7 +172,7 @@ async def test_the_page_lists_every_metric_of_every_service_as_it_is() -> None:
     BuilderTelemetry(metrics).watch(SimpleNamespace(num_running=0, num_queued=0))  # type: ignore[arg-type]
     ExecutorTelemetry(metrics, lambda: [])
     router = Router(["127.0.0.1:1"])
-    GatewayTelemetry(metrics, router)
+    GatewayTelemetry(metrics, router, Failover(router))
     there = {family.name: (family.kind, family.labels) for family in metrics.families}
     page = documented()
     assert {name: (row.kind, row.labels) for name, row in page.items()} == there
