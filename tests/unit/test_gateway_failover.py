@@ -287,6 +287,57 @@ async def test_an_executor_that_fails_again_and_again_is_left_alone(tmp_path: Pa
         assert bad_link.circuits[c.engine_id].state == CLOSED
 
 
+async def test_an_executor_that_says_nothing_any_more_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.link._POLL_INTERVAL", 0.05)
+    monkeypatch.setattr("gateway.link._STATUS_TIMEOUT", 0.5)
+    async with cluster(tmp_path, executors=2) as c:
+        call = c.generate()
+        first, submit = await next_submit(c)
+        first.answers.clear()
+        for _ in range(30):  # as long as steps come, somebody is there
+            first.tokens(submit.handle, [5])
+            assert list((await call.read()).token_ids) == [5]
+            await asyncio.sleep(0.05)
+        await c.ready(1)
+        assert first.streams == 1 and all(executor.submits.empty() for executor in c.executors)
+        second, again = await next_submit(c)
+        assert second is not first and list(again.resume_token_ids) == [5] * 30
+        second.tokens(again.handle, [6], LENGTH)
+        assert (await collect(call))[1] == [6]
+        first.answers.set()
+        await c.ready(2)
+
+
+async def test_nothing_is_left_of_streams_that_moved(tmp_path: Path) -> None:
+    async def answer() -> None:
+        while True:  # some are sent to one that ends its stream meanwhile, and then again
+            executor, submit = await next_submit(c)
+            executor.tokens(submit.handle, [5], LENGTH)
+
+    async with cluster(tmp_path, executors=2) as c:
+        tasks = []
+        for _ in range(4):
+            calls = [c.generate(n=2) for _ in range(5)]
+            for _ in range(10):  # the second of each follows when the first has begun
+                executor, submit = await next_submit(c)
+                executor.begin(submit.handle)
+            for executor in c.executors:
+                executor.hang_up()
+            answering = asyncio.create_task(answer())
+            for call in calls:
+                for _ in range(2):
+                    part = await asyncio.wait_for(call.read(), 60)
+                    assert (part.finish, list(part.token_ids)) == (LENGTH, [5])
+                assert await asyncio.wait_for(call.read(), 60) is grpc.aio.EOF
+            answering.cancel()
+            await c.ready(2)
+            await eventually(lambda: not any(link._inboxes or +link._inboxes.live for link in c.router.links))
+            assert not any(+link._inboxes.queued_tokens for link in c.router.links)
+            await asyncio.sleep(0.3)
+            tasks.append(len(asyncio.all_tasks()))
+        assert tasks[-1] < tasks[0] + 4  # of six connections that were lost meanwhile
+
+
 def test_a_circuit() -> None:
     now = 0.0
     circuit = Circuit(lambda: now, lambda low, high: (low + high) / 2)
