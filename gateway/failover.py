@@ -95,7 +95,7 @@ class _Leg:
         link: where it is, or was.
         had: tokens that it had when it was sent there. tries: since the last new one.
         avoid: the executors of these.
-        error: what it has failed with; since: and when.
+        error: what it has failed with. since: when it first did, without a new token since.
     """
 
     submit: Submit
@@ -175,20 +175,27 @@ class Request:
         """Takes over what an executor has failed, and gives None, or gives the error that it ends with."""
         if error.code != Unavailable.code and error.reason not in _REFUSALS:
             return error
-        told = len(leg.inbox.token_ids)
+        told, now = len(leg.inbox.token_ids), time.monotonic()
         if told > leg.had:
             leg.tries, leg.avoid = 0, set()
+        if not leg.tries:
+            leg.since = now
         leg.tries += 1
         if leg.link:
             leg.avoid.add(leg.link.address)
-        alone = self._failover.router.ready(leg.submit.engine_id) <= len(leg.avoid)
-        if error.reason in _REFUSALS and alone and not told:
-            return error
+        pause = 0.0 if leg.tries == 1 else _FIRST_PAUSE * 2**leg.tries
+        if error.reason in _REFUSALS:
+            if not told and self._failover.router.ready(leg.submit.engine_id) <= len(leg.avoid):
+                return error
+            if told:  # nobody has failed it since: a place will come free
+                if now - leg.since >= self._failover.patience:
+                    return _but(error, "no executor has had room for it since it lost its own")
+                leg.tries, pause = 1, _LONGEST_PAUSE
         if why := self._why_not(leg):
             return _but(error, why)
-        leg.link, leg.error, leg.since = None, error, time.monotonic()
+        leg.link, leg.error = None, error
         self._failover.on_retry(self._model, error.reason)
-        self._later(leg, 0.0 if leg.tries == 1 else _FIRST_PAUSE * 2**leg.tries)
+        self._later(leg, pause)
         return None
 
     def _why_not(self, leg: _Leg) -> str | None:

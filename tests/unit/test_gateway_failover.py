@@ -170,6 +170,26 @@ async def test_a_full_executor_is_passed_by_and_all_of_them_are_told(tmp_path: P
         assert (error.reason, error.retry_after) == ("QUEUE_FULL", 2)
 
 
+async def test_a_stream_that_has_begun_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.failover._LONGEST_PAUSE", 0.02)
+    full = ResourceExhausted("9 requests are waiting", reason="QUEUE_FULL", retry_after=2)
+    async with cluster(tmp_path, executors=2) as c:
+        call = c.generate()
+        executor, submit = await next_submit(c)
+        executor.tokens(submit.handle, [5])
+        assert list((await call.read()).token_ids) == [5]
+        executor.fail(submit.handle, LOST)
+        for _ in range(3 * MOST_TRIES):
+            executor, submit = await next_submit(c)
+            executor.fail(submit.handle, full)
+        executor, submit = await next_submit(c)
+        assert list(submit.resume_token_ids) == [5]
+        c.gateway._failover.patience = 0
+        executor.fail(submit.handle, full)
+        error = await failure(call)
+        assert error.reason == "QUEUE_FULL" and "no executor has had room for it" in error.message
+
+
 async def test_what_another_executor_would_refuse_too_is_not_sent_again(tmp_path: Path) -> None:
     async with cluster(tmp_path, executors=2) as c:
         for refusal in (FailedPrecondition("no", reason="X"), Internal("a bug")):
@@ -261,7 +281,10 @@ async def test_a_client_that_leaves_while_its_request_waits_leaves_nothing(tmp_p
         assert c.executor.submits.empty()
 
 
-async def test_an_executor_that_fails_again_and_again_is_left_alone(tmp_path: Path) -> None:
+async def test_an_executor_that_fails_again_and_again_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.circuit._FIRST_PAUSE", 600.0)
     async with cluster(tmp_path, executors=2) as c:
         bad = c.executors[0]
         bad_link, good_link = c.router.links
