@@ -158,11 +158,12 @@ class Request:
         link = router.choose(self._model, submit.engine_id, leg.chain, tokens, leg.avoid)
         link.send(submit, leg.inbox)
         leg.link, leg.had = link, len(told)
+        before: list[int] = []
         if leg.chain:
             holder = link.holder(submit.engine_id)
             before = router.prefixes.add(leg.chain, holder)
             leg.inbox.on_start = lambda cached: router.prefixes.found(holder, before, cached)
-            self._failover.on_choice(self._model, len(before) * BLOCK_TOKENS)
+        self._failover.on_choice(self._model, len(before) * BLOCK_TOKENS)
 
     def _remember(self, leg: _Leg, link: Link) -> None:
         """The executor has the completion's keys, too: the next turn of a conversation begins with them."""

@@ -91,12 +91,12 @@ class Telemetry:
             "model",
             "reason",
         )
-        resumed = counter(
+        self.resumed = resumed = counter(
             "gateway_streams_resumed_total",
             "Completions that went on at another executor behind their tokens.",
             "model",
         )
-        resumed_tokens = counter(
+        self.resumed_tokens = resumed_tokens = counter(
             "gateway_resumed_tokens_total", "Tokens that they had, which the other executor was given.", "model"
         )
         expected = counter(
@@ -165,6 +165,8 @@ class Record:
         if reason in _LOST:
             told.lost.add(model)
         told.duration.of(model).observe(seconds)
+        for rare in (told.lost, told.resumed, told.resumed_tokens):
+            rare.add(model, by=0)  # there before it first happens
         told.prompt_tokens.add(model, by=self._prompt)
         told.cached_tokens.add(model, by=self._cached)
         told.completion_tokens.add(model, by=self._completion)
