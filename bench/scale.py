@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.routing import ENGINE, Clock, by_chance, ours
+from bench.routing import by_chance, ours
+from bench.simulated import ENGINE, Clock
 from gateway.failover import Failover
 from gateway.inbox import Inbox
 from gateway.inboxes import Inboxes

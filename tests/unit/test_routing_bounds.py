@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import routing
+from bench import routing, simulated
 
 
 def test_conversations_are_served_faster_than_by_chance() -> None:
@@ -21,6 +21,6 @@ def test_strangers_are_served_as_by_the_least_loaded(load: str) -> None:
 
 
 def test_the_cost_of_a_step_is_what_was_measured() -> None:
-    cost = routing.Cost()
-    assert routing._between(cost._rows, 64) == 5.356 and routing._between(cost._tokens, 4096) == 97.573
-    assert 5.356 < routing._between(cost._rows, 100) < 10.358 < routing._between(cost._rows, 300)
+    cost = simulated.Cost()
+    assert simulated._between(cost._rows, 64) == 5.356 and simulated._between(cost._tokens, 4096) == 97.573
+    assert 5.356 < simulated._between(cost._rows, 100) < 10.358 < simulated._between(cost._rows, 300)
