@@ -17,7 +17,7 @@ from enginehouse.generation_options import SectionedCommand, choosing, several
 from enginehouse.options import with_data, with_gateway, with_json
 from enginehouse.plan_cli import plan
 from enginehouse.registry_cli import engines, keys, models
-from enginehouse.serve_cli import load, up
+from enginehouse.serve_cli import load, unload, up
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -125,6 +125,6 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     command.run(Choices(**choices), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
 
 
-for _command in (up, load, build, builds, plan, bench, models, engines, keys, completion):
+for _command in (up, load, unload, build, builds, plan, bench, models, engines, keys, completion):
     main.add_command(_command)
 add_examples(main)

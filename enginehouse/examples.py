@@ -15,6 +15,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'enginehouse up demo -- enginehouse generate "In the beginning" --model demo',
         "enginehouse up demo --json                     # a line of JSON with all addresses when ready",
     ),
+    "unload": ("enginehouse unload 3a5856b94c2d", "enginehouse unload 3a58 --executor 10.0.0.5:8411 --drain 1h"),
     "load": (
         "enginehouse load demo",
         "enginehouse load demo --executor 10.0.0.5:8411 --executor 10.0.0.6:8411",

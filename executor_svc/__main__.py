@@ -1,10 +1,12 @@
 """The executor service: python -m executor_svc --store URL --engine NAME."""
 
 import argparse
+import re
 import sys
 
 from executor_svc.launch import Spares
-from protos.options import add_options
+from protos import tracing
+from protos.options import add_drain, add_options
 
 
 def worker_arguments(arguments: argparse.Namespace) -> list[str]:
@@ -13,7 +15,9 @@ def worker_arguments(arguments: argparse.Namespace) -> list[str]:
     command += [option for path in arguments.trusted_keys for option in ("--trusted-keys", path)]
     command += ["--trust-native"] if arguments.trust_native else []
     command += ["--kv-memory", str(arguments.kv_memory)] if arguments.kv_memory else []
+    command += ["--kv-share", str(arguments.kv_share)] if arguments.kv_share else []
     command += ["--max-waiting", str(arguments.max_waiting)] if arguments.max_waiting is not None else []
+    command += ["--traces"] if arguments.traces else []
     command += ["--log-format", arguments.log_format, "--log-level", arguments.log_level]
     return command
 
@@ -27,8 +31,10 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
     from protos.metrics import Metrics
 
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
+    tracing.configure("executor", arguments.traces)
     metrics = Metrics()
-    calls, servicer = Calls(metrics), ExecutorServicer(arguments.store, arguments.device, spares, metrics)
+    calls = Calls(metrics)
+    servicer = ExecutorServicer(arguments.store, arguments.device, spares, metrics, arguments.memory)
     with metrics.served("executor", arguments.host, arguments.metrics_port):  # while engines are loaded, too
         try:
             for engine in arguments.engine:
@@ -37,7 +43,13 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
             await servicer.close()
             raise
         await rpc.serve(
-            "executor", servicer.register, arguments.host, arguments.port, on_stop=servicer.close, calls=calls
+            "executor",
+            servicer.register,
+            arguments.host,
+            arguments.port,
+            before_stop=lambda: servicer.drain(arguments.drain_seconds),
+            on_stop=servicer.close,
+            calls=calls,
         )
 
 
@@ -45,6 +57,23 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of requests: give 0 or more")
     return int(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch("([0-9]{1,18})([kMGT]?)", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or a number with k, M, G or T, such as 20G")
+    return int(match[1]) * 1000 ** " kMGT".index(match[2] or " ")
+
+
+def _share(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: give a number above 0, at most 1")
+    return found
 
 
 def main() -> int:
@@ -61,9 +90,23 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="that weights and KV caches of all engines may take together, of each device, such as 20G; default: what is free",
+    )
+    parser.add_argument(
         "--kv-memory",
-        type=int,
-        help="bytes of KV cache an engine, or each rank of one; default: what it can use, up to half of free memory",
+        type=_size,
+        metavar="SIZE",
+        help="of KV cache an engine, or each rank of one; default: what it can use, up to --kv-share",
+    )
+    parser.add_argument(
+        "--kv-share",
+        type=_share,
+        metavar="F",
+        help="of the memory that is free beside its weights, what an engine's KV cache takes at most; default: 0.5 of main "
+        "memory, 0.9 of a GPU's. For several engines on a GPU give less: each takes its share of what the ones before have left",
     )
     parser.add_argument(
         "--trusted-keys",
@@ -84,6 +127,8 @@ def main() -> int:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
+    add_drain(parser)
+    tracing.add_options(parser)
     add_options(parser)
     arguments = parser.parse_args()
     spares = Spares(worker_arguments(arguments))

@@ -112,6 +112,7 @@ class Track:
     Attributes:
         request_id: what logs call it.
         arrived: at the front. begun: its first batch was. first_token, last_token: were emitted.
+        span: its `tracing.Span`, if there is one.
     """
 
     request_id: str
@@ -119,6 +120,7 @@ class Track:
     begun: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
+    span: Any = None
 
 
 @dataclass(eq=False)

@@ -1,7 +1,6 @@
 """What computes a batch. A runner is thin: it declares what it can, takes a batch and gives what was sampled."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from engine.manifest import Limits
 from engine.ops import Step
 from engine.program import ROPE_LENGTHS, KVCache, Program
 from executor_svc import memory
+from executor_svc.budget import BLOCK_SIZE, available
 from executor_svc.core import Batch, Sampled
 from executor_svc.group import ALONE, Group, bind
 from executor_svc.interpreter import Interpreter
@@ -25,8 +25,7 @@ from executor_svc.plans import unpack
 from executor_svc.rope_lengths import RopeLengths, rope_lengths
 from executor_svc.sampler import answer
 
-BLOCK_SIZE = 16
-_KV_SHARE = 0.5  # of the free memory, where nobody says how much
+KV_SHARE = 0.5  # of the free memory, where nobody says how much
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class TorchRunner:
         self._device = torch.device(device)
         self._started: deque[tuple[Batch, int, Tensor | None]] = deque()
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
-        share = (kv_share or _KV_SHARE) / (group.here if device == "cpu" else 1)
+        share = (kv_share or KV_SHARE) / (group.here if device == "cpu" else 1)
         num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share))
         self._k, self._v = caches(program, num_blocks, device)
         self._inputs = tuple(program.inputs)
@@ -175,7 +174,7 @@ def cache_blocks(
     per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
     if kv_memory is None:
         most = (limits.max_batch_size * per_sequence + spare) * block_bytes
-        kv_memory = min(most, int(kv_share * max(0, _free_memory(device) - steps)))
+        kv_memory = min(most, int(kv_share * max(0, free_memory(device) - steps)))
     num_blocks = max(kv_memory // block_bytes - spare, 0)
     if num_blocks < per_sequence:
         raise FailedPrecondition(
@@ -201,14 +200,9 @@ def _cache(spec: KVCache, num_blocks: int, device: str) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _free_memory(device: str) -> int:
+def free_memory(device: str) -> int:
     """Bytes of the device's memory that nobody uses; on the CPU, that can be had without swapping."""
     if device == "cuda":
         free: int = torch.cuda.mem_get_info()[0]
         return free
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available()

@@ -25,6 +25,7 @@ from engine.fingerprint import Node
 from engine.manifest import Manifest
 from engine.trust import Trust
 from executor_svc.beams import BeamGroup
+from executor_svc.budget import Budget
 from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.group import ALONE
@@ -32,11 +33,11 @@ from executor_svc.intake import to_beam_search, to_sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import begin_load
 from executor_svc.outbox import Outbox
-from executor_svc.runner import Runner
+from executor_svc.runner import KV_SHARE, Runner, free_memory
 from executor_svc.runners import make_runner, on_triton
 from executor_svc.scheduler import Scheduler
 from executor_svc.tally import Tally
-from protos import logs
+from protos import logs, tracing
 from protos.logs import check_request_id, fields
 from protos.rpc import to_failure
 from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
@@ -45,6 +46,8 @@ from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
 _IDLE_CHECK = 1.0  # seconds of idleness after which the scheduler's integrity is checked
 _LOAD_INTERVAL = 0.1  # seconds between reports of the load to the front, while there is work
 _LEAST_WAITING, _WAITING_BATCHES = 1024, 16  # requests that may wait, where nobody says how many: the larger
+
+_KV_SHARES = {"cpu": KV_SHARE, "cuda": 0.9}  # of what weights leave of a limit
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,10 @@ class Worker:
         runner: Runner,
         max_waiting: int | None = None,
         block_reuse: bool = True,
+        memory: int = 0,
     ) -> None:
+        """`memory`: bytes of weights and KV cache, for the status."""
+        self._memory = memory
         self._front, self._manifest, self._runner = front, manifest, runner
         self._scheduler = Scheduler(scheduler_config(runner, manifest, max_waiting, block_reuse))
         self._outbox = Outbox()
@@ -118,6 +124,7 @@ class Worker:
             max_seq_len=limits.max_seq_len,
             max_batch_size=limits.max_batch_size,
             load=self._measure(),
+            memory_bytes=self._memory,
         )
 
     def run(self) -> None:
@@ -196,7 +203,7 @@ class Worker:
         except Exception as error:
             if not isinstance(error, EnginehouseError):
                 log.exception("request failed", extra=fields(request_id=submit.request_id))
-            self._tally.refused(submit.request_id, error)
+            self._tally.refused(submit.request_id, error, submit.trace_context)
             self._outbox.fail(client, submit.handle, error)
             return
         live[submit.handle] = sequence
@@ -288,12 +295,15 @@ def main() -> int:
     parser.add_argument("--trust-native", action="store_true")
     parser.add_argument("--max-waiting", type=int)
     logs.add_options(parser)
+    tracing.add_options(parser)
     arguments = parser.parse_args()
     logs.configure("executor", arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when the end is; it closes the socket
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when the end is; it closes the socket
+        signal.signal(number, signal.SIG_IGN)
     front = FrameSocket(socket.socket(fileno=arguments.fd))
     status = 1
     try:
+        tracing.configure("executor", arguments.traces)
         _serve(front, arguments)
     except ConnectionError:
         status = 0
@@ -314,6 +324,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     first = ToWorker.FromString(messages[0])  # behind it may be the ends of others' clients
     join = first.join if first.HasField("join") else None
     engine_id = join.engine_id if join else first.load_engine.engine_id
+    kv_memory = (join or first.load_engine).kv_memory_bytes or arguments.kv_memory
     began = time.monotonic()
     arrived = 0.0  # seconds until the weights were there
 
@@ -327,10 +338,14 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     if join and arguments.device == "cuda":
         torch.cuda.set_device(join.local_rank)  # what "cuda" means from now on
     node = this_node(arguments.device)
+    budget = Budget(
+        arguments.device, free_memory(arguments.device), first.memory_bytes if first.HasField("memory_bytes") else None
+    )
     group = ALONE
 
     def place(manifest: Manifest) -> int:
         nonlocal group
+        budget.check(manifest, join.rank if join else 0, kv_memory)
         if join or len(manifest.ranks) > 1:
             from executor_svc.meeting import find_place  # here, because most engines have one rank
 
@@ -348,7 +363,17 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
             table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
         prepared = prepare(arguments.device, program, weights)
-        settings = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share, "table": table}
+        here = group.here if arguments.device == "cpu" else 1  # ranks that share a memory
+        share = arguments.kv_share
+        if kv_memory is None and budget.limit is not None:
+            most = budget.kv_memory(
+                program, manifest.limits, size * here, (share or _KV_SHARES[arguments.device]) / here
+            )
+            if arguments.device == "cpu":
+                kv_memory = most
+            else:  # a part of what is free, since steps take of it, too
+                share = min(share or 1.0, most / max(1, free_memory("cuda")))
+        settings = {"kv_memory": kv_memory, "kv_share": share, "table": table}
         runner = make_runner(program, prepared, manifest.limits, device=arguments.device, group=group, **settings)
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
@@ -358,7 +383,9 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     )
     if group.rank:
         group.follow(front, runner)
-    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse)
+    can = runner.capabilities
+    cache = can.num_blocks * can.block_size * sum(cache.bytes_per_token for cache in program.caches)
+    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse, (size + cache) * here)
     told = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=told).SerializeToString())
     worker.run()

@@ -1,18 +1,18 @@
-"""The front's side: worker processes, and the clients whose streams they feed."""
+"""The front's side of worker processes."""
 
 import asyncio
 import contextvars
-import itertools
 import logging
 import signal
 import socket
 import subprocess
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import EnginehouseError, ResourceExhausted, Unavailable
+from engine.errors import EnginehouseError, Unavailable
+from executor_svc.clients import Client
 from executor_svc.frames import frame, read_frames
 from executor_svc.launch import Spares
 from protos.rpc import from_failure, to_failure
@@ -24,82 +24,12 @@ from protos.v1.executor_pb2 import (
     LoadEngineRequest,
     StepOutput,
 )
-from protos.v1.worker_pb2 import EngineMetrics, FromWorker, Join, ToWorker
+from protos.v1.worker_pb2 import ClientDone, EngineMetrics, FromWorker, Join, ToWorker
 
-MAX_BUFFERED = 16 << 20  # bytes of step outputs that wait for a client to read; a minute or so of a full batch
-
+_LOOK = 0.02  # seconds between two looks at whether requests have ended
 _LAST_MOMENTS = 3.0  # seconds for the end of all ranks, whose memory the next ones will want
 
 log = logging.getLogger(__name__)
-
-
-class Client:
-    """One Run or Generate stream: serialized StepOutputs for it, in order.
-
-    Args:
-        on_failure: called when the stream has failed, before its reader knows; it may be a reader that never comes.
-    """
-
-    _numbers = itertools.count(1)
-
-    def __init__(self, on_failure: Callable[["Client"], None]) -> None:
-        self.number = next(self._numbers)
-        self._outputs: deque[bytes] = deque()
-        self._buffered = 0
-        self._news = asyncio.Event()
-        self._done = False
-        self._draining: set[str] | None = None
-        self._error: EnginehouseError | None = None
-        self._on_failure = on_failure
-
-    def put(self, output: bytes) -> None:
-        """Adds an output. A client that leaves more than MAX_BUFFERED bytes unread fails."""
-        if self._error:
-            return
-        self._outputs.append(output)
-        self._buffered += len(output)
-        if self._buffered > MAX_BUFFERED:
-            message = f"the client has left more than {MAX_BUFFERED >> 20} MiB of step outputs unread"
-            self.fail(ResourceExhausted(message, reason="CLIENT_TOO_SLOW"))
-        self._news.set()
-
-    def fail(self, error: EnginehouseError) -> None:
-        """Ends the whole stream with an error, whatever is still buffered."""
-        if self._error is None:
-            self._error = error
-            self._outputs.clear()
-            self._news.set()
-            self._on_failure(self)
-
-    def drain(self, engine_ids: set[str]) -> None:
-        """The client will send no more: the stream ends when these engines have told all."""
-        self._draining = engine_ids
-        self._check_done()
-
-    def drained(self, engine_id: str) -> None:
-        """An engine has nothing more for this client."""
-        if self._draining is not None:
-            self._draining.discard(engine_id)
-            self._check_done()
-
-    def _check_done(self) -> None:
-        self._done = not self._draining
-        self._news.set()
-
-    async def outputs(self) -> AsyncIterator[bytes]:
-        """The outputs as they come. Raises what the stream has failed with."""
-        while True:
-            if self._error:
-                raise self._error
-            if self._outputs:
-                output = self._outputs.popleft()
-                self._buffered -= len(output)
-                yield output
-            elif self._done:
-                return
-            else:
-                self._news.clear()
-                await self._news.wait()
 
 
 @dataclass
@@ -124,6 +54,7 @@ class WorkerProcess:
         ended: done when the process has, with the reason.
         status: as GetStatus reports it.
         progress: the newest of loading.
+        last_used: time.monotonic() seconds when a request was last sent.
 
     Args:
         clients: all streams of the front, by number.
@@ -145,6 +76,8 @@ class WorkerProcess:
         self.ready: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[EnginehouseError] = loop.create_future()
         self.stopping = False
+        self.last_used = 0.0
+        self._undrained: set[int] = set()
         self._clients = clients
         self._on_end, self._on_metrics = on_end, on_metrics
         self._ranks: list[_Rank] = []
@@ -158,6 +91,11 @@ class WorkerProcess:
         return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
 
     @property
+    def busy(self) -> bool:
+        """Whether it has requests, as far as it has told."""
+        return self.status.load.running + self.status.load.waiting > 0
+
+    @property
     def pid(self) -> int:
         """Of the process, of rank 0 among several; 0 while there is none."""
         return self.pids[0] if self._ranks else 0
@@ -167,25 +105,40 @@ class WorkerProcess:
         """Of all ranks."""
         return [rank.process.pid for rank in self._ranks]
 
-    async def start(self, spares: Spares) -> None:
+    async def start(self, spares: Spares, kv_memory: int = 0, memory: int | None = None) -> None:
         """Takes a process and tells it the engine; more of them if the engine has more ranks.
+
+        Args:
+            kv_memory: bytes of KV cache that each rank gets; 0 for what it finds right.
+            memory: bytes that weights and KV cache may take; None is no limit.
 
         Raises:
             Unavailable: the system gives no process or socket; the worker counts as ended.
         """
-        self._spares = spares
+        self._spares, self._kv_memory, self._memory = spares, kv_memory, memory
         try:
             await self._launch()
         except OSError as error:
             failure = _not_started(error)
             self._end("", failure)
             raise failure from None
-        self.send(ToWorker(load_engine=LoadEngineRequest(engine_id=self.engine_id)))
+        load = LoadEngineRequest(engine_id=self.engine_id, kv_memory_bytes=kv_memory)
+        self.send(ToWorker(load_engine=load, memory_bytes=memory))
 
     def send(self, message: ToWorker) -> None:
         """Sends a message; into the void if the worker is gone, which its clients learn from EngineLost."""
         if self._ranks:
             self._ranks[0].send(message)
+
+    async def finish(self, seconds: float) -> None:
+        """Takes no more requests; returns when those that there are have ended, at the latest after so many seconds."""
+        self.status.state = EngineState.ENGINE_STATE_UNLOADING
+        self._undrained = {number for number, client in self._clients.items() if self in client.used}
+        for number in self._undrained:
+            self.send(ToWorker(client=number, client_done=ClientDone()))
+        deadline = time.monotonic() + seconds
+        while self._undrained & self._clients.keys() and time.monotonic() < deadline and not self.ended.done():  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK)
 
     async def stop(self, grace: float = 5) -> None:
         """Ends the process, loading or not: by closing the socket, and by SIGKILL if it does not notice in so many seconds."""
@@ -225,10 +178,16 @@ class WorkerProcess:
             self._ranks[0].failure = _not_started(error)
             self._ranks[0].process.kill()  # with which the others end
             return
-        place = Join(engine_id=self.engine_id, world_size=count, address="127.0.0.1", port=port)
+        place = Join(
+            engine_id=self.engine_id,
+            world_size=count,
+            address="127.0.0.1",
+            port=port,
+            kv_memory_bytes=self._kv_memory,
+        )
         for number, rank in enumerate(self._ranks):
             place.rank = place.local_rank = number
-            rank.send(ToWorker(join=place))
+            rank.send(ToWorker(join=place, memory_bytes=self._memory))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         alone = contextvars.Context()  # it outlives the call that has asked for it, whose id its lines must not have
@@ -274,6 +233,7 @@ class WorkerProcess:
                 self.status.CopyFrom(message.progress.engine)
                 self.ready.set_result(None)
         elif kind == "drained":
+            self._undrained.discard(message.client)
             if client:
                 client.drained(self.engine_id)
         elif kind == "client_failure":

@@ -9,9 +9,10 @@ from engine.backends import open_store
 from gateway.failover import PATIENCE, Failover
 from gateway.router import Router
 from gateway.server import Gateway
+from protos import tracing
 from protos.calls import Calls
 from protos.metrics import Metrics
-from protos.options import add_options
+from protos.options import add_drain, add_options
 from protos.rpc import main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
@@ -57,12 +58,15 @@ def _arguments() -> argparse.Namespace:
         metavar="SECONDS",
         help="how long a request that has lost its executor waits for another one that has its engine [%(default)s]",
     )
+    add_drain(parser)
+    tracing.add_options(parser)
     add_options(parser)
     return parser.parse_args()
 
 
 async def _run(arguments: argparse.Namespace) -> None:
     router = Router(arguments.executor)
+    tracing.configure("gateway", arguments.traces)
     metrics = Metrics()
     failover = Failover(router, arguments.failover_patience)
     gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, failover)
@@ -74,6 +78,7 @@ async def _run(arguments: argparse.Namespace) -> None:
             arguments.host,
             arguments.port,
             on_stop=router.stop,
+            grace=arguments.drain_seconds,
             calls=Calls(metrics),
         )
 

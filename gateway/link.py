@@ -200,12 +200,15 @@ class Link:
         call.cancel()
 
     def _note(self, status: ExecutorStatus) -> None:
-        self._loads = {engine.engine_id: engine.load for engine in status.engines if engine.state == ENGINE_STATE_READY}
+        ready = [] if status.draining else [found for found in status.engines if found.state == ENGINE_STATE_READY]
+        self._loads = {engine.engine_id: engine.load for engine in ready}
         self._changed()
 
     def _deliver(self, step: StepOutput) -> None:
         if step.HasField("engine_lost"):  # first, so that nobody goes on there
             self._forget(step.engine_lost.engine_id)
+        elif step.draining:
+            self._loads = {}
         elif step.HasField("load") and step.load.engine_id in self._loads:
             self._loads[step.load.engine_id] = step.load
         self._changed()
@@ -230,7 +233,7 @@ class Link:
         if error is None:
             if circuit := self.circuits.get(engine_id):
                 circuit.succeeded()
-        elif error.code in _OWN_FAULTS:
+        elif error.code in _OWN_FAULTS and error.reason != "EXECUTOR_DRAINING":
             self._circuit(engine_id).failed()
         elif error.reason == "ENGINE_NOT_LOADED":
             self._loads.pop(engine_id, None)  # until its next status

@@ -33,9 +33,12 @@ class ToWorker(_message.Message):
     CLIENT_DONE_FIELD_NUMBER: _builtins.int
     LOAD_ENGINE_FIELD_NUMBER: _builtins.int
     JOIN_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     """the front's number for a Run or Generate stream"""
+    memory_bytes: _builtins.int
+    """[none] of a load or a join: that its weights and KV cache may take"""
     arrived: _builtins.float
     """of a submit: CLOCK_MONOTONIC in seconds when the front took it, where its timeout begins"""
     @_builtins.property
@@ -64,14 +67,20 @@ class ToWorker(_message.Message):
         client_done: Global___ClientDone | None = ...,
         load_engine: _executor_pb2.LoadEngineRequest | None = ...,
         join: Global___Join | None = ...,
+        memory_bytes: _builtins.int | None = ...,
         arrived: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "memory_bytes", b"memory_bytes", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "memory_bytes", b"memory_bytes", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone", "client_done", "load_engine", "join"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___ToWorker: _TypeAlias = ToWorker  # noqa: Y015
@@ -88,6 +97,7 @@ class Join(_message.Message):
     LOCAL_RANK_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
+    KV_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     rank: _builtins.int
     world_size: _builtins.int
@@ -95,6 +105,8 @@ class Join(_message.Message):
     """its place among those of its machine, by which it takes its GPU"""
     address: _builtins.str
     port: _builtins.int
+    kv_memory_bytes: _builtins.int
+    """as of the LoadEngineRequest"""
     def __init__(
         self,
         *,
@@ -104,10 +116,11 @@ class Join(_message.Message):
         local_rank: _builtins.int = ...,
         address: _builtins.str = ...,
         port: _builtins.int = ...,
+        kv_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "local_rank", b"local_rank", "port", b"port", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "kv_memory_bytes", b"kv_memory_bytes", "local_rank", b"local_rank", "port", b"port", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
