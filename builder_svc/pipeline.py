@@ -24,6 +24,7 @@ from builder_svc.models.decoder import Decoder, KVScales
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.ranks import RankPart, write_ranks
 from builder_svc.shard import check_shards, cuts
+from builder_svc.token_bytes import engine_files
 from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights import check_weights
 from builder_svc.work_directory import WorkDirectory, clear
@@ -141,14 +142,15 @@ def build(
             for number, program in enumerate(programs)
         )
         files = [(ref, path) for _, ref, path in written] + [file for made in kernels.values() for file in made]
-        tokenizer = resolved.tokenizer.files() if resolved.tokenizer else {}
+        facts = model_facts(resolved, whole.program)
+        tokenizer = engine_files(resolved.tokenizer, facts.vocab_size, facts.eos_token_ids)
         opset = max(part.program.opset_version for part in parts)
         manifest = Manifest(
             engine_id=engine_id(identity),
             identity=identity,
             source=source or pretrained.config.source,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            model=model_facts(resolved, whole.program),
+            model=facts,
             limits=resolved.limits,
             mapping=_parallelism(resolved.mapping),
             fingerprint=Fingerprint("torch", options.target, opset, options.compute_capability),

@@ -15,7 +15,7 @@ from protos import tracing
 from protos.rpc import CHANNEL_OPTIONS, from_rpc_error
 from protos.v1 import builder_pb2, executor_pb2, gateway_pb2
 from protos.v1.builder_pb2_grpc import BuilderStub
-from protos.v1.common_pb2 import BeamSearch, OutputOptions, SamplingParams, StoppingCriteria, TokenIds
+from protos.v1.common_pb2 import BeamSearch, GuidedDecoding, OutputOptions, SamplingParams, StoppingCriteria, TokenIds
 from protos.v1.executor_pb2_grpc import ExecutorStub
 from protos.v1.gateway_pb2_grpc import GatewayStub
 
@@ -116,6 +116,7 @@ class GatewayClient(_Client):
         beam_search: BeamSearch | None = None,
         echo: bool = False,
         bad_words: Sequence[str] = (),
+        guided_decoding: GuidedDecoding | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         """New text and tokens as they come; a completion's last message has its finish.
@@ -133,6 +134,7 @@ class GatewayClient(_Client):
             beam_search: searches for the most probable text; n of its hypotheses are given, the best first.
             echo: the prompt comes first in each completion, without log-probabilities.
             bad_words: texts that are never written.
+            guided_decoding: what each completion's text must be.
             priority: higher runs first.
 
         Raises:
@@ -150,6 +152,7 @@ class GatewayClient(_Client):
                 beam_search=beam_search,
                 echo=echo,
                 bad_words=bad_words,
+                guided_decoding=guided_decoding,
                 priority=priority,
             )
             if isinstance(prompt, str):

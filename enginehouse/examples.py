@@ -48,6 +48,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'enginehouse generate "In the beginning" --temperature 0 --json',
         "enginehouse generate - --model demo < prompt.txt",
         'enginehouse generate "12 345 678" --token-ids',
+        'enginehouse generate "The year was" --regex " 1[0-9]{3}"',
     ),
     "chat": ('enginehouse chat --model demo --system "Answer in one sentence."',),
     "bench": (

@@ -1,9 +1,12 @@
 """The executor service: python -m executor_svc --store URL --engine NAME."""
 
 import argparse
+import os
 import re
 import sys
 
+from engine.errors import InvalidArgument
+from executor_svc.group_options import Place, add_group_options, find_place
 from executor_svc.launch import Spares
 from protos import tracing
 from protos.options import add_drain, add_options
@@ -22,9 +25,10 @@ def worker_arguments(arguments: argparse.Namespace) -> list[str]:
     return command
 
 
-async def run(arguments: argparse.Namespace, spares: Spares) -> None:
-    """Loads the engines that were asked for, then serves."""
+async def run(arguments: argparse.Namespace, spares: Spares, place: Place) -> None:
+    """Loads the engines that were asked for, then serves; on a machine that joins another one, lends it to that one."""
     from engine.trust import Trust
+    from executor_svc.machines import Machines
     from executor_svc.server import ExecutorServicer
     from protos import rpc
     from protos.calls import Calls
@@ -32,11 +36,19 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
 
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
     tracing.configure("executor", arguments.traces)
+    if place.leader:
+        await lend(arguments, spares, place.leader, place.index)
+        return
     metrics = Metrics()
+    machines = Machines()  # this one alone, whose ranks listen for nobody else
+    if place.machines > 1:
+        machines = Machines(place.machines, arguments.host, arguments.device, arguments.join_timeout)
     calls = Calls(metrics)
-    servicer = ExecutorServicer(arguments.store, arguments.device, spares, metrics, arguments.memory)
+    servicer = ExecutorServicer(arguments.store, arguments.device, spares, metrics, machines, arguments.memory)
     with metrics.served("executor", arguments.host, arguments.metrics_port):  # while engines are loaded, too
         try:
+            if place.machines > 1:
+                await machines.listen(place.port)
             for engine in arguments.engine:
                 await servicer.open(engine)
         except BaseException:
@@ -50,6 +62,26 @@ async def run(arguments: argparse.Namespace, spares: Spares) -> None:
             before_stop=lambda: servicer.drain(arguments.drain_seconds),
             on_stop=servicer.close,
             calls=calls,
+        )
+
+
+async def lend(arguments: argparse.Namespace, spares: Spares, leader: tuple[str, int], index: int | None) -> None:
+    """Joins the machine that leads, and answers for its own health alone."""
+    from executor_svc.member import Member
+    from protos import rpc
+    from protos.calls import Calls
+    from protos.metrics import Metrics
+
+    metrics = Metrics()
+    member = Member(leader, spares, arguments.device, index)
+    with metrics.served("executor", arguments.host, arguments.metrics_port):
+        try:
+            await member.join(arguments.join_timeout)
+        except BaseException:
+            await member.close()
+            raise
+        await rpc.serve(
+            "executor", lambda _: None, arguments.host, arguments.port, on_stop=member.close, calls=Calls(metrics)
         )
 
 
@@ -129,8 +161,13 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8411, help="0 takes a free one")
     add_drain(parser)
     tracing.add_options(parser)
+    add_group_options(parser)
     add_options(parser)
     arguments = parser.parse_args()
+    try:
+        place = find_place(arguments, os.environ)
+    except InvalidArgument as error:
+        parser.error(error.message)
     spares = Spares(worker_arguments(arguments))
     try:
         # While they import torch, this process imports grpc and finds out what --engine means.
@@ -142,7 +179,7 @@ def main() -> int:
     try:
         from protos import rpc
 
-        return rpc.main("executor", run(arguments, spares), arguments)
+        return rpc.main("executor", run(arguments, spares, place), arguments)
     finally:
         spares.close()
 

@@ -88,7 +88,7 @@ class TorchRunner:
             weights: by the program's names, on the device, as `kernels.prepare` gives them.
             kv_memory: bytes of KV cache a rank; by default what max_batch_size sequences of max_seq_len need, but at most
                 kv_share of the memory that is free.
-            kv_share: in (0, 1]; by default half, divided among the ranks that have the same memory.
+            kv_share: in (0, 1]; by default half, divided among the ranks that have the same memory. Given, it bounds kv_memory.
             operators: implementations to use instead of the device's.
             group: the ranks that run the engine.
 
@@ -103,7 +103,7 @@ class TorchRunner:
         self._started: deque[tuple[Batch, int, Tensor | None]] = deque()
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         share = (kv_share or KV_SHARE) / (group.here if device == "cpu" else 1)
-        num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share))
+        num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share, capped=kv_share is not None))
         self._k, self._v = caches(program, num_blocks, device)
         self._inputs = tuple(program.inputs)
         self._layout = Layout(
@@ -159,6 +159,8 @@ def cache_blocks(
     kv_share: float,
     spare: int = 0,
     steps: int = 0,
+    *,
+    capped: bool = False,
 ) -> int:
     """How many blocks the KV cache has.
 
@@ -166,14 +168,15 @@ def cache_blocks(
         kv_memory: bytes; None is what max_batch_size sequences of max_seq_len need, at most kv_share of the free memory.
         spare: blocks that are no sequence's, and not counted.
         steps: bytes of the free memory that steps will take.
+        capped: whether kv_memory, too, is at most kv_share of the free memory.
 
     Raises:
         FailedPrecondition: less than one sequence of max_seq_len needs.
     """
     block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
     per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
-    if kv_memory is None:
-        most = (limits.max_batch_size * per_sequence + spare) * block_bytes
+    if kv_memory is None or capped:
+        most = (limits.max_batch_size * per_sequence + spare) * block_bytes if kv_memory is None else kv_memory
         kv_memory = min(most, int(kv_share * max(0, free_memory(device) - steps)))
     num_blocks = max(kv_memory // block_bytes - spare, 0)
     if num_blocks < per_sequence:

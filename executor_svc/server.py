@@ -19,6 +19,7 @@ from executor_svc.budget import UNKNOWN, Budget, available
 from executor_svc.clients import Client
 from executor_svc.drain import Drain, take_no_more
 from executor_svc.launch import Spares
+from executor_svc.machines import Machines
 from executor_svc.residents import beside, least_used, memory_left
 from executor_svc.single import single_outputs
 from executor_svc.telemetry import Telemetry, name_request
@@ -30,7 +31,7 @@ from protos.v1 import executor_pb2 as pb
 from protos.v1.worker_pb2 import ClientGone, ToWorker
 
 _RELOAD_DELAY, _LONGEST_RELOAD_DELAY = 1.0, 30.0  # seconds before a worker that died is started again
-_AHEAD = 8  # ranks whose processes are started before anybody has found out whether the manifest can be trusted
+_AHEAD = 8  # ranks a machine whose processes are started before it is known whether the manifest can be trusted
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +41,23 @@ class ExecutorServicer:
 
     Args:
         spares: where the workers' processes come from; they are for this store and device.
+        machines: among which the ranks of an engine are divided; none: this one has them all.
         memory: bytes that weights and KV caches of all engines may take together, of each device; None is what is free.
     """
 
     def __init__(
-        self, store_url: str, device: str, spares: Spares, metrics: Metrics | None = None, memory: int | None = None
+        self,
+        store_url: str,
+        device: str,
+        spares: Spares,
+        metrics: Metrics | None = None,
+        machines: Machines | None = None,
+        memory: int | None = None,
     ) -> None:
         self._memory = memory
         self._store: Store = open_store(store_url)
         self._device = device
-        self._spares = spares
+        self._spares, self._machines = spares, machines or Machines()
         self._workers: dict[str, WorkerProcess] = {}
         self._clients: dict[int, Client] = {}
         self._drain = Drain(self._clients)
@@ -114,7 +122,7 @@ class ExecutorServicer:
         )
         self._telemetry.watch(worker)
         worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.update({engine_id: kv_memory}))
-        await worker.start(self._spares, kv_memory, left)
+        await worker.start(self._spares, self._machines, kv_memory, left)
         self._run(self._prepare_ranks(worker))
         return worker
 
@@ -130,7 +138,7 @@ class ExecutorServicer:
         """Starts an engine's other ranks before rank 0, which still imports torch, asks for them."""
         with contextlib.suppress(EnginehouseError, OSError):  # of which rank 0 tells
             manifest = await asyncio.to_thread(registry.manifest, self._store, worker.engine_id)
-            await worker.prepare(min(len(manifest.ranks), _AHEAD))
+            await worker.prepare(len(manifest.ranks), _AHEAD * self._machines.count)
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing new, lets requests end within so many seconds, then ends their streams; loads are called off at once.
@@ -147,6 +155,7 @@ class ExecutorServicer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(worker.stop() for worker in list(self._workers.values())))
+        await self._machines.close()
         self._spares.close()
 
     async def LoadEngine(self, request: pb.LoadEngineRequest, _context: Any) -> AsyncIterator[pb.LoadEngineProgress]:

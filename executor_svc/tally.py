@@ -92,6 +92,8 @@ class Tally:
         self._duration.observe(now - track.arrived)
         if finish.reason is Reason.DEADLINE:
             self._failed["DEADLINE_EXCEEDED"] += 1
+        elif finish.reason is Reason.ERROR:
+            self._failed[sequence.guide.error.reason] += 1
         else:
             self._finished[finish.reason.value] += 1
         if track.span:

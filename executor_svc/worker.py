@@ -19,16 +19,20 @@ from typing import Any
 
 import torch
 
+from engine import blobs
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.fingerprint import Node
 from engine.manifest import Manifest
+from engine.store import Store
+from engine.token_table import TokenTable
 from engine.trust import Trust
 from executor_svc.beams import BeamGroup
 from executor_svc.budget import Budget
 from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.group import ALONE
+from executor_svc.guides import Guides
 from executor_svc.intake import to_beam_search, to_sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import begin_load
@@ -100,9 +104,11 @@ class Worker:
         max_waiting: int | None = None,
         block_reuse: bool = True,
         memory: int = 0,
+        guides: Guides | None = None,
     ) -> None:
         """`memory`: bytes of weights and KV cache, for the status."""
         self._memory = memory
+        self._guides = guides or Guides(None)
         self._front, self._manifest, self._runner = front, manifest, runner
         self._scheduler = Scheduler(scheduler_config(runner, manifest, max_waiting, block_reuse))
         self._outbox = Outbox()
@@ -135,8 +141,10 @@ class Worker:
         """
         while True:
             self._receive()
+            self._take_guided()
             while batch := self._scheduler.schedule():
                 self._tally.scheduled(batch)
+                self._guides.prepare(batch)
                 self._runner.start(batch)
                 self._batches.append(batch)
             self._expire()
@@ -153,7 +161,12 @@ class Worker:
                     if emitted.sequence.group is not None:
                         self._search(emitted.sequence.group, emitted)
                         continue
-                    self._outbox.token(emitted)
+                    if emitted.finish and emitted.finish.reason is Reason.ERROR:
+                        self._outbox.fail(
+                            emitted.sequence.client, emitted.sequence.handle, emitted.sequence.guide.error
+                        )
+                    else:
+                        self._outbox.token(emitted)
                     if emitted.finish:
                         self._forget(emitted.sequence)
             if not self._overlaps or self._scheduler.idle:
@@ -162,7 +175,7 @@ class Worker:
     def _receive(self) -> None:
         """Takes what has arrived; waits for something if there is nothing else to do."""
         idle = self._scheduler.idle
-        messages = self._front.receive((None if self._checked else _IDLE_CHECK) if idle else 0)
+        messages = self._front.receive((None if self._checked else _IDLE_CHECK) if idle else 0, self._guides)
         if idle and not messages and not self._checked:
             self._scheduler.check_integrity()  # after a while, so that no request waits for it
         self._checked = idle and not messages
@@ -198,7 +211,7 @@ class Worker:
             if beam_search := to_beam_search(submit):
                 self._scheduler.check_size(sequence)
                 self._scheduler.add(BeamGroup(sequence, beam_search).first())
-            else:
+            elif not submit.HasField("guided_decoding") or self._guides.begin(sequence, submit.guided_decoding):
                 self._scheduler.add(sequence)
         except Exception as error:
             if not isinstance(error, EnginehouseError):
@@ -207,6 +220,18 @@ class Worker:
             self._outbox.fail(client, submit.handle, error)
             return
         live[submit.handle] = sequence
+
+    def _take_guided(self) -> None:
+        """Adds the sequences whose grammars have been compiled, or tells why they cannot be."""
+        for sequence, refusal in self._guides.take():
+            try:
+                if refusal:
+                    raise refusal
+                self._scheduler.add(sequence)
+            except EnginehouseError as error:
+                self._tally.refused(sequence.track.request_id if sequence.track else "", error)
+                self._outbox.fail(sequence.client, sequence.handle, error)
+                self._live.get(sequence.client, {}).pop(sequence.handle, None)
 
     def _search(self, group: BeamGroup, emitted: Emitted) -> None:
         """Takes a beam's step; queues the next ones, or tells the result."""
@@ -220,6 +245,9 @@ class Worker:
     def _end(self, sequence: Sequence, reason: Reason) -> bool:
         """Ends a request from outside, with all beams of a group; False if it had ended already."""
         group = sequence.group
+        if self._guides.forget(sequence):
+            sequence.finish = Finish(reason)
+            return True
         if group is None:
             return self._scheduler.cancel(sequence, reason)
         if group.request.finish is not None:
@@ -275,7 +303,7 @@ class Worker:
         return EngineLoad(
             engine_id=self._manifest.engine_id,
             running=len(scheduler.running),
-            waiting=scheduler.num_waiting,
+            waiting=scheduler.num_waiting + self._guides.num_pending,
             queued_tokens=scheduler.queued_tokens(),
             free_kv_blocks=scheduler.cache.num_free,
             total_kv_blocks=scheduler.config.num_blocks,
@@ -289,6 +317,7 @@ def main() -> int:
     parser.add_argument("--store", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--kv-memory", type=int)
+    parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--kv-share", type=float)
     parser.add_argument("--no-block-reuse", action="store_true")
     parser.add_argument("--trusted-keys", action="append", default=[])
@@ -349,7 +378,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         if join or len(manifest.ranks) > 1:
             from executor_svc.meeting import find_place  # here, because most engines have one rank
 
-            group = find_place(front, manifest, arguments.device, join)
+            group = find_place(front, manifest, arguments.device, join, first.machines or 1, first.host or "127.0.0.1")
         return group.rank
 
     loaded = begin_load(store, engine_id, node, progress, trust, place)
@@ -363,6 +392,9 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
             table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
         prepared = prepare(arguments.device, program, weights)
+        guides = Guides(_token_table(store, manifest) if group.rank == 0 else None)
+        if arguments.kv_tokens:  # of which each rank keeps its part
+            kv_memory = arguments.kv_tokens * sum(cache.bytes_per_token for cache in program.caches)
         here = group.here if arguments.device == "cpu" else 1  # ranks that share a memory
         share = arguments.kv_share
         if kv_memory is None and budget.limit is not None:
@@ -385,10 +417,17 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         group.follow(front, runner)
     can = runner.capabilities
     cache = can.num_blocks * can.block_size * sum(cache.bytes_per_token for cache in program.caches)
-    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse, (size + cache) * here)
+    memory = (size + cache) * here
+    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse, memory, guides)
     told = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=told).SerializeToString())
     worker.run()
+
+
+def _token_table(store: Store, manifest: Manifest) -> TokenTable | None:
+    """The bytes of an engine's tokens; None if it does not tell them."""
+    file = manifest.token_table
+    return TokenTable.from_bytes(blobs.read(store, file)) if file else None
 
 
 if __name__ == "__main__":

@@ -258,7 +258,8 @@ async def serve(
 async def _within(seconds: float | None, stop: asyncio.Event, work: "asyncio.Future[None]") -> None:
     """Waits for some work, at most so many seconds and until `stop` is set; then it is cancelled."""
     signalled = asyncio.ensure_future(stop.wait())
-    await asyncio.wait([work, signalled], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    either: list[asyncio.Future[Any]] = [work, signalled]
+    await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     signalled.cancel()
     if not work.cancel():
         work.result()

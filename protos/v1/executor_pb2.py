@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from protos.v1 import common_pb2 as protos_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/executor.proto\x12\x0e\x65nginehouse.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16protos/v1/common.proto\"k\n\x11LoadEngineRequest\x12\x13\n\tengine_id\x18\x01 \x01(\tH\x00\x12\x0f\n\x05model\x18\x02 \x01(\tH\x00\x12\x17\n\x0fkv_memory_bytes\x18< \x01(\x04\x12\r\n\x05\x65vict\x18= \x01(\x08\x42\x08\n\x06\x65ngine\"k\n\x12LoadEngineProgress\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12,\n\x06\x65ngine\x18\x03 \x01(\x0b\x32\x1c.enginehouse.v1.EngineStatus\"a\n\x13UnloadEngineRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12-\n\x05\x64rain\x18< \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x08\n\x06_drain\"\x16\n\x14UnloadEngineResponse\"\x12\n\x10GetStatusRequest\"\xba\x01\n\x0c\x45ngineStatus\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.enginehouse.v1.EngineState\x12\x13\n\x0bmax_seq_len\x18\x03 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x04 \x01(\r\x12(\n\x04load\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.EngineLoad\x12\x14\n\x0cmemory_bytes\x18< \x01(\x04\"\xaa\x01\n\x0e\x45xecutorStatus\x12-\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1c.enginehouse.v1.EngineStatus\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08\x64raining\x18< \x01(\x08\x12\x1f\n\x12memory_limit_bytes\x18= \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_memory_limit_bytes\"\x89\x01\n\nEngineLoad\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x15\n\rqueued_tokens\x18\x04 \x01(\x04\x12\x16\n\x0e\x66ree_kv_blocks\x18\x05 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x06 \x01(\r\"\x87\x04\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x30\n\x08sampling\x18\x04 \x01(\x0b\x32\x1e.enginehouse.v1.SamplingParams\x12\x32\n\x08stopping\x18\x05 \x01(\x0b\x32 .enginehouse.v1.StoppingCriteria\x12\x18\n\x10resume_token_ids\x18\x06 \x03(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12/\n\x07timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\t \x01(\t\x12?\n\rtrace_context\x18\n \x03(\x0b\x32(.enginehouse.v1.Submit.TraceContextEntry\x12-\n\x06output\x18\x0b \x01(\x0b\x32\x1d.enginehouse.v1.OutputOptions\x12/\n\x0b\x62\x65\x61m_search\x18\x0c \x01(\x0b\x32\x1a.enginehouse.v1.BeamSearch\x12\x12\n\nrequest_id\x18\r \x01(\t\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_timeout\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07handles\x18\x01 \x03(\r\"h\n\x07\x43ommand\x12(\n\x06submit\x18\x01 \x01(\x0b\x32\x16.enginehouse.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x16.enginehouse.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\x84\x02\n\x0eGenerateOutput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12$\n\x05usage\x18\x02 \x01(\x0b\x32\x15.enginehouse.v1.Usage\x12*\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1a.enginehouse.v1.FinishInfo\x12*\n\x08logprobs\x18\x04 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\x12\x31\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\x12.\n\nhypotheses\x18\x06 \x03(\x0b\x32\x1a.enginehouse.v1.Hypothesis\"\xc9\x03\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07handles\x18\x02 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12(\n\x07started\x18\x05 \x03(\x0b\x32\x17.enginehouse.v1.Started\x12*\n\x08\x66inished\x18\x06 \x03(\x0b\x32\x18.enginehouse.v1.Finished\x12&\n\x06\x66\x61iled\x18\x07 \x03(\x0b\x32\x16.enginehouse.v1.Failed\x12/\n\x0b\x65ngine_lost\x18\x08 \x01(\x0b\x32\x1a.enginehouse.v1.EngineLost\x12(\n\x04load\x18\t \x01(\x0b\x32\x1a.enginehouse.v1.EngineLoad\x12-\n\x08logprobs\x18\n \x03(\x0b\x32\x1b.enginehouse.v1.RowLogprobs\x12\x34\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x1b.enginehouse.v1.RowLogprobs\x12)\n\x05\x62\x65\x61ms\x18\x0c \x03(\x0b\x32\x1a.enginehouse.v1.BeamResult\x12\x10\n\x08\x64raining\x18< \x01(\x08\"I\n\x0bRowLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\"L\n\nBeamResult\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12.\n\nhypotheses\x18\x02 \x03(\x0b\x32\x1a.enginehouse.v1.Hypothesis\"G\n\x07Started\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"F\n\x08\x46inished\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12*\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x1a.enginehouse.v1.FinishInfo\"B\n\x06\x46\x61iled\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12(\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x17.enginehouse.v1.Failure\"I\n\nEngineLost\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12(\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x17.enginehouse.v1.Failure*y\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_STATE_LOADING\x10\x01\x12\x16\n\x12\x45NGINE_STATE_READY\x10\x02\x12\x1a\n\x16\x45NGINE_STATE_UNLOADING\x10\x03\x32\x91\x03\n\x08\x45xecutor\x12U\n\nLoadEngine\x12!.enginehouse.v1.LoadEngineRequest\x1a\".enginehouse.v1.LoadEngineProgress0\x01\x12Y\n\x0cUnloadEngine\x12#.enginehouse.v1.UnloadEngineRequest\x1a$.enginehouse.v1.UnloadEngineResponse\x12M\n\tGetStatus\x12 .enginehouse.v1.GetStatusRequest\x1a\x1e.enginehouse.v1.ExecutorStatus\x12\x44\n\x08Generate\x12\x16.enginehouse.v1.Submit\x1a\x1e.enginehouse.v1.GenerateOutput0\x01\x12>\n\x03Run\x12\x17.enginehouse.v1.Command\x1a\x1a.enginehouse.v1.StepOutput(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/executor.proto\x12\x0e\x65nginehouse.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16protos/v1/common.proto\"k\n\x11LoadEngineRequest\x12\x13\n\tengine_id\x18\x01 \x01(\tH\x00\x12\x0f\n\x05model\x18\x02 \x01(\tH\x00\x12\x17\n\x0fkv_memory_bytes\x18< \x01(\x04\x12\r\n\x05\x65vict\x18= \x01(\x08\x42\x08\n\x06\x65ngine\"k\n\x12LoadEngineProgress\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12,\n\x06\x65ngine\x18\x03 \x01(\x0b\x32\x1c.enginehouse.v1.EngineStatus\"a\n\x13UnloadEngineRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12-\n\x05\x64rain\x18< \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x08\n\x06_drain\"\x16\n\x14UnloadEngineResponse\"\x12\n\x10GetStatusRequest\"\xba\x01\n\x0c\x45ngineStatus\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.enginehouse.v1.EngineState\x12\x13\n\x0bmax_seq_len\x18\x03 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x04 \x01(\r\x12(\n\x04load\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.EngineLoad\x12\x14\n\x0cmemory_bytes\x18< \x01(\x04\"\xaa\x01\n\x0e\x45xecutorStatus\x12-\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1c.enginehouse.v1.EngineStatus\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08\x64raining\x18< \x01(\x08\x12\x1f\n\x12memory_limit_bytes\x18= \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_memory_limit_bytes\"\x89\x01\n\nEngineLoad\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x15\n\rqueued_tokens\x18\x04 \x01(\x04\x12\x16\n\x0e\x66ree_kv_blocks\x18\x05 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x06 \x01(\r\"\xc0\x04\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x30\n\x08sampling\x18\x04 \x01(\x0b\x32\x1e.enginehouse.v1.SamplingParams\x12\x32\n\x08stopping\x18\x05 \x01(\x0b\x32 .enginehouse.v1.StoppingCriteria\x12\x18\n\x10resume_token_ids\x18\x06 \x03(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12/\n\x07timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\t \x01(\t\x12?\n\rtrace_context\x18\n \x03(\x0b\x32(.enginehouse.v1.Submit.TraceContextEntry\x12-\n\x06output\x18\x0b \x01(\x0b\x32\x1d.enginehouse.v1.OutputOptions\x12/\n\x0b\x62\x65\x61m_search\x18\x0c \x01(\x0b\x32\x1a.enginehouse.v1.BeamSearch\x12\x12\n\nrequest_id\x18\r \x01(\t\x12\x37\n\x0fguided_decoding\x18Z \x01(\x0b\x32\x1e.enginehouse.v1.GuidedDecoding\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_timeout\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07handles\x18\x01 \x03(\r\"h\n\x07\x43ommand\x12(\n\x06submit\x18\x01 \x01(\x0b\x32\x16.enginehouse.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x16.enginehouse.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\x84\x02\n\x0eGenerateOutput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12$\n\x05usage\x18\x02 \x01(\x0b\x32\x15.enginehouse.v1.Usage\x12*\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1a.enginehouse.v1.FinishInfo\x12*\n\x08logprobs\x18\x04 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\x12\x31\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\x12.\n\nhypotheses\x18\x06 \x03(\x0b\x32\x1a.enginehouse.v1.Hypothesis\"\xc9\x03\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07handles\x18\x02 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12(\n\x07started\x18\x05 \x03(\x0b\x32\x17.enginehouse.v1.Started\x12*\n\x08\x66inished\x18\x06 \x03(\x0b\x32\x18.enginehouse.v1.Finished\x12&\n\x06\x66\x61iled\x18\x07 \x03(\x0b\x32\x16.enginehouse.v1.Failed\x12/\n\x0b\x65ngine_lost\x18\x08 \x01(\x0b\x32\x1a.enginehouse.v1.EngineLost\x12(\n\x04load\x18\t \x01(\x0b\x32\x1a.enginehouse.v1.EngineLoad\x12-\n\x08logprobs\x18\n \x03(\x0b\x32\x1b.enginehouse.v1.RowLogprobs\x12\x34\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x1b.enginehouse.v1.RowLogprobs\x12)\n\x05\x62\x65\x61ms\x18\x0c \x03(\x0b\x32\x1a.enginehouse.v1.BeamResult\x12\x10\n\x08\x64raining\x18< \x01(\x08\"I\n\x0bRowLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\"L\n\nBeamResult\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12.\n\nhypotheses\x18\x02 \x03(\x0b\x32\x1a.enginehouse.v1.Hypothesis\"G\n\x07Started\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"F\n\x08\x46inished\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12*\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x1a.enginehouse.v1.FinishInfo\"B\n\x06\x46\x61iled\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12(\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x17.enginehouse.v1.Failure\"I\n\nEngineLost\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12(\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x17.enginehouse.v1.Failure*y\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_STATE_LOADING\x10\x01\x12\x16\n\x12\x45NGINE_STATE_READY\x10\x02\x12\x1a\n\x16\x45NGINE_STATE_UNLOADING\x10\x03\x32\x91\x03\n\x08\x45xecutor\x12U\n\nLoadEngine\x12!.enginehouse.v1.LoadEngineRequest\x1a\".enginehouse.v1.LoadEngineProgress0\x01\x12Y\n\x0cUnloadEngine\x12#.enginehouse.v1.UnloadEngineRequest\x1a$.enginehouse.v1.UnloadEngineResponse\x12M\n\tGetStatus\x12 .enginehouse.v1.GetStatusRequest\x1a\x1e.enginehouse.v1.ExecutorStatus\x12\x44\n\x08Generate\x12\x16.enginehouse.v1.Submit\x1a\x1e.enginehouse.v1.GenerateOutput0\x01\x12>\n\x03Run\x12\x17.enginehouse.v1.Command\x1a\x1a.enginehouse.v1.StepOutput(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SUBMIT_TRACECONTEXTENTRY']._loaded_options = None
   _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_options = b'8\001'
-  _globals['_ENGINESTATE']._serialized_start=2782
-  _globals['_ENGINESTATE']._serialized_end=2903
+  _globals['_ENGINESTATE']._serialized_start=2839
+  _globals['_ENGINESTATE']._serialized_end=2960
   _globals['_LOADENGINEREQUEST']._serialized_start=100
   _globals['_LOADENGINEREQUEST']._serialized_end=207
   _globals['_LOADENGINEPROGRESS']._serialized_start=209
@@ -54,29 +54,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINELOAD']._serialized_start=824
   _globals['_ENGINELOAD']._serialized_end=961
   _globals['_SUBMIT']._serialized_start=964
-  _globals['_SUBMIT']._serialized_end=1483
-  _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_start=1420
-  _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_end=1471
-  _globals['_CANCEL']._serialized_start=1485
-  _globals['_CANCEL']._serialized_end=1510
-  _globals['_COMMAND']._serialized_start=1512
-  _globals['_COMMAND']._serialized_end=1616
-  _globals['_GENERATEOUTPUT']._serialized_start=1619
-  _globals['_GENERATEOUTPUT']._serialized_end=1879
-  _globals['_STEPOUTPUT']._serialized_start=1882
-  _globals['_STEPOUTPUT']._serialized_end=2339
-  _globals['_ROWLOGPROBS']._serialized_start=2341
-  _globals['_ROWLOGPROBS']._serialized_end=2414
-  _globals['_BEAMRESULT']._serialized_start=2416
-  _globals['_BEAMRESULT']._serialized_end=2492
-  _globals['_STARTED']._serialized_start=2494
-  _globals['_STARTED']._serialized_end=2565
-  _globals['_FINISHED']._serialized_start=2567
-  _globals['_FINISHED']._serialized_end=2637
-  _globals['_FAILED']._serialized_start=2639
-  _globals['_FAILED']._serialized_end=2705
-  _globals['_ENGINELOST']._serialized_start=2707
-  _globals['_ENGINELOST']._serialized_end=2780
-  _globals['_EXECUTOR']._serialized_start=2906
-  _globals['_EXECUTOR']._serialized_end=3307
+  _globals['_SUBMIT']._serialized_end=1540
+  _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_start=1477
+  _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_end=1528
+  _globals['_CANCEL']._serialized_start=1542
+  _globals['_CANCEL']._serialized_end=1567
+  _globals['_COMMAND']._serialized_start=1569
+  _globals['_COMMAND']._serialized_end=1673
+  _globals['_GENERATEOUTPUT']._serialized_start=1676
+  _globals['_GENERATEOUTPUT']._serialized_end=1936
+  _globals['_STEPOUTPUT']._serialized_start=1939
+  _globals['_STEPOUTPUT']._serialized_end=2396
+  _globals['_ROWLOGPROBS']._serialized_start=2398
+  _globals['_ROWLOGPROBS']._serialized_end=2471
+  _globals['_BEAMRESULT']._serialized_start=2473
+  _globals['_BEAMRESULT']._serialized_end=2549
+  _globals['_STARTED']._serialized_start=2551
+  _globals['_STARTED']._serialized_end=2622
+  _globals['_FINISHED']._serialized_start=2624
+  _globals['_FINISHED']._serialized_end=2694
+  _globals['_FAILED']._serialized_start=2696
+  _globals['_FAILED']._serialized_end=2762
+  _globals['_ENGINELOST']._serialized_start=2764
+  _globals['_ENGINELOST']._serialized_end=2837
+  _globals['_EXECUTOR']._serialized_start=2963
+  _globals['_EXECUTOR']._serialized_end=3364
 # @@protoc_insertion_point(module_scope)

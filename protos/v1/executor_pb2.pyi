@@ -310,6 +310,7 @@ class Submit(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     BEAM_SEARCH_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GUIDED_DECODING_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """chosen by the client, unique among its live requests on the stream"""
     engine_id: _builtins.str
@@ -343,6 +344,10 @@ class Submit(_message.Message):
     def beam_search(self) -> _common_pb2.BeamSearch:
         """cannot be resumed"""
 
+    @_builtins.property
+    def guided_decoding(self) -> _common_pb2.GuidedDecoding:
+        """of an engine that tells the bytes of its tokens; not with beam_search"""
+
     def __init__(
         self,
         *,
@@ -359,10 +364,11 @@ class Submit(_message.Message):
         output: _common_pb2.OutputOptions | None = ...,
         beam_search: _common_pb2.BeamSearch | None = ...,
         request_id: _builtins.str = ...,
+        guided_decoding: _common_pb2.GuidedDecoding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "output", b"output", "sampling", b"sampling", "stopping", b"stopping", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "guided_decoding", b"guided_decoding", "output", b"output", "sampling", b"sampling", "stopping", b"stopping", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "engine_id", b"engine_id", "handle", b"handle", "output", b"output", "priority", b"priority", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "timeout", b"timeout", "token_ids", b"token_ids", "trace_context", b"trace_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "engine_id", b"engine_id", "guided_decoding", b"guided_decoding", "handle", b"handle", "output", b"output", "priority", b"priority", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "timeout", b"timeout", "token_ids", b"token_ids", "trace_context", b"trace_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout: _TypeAlias = _typing.Literal["timeout"]  # noqa: Y015
     _WhichOneofArgType__timeout: _TypeAlias = _typing.Literal["_timeout", b"_timeout"]  # noqa: Y015
