@@ -1,7 +1,7 @@
 """A checkpoint that `save_checkpoint` has written: our weights under our names, as the program takes them.
 
 config.json            what the model is, in TensorRT-LLM's fields, with the Hugging Face config behind them; written last
-rank0.safetensors      the weights: stacked, turned and offset already
+rank0.safetensors      the weights: stacked, turned and offset already; packed, where the config says so
 tokenizer.json, tokenizer_config.json     normalized, if the model has a tokenizer
 
 Tensors that a person gave by these names (`load`) are read the same way.
@@ -103,7 +103,7 @@ class GivenWeights:
 
 def save(
     directory: Path,
-    config: PretrainedConfig,
+    config: Callable[[], PretrainedConfig],
     declared: Mapping[str, TensorType],
     parts: Callable[[str], Iterable[torch.Tensor]],
     tokenizer: NormalizedTokenizer | None,
@@ -112,6 +112,7 @@ def save(
     """Writes a checkpoint. What has been there is none any more from the first byte on, until all is written.
 
     Args:
+        config: asked for when the weights are written.
         declared: the weights' names and types, in the order of the file.
         parts: the tensors that form a weight, one after another.
 
@@ -139,8 +140,9 @@ def save(
         for name, data in (tokenizer.files() if tokenizer else {}).items():
             _write(directory / name, data)
         if save_config:
-            _write_json(directory / "generation_config.json", config.generation_config)
-            _write_json(directory / "config.json", config.to_dict())
+            described = config()
+            _write_json(directory / "generation_config.json", described.generation_config)
+            _write_json(directory / "config.json", described.to_dict())
     except OSError as error:
         raise FailedPrecondition(
             f"cannot write into {directory}: {error.strerror}; choose another directory", reason="OUTPUT_UNWRITABLE"
