@@ -218,7 +218,8 @@ class CausalLM(Quantizable):
         """What a build for a kind of device takes of the checkpoint: its weights as they are packed or dequantized."""
         if quantized := self.config.quantized:
             packed = {name: on_device(device, form) for name, form in quantized.packed.items()}
-            sources = self.sources() if self.checkpoint else {}
+            taken = Decoder.on_meta(self.config.decoder, "float32", packed).declared() if self.checkpoint else ()
+            sources = {name: Source((name,)) for name in taken}
             return Resolved(self.checkpoint, sources, packed, facts=dict(quantized.facts))
         if self.checkpoint:
             return resolve(self.checkpoint, self.sources(), device)
