@@ -16,6 +16,7 @@ from enginehouse.completion import complete_model
 from enginehouse.generation_options import SectionedCommand, choosing, several
 from enginehouse.options import with_data, with_gateway, with_json
 from enginehouse.plan_cli import plan
+from enginehouse.quantize_cli import quantize
 from enginehouse.registry_cli import engines, keys, models
 from enginehouse.serve_cli import load, up
 
@@ -125,6 +126,6 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     command.run(Choices(**choices), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
 
 
-for _command in (up, load, build, builds, plan, bench, models, engines, keys, completion):
+for _command in (up, load, build, quantize, builds, plan, bench, models, engines, keys, completion):
     main.add_command(_command)
 add_examples(main)
