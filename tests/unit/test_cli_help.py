@@ -119,10 +119,12 @@ def typed(line: str) -> Result:
     return CliRunner().invoke(main, shlex.split(line))
 
 
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 JSON = {
     "up": None,  # its own test, below
     "load": "load $ENGINE --executor $ADDRESS",
     "build": "build here --name new",
+    "quantize": "quantize $DEMO --output made --quant W8A16",
     "builds ls": "builds ls",
     "builds logs": "builds logs build-1",
     "builds cancel": "builds cancel build-1",
@@ -167,7 +169,7 @@ def test_json_of_every_command(
         for name in ("spare", "demo", "other", "built"):
             assert typed(f"models rm {name}").exit_code == 0
     line = JSON[path] or ""
-    for name, value in {"$ENGINE": engine, "$KEY": key, "$NEW": tmp_path / "new.key"}.items():
+    for name, value in {"$ENGINE": engine, "$KEY": key, "$NEW": tmp_path / "new.key", "$DEMO": DEMO}.items():
         line = line.replace(name, str(value))
     result = CliRunner().invoke(
         main, shlex.split(line.replace("$ADDRESS", os.environ["ENGINEHOUSE_GATEWAY"])) + ["--json"]
