@@ -2,9 +2,9 @@
 
     python -m bench.quantize CHECKPOINT [--tokens 50000] [--device auto] [--forms NAME,NAME] [--out FILE.json]
 
-CHECKPOINT is a directory, or a .gguf file, whose dequantized weights are then the baseline. The text is the one that reports use
-(`builder_svc/quantize/texts`), or `--text FILE`; calibration is by the bundled text. The exit status is 1 if a bound does not hold
-or there are not enough tokens.
+CHECKPOINT is a directory, or a .gguf file, whose dequantized weights are then the baseline. The text is the one of reports
+(`builder_svc/quantize/texts`), or `--text FILE`; calibration is by the bundled text. The exit status is 1 if a bound does not
+hold, or if there are not enough tokens.
 """
 
 import argparse
