@@ -114,7 +114,10 @@ def linear_int4(
     *,
     group_size: int,
 ) -> Tensor:
-    """linear with the matrix of `dense_int4`, rounded to the dtype of x: the weights are quantized, activations are not."""
+    """linear with the matrix of `dense_int4`, rounded to the dtype of x: the weights are quantized, activations are not.
+
+    Of this and the other packed products, an implementation may leave the matrix in float32 as it sums.
+    """
     return F.linear(x, dense_int4(weight, scales, zeros, group_size=group_size).to(x.dtype), bias)
 
 

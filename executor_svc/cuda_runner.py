@@ -95,7 +95,7 @@ class CudaRunner:
         self._on_gpu = device == "cuda"
         rope = rope_lengths(program)
         operators = bind(implementations("gpu"), group)
-        for name in ("linear", "linear_silu_mul", "product_fp8"):
+        for name in ("linear", "linear_silu_mul", "linear_int4", "linear_int8", "product_fp8"):
             operators[name] = functools.partial(operators[name], table=table)
         fused = fuse(program)
         self._interpreter = Interpreter(fused, weights, operators)

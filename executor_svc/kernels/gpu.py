@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.ops import Step
+from engine.ops import REFERENCE, Step
 from engine.ops import rms_norm as reference_rms_norm
 from engine.opset import FLOATS
 from executor_svc.kernels import fp8, paged, prompt, rows, tactics
 from executor_svc.kernels.grouped import experts
-from executor_svc.kernels.tactics import RULE, Table
+from executor_svc.kernels.integers import Packed, takes
+from executor_svc.kernels.tactics import RULE, Product, Table
 
 __all__ = [
     "DeviceStep",
@@ -24,6 +25,8 @@ __all__ = [
     "add_rms_norm_fp8",
     "experts",
     "linear",
+    "linear_int4",
+    "linear_int8",
     "linear_silu_mul",
     "product_fp8",
     "quantize_fp8",
@@ -108,6 +111,47 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, table: Table, kind
     else:
         how = tactics.LIBRARY
     return tactics.multiply(x, weight, bias, how, pair=kind == "pair")
+
+
+def linear_int4(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_size: int,
+    table: Table = RULE,
+) -> Tensor:
+    """By the tactic of its shape; groups that are no multiples of 32 are the reference's."""
+    packed = Packed(weight, scales, zeros, group_size)
+    if not takes(packed, x):
+        return REFERENCE["linear_int4"](x, weight, scales, zeros, bias, group_size=group_size)
+    return _multiply_packed(x, packed, bias, table)
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    *,
+    per_token: bool = False,
+    table: Table = RULE,
+) -> Tensor:
+    """By the tactic of its shape; `fuse` makes another operator of products that round their input."""
+    packed = Packed(weight, scales)
+    if input_scale is not None or per_token or not takes(packed, x):
+        return REFERENCE["linear_int8"](x, weight, scales, bias, input_scale, per_token=per_token)
+    return _multiply_packed(x, packed, bias, table)
+
+
+def _multiply_packed(x: Tensor, packed: Packed, bias: Tensor | None, table: Table) -> Tensor:
+    if not len(x):
+        return x.new_empty(0, len(packed.weight))
+    shape = Product(tactics.power(len(x)), len(packed.weight), packed.columns, packed.kind)
+    return tactics.multiply_packed(x.contiguous(), packed, bias, tactics.choose(shape, table))
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
