@@ -75,7 +75,13 @@ def read_model(model: Path | CausalLM, options: BuildConfig) -> Model:
 
 def _plan(model: CausalLM, options: BuildConfig) -> Plan | None:
     """How the options, or else the model's own config, want it to be quantized."""
-    quant_config = checked(options.quant_config) or checked(model.config.quant_config)
+    asked, own = checked(options.quant_config), checked(model.config.quant_config)
+    if asked and own and asked != own:
+        raise InvalidArgument(
+            f"quant_config: the model's is {own}, the options say {asked}: choose one of both",
+            reason="QUANTIZATION_AMBIGUOUS",
+        )
+    quant_config = asked or own
     if quant_config is None:
         return None
     capability = options.compute_capability

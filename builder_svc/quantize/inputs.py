@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-ROWS = 2048
+ROWS = 512
 """Tokens whose inputs are kept whole, spread over the text: what a search measures its candidates by."""
 
 

@@ -27,7 +27,7 @@ def int4_scales(weight: Tensor, form: Int4, shrunk: float = 1.0) -> tuple[Tensor
     """
     groups = grouped(weight, form)
     if not form.zeros:
-        return stored(groups.abs().amax(-1) * shrunk / 7, form), None
+        return stored(groups.abs().amax(-1) * shrunk / 7.5, form), None  # between the reach of 7 and of -8
     low, high = groups.amin(-1).clamp(max=0) * shrunk, groups.amax(-1).clamp(min=0) * shrunk
     scales = stored((high - low) / 15, form)
     return scales, (-low / scales).round().clamp(0, 15)

@@ -23,7 +23,7 @@ from builder_svc.quantize.sites import Rows, layer_sites
 from builder_svc.quantize.text import CALIBRATION, HELD_OUT, Tokens, read_text
 from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
-from enginehouse import BuildConfig, CalibConfig, QuantAlgo, QuantConfig
+from enginehouse import AutoModelForCausalLM, BuildConfig, CalibConfig, QuantAlgo, QuantConfig
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import load_engine
 from executor_svc.worker import this_node
@@ -404,6 +404,13 @@ def test_what_is_quantized_already_is_not_quantized_again(model_dir: Path, tmp_p
     read = quantized(model_dir, tmp_path / "saved", quant_algo=QuantAlgo.W8A16)
     with pytest.raises(FailedPrecondition, match="is quantized already"):
         read.plan(QuantConfig("W4A16"))
+    asked = AutoModelForCausalLM.from_hugging_face(model_dir, quant_config=QuantConfig("W8A16"))
+    with pytest.raises(InvalidArgument, match="the model's is .*W8A16.*, the options say .*FP8"):
+        read_model(asked, BuildConfig(quant_config=QuantConfig("FP8")))
+    asked.save_checkpoint(tmp_path / "again")  # quantized, as it was asked for
+    assert (tmp_path / "again" / "rank0.safetensors").read_bytes() == (
+        tmp_path / "saved" / "rank0.safetensors"
+    ).read_bytes()
     tied = save_checkpoint(tmp_path / "tied", **SIZES, tie_word_embeddings=True)
     with pytest.raises(Unimplemented, match="is its embedding"):
         open_model(tied).plan(QuantConfig("W8A16", quantize_lm_head=True))
