@@ -11,6 +11,7 @@ from engine.program import Program
 from executor_svc.kernels import fp8, rows
 from executor_svc.kernels.integers import Packed, unit
 from executor_svc.kernels.tactics import (
+    EIGHT,
     MOST_ROWS,
     Product,
     Table,
@@ -38,7 +39,7 @@ def measure(
         dtype: of the product.
         alone: whether products follow one another, with nothing between them.
     """
-    small = product.kind == "fp8"
+    small = product.kind in EIGHT
     first = _weight(product, dtype)
     size = (first.weight if isinstance(first, Packed) else first).nbytes
     weights = [first, *(_weight(product, dtype) for _ in range(max(2, int(_FLUSH / size)) - 1))]
@@ -47,7 +48,8 @@ def measure(
 
     def made() -> tuple[Tensor, Tensor]:
         """The product's input, and its scales where there are any."""
-        return fp8.quantize(x, None) if small else (rows.norm(x, None, ones, 1e-5)[0], scales)
+        kind = torch.int8 if product.kind == "w8a8" else F8
+        return fp8.quantize(x, None, kind) if small else (rows.norm(x, None, ones, 1e-5)[0], scales)
 
     kept = made()
 
@@ -72,11 +74,13 @@ def measure(
 def _weight(product: Product, dtype: torch.dtype) -> Any:
     """Any one of the product's kind."""
     shape, kind = (product.outputs, product.columns), product.kind
-    if not kind.startswith("int"):
+    if kind in ("dense", "pair", "fp8"):
         return torch.randn(shape, device="cuda", dtype=dtype).to(F8 if kind == "fp8" else dtype)
     codes = torch.randint(
-        0, 256, (shape[0], shape[1] // (1 if kind == "int8" else 2)), dtype=torch.uint8, device="cuda"
+        0, 256, (shape[0], shape[1] // (2 if kind.startswith("int4") else 1)), dtype=torch.uint8, device="cuda"
     )
+    if kind == "w8a8":
+        return codes.view(torch.int8)
     if kind == "int8":
         return Packed(codes.view(torch.int8), torch.rand(shape[0], device="cuda"))
     group = int(kind.removeprefix("int4/"))
@@ -107,10 +111,11 @@ _KINDS = {
     "linear": "dense",
     "linear_silu_mul": "pair",
     "product_fp8": "fp8",
+    "product_int8": "w8a8",
     "linear_int4": "int4",
     "linear_int8": "int8",
 }
-_WEIGHTS = {"linear": 1, "linear_silu_mul": 1, "product_fp8": 2, "linear_int4": 1, "linear_int8": 1}
+_WEIGHTS = {"linear": 1, "linear_silu_mul": 1, "product_fp8": 2, "product_int8": 2, "linear_int4": 1, "linear_int8": 1}
 
 
 def shapes(program: Program, limits: Limits) -> dict[Product, str]:
@@ -125,7 +130,7 @@ def shapes(program: Program, limits: Limits) -> dict[Product, str]:
         if kind == "int4":
             columns *= 2
             kind = f"int4/{unit(int(op.attrs['group_size']), columns)}"  # type: ignore[arg-type]
-        most = min(limits.max_num_tokens if kind == "fp8" else MOST_ROWS, limits.max_num_tokens)
+        most = min(limits.max_num_tokens if kind in EIGHT else MOST_ROWS, limits.max_num_tokens)
         for power in range((most - 1).bit_length() + 1):
             found[Product(1 << power, outputs, columns, kind)] = dtype
     return found
