@@ -18,7 +18,7 @@ The phases are "download" (of a checkpoint that is not here yet), "checkpoint", 
 the unit is "bytes" or "".
 """
 
-RECIPE_VERSION = 2  # raised when the same inputs give another engine than before
+RECIPE_VERSION = 3  # raised when the same inputs give another engine than before
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 KV_CACHE_DTYPES = ("auto", "fp8")

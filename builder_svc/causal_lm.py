@@ -5,7 +5,7 @@ There is a class for each `CLASS_NAME` of the families' pages (`model_classes`);
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -29,10 +29,11 @@ from builder_svc.quant_config import QuantConfig
 from builder_svc.quantizable import Quantizable
 from builder_svc.read_config import read_config
 from builder_svc.saved import GivenWeights, SavedCheckpoint
+from builder_svc.shard import cuts
 from builder_svc.tokenizer import NormalizedTokenizer, has_tokenizer, normalize
 from builder_svc.weights import check_weights
 from builder_svc.weights_view import WeightsView
-from engine.errors import FailedPrecondition, Internal, InvalidArgument, NotFound, Unimplemented
+from engine.errors import FailedPrecondition, Internal, InvalidArgument, NotFound
 from engine.program import TensorType
 
 Published = reader.Checkpoint | QuantizedCheckpoint
@@ -104,24 +105,25 @@ class CausalLM(Quantizable):
 
     @classmethod
     def from_checkpoint(cls, ckpt_dir: str | Path, rank: int = 0, config: PretrainedConfig | None = None) -> Self:
-        """What `save_checkpoint` has written.
+        """What `save_checkpoint` has written, for one rank or all of them.
 
         Args:
-            rank: whose weights; there are those of rank 0 alone.
-            config: to use instead of the saved one, whose weights must have the same names and shapes.
+            rank: which one of the mapping's this is. `weights` are those of the whole model all the same, so that an engine for
+                all ranks can be built of it.
+            config: to use instead of the saved one, whose weights must have the same names and shapes. With another mapping the
+                model is divided anew.
 
         Raises:
             NotFound, InvalidArgument, Unimplemented, DataLoss: as `from_hugging_face`.
         """
-        if rank != 0:
-            raise Unimplemented(f"rank {rank}: this release saves and reads checkpoints of one rank")
         path = Path(ckpt_dir).expanduser()
         if not path.is_dir():
             raise NotFound(
                 f"{path} is no directory; give one that save_checkpoint wrote", reason="CHECKPOINT_NOT_FOUND"
             )
         checkpoint = SavedCheckpoint(path)
-        model = cls(config or checkpoint.pretrained)
+        chosen = config or checkpoint.pretrained
+        model = cls(replace(chosen, mapping=replace(chosen.mapping, rank=rank)))
         model.checkpoint = checkpoint
         return model
 
@@ -139,30 +141,39 @@ class CausalLM(Quantizable):
     def save_checkpoint(self, output_dir: str | Path, save_config: bool = True) -> None:
         """Writes the model: config.json, rank0.safetensors (by our names, in the config's dtype), the tokenizer.
 
-        A build takes the directory like one in Hugging Face layout. One that was not written to its end is not taken.
+        With a mapping of several ranks it writes its own rank's part, rank1.safetensors for example, so that a loop over the
+        ranks, from 0, writes them all; rank 0 removes those that were there. A build takes the directory like one in Hugging
+        Face layout. One that was not written to its end is not taken.
 
         Args:
             output_dir: made if it is not there.
-            save_config: without, the weights and the tokenizer alone.
+            save_config: without, the weights alone, and rank 0's tokenizer.
 
         Raises:
             FailedPrecondition: dummy weights, a directory that holds another checkpoint or cannot be written.
             ResourceExhausted: the disk is full.
-            InvalidArgument: weights that are missing or have another shape than the config implies.
+            InvalidArgument: weights that are missing or of another shape than the config implies, a mapping that does not divide
+                the model, or the directory that other ranks are still to be read from.
         """
-        self.config.mapping.check_one_rank()
         if self.config.quant_config and save_config:
             self.write_quantized(self.plan(self.config.quant_config), output_dir)
             return
-        weights = self.weights()
-        saved.save(
-            Path(output_dir).expanduser(),
-            lambda: self.config,
-            weights.declared,
-            weights.parts,
-            self.tokenizer(),
-            save_config,
-        )
+        directory, config, weights = Path(output_dir).expanduser(), self.config, self.weights()
+        mapping, read_from = config.mapping, weights.path
+        if mapping.world_size > 1 and isinstance(read_from, Path) and directory.resolve() == read_from.resolve():
+            raise InvalidArgument(
+                f"{directory} is where the weights of all ranks are read from: save to another directory",
+                reason="OUTPUT_OCCUPIED",
+            )
+        packed = config.quantized.packed if config.quantized else {}
+        declared = Decoder.on_meta(config.decoder, config.checked_dtype, packed, mapping=mapping).declared()
+        own = cuts(config.decoder, mapping, packed)
+
+        def parts(name: str) -> Iterable[torch.Tensor]:
+            whole = weights.parts(name)
+            return own[name].taken(whole, tuple(map(int, declared[name].shape))) if name in own else whole
+
+        saved.save(directory, config, declared, parts, self.tokenizer(), save_config)
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Takes these weights instead of those that it has; they are kept, not copied.
@@ -178,7 +189,7 @@ class CausalLM(Quantizable):
         self.checkpoint = given
 
     def weights(self) -> WeightsView:
-        """Our weight name -> tensor; each is read when it is asked for.
+        """Our weight name -> tensor, of the whole model whatever the mapping; each is read when it is asked for.
 
         Raises:
             FailedPrecondition: dummy weights.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from builder_svc.tensorrt_names import also_takes
-from engine.errors import InvalidArgument, Unimplemented
+from engine.errors import InvalidArgument
 
 _SAVED = ("world_size", "tp_size", "pp_size")  # the rank is not a checkpoint's
 
@@ -129,15 +129,6 @@ class Mapping:
         each, more = divmod(num_layers, self.pp_size)
         first = self.pp_rank * each + min(self.pp_rank, more)
         return list(range(first, first + each + (self.pp_rank < more)))
-
-    def check_one_rank(self) -> None:
-        """Raises Unimplemented for more than one rank."""
-        if self.world_size > 1:
-            raise Unimplemented(
-                f"a mapping of {self.world_size} ranks (tp_size {self.tp_size}, pp_size {self.pp_size}): this release saves "
-                "checkpoints of one rank; leave the mapping out, or build an engine",
-                reason="RANKS_UNSUPPORTED",
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name."""

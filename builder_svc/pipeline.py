@@ -21,6 +21,7 @@ from builder_svc.model import Model, parallelism, read_model
 from builder_svc.models.decoder import Decoder
 from builder_svc.ranks import RankPart, write_ranks
 from builder_svc.shard import cuts
+from builder_svc.token_bytes import engine_files
 from builder_svc.weights import check_weights
 from builder_svc.work_directory import WorkDirectory, clear
 from engine import registry
@@ -140,14 +141,15 @@ def _write(
         for number, program in enumerate(programs)
     )
     files = [(ref, path) for _, ref, path in written] + [file for made in kernels.values() for file in made]
-    tokenizer = resolved.tokenizer.files() if resolved.tokenizer else {}
+    facts = model_facts(resolved, whole.program)
+    tokenizer = engine_files(resolved.tokenizer, facts.vocab_size, facts.eos_token_ids)
     opset = max(part.program.opset_version for part in parts)
     manifest = Manifest(
         engine_id=engine_id(identity),
         identity=identity,
         source=source,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=model_facts(resolved, whole.program),
+        model=facts,
         limits=resolved.limits,
         mapping=parallelism(resolved.mapping),
         fingerprint=Fingerprint("torch", options.target, opset, options.compute_capability),

@@ -59,6 +59,18 @@ class Cut:
         if self.padding:
             yield torch.zeros(self.padding, *shape[1:])
 
+    def put(self, part: Tensor, whole: Tensor) -> None:
+        """Writes a rank's weight to its place in the whole one, from which `taken` has taken it."""
+        if self.zeros:
+            return
+        if whole.dim() > 2:  # experts, one behind the other
+            part, whole = part.flatten(0, -2), whole.flatten(0, -2)
+        at = 0
+        for start, stop in self.rows or ((0, len(whole)),):
+            rows = whole[start:stop]
+            (rows[:, slice(*self.columns)] if self.columns else rows).copy_(part[at : at + stop - start])
+            at += stop - start
+
 
 def part_of(config: DecoderConfig, mapping: RankMapping) -> DecoderConfig:
     """The decoder of one rank: its layers, with the heads and the intermediate sizes that it has, and its rows of the vocabulary.

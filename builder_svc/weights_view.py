@@ -1,6 +1,7 @@
 """A model's weights as a mapping, for people and for `quantize`."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,11 @@ class WeightsView(Mapping[str, torch.Tensor]):
             used = {name for source in sources.values() for name in source.names}
             self._checkpoint = checkpoint.packed({}, used)
         check_weights(self._checkpoint, sources, declared)
+
+    @property
+    def path(self) -> Path | str:
+        """Where they are read from."""
+        return self._checkpoint.path
 
     def parts(self, name: str) -> Iterator[torch.Tensor]:
         """The tensors that form a weight, one after another, in the checkpoint's dtype."""

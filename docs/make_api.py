@@ -12,8 +12,8 @@ from jinja2 import ChoiceLoader, DictLoader, pass_context
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
-    "Generation": "LLM SamplingParams RequestOutput CompletionOutput TokenLogprobs GenerationResult GenerationExecutor "
-    "KvCacheConfig ExecutorStats",
+    "Generation": "LLM SamplingParams GuidedDecodingParams RequestOutput CompletionOutput TokenLogprobs GenerationResult "
+    "GenerationExecutor KvCacheConfig ExecutorStats",
     "Models and engines": "AutoConfig AutoModelForCausalLM CausalLM Mapping PretrainedConfig BuildConfig QuantConfig CalibConfig "
     "QuantAlgo build Engine",
     "Clusters": "BuilderClient ExecutorClient GatewayClient LocalCluster Home",

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from engine import token_table
 from engine.errors import FailedPrecondition, InvalidArgument
 from engine.fingerprint import Fingerprint
 
@@ -92,7 +93,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         identity: everything that decided the result; `engine_id` is its digest.
         source: where the checkpoint was found, for people.
-        tokenizer: tokenizer.json, and tokenizer_config.json with the chat template; empty for a model of token ids alone.
+        tokenizer: tokenizer.json, tokenizer_config.json with the chat template, and the bytes of tokens
+            (`engine/token_table.py`) if they can be told; empty for a model of token ids alone.
     """
 
     engine_id: str
@@ -112,6 +114,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Every file of the engine; one that several ranks have stands here once."""
         ranks = [file for rank in self.ranks for file in (rank.program, *rank.weights, *rank.native, *rank.kernels)]
         return list(dict.fromkeys([*ranks, *self.tokenizer]))
+
+    @property
+    def token_table(self) -> FileRef | None:
+        """The bytes of its tokens; None for an engine without, which cannot be guided."""
+        return next((file for file in self.tokenizer if file.name == token_table.FILE), None)
 
     @property
     def dummy_weights(self) -> bool:

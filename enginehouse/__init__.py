@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from enginehouse.cluster import LocalCluster
     from enginehouse.home import Home
     from enginehouse.llm.executor import ExecutorStats, GenerationExecutor, KvCacheConfig
+    from enginehouse.llm.guided import GuidedDecodingParams
     from enginehouse.llm.llm import LLM
     from enginehouse.llm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
     from enginehouse.llm.result import GenerationResult
@@ -55,6 +56,7 @@ __all__ = [
     "GatewayClient",
     "GenerationExecutor",
     "GenerationResult",
+    "GuidedDecodingParams",
     "Home",
     "KvCacheConfig",
     "LLM",
@@ -84,6 +86,7 @@ _HOMES = {
     "GatewayClient": "enginehouse.client",
     "GenerationExecutor": "enginehouse.llm.executor",
     "GenerationResult": "enginehouse.llm.result",
+    "GuidedDecodingParams": "enginehouse.llm.guided",
     "Home": "enginehouse.home",
     "KvCacheConfig": "enginehouse.llm.executor",
     "LLM": "enginehouse.llm.llm",

@@ -13,12 +13,12 @@ from enginehouse.build_cli import build
 from enginehouse.builds_cli import builds
 from enginehouse.command_line import Commands, add_examples
 from enginehouse.completion import complete_model
-from enginehouse.generation_options import SectionedCommand, choosing, several
+from enginehouse.generation_options import GUIDES, SectionedCommand, check_guides, choosing, guided, several
 from enginehouse.options import with_data, with_gateway, with_json
 from enginehouse.plan_cli import plan
 from enginehouse.quantize_cli import quantize
 from enginehouse.registry_cli import engines, keys, models
-from enginehouse.serve_cli import load, up
+from enginehouse.serve_cli import load, unload, up
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -72,6 +72,7 @@ def completion(shell: str) -> None:
 @_model
 @with_gateway
 @choosing(max_tokens="128, or what fits")
+@guided()
 @several()
 @with_json
 @with_data
@@ -94,15 +95,20 @@ def generate(
       enginehouse generate "In the beginning" --repetition-penalty 1.1
     The best of eight, and how sure the model was of each token:
       enginehouse generate "In the beginning" --best-of 8 --logprobs 3
+    A text that must be one of several:
+      enginehouse generate "And God saw that it was" --choice " good." --choice " bad."
     """
     from enginehouse.commands import generate as command
+    from enginehouse.commands.guided import guided_decoding
     from enginehouse.home import Home, gateway_address
 
     if choices["length_penalty"] is not None and choices["beams"] is None:
         raise click.UsageError("--length-penalty is of a beam search: give --beams, too")
+    guides = {name: choices.pop(name) for name in GUIDES}
+    check_guides(guides)
     command.run(
         prompt,
-        command.Choices(**choices),
+        command.Choices(**choices, guided_decoding=guided_decoding(**guides)),
         model=model,
         gateway=gateway_address(gateway, Home.find(data)),
         token_ids=token_ids,
@@ -126,6 +132,6 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     command.run(Choices(**choices), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
 
 
-for _command in (up, load, build, quantize, builds, plan, bench, models, engines, keys, completion):
+for _command in (up, load, unload, build, quantize, builds, plan, bench, models, engines, keys, completion):
     main.add_command(_command)
 add_examples(main)

@@ -11,10 +11,11 @@ import grpc
 
 from engine.errors import EnginehouseError, InvalidArgument, Unavailable
 from enginehouse.upload import Progress, upload
+from protos import tracing
 from protos.rpc import CHANNEL_OPTIONS, from_rpc_error
 from protos.v1 import builder_pb2, executor_pb2, gateway_pb2
 from protos.v1.builder_pb2_grpc import BuilderStub
-from protos.v1.common_pb2 import BeamSearch, OutputOptions, SamplingParams, StoppingCriteria, TokenIds
+from protos.v1.common_pb2 import BeamSearch, GuidedDecoding, OutputOptions, SamplingParams, StoppingCriteria, TokenIds
 from protos.v1.executor_pb2_grpc import ExecutorStub
 from protos.v1.gateway_pb2_grpc import GatewayStub
 
@@ -55,16 +56,22 @@ class _Client:
         except grpc.aio.AioRpcError as error:
             raise self._known(error) from None
 
-    async def _replies(self, call: "grpc.aio.UnaryStreamCall[Any, _Reply]") -> AsyncGenerator[_Reply, None]:
-        received = False
+    async def _replies(
+        self, call: "grpc.aio.UnaryStreamCall[Any, _Reply]", span: tracing.Span | None = None
+    ) -> AsyncGenerator[_Reply, None]:
+        received, reason = False, ""
         try:
             async for reply in call:
                 received = True
                 yield reply
         except grpc.aio.AioRpcError as error:
-            raise self._known(error, lost=received) from None
+            known = self._known(error, lost=received)
+            reason = known.reason
+            raise known from None
         finally:
             call.cancel()
+            if span:
+                span.end(reason)
 
     def _known(self, error: grpc.aio.AioRpcError, *, lost: bool = False) -> EnginehouseError:
         """The service's own error in its own words, or what is wrong with the connection."""
@@ -109,6 +116,7 @@ class GatewayClient(_Client):
         beam_search: BeamSearch | None = None,
         echo: bool = False,
         bad_words: Sequence[str] = (),
+        guided_decoding: GuidedDecoding | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         """New text and tokens as they come; a completion's last message has its finish.
@@ -126,6 +134,7 @@ class GatewayClient(_Client):
             beam_search: searches for the most probable text; n of its hypotheses are given, the best first.
             echo: the prompt comes first in each completion, without log-probabilities.
             bad_words: texts that are never written.
+            guided_decoding: what each completion's text must be.
             priority: higher runs first.
 
         Raises:
@@ -143,6 +152,7 @@ class GatewayClient(_Client):
                 beam_search=beam_search,
                 echo=echo,
                 bad_words=bad_words,
+                guided_decoding=guided_decoding,
                 priority=priority,
             )
             if isinstance(prompt, str):
@@ -159,7 +169,8 @@ class GatewayClient(_Client):
 
     def send(self, request: gateway_pb2.GenerateRequest) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         """What `generate` makes of its arguments, as a request."""
-        return self._replies(self._stub.Generate(request))
+        span = tracing.call("enginehouse.v1.Gateway/Generate")
+        return self._replies(self._stub.Generate(request, metadata=span.headers if span else None), span)
 
     async def detokenize(self, model: str, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids by themselves."""
@@ -289,14 +300,38 @@ class ExecutorClient(_Client):
     def _connect(self, channel: grpc.aio.Channel) -> None:
         self._stub = ExecutorStub(channel)
 
-    def load(self, engine: str) -> AsyncGenerator[executor_pb2.LoadEngineProgress, None]:
-        """Loads an engine, by id or by model name; the last message holds its status, ready to serve."""
+    def load(
+        self, engine: str, *, kv_memory: int = 0, evict: bool = False
+    ) -> AsyncGenerator[executor_pb2.LoadEngineProgress, None]:
+        """Loads an engine, by id or by model name; the last message holds its status, ready to serve.
+
+        Args:
+            kv_memory: bytes of KV cache that each rank gets; 0 leaves it to the executor.
+            evict: where it does not fit, engines without requests make room, the one used longest ago first.
+
+        Raises:
+            ResourceExhausted: it does not fit; the message has the numbers.
+        """
         is_id = re.fullmatch("[0-9a-f]{64}", engine)
         try:
-            request = executor_pb2.LoadEngineRequest(**{"engine_id" if is_id else "model": engine})
+            named = {"engine_id" if is_id else "model": engine}
+            request = executor_pb2.LoadEngineRequest(kv_memory_bytes=kv_memory, evict=evict, **named)
         except UnicodeEncodeError as error:
             raise not_unicode(error) from None
         return self._replies(self._stub.LoadEngine(request))
+
+    async def unload(self, engine_id: str, drain: float = 0) -> None:
+        """Frees an engine's memory.
+
+        Args:
+            drain: seconds that its requests may take to end, while it takes no new ones; then they are cancelled.
+
+        Raises:
+            FailedPrecondition: it is not loaded.
+        """
+        request = executor_pb2.UnloadEngineRequest(engine_id=engine_id)
+        request.drain.FromNanoseconds(int(drain * 1e9))
+        await self._reply(self._stub.UnloadEngine(request))
 
     async def status(self) -> executor_pb2.ExecutorStatus:
         """What is loaded, and how busy it is."""

@@ -17,6 +17,7 @@ from enginehouse.process import ServiceProcess, service_environment
 from enginehouse.warden import Warden
 
 _LOOPBACK = "127.0.0.1"
+_DRAIN = ("--drain-seconds", "5")  # somebody waits at the terminal
 _START_TIMEOUT = 60.0  # seconds until every service must listen; loading of engines comes later and takes its time
 
 _Result = TypeVar("_Result")
@@ -139,12 +140,16 @@ class LocalCluster:
         )
         executors = [
             self._service(
-                f"executor-{number}", "executor_svc", ["--host", _LOOPBACK, "--port", address.rpartition(":")[2]]
+                f"executor-{number}",
+                "executor_svc",
+                [*_DRAIN, "--host", _LOOPBACK, "--port", address.rpartition(":")[2]],
             )
             for number, address in enumerate(self.executors, 1)
         ]
         known = [part for address in self.executors for part in ("--executor", address)]
-        gateway = self._service("gateway", "gateway", [*known, "--host", self._host, "--port", str(self._port)])
+        gateway = self._service(
+            "gateway", "gateway", [*known, *_DRAIN, "--host", self._host, "--port", str(self._port)]
+        )
         environment = service_environment()
         self._stages = [[gateway], executors, [builder]]
         services = (builder, *executors, gateway)

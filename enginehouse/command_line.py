@@ -38,7 +38,7 @@ _CODES = {
 _TYPED_JSON = "enginehouse.typed_json"
 
 SECTIONS = {
-    "Serve": ("up", "load"),
+    "Serve": ("up", "load", "unload"),
     "Build": ("build", "quantize", "builds", "plan"),
     "Use": ("generate", "chat", "bench"),
     "Inspect": ("models", "engines", "keys", "completion"),

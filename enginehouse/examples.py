@@ -15,6 +15,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'enginehouse up demo -- enginehouse generate "In the beginning" --model demo',
         "enginehouse up demo --json                     # a line of JSON with all addresses when ready",
     ),
+    "unload": ("enginehouse unload 3a5856b94c2d", "enginehouse unload 3a58 --executor 10.0.0.5:8411 --drain 1h"),
     "load": (
         "enginehouse load demo",
         "enginehouse load demo --executor 10.0.0.5:8411 --executor 10.0.0.6:8411",
@@ -53,6 +54,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'enginehouse generate "In the beginning" --temperature 0 --json',
         "enginehouse generate - --model demo < prompt.txt",
         'enginehouse generate "12 345 678" --token-ids',
+        'enginehouse generate "The year was" --regex " 1[0-9]{3}"',
     ),
     "chat": ('enginehouse chat --model demo --system "Answer in one sentence."',),
     "bench": (

@@ -12,6 +12,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LIMITS = (MOST, 2**31 - 1, 2**64 - 1)
 _CHOOSING, _ENDING, _SEVERAL, _TELLING = "Choosing tokens", "Length and end", "Several completions", "What is told"
+_GUIDED = "Guided output"
+GUIDES = ("json_schema", "json_object", "regex", "choice", "grammar")
 
 
 class SectionedCommand(click.Command):
@@ -154,6 +156,36 @@ def choosing(max_tokens: str) -> Callable[[_Function], _Function]:
             help="Higher is served before lower.  [default: 0]",
         ),
     )
+
+
+def guided() -> Callable[[_Function], _Function]:
+    """What the text must be; at most one of them, which `given_guides` tells."""
+    return _all(
+        _option(
+            _GUIDED,
+            "--json-schema",
+            metavar="FILE",
+            type=click.Path(exists=True, dir_okay=False),
+            help="The text is JSON by this schema.",
+        ),
+        _option(_GUIDED, "--json-object", is_flag=True, help="The text is a JSON object."),
+        _option(_GUIDED, "--regex", metavar="R", help="The whole text matches this regular expression."),
+        _option(_GUIDED, "--choice", metavar="S", multiple=True, help="The text is one of these; may be repeated."),
+        _option(
+            _GUIDED,
+            "--grammar",
+            metavar="FILE",
+            type=click.Path(exists=True, dir_okay=False),
+            help="The text follows this grammar, in Lark's syntax or in EBNF with ::=.",
+        ),
+    )
+
+
+def check_guides(guides: dict[str, Any]) -> None:
+    """Raises UsageError for more than one option of `guided`."""
+    given = [f"--{name.replace('_', '-')}" for name, value in guides.items() if value]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other: give one of them")
 
 
 def several() -> Callable[[_Function], _Function]:

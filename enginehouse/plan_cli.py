@@ -39,7 +39,10 @@ _count = click.IntRange(min=1, max=2**31)
     show_default=True,
     help="Of the KV cache; auto is that of the activations.",
 )
-@click.option("--tp", type=_count, default=1, show_default=True, help="Cards among which the model is divided.")
+@click.option("--tp", type=_count, default=1, show_default=True, help="Cards among which each layer is divided.")
+@click.option(
+    "--pp", type=_count, default=1, show_default=True, help="Groups of cards that the layers are divided among."
+)
 @click.option("--input-len", type=_count, help="Tokens of a prompt.  [default: 1024, or what fits]")
 @click.option("--output-len", type=_count, help="Tokens of a completion.  [default: 256, or what fits]")
 @click.option("--batch", type=_count, multiple=True, help="May be repeated.  [default: 1, 8, 64 and what fits]")
@@ -56,10 +59,11 @@ def plan(model: str | None, gpu: str | None, store: str, as_json: bool, **choice
     of the bfloat16 throughput in a long prefill. The executor's own kernels may be slower.
     """
     from enginehouse.commands import plan as command
+    from enginehouse.commands.plan_text import Choices
 
     if gpu == "list":
         command.list_gpus(as_json=as_json)
         return
     if model is None:
         raise click.UsageError("Missing argument 'CHECKPOINT|ENGINE'.")
-    command.run(model, command.Choices(gpu=gpu, **choices), store, as_json=as_json)
+    command.run(model, Choices(gpu=gpu, **choices), store, as_json=as_json)

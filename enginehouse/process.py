@@ -17,7 +17,7 @@ from enginehouse.warden import Warden, signal_group
 _LISTENING = re.compile(rb"^enginehouse \w+ listening on (\S+:\d+)\s*$", re.MULTILINE)
 _METRICS = re.compile(rb"^enginehouse \w+ metrics on (http://\S+)\s*$", re.MULTILINE)
 _LAST_LINES = 12
-_STOP_GRACE = 10.0  # seconds between SIGTERM and SIGKILL; a service gives its running calls 5 of them
+_STOP_GRACE = 10.0  # seconds between SIGTERM and SIGKILL; a service gives its running calls 5 of them (see cluster.py)
 
 
 class ServiceProcess:

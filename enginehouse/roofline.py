@@ -19,11 +19,14 @@ The embedding is a table of which T rows are read: that, norms, activations and 
 of a percent and are left out, as are launches and the scheduler's work. So this is an upper bound of what an executor can
 do, and the efficiencies say how near to it good kernels come.
 
+Of an engine of several ranks each has a shape of its own, and a pipeline's places (`decode`) work one after
+another. What ranks send to each other is counted in bytes; the time that takes is left out.
+
 No torch and no click here: numbers in, numbers out. Bytes, bytes/s, operations/s and seconds throughout.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.errors import FailedPrecondition, InvalidArgument
@@ -75,6 +78,8 @@ class Shape:
         max_num_tokens: tokens in a step at most; longer prompts take several.
         max_batch_size: sequences in a step at most; None for a checkpoint, whose build decides.
         dummy_weights: whether an engine has them: they are in no file, and in memory as large as real ones.
+        sent_per_token, sent_per_row: bytes that a rank sends to others, for each token of a step and each row of logits.
+        vocab_size: columns of the logits; 0 for a rank that makes none.
     """
 
     name: str
@@ -94,6 +99,14 @@ class Shape:
     max_batch_size: int | None = None
     dummy_weights: bool = False
     experts: tuple[Experts, ...] = ()
+    sent_per_token: float = 0
+    sent_per_row: float = 0
+    vocab_size: int = 0
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return sum(kind.layers for kind in self.attention)
 
     @property
     def active_parameters(self) -> int:
@@ -182,19 +195,37 @@ class Time:
         return "memory" if self.memory >= self.compute else "compute"
 
 
-def decode_step(shape: Shape, device: Device, batch: int, context: float, tp: int = 1) -> Time:
-    """One token for each of `batch` sequences whose context is `context` tokens on average, on `tp` cards."""
+def decode(stages: Sequence[Shape], device: Device, batch: int, context: float) -> Time:
+    """One token for each of `batch` sequences, through a pipeline that has as many parts of the batch under way as it has places.
+
+    Args:
+        stages: one rank of each place; the others of its tensor-parallel group do the same at the same time.
+    """
+    parts = min(len(stages), batch)
+    times = [decode_step(stage, device, math.ceil(batch / parts), context) for stage in stages]
+    busiest, through = max(times, key=lambda time: time.seconds), total(times)
+    return total([busiest] * parts) if parts * busiest.seconds > through.seconds else through
+
+
+def total(times: Sequence[Time]) -> Time:
+    """One after another."""
+    memory, compute = sum(time.memory for time in times), sum(time.compute for time in times)
+    return Time(memory + compute, memory, compute)
+
+
+def decode_step(shape: Shape, device: Device, batch: int, context: float) -> Time:
+    """One token for each of `batch` sequences whose context is `context` tokens on average."""
     pairs, read = [], 0.0
     for attention in shape.attention:
         seen = min(context, attention.window) if attention.window else context
-        read += batch * seen * _kv_rank(attention, tp) * ITEM_SIZE[shape.kv_dtype]
+        read += batch * seen * _kv_elements(attention) * ITEM_SIZE[shape.kv_dtype]
         pairs.append(batch * seen)
-    return _step(shape, device, batch, batch, pairs, read, tp)
+    return _step(shape, device, batch, batch, pairs, read)
 
 
-def prefill(shape: Shape, device: Device, tokens: int, tp: int = 1) -> Time:
+def prefill(shape: Shape, device: Device, tokens: int) -> Time:
     """One prompt of `tokens` alone, in chunks of at most max_num_tokens, to its first token."""
-    memory = compute = 0.0
+    steps = []
     for start in range(0, tokens, shape.max_num_tokens):
         count = min(shape.max_num_tokens, tokens - start)
         pairs, read = [], 0.0
@@ -206,45 +237,26 @@ def prefill(shape: Shape, device: Device, tokens: int, tp: int = 1) -> Time:
                 seen = _windowed(start, count, attention.window)
                 reach = min(reach, attention.window + count)
             pairs.append(seen)
-            read += reach * _kv_rank(attention, tp) * ITEM_SIZE[shape.kv_dtype]
-        step = _step(shape, device, count, 1, pairs, read, tp)
-        memory, compute = memory + step.memory, compute + step.compute
-    return Time(memory + compute, memory, compute)
+            read += reach * _kv_elements(attention) * ITEM_SIZE[shape.kv_dtype]
+        steps.append(_step(shape, device, count, 1, pairs, read))
+    return total(steps)
 
 
-def weight_bytes_per_rank(shape: Shape, tp: int) -> float:
-    """Bytes of weights on each of `tp` cards: matrices are divided, norms and biases are not."""
-    return (shape.total_bytes - shape.replicated_bytes) / tp + shape.replicated_bytes
+def kv_memory(shape: Shape, device: Device, share: float) -> float:
+    """Bytes on a card for the KV cache: a share of its memory, less the weights. Negative where they do not fit."""
+    return device.memory * share - shape.total_bytes
 
 
-def kv_memory(shape: Shape, device: Device, tp: int, share: float) -> float:
-    """Bytes on each card for the KV cache: a share of its memory, less the weights. Negative where they do not fit."""
-    return device.memory * share - weight_bytes_per_rank(shape, tp)
-
-
-def max_sequences(shape: Shape, device: Device, tokens: int, tp: int, share: float) -> int:
+def max_sequences(shape: Shape, device: Device, tokens: int, share: float) -> int:
     """How many sequences of `tokens` tokens the KV cache holds at the same time, in whole blocks of 16."""
     blocks = math.ceil(tokens / BLOCK_SIZE) * BLOCK_SIZE
-    per_sequence = blocks * sum(_kv_rank(a, tp) for a in shape.attention) * ITEM_SIZE[shape.kv_dtype]
-    return max(0, int(kv_memory(shape, device, tp, share) // per_sequence))
+    per_sequence = blocks * sum(_kv_elements(a) for a in shape.attention) * ITEM_SIZE[shape.kv_dtype]
+    return max(0, int(kv_memory(shape, device, share) // per_sequence))
 
 
-def check_tp(shape: Shape, tp: int) -> None:
-    """Raises InvalidArgument unless the heads can be divided among `tp` cards."""
-    for attention in shape.attention:
-        heads, kv_heads = attention.num_heads, attention.num_kv_heads
-        if heads % tp or (kv_heads % tp and tp % kv_heads):
-            raise InvalidArgument(
-                f"tp {tp}: {heads} heads and {kv_heads} KV heads cannot be divided among {tp} cards; choose a divisor of "
-                f"{kv_heads}, or a multiple of it that divides {heads}",
-                reason="TP_INVALID",
-            )
-
-
-def _kv_rank(attention: Attention, tp: int) -> float:
-    """Elements of keys and values that one rank keeps of a token; with more ranks than KV heads they are repeated."""
-    heads = max(1, attention.num_kv_heads // tp)
-    return 2 * attention.layers * heads * attention.head_dim
+def _kv_elements(attention: Attention) -> int:
+    """Elements of keys and values that are kept of a token."""
+    return 2 * attention.layers * attention.num_kv_heads * attention.head_dim
 
 
 def _windowed(start: int, count: int, window: int) -> float:
@@ -254,18 +266,18 @@ def _windowed(start: int, count: int, window: int) -> float:
     return full * window + rest * (start + 1) + rest * (rest - 1) / 2
 
 
-def _step(shape: Shape, device: Device, tokens: int, rows: int, pairs: list[float], kv_read: float, tp: int) -> Time:
+def _step(shape: Shape, device: Device, tokens: int, rows: int, pairs: list[float], kv_read: float) -> Time:
     attention = sum(
         4 * a.layers * a.num_heads * a.head_dim * seen for a, seen in zip(shape.attention, pairs, strict=True)
     )
     parts = (
         (
-            shape.layer_read(tokens) / tp + shape.replicated_bytes,
-            shape.layer_operations(tokens) / tp,
+            shape.layer_read(tokens) + shape.replicated_bytes,
+            shape.layer_operations(tokens),
             shape.layer_dtype,
         ),
-        (shape.head_bytes / tp, 2 * shape.head_parameters * rows / tp, shape.dtype),
-        (kv_read, attention / tp, shape.dtype),
+        (shape.head_bytes, 2 * shape.head_parameters * rows, shape.dtype),
+        (kv_read, attention, shape.dtype),
     )
     memory = compute = 0.0
     for size, operations, dtype in parts:

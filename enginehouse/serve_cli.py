@@ -3,7 +3,7 @@
 import click
 
 from enginehouse.completion import complete_engine, complete_model_or_directory
-from enginehouse.options import check_addresses, with_data, with_json
+from enginehouse.options import check_addresses, check_time, with_data, with_json
 
 
 class _UpCommand(click.Command):
@@ -85,15 +85,55 @@ def up(
     callback=check_addresses,
     help="May be repeated; default: the local cluster's.",
 )
+@click.option(
+    "--kv-memory", type=click.IntRange(1), metavar="BYTES", help="Of KV cache.  [default: the executor's choice]"
+)
+@click.option(
+    "--evict", is_flag=True, help="Where it does not fit, unload engines without requests, the longest unused first."
+)
 @with_data
 @with_json
-def load(engine: str, executors: tuple[str, ...], data: str | None, as_json: bool) -> None:
+def load(
+    engine: str, executors: tuple[str, ...], kv_memory: int | None, evict: bool, data: str | None, as_json: bool
+) -> None:
     """Load a model's newest engine into running executors.
 
     The gateway then sends its requests there: after a name was given another engine, or for a model that `enginehouse
-    up` did not begin with. It takes an engine's whole id as well.
+    up` did not begin with. Streams of the one before end there; `enginehouse unload` frees its memory. It takes an
+    engine's whole id as well.
     """
     from enginehouse.commands import load as command
     from enginehouse.home import Home
 
-    command.run(engine, executors, Home.find(data), as_json=as_json)
+    command.run(engine, executors, Home.find(data), kv_memory=kv_memory or 0, evict=evict, as_json=as_json)
+
+
+@click.command()
+@click.argument("engine", metavar="ENGINE_ID")
+@click.option(
+    "executors",
+    "--executor",
+    metavar="HOST:PORT",
+    multiple=True,
+    callback=check_addresses,
+    help="May be repeated; default: the local cluster's.",
+)
+@click.option(
+    "--drain",
+    default="10m",
+    show_default=True,
+    callback=check_time,
+    help="That its requests may take to end, before they are cancelled.",
+)
+@with_data
+@with_json
+def unload(engine: str, executors: tuple[str, ...], drain: float, data: str | None, as_json: bool) -> None:
+    """Unload an engine from running executors, and free its memory.
+
+    It takes no new requests; those that run may end. The first digits of its id are enough: `enginehouse models history
+    MODEL` tells which engines a name has stood for.
+    """
+    from enginehouse.commands import unload as command
+    from enginehouse.home import Home
+
+    command.run(engine, executors, Home.find(data), drain, as_json=as_json)

@@ -69,6 +69,7 @@ class Reason(enum.Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Track:
     Attributes:
         request_id: what logs call it.
         arrived: at the front. begun: its first batch was. first_token, last_token: were emitted.
+        span: its `tracing.Span`, if there is one.
     """
 
     request_id: str
@@ -119,6 +121,7 @@ class Track:
     begun: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
+    span: Any = None
 
 
 @dataclass(eq=False)
@@ -138,6 +141,7 @@ class Sequence:
         prompt_logprobs: the same of the prompt's tokens, the first excepted.
         group, candidates: the beam search (`beams.BeamGroup`) that it is a step of, which wants the so many best next tokens
             instead of one.
+        guide: of guided output (`guides.Guide`): what its completion must be, and where it stands in that.
 
     Kept for the sampler: edits, what it has made of the sequence (see processors.py).
 
@@ -172,6 +176,7 @@ class Sequence:
     prompt_logprobs: int | None = None
     candidates: int = 0
     group: Any = None
+    guide: Any = None
 
     edits: Any = None
 
@@ -203,7 +208,12 @@ class Sequence:
     @cached_property
     def unedited(self) -> bool:
         """Whether its tokens are chosen by the logits as they are, once it has min_tokens, and nothing is told beside them."""
-        return not self.sampling.edits and self.logprobs is None and not self.candidates
+        return not self.sampling.edits and self.logprobs is None and not self.candidates and self.guide is None
+
+    @cached_property
+    def needs_tokens(self) -> bool:
+        """Whether the sampler must know the tokens before the one that it chooses."""
+        return self.sampling.needs_tokens or self.guide is not None
 
     @cached_property
     def plain(self) -> bool:

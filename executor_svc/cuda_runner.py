@@ -103,7 +103,10 @@ class CudaRunner:
         # one block more takes the keys of rows that only fill a graph up
         steps = memory(fused, limits)
         share = kv_share or _KV_SHARE
-        num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share, spare=1, steps=steps))
+        capped = kv_share is not None
+        num_blocks = group.least(
+            cache_blocks(program, limits, device, kv_memory, share, spare=1, steps=steps, capped=capped)
+        )
         self._k, self._v = caches(program, num_blocks + 1, device)
         rows = limits.max_batch_size + 1  # the last one is the fill's
         self._fill_row = rows - 1

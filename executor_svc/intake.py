@@ -9,6 +9,7 @@ from engine.manifest import Manifest
 from executor_svc.beams import BeamSearch, EarlyStopping
 from executor_svc.core import Sampling, Sequence
 from protos.checks import check_beam, check_min_tokens, check_output, check_sampling, check_stopping
+from protos.guidance import check_guided
 from protos.v1 import common_pb2
 from protos.v1.executor_pb2 import Submit
 
@@ -38,6 +39,8 @@ def to_sequence(client: int, submit: Submit, manifest: Manifest, arrived: float 
         raise InvalidArgument("the prompt is empty; give at least one token id", reason="PROMPT_EMPTY")
     check_stopping(submit.stopping)
     check_output(submit.output)
+    if submit.HasField("guided_decoding"):
+        check_guided(submit.guided_decoding, submit.beam_search)
     room = max_seq_len - len(prompt)
     max_tokens = submit.stopping.max_tokens if submit.stopping.HasField("max_tokens") else max(room, 1)
     if max_tokens > room:  # before the ids: what is far too long is not looked through

@@ -1,6 +1,8 @@
 """How the ranks of an engine find each other, and that they are those of one engine."""
 
+import contextlib
 import os
+import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -13,17 +15,26 @@ from engine.errors import FailedPrecondition, Unavailable
 from engine.manifest import Manifest
 from executor_svc.frames import FrameSocket
 from executor_svc.group import ALONE, Group
+from executor_svc.network import listen
 from executor_svc.ranks import Ranks
 from protos.v1.worker_pb2 import FromWorker, Join, ToWorker
 
 MEETING = 30.0  # seconds within which all ranks must have come
 
 
-def find_place(front: FrameSocket, manifest: Manifest, device: str, join: Join | None) -> Group:
+def find_place(
+    front: FrameSocket,
+    manifest: Manifest,
+    device: str,
+    join: Join | None,
+    machines: int = 1,
+    host: str = "127.0.0.1",
+) -> Group:
     """This worker's place among the ranks of an engine. Rank 0 lets the front start the others; all of them wait for each other.
 
     Args:
         join: of a rank that is not 0, what the front has told it.
+        machines: that share the ranks, for rank 0. host: the interface where it listens for them.
 
     Raises:
         Unavailable, FailedPrecondition: as `meet`; also for too few GPUs, and a manifest that does not hold together.
@@ -37,22 +48,33 @@ def find_place(front: FrameSocket, manifest: Manifest, device: str, join: Join |
             f"{mapping.world_size}: build the engine again",
             reason="MAPPING_INVALID",
         )
-    if device == "cuda" and (there := torch.cuda.device_count()) < count:
+    if join is None and count % machines:
         raise FailedPrecondition(
-            f"engine {engine} needs {count} GPUs, this node has {there}: build it with a smaller --tp or --pp, or use a "
-            "node that has as many",
+            f"engine {engine} has {count} ranks, which cannot be divided among {machines} machines: build it with another "
+            "--tp or --pp, or start the executor with other --machines",
+            reason="MACHINES_UNEVEN",
+        )
+    here = join.local_world_size if join else count // machines
+    if device == "cuda" and (there := torch.cuda.device_count()) < here:
+        raise FailedPrecondition(
+            f"engine {engine} needs {here} GPUs{' of each machine' if here < count else ''}, this node has {there}: build it "
+            "with a smaller --tp or --pp, or use a node that has as many",
             reason="DEVICES_TOO_FEW",
         )
-    if join is None:
-        front.send(FromWorker(ranks=count).SerializeToString())
-        join = _joined(front)
-    os.environ |= {
-        "RANK": str(join.rank), "WORLD_SIZE": str(join.world_size), "LOCAL_RANK": str(join.local_rank),
-        "MASTER_ADDR": join.address, "MASTER_PORT": str(join.port),
-    }  # fmt: skip
-    if device == "cpu":  # whose cores they share
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    return meet(manifest, device)
+    with contextlib.ExitStack() as stack:
+        listener = None
+        if join is None:  # it has the port from now on, and lets no other have it
+            listener = stack.enter_context(listen(host))
+            front.send(FromWorker(ranks=count, port=listener.getsockname()[1]).SerializeToString())
+            join = _joined(front)
+        os.environ |= {
+            "RANK": str(join.rank), "WORLD_SIZE": str(join.world_size),
+            "LOCAL_RANK": str(join.local_rank), "LOCAL_WORLD_SIZE": str(here),
+            "MASTER_ADDR": join.address, "MASTER_PORT": str(join.port),
+        }  # fmt: skip
+        if device == "cpu":  # whose cores they share
+            torch.set_num_threads(max(1, torch.get_num_threads() // here))
+        return meet(manifest, device, listener=listener)
 
 
 def _joined(front: FrameSocket) -> Join:
@@ -65,9 +87,16 @@ def _joined(front: FrameSocket) -> Join:
 
 
 def meet(
-    manifest: Manifest, device: str, patience: float = MEETING, environment: Mapping[str, str] = os.environ
+    manifest: Manifest,
+    device: str,
+    patience: float = MEETING,
+    environment: Mapping[str, str] = os.environ,
+    listener: socket.socket | None = None,
 ) -> Ranks:
     """Waits for the other ranks where the environment says: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+
+    Args:
+        listener: of rank 0, which listens there already. It is taken over.
 
     Raises:
         Unavailable: a rank has not come within so many seconds.
@@ -75,13 +104,21 @@ def meet(
     """
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    mine = f"engine {manifest.engine_id} of {len(manifest.ranks)} ranks by enginehouse {version('enginehouse')}"
+    runs = f"enginehouse {version('enginehouse')} with torch {torch.__version__}"
+    mine = f"engine {manifest.engine_id} of {len(manifest.ranks)} ranks by {runs}"
+    host = listener.getsockname()[0] if listener else address
     until = time.monotonic() + patience
     try:
-        # torchrun has opened the store itself
-        serves = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # torchrun has opened the store itself, where it has started the ranks: executors' workers only inherit what it has told
+        served = listener is None and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = rank == 0 and not served
         store = dist.TCPStore(
-            address, port, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=patience)
+            address,
+            port,
+            is_master=serves,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=patience),
+            master_listen_fd=listener.detach() if listener else None,
         )
         store.set(f"rank {rank}", mine)
         missing = [other for other in range(size) if not _comes(store, other, until)]
@@ -106,7 +143,8 @@ def meet(
             f"engine {manifest.engine_id[:12]} is for {len(manifest.ranks)} ranks, but {size} have met: start as many",
             reason="RANKS_UNSUPPORTED",
         )
-    return Ranks(rank, manifest.mapping, store, address, device)
+    here = int(environment.get("LOCAL_WORLD_SIZE", size))
+    return Ranks(rank, manifest.mapping, store, address, device, here=here, host=host)
 
 
 def _comes(store: dist.TCPStore, rank: int, until: float) -> bool:

@@ -5,8 +5,10 @@ each other rank, which may wait for the next one as long as nobody asks anything
 """
 
 import os
+import secrets
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
@@ -21,10 +23,12 @@ from engine.manifest import Parallelism
 from engine.program import Program
 from executor_svc.frames import FrameSocket
 from executor_svc.group import Follower, Group
+from executor_svc.network import interface_towards, listen
 from executor_svc.plans import pack
 
 _PATIENCE = timedelta(minutes=30)  # that one waits for another which computes or loads; of one that has ended it hears
 _CONNECT = 30.0  # seconds for the sockets of the plans
+_INTRODUCTION = 2.0  # seconds in which who has connected must say who it is
 _SENDS = 8  # that may be on the way: more than a place of a pipeline begins before it waits for something
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
 
@@ -35,17 +39,21 @@ class Ranks(Group):
     Args:
         store: where all of them have met. address: of rank 0.
         device: "cpu" or "cuda", of which each rank has its own.
+        here: ranks on this machine. host: the interface where rank 0 listens.
     """
 
     _leader: FrameSocket  # the way from rank 0, on the others
 
-    def __init__(self, rank: int, mapping: Parallelism, store: dist.TCPStore, address: str, device: str) -> None:
+    def __init__(
+        self, rank: int, mapping: Parallelism, store: dist.TCPStore, address: str, device: str, *, here: int, host: str
+    ) -> None:
         super().__init__(rank, mapping)
+        self.here = here
         self._store, self._on_gpu = store, device == "cuda"
         self._device = torch.device("cuda", torch.cuda.current_device()) if self._on_gpu else torch.device(device)
         store.set_timeout(_PATIENCE)
-        if address == "127.0.0.1":  # all of them are here: gloo need not find out by what name
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if interface := interface_towards(address):  # gloo would look for its own host's name, and take that address
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "nccl" if self._on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=self.size, timeout=_PATIENCE)
         # Every rank makes every group, in the same order, as torch wants it.
@@ -64,10 +72,11 @@ class Ranks(Group):
             dist.broadcast(torch.zeros(1, device=self._device), 0, self._home)
         self._followers: list[FrameSocket] = []
         if rank == 0:
-            self._followers = _gather(store, address, self.size)
+            self._followers = _gather(store, host, self.size)
         else:
-            self._leader = FrameSocket(socket.create_connection((address, int(store.get("plans"))), _CONNECT))
-            self._leader.send(str(rank).encode())
+            port, secret = store.get("plans").decode().split()
+            self._leader = FrameSocket(socket.create_connection((address, int(port)), _CONNECT))
+            self._leader.send(f"{secret} {rank}".encode())
 
     def least(self, number: int) -> int:
         found = torch.tensor([number], dtype=torch.int64, device=self._device)
@@ -154,16 +163,33 @@ class Ranks(Group):
             self._sent.popleft()[0].wait()
 
 
-def _gather(store: dist.TCPStore, address: str, size: int) -> list[FrameSocket]:
-    """Connections to the other ranks, by rank."""
-    found = {}
-    with socket.create_server((address, 0)) as server:
-        server.settimeout(_CONNECT)
-        store.set("plans", str(server.getsockname()[1]))
-        while len(found) < size - 1:
-            connection, _ = server.accept()
+def _gather(store: dist.TCPStore, host: str, size: int) -> list[FrameSocket]:
+    """Connections to the other ranks, by rank; strangers are sent away. Raises Unavailable: one has not come."""
+    found: dict[int, FrameSocket] = {}
+    secret, until = secrets.token_hex(16), time.monotonic() + _CONNECT
+    with listen(host) as server:
+        store.set("plans", f"{server.getsockname()[1]} {secret}")
+        while missing := [rank for rank in range(1, size) if rank not in found]:
+            server.settimeout(max(until - time.monotonic(), 0.001))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                raise Unavailable(f"ranks {missing} do not connect to rank 0", reason="RANK_MISSING") from None
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            follower = FrameSocket(connection)
-            (rank,) = follower.receive(_CONNECT)
-            found[int(rank)] = follower
+            rank = _introduced(FrameSocket(connection), secret)
+            if rank in missing:
+                found[rank] = FrameSocket(connection)
+            else:
+                connection.close()
     return [found[rank] for rank in range(1, size)]
+
+
+def _introduced(connection: FrameSocket, secret: str) -> int | None:
+    """The rank that has connected; None for anybody else."""
+    try:
+        words = b"".join(connection.receive(_INTRODUCTION)).decode().split()
+    except (ConnectionError, UnicodeDecodeError):
+        return None
+    if len(words) != 2 or not secrets.compare_digest(words[0], secret):
+        return None
+    return int(words[1])

@@ -1,7 +1,6 @@
 """What computes a batch. A runner is thin: it declares what it can, takes a batch and gives what was sampled."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from engine.manifest import Limits
 from engine.ops import Step
 from engine.program import ROPE_LENGTHS, KVCache, Program
 from executor_svc import memory
+from executor_svc.budget import BLOCK_SIZE, available
 from executor_svc.core import Batch, Sampled
 from executor_svc.group import ALONE, Group, bind
 from executor_svc.interpreter import Interpreter
@@ -25,8 +25,7 @@ from executor_svc.plans import unpack
 from executor_svc.rope_lengths import RopeLengths, rope_lengths
 from executor_svc.sampler import answer
 
-BLOCK_SIZE = 16
-_KV_SHARE = 0.5  # of the free memory, where nobody says how much
+KV_SHARE = 0.5  # of the free memory, where nobody says how much
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class TorchRunner:
             weights: by the program's names, on the device, as `kernels.prepare` gives them.
             kv_memory: bytes of KV cache a rank; by default what max_batch_size sequences of max_seq_len need, but at most
                 kv_share of the memory that is free.
-            kv_share: in (0, 1]; by default half, divided among the ranks that have the same memory.
+            kv_share: in (0, 1]; by default half, divided among the ranks that have the same memory. Given, it bounds kv_memory.
             operators: implementations to use instead of the device's.
             group: the ranks that run the engine.
 
@@ -103,8 +102,8 @@ class TorchRunner:
         self._device = torch.device(device)
         self._started: deque[tuple[Batch, int, Tensor | None]] = deque()
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
-        share = (kv_share or _KV_SHARE) / (group.here if device == "cpu" else 1)
-        num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share))
+        share = (kv_share or KV_SHARE) / (group.here if device == "cpu" else 1)
+        num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share, capped=kv_share is not None))
         self._k, self._v = caches(program, num_blocks, device)
         self._inputs = tuple(program.inputs)
         self._layout = Layout(
@@ -160,6 +159,8 @@ def cache_blocks(
     kv_share: float,
     spare: int = 0,
     steps: int = 0,
+    *,
+    capped: bool = False,
 ) -> int:
     """How many blocks the KV cache has.
 
@@ -167,15 +168,16 @@ def cache_blocks(
         kv_memory: bytes; None is what max_batch_size sequences of max_seq_len need, at most kv_share of the free memory.
         spare: blocks that are no sequence's, and not counted.
         steps: bytes of the free memory that steps will take.
+        capped: whether kv_memory, too, is at most kv_share of the free memory.
 
     Raises:
         FailedPrecondition: less than one sequence of max_seq_len needs.
     """
     block_bytes = BLOCK_SIZE * sum(cache.bytes_per_token for cache in program.caches)
     per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
-    if kv_memory is None:
-        most = (limits.max_batch_size * per_sequence + spare) * block_bytes
-        kv_memory = min(most, int(kv_share * max(0, _free_memory(device) - steps)))
+    if kv_memory is None or capped:
+        most = (limits.max_batch_size * per_sequence + spare) * block_bytes if kv_memory is None else kv_memory
+        kv_memory = min(most, int(kv_share * max(0, free_memory(device) - steps)))
     num_blocks = max(kv_memory // block_bytes - spare, 0)
     if num_blocks < per_sequence:
         raise FailedPrecondition(
@@ -201,14 +203,9 @@ def _cache(spec: KVCache, num_blocks: int, device: str) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _free_memory(device: str) -> int:
+def free_memory(device: str) -> int:
     """Bytes of the device's memory that nobody uses; on the CPU, that can be had without swapping."""
     if device == "cuda":
         free: int = torch.cuda.mem_get_info()[0]
         return free
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available()

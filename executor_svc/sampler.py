@@ -1,10 +1,10 @@
 """From logits to tokens: greedy, or random with numbers that are counted, not drawn; and what is told beside them.
 
-The order: logit bias, bad words, min_tokens, repetition penalty, presence and frequency penalty (processors.py); temperature,
-top-k, top-p of what top-k leaves, min-p (draw.py). It is transformers' order. vLLM applies min-p before top-k and top-p, so that
-its top-p is a share of what min-p leaves, and looks for the beginning of a bad word in the completion alone. transformers may
-part equally probable tokens at the border of top-p, which stay together here, and allows a bad word that is one
-end-of-sequence id, which is masked here as any other.
+The order: logit bias, bad words, min_tokens and what guided output forbids, repetition penalty, presence and frequency penalty
+(processors.py); temperature, top-k, top-p of what top-k leaves, min-p (draw.py). It is transformers' order. vLLM applies min-p
+before top-k and top-p, so that its top-p is a share of what min-p leaves, and looks for the beginning of a bad word in the
+completion alone. transformers may part equally probable tokens at the border of top-p, which stay together here, and allows a
+bad word that is one end-of-sequence id, which is masked here as any other.
 
 The random number of a token depends on (seed, position) alone: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
 as 1, 2, 3", 2011) with the seed as key and the position as counter. So the text does not depend on the batch, on preemption
@@ -94,7 +94,9 @@ def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> S
     for way, all_rows in ways.items():
         for rows in slices(all_rows, logits.shape[-1]):
             chosen, at = [sequences[row] for row in rows], [positions[row] for row in rows]
-            scores = torch.log_softmax(logits[rows], -1) if way is _Way.CANDIDATES else logits[rows]
+            scores = logits.clone() if len(rows) == len(logits) else logits[rows]
+            if way is _Way.CANDIDATES:
+                scores = torch.log_softmax(scores, -1)
             edit(scores, chosen, at)
             if way is _Way.CANDIDATES:
                 told |= _candidates(scores, chosen, rows)
@@ -122,7 +124,11 @@ def _way(sequence: Sequence, position: int) -> _Way | None:
         return _Way.CANDIDATES
     if sampling.temperature > 0:
         return _Way.LIMITED if sampling.limited else _Way.RANDOM
-    return _Way.GREEDY if sampling.edits or position - sequence.prompt_len < sequence.min_tokens else None
+    return (
+        _Way.GREEDY
+        if sampling.edits or sequence.guide is not None or position - sequence.prompt_len < sequence.min_tokens
+        else None
+    )
 
 
 def _candidates(scores: Tensor, sequences: list[Sequence], rows: list[int]) -> dict[int, Logprobs]:

@@ -191,9 +191,15 @@ class Scheduler:
             if token is not None:
                 token_ids = sequence.token_ids
                 token_ids.append(token)
-                finish = None
-                if len(token_ids) >= sequence.most_tokens or token in sequence.eos_ids or token in sequence.stop_ids:
-                    finish = self._finish(sequence, token)
+                finish, guide = None, sequence.guide
+                complete = guide is not None and guide.accept(token)
+                if (
+                    complete
+                    or len(token_ids) >= sequence.most_tokens
+                    or token in sequence.eos_ids
+                    or token in sequence.stop_ids
+                ):
+                    finish = self._finish(sequence, token, complete)
                     self._end(sequence, finish)
                 emitted.append(Emitted(sequence, token, finish, not sequence.emitted, sampled.logprobs.get(row)))
                 sequence.emitted = True
@@ -262,7 +268,7 @@ class Scheduler:
         future = self.config.future_tokens
         for sequence in self.running:
             pending = sequence.pending
-            if pending and (not future or sequence.sampling.needs_tokens):
+            if pending and (not future or sequence.needs_tokens):
                 continue
             num_tokens = len(sequence.token_ids) + pending
             if num_tokens >= sequence.most_tokens:
@@ -373,13 +379,15 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=_rank)
         return sequence
 
-    def _finish(self, sequence: Sequence, token: int) -> Finish:
-        """Why a sequence ends with this token."""
+    def _finish(self, sequence: Sequence, token: int, complete: bool) -> Finish:
+        """Why a sequence ends with this token, which may make it all that it was to be."""
+        if complete and sequence.guide.error is not None:
+            return Finish(Reason.ERROR)
         if token in sequence.eos_ids:
             return Finish(Reason.EOS, token)
         if token in sequence.stop_ids:
             return Finish(Reason.STOP, token)
-        return Finish(Reason.LENGTH)
+        return Finish(Reason.STOP if complete else Reason.LENGTH)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish

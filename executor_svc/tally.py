@@ -6,12 +6,12 @@ A step of many sequences costs some passes over a list: all that were in the las
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 
 from engine.errors import EnginehouseError
 from executor_svc.core import Batch, Emitted, Reason, Sequence, Track
-from protos import logs
+from protos import logs, tracing
 from protos.histogram import FIRST_TOKEN, INTER_TOKEN, QUEUE, REQUEST, Histogram
 from protos.v1.executor_pb2 import Submit
 from protos.v1.worker_pb2 import EngineMetrics, Observations
@@ -48,7 +48,8 @@ class Tally:
 
     def arrived(self, sequence: Sequence, submit: Submit, at: float) -> None:
         """A request has become a sequence; the front took it at this time, or never said when (0)."""
-        sequence.track = Track(submit.request_id, at or self._clock())
+        track = sequence.track = Track(submit.request_id, at or self._clock())
+        track.span = tracing.begin("request", submit.trace_context, track.arrived)
 
     def scheduled(self, batch: Batch) -> None:
         """A batch begins."""
@@ -91,8 +92,12 @@ class Tally:
         self._duration.observe(now - track.arrived)
         if finish.reason is Reason.DEADLINE:
             self._failed["DEADLINE_EXCEEDED"] += 1
+        elif finish.reason is Reason.ERROR:
+            self._failed[sequence.guide.error.reason] += 1
         else:
             self._finished[finish.reason.value] += 1
+        if track.span:
+            self._tell(track, sequence, finish.reason)
         if log.isEnabledFor(logging.INFO):
             log.info(
                 "request %s",
@@ -110,11 +115,43 @@ class Tally:
                 ),
             )
 
-    def refused(self, request_id: str, error: Exception) -> None:
-        """A request has not become a sequence. Its error's words stay out of the log: they may quote the request."""
+    def _tell(self, track: Track, sequence: Sequence, reason: Reason) -> None:
+        """The spans of a request that has ended."""
+        now = self._clock()
+        track.span.child("queue", track.arrived, track.begun or now)
+        track.span.child(
+            "prefill",
+            track.begun,
+            track.first_token or now,
+            enginehouse__prompt_tokens=sequence.prompt_len,
+            enginehouse__cached_tokens=sequence.num_cached,
+        )
+        track.span.child(
+            "decode", track.first_token, track.last_token, enginehouse__completion_tokens=sequence.num_completion
+        )
+        track.span.event("first token", track.first_token)
+        track.span.event("last token", track.last_token)
+        late = reason is Reason.DEADLINE
+        track.span.end(
+            "DEADLINE_EXCEEDED" if late else "",
+            enginehouse__engine=self._engine,
+            enginehouse__request_id=track.request_id,
+            gen_ai__response__finish_reasons=[reason.value],
+            gen_ai__usage__input_tokens=sequence.prompt_len,
+            gen_ai__usage__output_tokens=sequence.num_completion,
+        )
+
+    def refused(self, request_id: str, error: Exception, trace: Mapping[str, str] | None = None) -> None:
+        """A request has not become a sequence. Its error's words stay out of the log: they may quote the request.
+
+        Args:
+            trace: its trace context.
+        """
         reason = error.reason if isinstance(error, EnginehouseError) else "INTERNAL"
         self._news = True
         self._failed[reason] += 1
+        if span := tracing.begin("request", trace or {}):
+            span.end(reason, enginehouse__engine=self._engine, enginehouse__request_id=request_id)
         log.info("request refused", extra=logs.fields(request_id=request_id, engine=self._engine, reason=reason))
 
     def take(self, preemptions: int, idle: bool) -> EngineMetrics | None:

@@ -29,9 +29,15 @@ class Telemetry:
 
     Args:
         workers: those there are, for what is read at a scrape.
+        draining: whether the executor is being stopped.
     """
 
-    def __init__(self, metrics: Metrics, workers: Callable[[], Collection["WorkerProcess"]]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        workers: Callable[[], Collection["WorkerProcess"]],
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._workers = workers
         counter, histograms = metrics.counter, metrics.histograms
         self._first_token = histograms(
@@ -94,6 +100,20 @@ class Telemetry:
         gauge("executor_kv_usage_ratio", "Share of the KV blocks that sequences hold.", _usage)
         metrics.gauge(
             "executor_engine_state", "1 for the state that the engine is in.", self._states, "engine", "state"
+        )
+        self.evictions = counter(
+            "executor_engine_evictions_total", "Engines that were unloaded to make room for another."
+        )
+        metrics.gauge(
+            "executor_engine_memory_bytes",
+            "Weights and KV cache of the engine, of each device.",
+            lambda: {(worker.engine_id[:12],): float(worker.status.memory_bytes) for worker in self._serving()},
+            "engine",
+        )
+        metrics.gauge(
+            "executor_draining",
+            "1 while it is being stopped and lets requests end.",
+            lambda: {(): float(draining())},
         )
         metrics.gauge(
             "executor_worker_resident_memory_bytes",

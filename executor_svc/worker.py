@@ -19,24 +19,29 @@ from typing import Any
 
 import torch
 
+from engine import blobs
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import DeadlineExceeded, EnginehouseError, FailedPrecondition, InvalidArgument
 from engine.fingerprint import Node
 from engine.manifest import Manifest
+from engine.store import Store
+from engine.token_table import TokenTable
 from engine.trust import Trust
 from executor_svc.beams import BeamGroup
+from executor_svc.budget import Budget
 from executor_svc.core import Batch, Emitted, Finish, Reason, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.group import ALONE
+from executor_svc.guides import Guides
 from executor_svc.intake import to_beam_search, to_sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import begin_load
 from executor_svc.outbox import Outbox
-from executor_svc.runner import Runner
+from executor_svc.runner import KV_SHARE, Runner, free_memory
 from executor_svc.runners import make_runner, on_triton
 from executor_svc.scheduler import Scheduler
 from executor_svc.tally import Tally
-from protos import logs
+from protos import logs, tracing
 from protos.logs import check_request_id, fields
 from protos.rpc import to_failure
 from protos.v1.executor_pb2 import EngineLoad, EngineState, EngineStatus, LoadEngineProgress, Submit
@@ -45,6 +50,8 @@ from protos.v1.worker_pb2 import Drained, FromWorker, ToWorker
 _IDLE_CHECK = 1.0  # seconds of idleness after which the scheduler's integrity is checked
 _LOAD_INTERVAL = 0.1  # seconds between reports of the load to the front, while there is work
 _LEAST_WAITING, _WAITING_BATCHES = 1024, 16  # requests that may wait, where nobody says how many: the larger
+
+_KV_SHARES = {"cpu": KV_SHARE, "cuda": 0.9}  # of what weights leave of a limit
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +103,12 @@ class Worker:
         runner: Runner,
         max_waiting: int | None = None,
         block_reuse: bool = True,
+        memory: int = 0,
+        guides: Guides | None = None,
     ) -> None:
+        """`memory`: bytes of weights and KV cache, for the status."""
+        self._memory = memory
+        self._guides = guides or Guides(None)
         self._front, self._manifest, self._runner = front, manifest, runner
         self._scheduler = Scheduler(scheduler_config(runner, manifest, max_waiting, block_reuse))
         self._outbox = Outbox()
@@ -118,6 +130,7 @@ class Worker:
             max_seq_len=limits.max_seq_len,
             max_batch_size=limits.max_batch_size,
             load=self._measure(),
+            memory_bytes=self._memory,
         )
 
     def run(self) -> None:
@@ -128,8 +141,10 @@ class Worker:
         """
         while True:
             self._receive()
+            self._take_guided()
             while batch := self._scheduler.schedule():
                 self._tally.scheduled(batch)
+                self._guides.prepare(batch)
                 self._runner.start(batch)
                 self._batches.append(batch)
             self._expire()
@@ -146,7 +161,12 @@ class Worker:
                     if emitted.sequence.group is not None:
                         self._search(emitted.sequence.group, emitted)
                         continue
-                    self._outbox.token(emitted)
+                    if emitted.finish and emitted.finish.reason is Reason.ERROR:
+                        self._outbox.fail(
+                            emitted.sequence.client, emitted.sequence.handle, emitted.sequence.guide.error
+                        )
+                    else:
+                        self._outbox.token(emitted)
                     if emitted.finish:
                         self._forget(emitted.sequence)
             if not self._overlaps or self._scheduler.idle:
@@ -155,7 +175,7 @@ class Worker:
     def _receive(self) -> None:
         """Takes what has arrived; waits for something if there is nothing else to do."""
         idle = self._scheduler.idle
-        messages = self._front.receive((None if self._checked else _IDLE_CHECK) if idle else 0)
+        messages = self._front.receive((None if self._checked else _IDLE_CHECK) if idle else 0, self._guides)
         if idle and not messages and not self._checked:
             self._scheduler.check_integrity()  # after a while, so that no request waits for it
         self._checked = idle and not messages
@@ -191,15 +211,27 @@ class Worker:
             if beam_search := to_beam_search(submit):
                 self._scheduler.check_size(sequence)
                 self._scheduler.add(BeamGroup(sequence, beam_search).first())
-            else:
+            elif not submit.HasField("guided_decoding") or self._guides.begin(sequence, submit.guided_decoding):
                 self._scheduler.add(sequence)
         except Exception as error:
             if not isinstance(error, EnginehouseError):
                 log.exception("request failed", extra=fields(request_id=submit.request_id))
-            self._tally.refused(submit.request_id, error)
+            self._tally.refused(submit.request_id, error, submit.trace_context)
             self._outbox.fail(client, submit.handle, error)
             return
         live[submit.handle] = sequence
+
+    def _take_guided(self) -> None:
+        """Adds the sequences whose grammars have been compiled, or tells why they cannot be."""
+        for sequence, refusal in self._guides.take():
+            try:
+                if refusal:
+                    raise refusal
+                self._scheduler.add(sequence)
+            except EnginehouseError as error:
+                self._tally.refused(sequence.track.request_id if sequence.track else "", error)
+                self._outbox.fail(sequence.client, sequence.handle, error)
+                self._live.get(sequence.client, {}).pop(sequence.handle, None)
 
     def _search(self, group: BeamGroup, emitted: Emitted) -> None:
         """Takes a beam's step; queues the next ones, or tells the result."""
@@ -213,6 +245,9 @@ class Worker:
     def _end(self, sequence: Sequence, reason: Reason) -> bool:
         """Ends a request from outside, with all beams of a group; False if it had ended already."""
         group = sequence.group
+        if self._guides.forget(sequence):
+            sequence.finish = Finish(reason)
+            return True
         if group is None:
             return self._scheduler.cancel(sequence, reason)
         if group.request.finish is not None:
@@ -268,7 +303,7 @@ class Worker:
         return EngineLoad(
             engine_id=self._manifest.engine_id,
             running=len(scheduler.running),
-            waiting=scheduler.num_waiting,
+            waiting=scheduler.num_waiting + self._guides.num_pending,
             queued_tokens=scheduler.queued_tokens(),
             free_kv_blocks=scheduler.cache.num_free,
             total_kv_blocks=scheduler.config.num_blocks,
@@ -282,18 +317,22 @@ def main() -> int:
     parser.add_argument("--store", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--kv-memory", type=int)
+    parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--kv-share", type=float)
     parser.add_argument("--no-block-reuse", action="store_true")
     parser.add_argument("--trusted-keys", action="append", default=[])
     parser.add_argument("--trust-native", action="store_true")
     parser.add_argument("--max-waiting", type=int)
     logs.add_options(parser)
+    tracing.add_options(parser)
     arguments = parser.parse_args()
     logs.configure("executor", arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when the end is; it closes the socket
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when the end is; it closes the socket
+        signal.signal(number, signal.SIG_IGN)
     front = FrameSocket(socket.socket(fileno=arguments.fd))
     status = 1
     try:
+        tracing.configure("executor", arguments.traces)
         _serve(front, arguments)
     except ConnectionError:
         status = 0
@@ -314,6 +353,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     first = ToWorker.FromString(messages[0])  # behind it may be the ends of others' clients
     join = first.join if first.HasField("join") else None
     engine_id = join.engine_id if join else first.load_engine.engine_id
+    kv_memory = (join or first.load_engine).kv_memory_bytes or arguments.kv_memory
     began = time.monotonic()
     arrived = 0.0  # seconds until the weights were there
 
@@ -327,14 +367,18 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     if join and arguments.device == "cuda":
         torch.cuda.set_device(join.local_rank)  # what "cuda" means from now on
     node = this_node(arguments.device)
+    budget = Budget(
+        arguments.device, free_memory(arguments.device), first.memory_bytes if first.HasField("memory_bytes") else None
+    )
     group = ALONE
 
     def place(manifest: Manifest) -> int:
         nonlocal group
+        budget.check(manifest, join.rank if join else 0, kv_memory)
         if join or len(manifest.ranks) > 1:
             from executor_svc.meeting import find_place  # here, because most engines have one rank
 
-            group = find_place(front, manifest, arguments.device, join)
+            group = find_place(front, manifest, arguments.device, join, first.machines or 1, first.host or "127.0.0.1")
         return group.rank
 
     loaded = begin_load(store, engine_id, node, progress, trust, place)
@@ -348,7 +392,20 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
             table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
         prepared = prepare(arguments.device, program, weights)
-        settings = {"kv_memory": arguments.kv_memory, "kv_share": arguments.kv_share, "table": table}
+        guides = Guides(_token_table(store, manifest) if group.rank == 0 else None)
+        if arguments.kv_tokens:  # of which each rank keeps its part
+            kv_memory = arguments.kv_tokens * sum(cache.bytes_per_token for cache in program.caches)
+        here = group.here if arguments.device == "cpu" else 1  # ranks that share a memory
+        share = arguments.kv_share
+        if kv_memory is None and budget.limit is not None:
+            most = budget.kv_memory(
+                program, manifest.limits, size * here, (share or _KV_SHARES[arguments.device]) / here
+            )
+            if arguments.device == "cpu":
+                kv_memory = most
+            else:  # a part of what is free, since steps take of it, too
+                share = min(share or 1.0, most / max(1, free_memory("cuda")))
+        settings = {"kv_memory": kv_memory, "kv_share": share, "table": table}
         runner = make_runner(program, prepared, manifest.limits, device=arguments.device, group=group, **settings)
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
@@ -358,10 +415,19 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     )
     if group.rank:
         group.follow(front, runner)
-    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse)
+    can = runner.capabilities
+    cache = can.num_blocks * can.block_size * sum(cache.bytes_per_token for cache in program.caches)
+    memory = (size + cache) * here
+    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse, memory, guides)
     told = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=told).SerializeToString())
     worker.run()
+
+
+def _token_table(store: Store, manifest: Manifest) -> TokenTable | None:
+    """The bytes of an engine's tokens; None if it does not tell them."""
+    file = manifest.token_table
+    return TokenTable.from_bytes(blobs.read(store, file)) if file else None
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
-"""The front's side: worker processes, and the clients whose streams they feed."""
+"""The front's side of worker processes."""
 
 import asyncio
 import contextvars
-import itertools
 import logging
-import signal
-import socket
-import subprocess
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from engine.errors import EnginehouseError, ResourceExhausted, Unavailable
-from executor_svc.frames import frame, read_frames
+from engine.errors import EnginehouseError, Unavailable
+from executor_svc.clients import Client
 from executor_svc.launch import Spares
+from executor_svc.machines import Machines
+from executor_svc.rank_process import LocalRank, RankProcess
 from protos.rpc import from_failure, to_failure
 from protos.v1.executor_pb2 import (
     EngineLost,
@@ -24,96 +21,12 @@ from protos.v1.executor_pb2 import (
     LoadEngineRequest,
     StepOutput,
 )
-from protos.v1.worker_pb2 import EngineMetrics, FromWorker, Join, ToWorker
+from protos.v1.worker_pb2 import ClientDone, EngineMetrics, FromWorker, Join, ToWorker
 
-MAX_BUFFERED = 16 << 20  # bytes of step outputs that wait for a client to read; a minute or so of a full batch
-
+_LOOK = 0.02  # seconds between two looks at whether requests have ended
 _LAST_MOMENTS = 3.0  # seconds for the end of all ranks, whose memory the next ones will want
 
 log = logging.getLogger(__name__)
-
-
-class Client:
-    """One Run or Generate stream: serialized StepOutputs for it, in order.
-
-    Args:
-        on_failure: called when the stream has failed, before its reader knows; it may be a reader that never comes.
-    """
-
-    _numbers = itertools.count(1)
-
-    def __init__(self, on_failure: Callable[["Client"], None]) -> None:
-        self.number = next(self._numbers)
-        self._outputs: deque[bytes] = deque()
-        self._buffered = 0
-        self._news = asyncio.Event()
-        self._done = False
-        self._draining: set[str] | None = None
-        self._error: EnginehouseError | None = None
-        self._on_failure = on_failure
-
-    def put(self, output: bytes) -> None:
-        """Adds an output. A client that leaves more than MAX_BUFFERED bytes unread fails."""
-        if self._error:
-            return
-        self._outputs.append(output)
-        self._buffered += len(output)
-        if self._buffered > MAX_BUFFERED:
-            message = f"the client has left more than {MAX_BUFFERED >> 20} MiB of step outputs unread"
-            self.fail(ResourceExhausted(message, reason="CLIENT_TOO_SLOW"))
-        self._news.set()
-
-    def fail(self, error: EnginehouseError) -> None:
-        """Ends the whole stream with an error, whatever is still buffered."""
-        if self._error is None:
-            self._error = error
-            self._outputs.clear()
-            self._news.set()
-            self._on_failure(self)
-
-    def drain(self, engine_ids: set[str]) -> None:
-        """The client will send no more: the stream ends when these engines have told all."""
-        self._draining = engine_ids
-        self._check_done()
-
-    def drained(self, engine_id: str) -> None:
-        """An engine has nothing more for this client."""
-        if self._draining is not None:
-            self._draining.discard(engine_id)
-            self._check_done()
-
-    def _check_done(self) -> None:
-        self._done = not self._draining
-        self._news.set()
-
-    async def outputs(self) -> AsyncIterator[bytes]:
-        """The outputs as they come. Raises what the stream has failed with."""
-        while True:
-            if self._error:
-                raise self._error
-            if self._outputs:
-                output = self._outputs.popleft()
-                self._buffered -= len(output)
-                yield output
-            elif self._done:
-                return
-            else:
-                self._news.clear()
-                await self._news.wait()
-
-
-@dataclass
-class _Rank:
-    """A rank's process; `failure` is what it has told before it ended."""
-
-    process: subprocess.Popen[bytes]
-    writer: asyncio.StreamWriter
-    failure: EnginehouseError | None = None
-
-    def send(self, message: ToWorker) -> None:
-        """Sends a message, into the void if the process is gone."""
-        if not self.writer.is_closing():
-            self.writer.write(frame(message.SerializeToString()))
 
 
 class WorkerProcess:
@@ -124,6 +37,7 @@ class WorkerProcess:
         ended: done when the process has, with the reason.
         status: as GetStatus reports it.
         progress: the newest of loading.
+        last_used: time.monotonic() seconds when a request was last sent.
 
     Args:
         clients: all streams of the front, by number.
@@ -145,9 +59,11 @@ class WorkerProcess:
         self.ready: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[EnginehouseError] = loop.create_future()
         self.stopping = False
+        self.last_used = 0.0
+        self._undrained: set[int] = set()
         self._clients = clients
         self._on_end, self._on_metrics = on_end, on_metrics
-        self._ranks: list[_Rank] = []
+        self._ranks: list[RankProcess] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._launching = asyncio.Lock()
         self._ending = False
@@ -158,77 +74,121 @@ class WorkerProcess:
         return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
 
     @property
+    def busy(self) -> bool:
+        """Whether it has requests, as far as it has told."""
+        return self.status.load.running + self.status.load.waiting > 0
+
+    @property
     def pid(self) -> int:
         """Of the process, of rank 0 among several; 0 while there is none."""
         return self.pids[0] if self._ranks else 0
 
     @property
     def pids(self) -> list[int]:
-        """Of all ranks."""
-        return [rank.process.pid for rank in self._ranks]
+        """Of all ranks that are on this machine."""
+        return [rank.pid for rank in self._ranks if rank.pid is not None]
 
-    async def start(self, spares: Spares) -> None:
+    async def start(
+        self, spares: Spares, machines: Machines | None = None, kv_memory: int = 0, memory: int | None = None
+    ) -> None:
         """Takes a process and tells it the engine; more of them if the engine has more ranks.
+
+        Args:
+            machines: among which the ranks are divided; none: this one has them all.
+            kv_memory: bytes of KV cache that each rank gets; 0 for what it finds right.
+            memory: bytes that weights and KV cache may take; None is no limit.
 
         Raises:
             Unavailable: the system gives no process or socket; the worker counts as ended.
         """
-        self._spares = spares
+        self._spares, self._machines = spares, machines or Machines()
+        self._kv_memory, self._memory = kv_memory, memory
         try:
-            await self._launch()
+            await self._launch(self._machines.count, 0)
         except OSError as error:
             failure = _not_started(error)
             self._end("", failure)
             raise failure from None
-        self.send(ToWorker(load_engine=LoadEngineRequest(engine_id=self.engine_id)))
+        first = LoadEngineRequest(engine_id=self.engine_id, kv_memory_bytes=kv_memory)
+        to = self._machines
+        self.send(ToWorker(load_engine=first, machines=to.count, host=to.host, memory_bytes=memory))
 
     def send(self, message: ToWorker) -> None:
         """Sends a message; into the void if the worker is gone, which its clients learn from EngineLost."""
         if self._ranks:
             self._ranks[0].send(message)
 
+    async def finish(self, seconds: float) -> None:
+        """Takes no more requests; returns when those that there are have ended, at the latest after so many seconds."""
+        self.status.state = EngineState.ENGINE_STATE_UNLOADING
+        self._undrained = {number for number, client in self._clients.items() if self in client.used}
+        for number in self._undrained:
+            self.send(ToWorker(client=number, client_done=ClientDone()))
+        deadline = time.monotonic() + seconds
+        while self._undrained & self._clients.keys() and time.monotonic() < deadline and not self.ended.done():  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK)
+
     async def stop(self, grace: float = 5) -> None:
         """Ends the process, loading or not: by closing the socket, and by SIGKILL if it does not notice in so many seconds."""
         self.stopping = True
         self.status.state = EngineState.ENGINE_STATE_UNLOADING
         for rank in self._ranks:
-            rank.writer.close()
+            rank.close()
         done, _ = await asyncio.wait([self.ended], timeout=grace)
         if not done:
             self._kill()
         await asyncio.shield(self.ended)
 
-    async def prepare(self, count: int) -> None:
-        """Sees to it that so many ranks have their process, which waits. Raises OSError: the system gives none."""
-        async with self._launching:
-            while len(self._ranks) < count and not (self.stopping or self._ending):
-                await self._launch()
+    async def prepare(self, ranks: int, most: int | None = None, patience: float = 0) -> None:
+        """Sees to it that an engine's ranks have their process, which waits.
 
-    async def _launch(self) -> None:
-        """Takes the next rank's process and listens to it. Raises OSError."""
-        process, connection = self._spares.take()
-        reader, writer = await asyncio.open_connection(sock=connection)
-        rank = _Rank(process, writer)
+        Args:
+            most: processes in all that are wanted so far.
+            patience: seconds to wait for a machine that has not come.
+
+        Raises:
+            Unavailable: it has not.
+            OSError: the system gives no process.
+        """
+        async with self._launching:
+            while len(self._ranks) < min(ranks, most or ranks) and not (self.stopping or self._ending):
+                await self._launch(ranks, patience)
+
+    async def _launch(self, ranks: int, patience: float) -> None:
+        """Takes the process of the next of so many ranks, and listens to it. Raises as `prepare`."""
+        number = len(self._ranks)
+        machine = number * self._machines.count // ranks
+        rank: RankProcess
+        if machine:
+            rank = await self._machines.launch(machine, patience)
+        else:
+            rank = await LocalRank.launch(self._spares)
         self._ranks.append(rank)
         if self.stopping or self._ending:
-            writer.close()
-            process.kill()
-        self._run(self._read(len(self._ranks) - 1, rank, reader))
+            rank.close()
+            rank.kill()
+        self._run(self._read(number, rank))
 
-    async def _launch_others(self, count: int) -> None:
+    async def _launch_others(self, count: int, port: int) -> None:
         """Starts the ranks behind 0, and tells all where they meet."""
+        first = self._ranks[0]
         try:
-            await self.prepare(count)
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
-        except OSError as error:
-            self._ranks[0].failure = _not_started(error)
-            self._ranks[0].process.kill()  # with which the others end
+            await self.prepare(count, patience=self._machines.patience)
+        except (Unavailable, OSError) as error:
+            first.failure = _not_started(error) if isinstance(error, OSError) else error
+            first.kill()  # with which the others end
             return
-        place = Join(engine_id=self.engine_id, world_size=count, address="127.0.0.1", port=port)
+        place = Join(
+            engine_id=self.engine_id,
+            world_size=count,
+            local_world_size=count // self._machines.count,
+            address=self._machines.address,
+            port=port,
+            kv_memory_bytes=self._kv_memory,
+        )
         for number, rank in enumerate(self._ranks):
-            place.rank = place.local_rank = number
-            rank.send(ToWorker(join=place))
+            place.rank, place.local_rank = number, number % place.local_world_size
+            rank.send(ToWorker(join=place, memory_bytes=self._memory))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         alone = contextvars.Context()  # it outlives the call that has asked for it, whose id its lines must not have
@@ -236,29 +196,30 @@ class WorkerProcess:
 
     def _kill(self) -> None:
         for rank in self._ranks:
-            rank.process.kill()
+            rank.kill()
 
-    async def _read(self, number: int, rank: _Rank, reader: asyncio.StreamReader) -> None:
-        async for data in read_frames(reader):
+    async def _read(self, number: int, rank: RankProcess) -> None:
+        async for data in rank.messages():
             message = FromWorker.FromString(data)
             if message.HasField("failure"):
+                if rank.where:
+                    message.failure.message = f"{rank.where}: {message.failure.message}"
                 rank.failure = from_failure(message.failure)
             elif number == 0:
                 self._take(message)
         if self._ending:  # another rank has ended before
             return
         self._ending = True
-        await _ended(rank.process)  # soon over: it has closed its end
+        how = await rank.ended()  # soon: it has closed its end
         if not self.stopping:  # none of the others can go on; those that are stopped end by themselves
             self._kill()
         try:
             async with asyncio.timeout(_LAST_MOMENTS):
                 for other in self._ranks:
-                    await _ended(other.process)
+                    await other.ended()
         except TimeoutError:
             self._kill()
-        status = rank.process.returncode
-        self._end(signal.Signals(-status).name if status < 0 else f"exit status {status}", rank.failure, number)
+        self._end(how, rank.failure, number)
 
     def _take(self, message: FromWorker) -> None:
         kind = message.WhichOneof("message")
@@ -274,6 +235,7 @@ class WorkerProcess:
                 self.status.CopyFrom(message.progress.engine)
                 self.ready.set_result(None)
         elif kind == "drained":
+            self._undrained.discard(message.client)
             if client:
                 client.drained(self.engine_id)
         elif kind == "client_failure":
@@ -282,11 +244,11 @@ class WorkerProcess:
         elif kind == "metrics":
             self._on_metrics(message.metrics)
         elif kind == "ranks":
-            self._run(self._launch_others(message.ranks))
+            self._run(self._launch_others(message.ranks, message.port))
 
     def _end(self, how: str, failure: EnginehouseError | None, number: int = 0) -> None:
         for rank in self._ranks:
-            rank.writer.close()
+            rank.close()
         if self.stopping:
             error: EnginehouseError = Unavailable(
                 f"engine {self.engine_id[:12]} was unloaded", reason="ENGINE_UNLOADED"
@@ -309,11 +271,6 @@ class WorkerProcess:
         for client in list(self._clients.values()):
             client.put(lost)
             client.drained(self.engine_id)
-
-
-async def _ended(process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
 
 
 def _not_started(error: OSError) -> Unavailable:

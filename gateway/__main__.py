@@ -8,9 +8,10 @@ import uvloop
 from engine.backends import open_store
 from gateway.router import Router
 from gateway.server import Gateway
+from protos import tracing
 from protos.calls import Calls
 from protos.metrics import Metrics
-from protos.options import add_options
+from protos.options import add_drain, add_options
 from protos.rpc import main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
@@ -39,12 +40,15 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
     parser.add_argument("--port", default=8400, type=int, help="port to listen on, 0 for a free one [%(default)s]")
+    add_drain(parser)
+    tracing.add_options(parser)
     add_options(parser)
     return parser.parse_args()
 
 
 async def _run(arguments: argparse.Namespace) -> None:
     router = Router(arguments.executor)
+    tracing.configure("gateway", arguments.traces)
     metrics = Metrics()
     gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics)
     router.start()
@@ -55,6 +59,7 @@ async def _run(arguments: argparse.Namespace) -> None:
             arguments.host,
             arguments.port,
             on_stop=router.stop,
+            grace=arguments.drain_seconds,
             calls=Calls(metrics),
         )
 

@@ -173,12 +173,15 @@ class Link:
                 self._answers = False
 
     def _note(self, status: ExecutorStatus) -> None:
-        self._loads = {engine.engine_id: engine.load for engine in status.engines if engine.state == ENGINE_STATE_READY}
+        ready = [] if status.draining else [found for found in status.engines if found.state == ENGINE_STATE_READY]
+        self._loads = {engine.engine_id: engine.load for engine in ready}
 
     def _deliver(self, step: StepOutput) -> None:
         self._inboxes.deliver(step)
         if step.HasField("engine_lost"):
             self._loads.pop(step.engine_lost.engine_id, None)
+        elif step.draining:
+            self._loads = {}
         elif step.HasField("load") and step.load.engine_id in self._loads:
             self._loads[step.load.engine_id] = step.load
 

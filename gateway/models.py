@@ -30,6 +30,7 @@ class _Engine:
     max_seq_len: int
     tokenizer: FileRef | None
     config: TokenizerConfig
+    has_token_table: bool
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Model:
     max_seq_len: int
     has_chat_template: bool
     has_tokenizer: bool = True
+    has_token_table: bool = True  # by which output is guided
 
 
 class Models:
@@ -75,6 +77,7 @@ class Models:
             max_seq_len=engine.max_seq_len,
             has_chat_template=engine.config.chat_template is not None,
             has_tokenizer=engine.tokenizer is not None,
+            has_token_table=engine.has_token_table,
         )
 
     async def tokenizer(self, engine_id: str) -> Tokenizer:
@@ -100,7 +103,13 @@ class Models:
         manifest = registry.manifest(self._store, engine_id)
         config = _config(self._store, manifest)
         file = _tokenizer_file(manifest, "tokenizer.json") if config else None
-        return _Engine(manifest.model.vocab_size, manifest.limits.max_seq_len, file, config or TokenizerConfig())
+        return _Engine(
+            manifest.model.vocab_size,
+            manifest.limits.max_seq_len,
+            file,
+            config or TokenizerConfig(),
+            manifest.token_table is not None,
+        )
 
     def _read_tokenizer(self, engine_id: str) -> Tokenizer:
         return open_tokenizer(self._store, registry.manifest(self._store, engine_id))

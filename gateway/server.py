@@ -15,7 +15,7 @@ from gateway.models import Model, Models
 from gateway.prompt import prompt_ids, skip_special
 from gateway.router import Router
 from gateway.submission import check, check_prompt, check_token_ids, submission
-from gateway.telemetry import Telemetry, found, observed, timed
+from gateway.telemetry import Telemetry, carry_trace, found, observed, timed
 from gateway.tokenizer import Tokenizer
 from gateway.turns import Turns
 from protos.logs import request_id
@@ -25,7 +25,6 @@ from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2_grpc import GatewayServicer
 
 _LONG_TEXT = 4000  # characters, 2 ms of tokenizing; longer ones leave the event loop
-_TRACE_KEYS = ("traceparent", "tracestate")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -110,6 +109,4 @@ def _carry_context(submit: Submit, context: Context) -> None:
                 reason="DEADLINE_EXCEEDED",
             )
         submit.timeout.FromNanoseconds(int(remaining * 1e9))
-    for key, value in context.invocation_metadata() or ():
-        if key in _TRACE_KEYS:
-            submit.trace_context[key] = value if isinstance(value, str) else value.decode()
+    carry_trace(submit)

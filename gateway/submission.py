@@ -8,6 +8,7 @@ from gateway.bad_words import bad_token_ids, check_bad_words
 from gateway.models import Model
 from gateway.tokenizer import Tokenizer
 from protos.checks import check_beam, check_min_tokens, check_output, check_sampling, check_stopping
+from protos.guidance import check_guided
 from protos.v1.common_pb2 import StoppingCriteria
 from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2 import GenerateRequest, TokenizeRequest
@@ -31,6 +32,8 @@ def check(request: GenerateRequest) -> None:
     check_stopping(request.stopping)
     check_output(request.output)
     check_beam(request.beam_search, request.output)
+    if request.HasField("guided_decoding"):
+        check_guided(request.guided_decoding, request.beam_search)
     _check_stops(request.stop)
     check_bad_words(request.bad_words)
     _check_completions(request)
@@ -78,6 +81,12 @@ def submission(request: GenerateRequest, model: Model, prompt: Sequence[int], to
             f"model {model.name!r} has no tokenizer, so that no stop string can be found: give stop_token_ids",
             reason="TOKENIZER_MISSING",
         )
+    if request.HasField("guided_decoding") and not model.has_token_table:
+        raise FailedPrecondition(
+            f"the engine of model {model.name!r} does not tell the bytes of its tokens, by which output is guided: build it "
+            "again with this release, of a checkpoint with a tokenizer",
+            reason="TOKEN_TABLE_MISSING",
+        )
     max_tokens = _max_tokens(request.stopping, model, len(prompt))  # first: what is far too long is not looked through
     check_min_tokens(request.stopping.min_tokens, max_tokens)
     check_token_ids(prompt, model)
@@ -101,6 +110,8 @@ def submission(request: GenerateRequest, model: Model, prompt: Sequence[int], to
         submit.output.CopyFrom(request.output)
     if request.HasField("best_of") and not submit.output.HasField("logprobs"):
         submit.output.logprobs = 0  # what they are ranked by
+    if request.HasField("guided_decoding"):
+        submit.guided_decoding.CopyFrom(request.guided_decoding)
     if request.beam_search.width:
         submit.beam_search.CopyFrom(request.beam_search)
     return submit

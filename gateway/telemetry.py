@@ -2,17 +2,18 @@
 
 import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from engine.errors import EnginehouseError
-from protos import logs
+from protos import logs, tracing
 from protos.calls import status
 from protos.histogram import FIRST_TOKEN, INTER_TOKEN, REQUEST, TOKENIZE
 from protos.metrics import Metrics
 from protos.v1.common_pb2 import FINISH_REASON_CANCELLED, FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason
+from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
 
 if TYPE_CHECKING:
@@ -82,9 +83,15 @@ class Telemetry:
 class Record:
     """One Generate call."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, metadata: Iterable[tuple[str, Any]]) -> None:
+        """`metadata`: of the call."""
         self._telemetry = telemetry
         self._began = time.monotonic()
+        self._given = tracing.given(metadata)
+        self._span = tracing.begin("enginehouse.v1.Gateway/Generate", self._given)
+        self._tokenized = (0.0, 0.0)  # when that began and ended
+        self._sent = 0.0
+        self._engine: str | None = None
         self._model = _UNKNOWN
         self._first = 0.0  # when the first token came
         self._last: dict[int, float] = {}  # by completion: when its newest tokens came
@@ -94,13 +101,23 @@ class Record:
 
     def found(self, model: "Model") -> None:
         """The request's model is known."""
-        self._model = model.name
+        self._model, self._engine = model.name, model.engine_id[:12]
         logs.note(model=model.name, engine=model.engine_id[:12])
 
     def tokenized(self, seconds: float) -> None:
         """The prompt's token ids are there."""
+        now = time.monotonic()
+        self._tokenized = (now - seconds, now)
         self._telemetry.tokenizing.of().observe(seconds)
         logs.note(tokenize_ms=logs.milliseconds(seconds))
+
+    def carry(self, submit: Submit) -> None:
+        """A request goes to an executor, with the trace context that its spans get."""
+        self._sent = self._sent or time.monotonic()
+        for key, value in self._given.items():
+            submit.trace_context[key] = value
+        if self._span:
+            self._span.inject(submit.trace_context)
 
     def responded(self, response: GenerateResponse) -> None:
         """A response goes to the client. What is new is told by the usage: an echoed prompt has tokens, too."""
@@ -138,6 +155,27 @@ class Record:
             first_token_ms=logs.milliseconds(self._first - self._began) if self._first else None,
             finish=",".join(self._finishes[index] for index in sorted(self._finishes)) or None,
         )
+        if self._span:
+            self._tell(self._span, code, reason)
+
+    def _tell(self, span: tracing.Span, code: str, reason: str) -> None:
+        """Its span and their parts, of a request that has ended."""
+        now = time.monotonic()
+        span.child("tokenize", *self._tokenized, gen_ai__usage__input_tokens=self._prompt or None)
+        span.child("first token", self._sent, self._first or now)
+        span.child("stream", self._first, now)
+        span.end(
+            reason or ("" if code == "OK" else code),
+            rpc__system="grpc",
+            rpc__grpc__status_code=code,
+            gen_ai__request__model=self._model,
+            gen_ai__usage__input_tokens=self._prompt or None,
+            gen_ai__usage__output_tokens=self._completion,
+            gen_ai__response__finish_reasons=[self._finishes[index] for index in sorted(self._finishes)],
+            enginehouse__engine=self._engine,
+            enginehouse__cached_tokens=self._cached if self._prompt else None,
+            enginehouse__request_id=logs.request_id(),
+        )
 
 
 _record: ContextVar[Record | None] = ContextVar("record", default=None)
@@ -149,11 +187,17 @@ def found(model: "Model") -> None:
         record.found(model)
 
 
+def carry_trace(submit: Submit) -> None:
+    """Gives a request that is sent the current call's trace context."""
+    if record := _record.get():
+        record.carry(submit)
+
+
 def observed(generate: Generate) -> Generate:
     """Of the gateway's Generate: keeps a record of each call."""
 
     async def call(self: Any, request: GenerateRequest, context: Any) -> AsyncIterator[GenerateResponse]:
-        record = Record(self.telemetry)
+        record = Record(self.telemetry, context.invocation_metadata() or ())
         _record.set(record)
         error: BaseException | None = None
         try:

@@ -8,6 +8,7 @@ Instruments are filled by one thread, the event loop's, and read by the server's
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, start_http_server
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -144,6 +145,8 @@ class Metrics(Collector):
         if port is None:
             yield
             return
+        running = version("enginehouse")
+        self.gauge("info", "1, of the version that runs.", lambda: {(service, running): 1.0}, "service", "version")
         try:
             server, thread = start_http_server(port, host.strip("[]"), self._registry)
         except OSError as error:

@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from engine.errors import EnginehouseError, Internal, InvalidArgument, Unavailable
 from protos import logs
 from protos.calls import Call, Calls
+from protos.cut import Cuttable, Scissors
 from protos.v1.common_pb2 import Failure
 
 DOMAIN = "enginehouse"
@@ -34,6 +35,8 @@ _SERVER_OPTIONS = CHANNEL_OPTIONS + [("grpc.so_reuseport", 0), ("grpc.http2.min_
 
 # A status travels in HTTP/2 trailers, twice and partly percent-encoded; past 8 KiB the client would see another error.
 _MAX_STATUS_TEXT, _MAX_METADATA_VALUE = 1500, 200
+
+_LAST_MOMENTS = 1.0  # seconds in which calls that are cut hear of it
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core would tell of every connection that ends
 
@@ -109,12 +112,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, calls: Calls | None = None) -> None:
         self._calls = calls or Calls()
+        self._scissors = Scissors()
+
+    def cut(self, error: EnginehouseError) -> None:
+        """Ends all calls that run, with this error."""
+        self._scissors.cut(error)
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        method, calls = handler_call_details.method, self._calls
+        method, calls, scissors = handler_call_details.method, self._calls, self._scissors
 
         async def fail(context: Any, error: Exception) -> None:
             if isinstance(error, grpc.aio.AbortError):
@@ -129,8 +137,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             async def call(request: Any, context: Any) -> Any:
                 with Call(calls, method, context) as observed:
                     try:
-                        await observed.begin()
-                        return await inner(read(request), context)
+                        with Cuttable(scissors):
+                            await observed.begin()
+                            return await inner(read(request), context)
                     except Exception as error:
                         return await fail(context, error)
 
@@ -140,11 +149,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             async def call(request: Any, context: Any) -> AsyncIterator[Any]:
                 with Call(calls, method, context) as observed:
                     try:
-                        await observed.begin()
-                        # a lost call ends the servicer's, too
-                        async with aclosing(inner(read(request), context)) as responses:
-                            async for response in responses:
-                                yield response
+                        with Cuttable(scissors) as cuttable:
+                            await observed.begin()
+                            # a lost call ends the servicer's, too
+                            async with aclosing(inner(read(request), context)) as responses:
+                                async for response in responses:
+                                    cuttable.pause()
+                                    yield response
+                                    cuttable.go_on()
                     except Exception as error:
                         await fail(context, error)
 
@@ -193,19 +205,23 @@ async def serve(
 ) -> None:
     """Serves until SIGTERM or SIGINT, then stops taking calls, lets running ones end within `grace` seconds, and returns.
 
+    What has not ended by then ends with UNAVAILABLE. A second signal ends every wait.
+
     Prints one line "enginehouse <service> listening on <host>:<port>" to stdout; port 0 takes a free one.
 
     Args:
         service: "builder", "executor" or "gateway".
         register: adds the servicers.
-        before_stop: called when the signal has come and calls still run; makes those end that would not by themselves.
+        before_stop: called when the signal has come, while calls run and new ones still come; makes those end that would not
+            by themselves. May be cancelled.
         on_stop: called after the last call has ended.
         calls: what counts them.
 
     Raises:
         Unavailable: the port cannot be bound.
     """
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(calls)], options=_SERVER_OPTIONS)
+    interceptor = ErrorInterceptor(calls)
+    server = grpc.aio.server(interceptors=[interceptor], options=_SERVER_OPTIONS)
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -226,11 +242,27 @@ async def serve(
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     print(f"enginehouse {service} listening on {host}:{bound}", flush=True)
     await stop.wait()
+    stop.clear()
     await checks.enter_graceful_shutdown()
     if before_stop:
-        await before_stop()
-    await server.stop(grace)
+        await _within(None, stop, asyncio.ensure_future(before_stop()))
+    ended = asyncio.ensure_future(server.stop(grace + _LAST_MOMENTS))
+    await _within(grace, stop, asyncio.shield(ended))
+    interceptor.cut(
+        Unavailable(f"the {service} was stopped before the call had ended: send it again", reason="SERVICE_STOPPED")
+    )
+    await ended
     await on_stop()
+
+
+async def _within(seconds: float | None, stop: asyncio.Event, work: "asyncio.Future[None]") -> None:
+    """Waits for some work, at most so many seconds and until `stop` is set; then it is cancelled."""
+    signalled = asyncio.ensure_future(stop.wait())
+    either: list[asyncio.Future[Any]] = [work, signalled]
+    await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if not work.cancel():
+        work.result()
 
 
 def main(

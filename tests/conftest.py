@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which decides then
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's children would, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # these models are small: a second thread costs more than it gives
 
 VOCAB_SIZE = 320

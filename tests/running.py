@@ -18,6 +18,7 @@ from engine.fingerprint import Node
 from engine.ops import REFERENCE, Step
 from executor_svc import loader
 from executor_svc.core import Batch, Sequence
+from executor_svc.guides import Guides
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import LoadedEngine, load_engine
@@ -42,7 +43,8 @@ def make_engine(
 class Engine:
     """A runner and its scheduler, which keep their cache from one call to the next."""
 
-    def __init__(self, loaded: LoadedEngine, kv_blocks: int | None = None) -> None:
+    def __init__(self, loaded: LoadedEngine, kv_blocks: int | None = None, guides: Guides | None = None) -> None:
+        self.guides = guides
         memory = kv_blocks and kv_blocks * 16 * loaded.manifest.model.kv_bytes_per_token
         device = loaded.manifest.fingerprint.device
         self.runner = TorchRunner(
@@ -57,6 +59,8 @@ class Engine:
         while not self.scheduler.idle:
             batch = self.scheduler.schedule()
             assert batch is not None
+            if self.guides:
+                self.guides.prepare(batch)
             self.runner.start(batch)
             self.scheduler.commit(batch, self.runner.finish())
             self.scheduler.check_integrity()

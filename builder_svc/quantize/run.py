@@ -1,6 +1,7 @@
 """Quantizes a model as its checkpoint is being written: each layer when the first of its weights is asked for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as Values
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from builder_svc import saved
 from builder_svc.build_config import Progress
+from builder_svc.mapping import Mapping
 from builder_svc.models.decoder import Decoder
 from builder_svc.models.packed import Int4, Packed
 from builder_svc.pretrained import PretrainedConfig
@@ -68,6 +70,7 @@ def quantize(
     Raises:
         FailedPrecondition, ResourceExhausted: as `saved.save` does.
     """
+    config = replace(config, mapping=Mapping())  # whole: a build divides it
     work = _Work(config, read, plan, progress)
     declared = Decoder.on_meta(config.decoder, config.checked_dtype, plan.packed).declared()
 
@@ -76,7 +79,7 @@ def quantize(
         made = Quantized(plan.packed, tuple(work.kv_scales), kv_int8, plan.facts)
         return replace(config, quantized=made, quant_config=None)
 
-    saved.save(output_dir, done, declared, work.parts, tokenizer)
+    saved.save(output_dir, config, declared, work.parts, tokenizer, described=done)
     return work.errors
 
 
@@ -158,9 +161,9 @@ class _Work:
         self,
         prefix: str,
         sites: Sequence[Site],
-        tensors: Mapping[str, Tensor],
-        packed: Mapping[str, Packed],
-        inputs: Mapping[Site, Inputs],
+        tensors: Values[str, Tensor],
+        packed: Values[str, Packed],
+        inputs: Values[Site, Inputs],
     ) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
         """The tensors to write, by their whole names, on the CPU; and the scale of each site's input, where it has one."""
         folded, scales = dict(tensors), dict[Site, Tensor]()
@@ -217,7 +220,7 @@ class _Work:
         return found
 
 
-def _error(tensors: Mapping[str, Tensor], form: Packed, weight: Tensor, rows: Tensor) -> float:
+def _error(tensors: Values[str, Tensor], form: Packed, weight: Tensor, rows: Tensor) -> float:
     """Of outputs for these inputs, relative."""
     slots = [slot.rstrip("?") for slot in OPERATORS[form.operator].inputs]
     attrs = form.attrs(weight.shape[1])

@@ -11,7 +11,14 @@ from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument,
 from enginehouse.answer import Answer, Completion
 from enginehouse.client import GatewayClient, Prompt
 from enginehouse.commands.logprobs import print_logprobs
-from protos.v1.common_pb2 import BeamSearch, EarlyStopping, OutputOptions, SamplingParams, StoppingCriteria
+from protos.v1.common_pb2 import (
+    BeamSearch,
+    EarlyStopping,
+    GuidedDecoding,
+    OutputOptions,
+    SamplingParams,
+    StoppingCriteria,
+)
 from protos.v1.gateway_pb2 import GenerateResponse, Model
 
 DEFAULT_MAX_TOKENS = 128
@@ -46,6 +53,7 @@ class Choices:
     echo: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    guided_decoding: GuidedDecoding | None = None
 
     def arguments(self) -> dict[str, Any]:
         """For `GatewayClient.generate`."""
@@ -82,6 +90,7 @@ class Choices:
             "beam_search": beams,
             "echo": self.echo,
             "bad_words": self.bad_words,
+            "guided_decoding": self.guided_decoding,
             "priority": self.priority,
         }
 

@@ -40,8 +40,9 @@ class KvCacheConfig:
     """How much memory keys and values get; by default what the engine can use, at most half of what is free.
 
     Attributes:
-        max_tokens: so many tokens of all sequences together.
-        free_gpu_memory_fraction: at most this part of the device's free memory (on the CPU, of the machine's), in (0, 1].
+        max_tokens: so many tokens of all sequences together, on each rank.
+        free_gpu_memory_fraction: at most this part of the device's free memory (on the CPU, of the machine's), in (0, 1]; with
+            max_tokens, the less of both.
         enable_block_reuse: whether sequences share what their prompts have in common.
 
     Raises:
@@ -58,13 +59,13 @@ class KvCacheConfig:
     free_gpu_memory_fraction: float | None = None
     enable_block_reuse: bool = True
 
-    def arguments(self, kv_bytes_per_token: int) -> list[str]:
-        """Of the worker process."""
+    def arguments(self) -> list[str]:
+        """Of the worker processes."""
         options = [] if self.enable_block_reuse else ["--no-block-reuse"]
         if self.max_tokens is not None:
             if type(self.max_tokens) is not int or self.max_tokens < 1:
                 raise InvalidArgument(f"max_tokens of the KV cache is {self.max_tokens!r}: give a number, at least 1")
-            options += ["--kv-memory", str(self.max_tokens * kv_bytes_per_token)]
+            options += ["--kv-tokens", str(self.max_tokens)]
         if (share := self.free_gpu_memory_fraction) is not None:
             if not 0 < share <= 1:
                 raise InvalidArgument(f"free_gpu_memory_fraction is {share!r}: give a number above 0, at most 1")
@@ -147,7 +148,7 @@ class GenerationExecutor(Generator):
             raise InvalidArgument(f"the KV cache's settings are {kv_cache_config!r}: give a KvCacheConfig")
         manifest = engine.manifest
         self.engine = engine
-        arguments = (kv_cache_config or KvCacheConfig()).arguments(manifest.model.kv_bytes_per_token)
+        arguments = (kv_cache_config or KvCacheConfig()).arguments()
         arguments += ["--store", engine.store.url, "--device", manifest.fingerprint.device]
         arguments += ["--max-waiting", str(_UNLIMITED), "--log-level", "warning"]
         arguments += ["--trust-native"] if engine.ours else []  # this process has compiled what code there is
@@ -159,6 +160,7 @@ class GenerationExecutor(Generator):
             max_seq_len=manifest.limits.max_seq_len,
             has_chat_template=False,
             has_tokenizer=not isinstance(self._tokenizer, NoTokenizer),
+            has_token_table=manifest.token_table is not None,
         )
         self._worker = LocalWorker(engine.engine_id, len(manifest.ranks), arguments, service_environment())
         super().__init__()

@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from builder_svc.tensorrt_names import also_takes
 from engine.errors import InvalidArgument
 from enginehouse.client import not_unicode
+from enginehouse.llm.guided import GuidedDecodingParams
 from gateway.submission import check
 from protos.checks import MAX_BIAS
 from protos.v1.common_pb2 import (
@@ -98,6 +99,7 @@ class SamplingParams:
         skip_special_tokens: whether special tokens make no text.
         add_special_tokens: whether a text prompt begins with such as a beginning-of-sequence token.
         priority: higher runs first.
+        guided_decoding: what the text must be, such as JSON by a schema.
 
     Example:
         >>> from enginehouse import LLM, SamplingParams
@@ -140,6 +142,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
     priority: int = 0
+    guided_decoding: GuidedDecodingParams | None = None
 
     def to_request(self, prompt: Prompt, model: str = "") -> GenerateRequest:
         """A checked request.
@@ -157,6 +160,10 @@ class SamplingParams:
         self._choose(request.sampling)
         self._end(request.stopping)
         self._beams(request)
+        if self.guided_decoding is not None:
+            if not isinstance(self.guided_decoding, GuidedDecodingParams):
+                raise InvalidArgument(f"guided_decoding is {self.guided_decoding!r}: give GuidedDecodingParams")
+            request.guided_decoding.CopyFrom(self.guided_decoding.to_message())
         logprobs = 0 if self.return_log_probs and self.logprobs is None else self.logprobs
         _set(request.output, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
         _set(

@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from engine.errors import EnginehouseError, Internal, Unavailable
+from executor_svc.clients import Client
 from executor_svc.launch import Spares
-from executor_svc.workers import Client, WorkerProcess
+from executor_svc.workers import WorkerProcess
 from gateway.inbox import Inbox
 from gateway.inboxes import Inboxes
 from protos.v1.executor_pb2 import Cancel, EngineLoad, StepOutput, Submit

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/v1/common.proto\x12\x0e\x65nginehouse.v1\x1a\x1egoogle/protobuf/duration.proto\"\xa5\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x41\n\nlogit_bias\x18\t \x03(\x0b\x32-.enginehouse.v1.SamplingParams.LogitBiasEntry\x12/\n\rbad_token_ids\x18\n \x03(\x0b\x32\x18.enginehouse.v1.TokenIds\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"z\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x12\n\nmin_tokens\x18\x04 \x01(\rB\r\n\x0b_max_tokens\"e\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"V\n\x08Logprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\x12\x0b\n\x03top\x18\x02 \x01(\r\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x9a\x01\n\nBeamSearch\x12\r\n\x05width\x18\x01 \x01(\r\x12\x1b\n\x0elength_penalty\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x35\n\x0e\x65\x61rly_stopping\x18\x03 \x01(\x0e\x32\x1d.enginehouse.v1.EarlyStopping\x12\x16\n\x0e\x64iversity_rate\x18\x04 \x01(\x02\x42\x11\n\x0f_length_penalty\"v\n\nHypothesis\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1a\n\x12\x63umulative_logprob\x18\x02 \x01(\x02\x12\r\n\x05score\x18\x03 \x01(\x02\x12*\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x1a.enginehouse.v1.FinishInfo\"\x8d\x01\n\nFinishInfo\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.enginehouse.v1.FinishReason\x12\x16\n\x0c\x65os_token_id\x18\x02 \x01(\rH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\x42\t\n\x07matched\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xd2\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x37\n\x08metadata\x18\x04 \x03(\x0b\x32%.enginehouse.v1.Failure.MetadataEntry\x12.\n\x0bretry_delay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r*\x82\x01\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45\x41RLY_STOPPING_ENOUGH\x10\x01\x12\x1c\n\x18\x45\x41RLY_STOPPING_HEURISTIC\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/v1/common.proto\x12\x0e\x65nginehouse.v1\x1a\x1egoogle/protobuf/duration.proto\"\xa5\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x41\n\nlogit_bias\x18\t \x03(\x0b\x32-.enginehouse.v1.SamplingParams.LogitBiasEntry\x12/\n\rbad_token_ids\x18\n \x03(\x0b\x32\x18.enginehouse.v1.TokenIds\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"z\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x12\n\nmin_tokens\x18\x04 \x01(\rB\r\n\x0b_max_tokens\"e\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"V\n\x08Logprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\x12\x0b\n\x03top\x18\x02 \x01(\r\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x9a\x01\n\nBeamSearch\x12\r\n\x05width\x18\x01 \x01(\r\x12\x1b\n\x0elength_penalty\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x35\n\x0e\x65\x61rly_stopping\x18\x03 \x01(\x0e\x32\x1d.enginehouse.v1.EarlyStopping\x12\x16\n\x0e\x64iversity_rate\x18\x04 \x01(\x02\x42\x11\n\x0f_length_penalty\"\x9d\x01\n\x0eGuidedDecoding\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x30\n\x07\x63hoices\x18\x03 \x01(\x0b\x32\x1d.enginehouse.v1.GuidedChoicesH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x05 \x01(\x08H\x00\x42\x07\n\x05guide\" \n\rGuidedChoices\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\t\"v\n\nHypothesis\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1a\n\x12\x63umulative_logprob\x18\x02 \x01(\x02\x12\r\n\x05score\x18\x03 \x01(\x02\x12*\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x1a.enginehouse.v1.FinishInfo\"\x8d\x01\n\nFinishInfo\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.enginehouse.v1.FinishReason\x12\x16\n\x0c\x65os_token_id\x18\x02 \x01(\rH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\x42\t\n\x07matched\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xd2\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x37\n\x08metadata\x18\x04 \x03(\x0b\x32%.enginehouse.v1.Failure.MetadataEntry\x12.\n\x0bretry_delay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r*\x82\x01\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45\x41RLY_STOPPING_ENOUGH\x10\x01\x12\x1c\n\x18\x45\x41RLY_STOPPING_HEURISTIC\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_FAILURE_METADATAENTRY']._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_EARLYSTOPPING']._serialized_start=1555
-  _globals['_EARLYSTOPPING']._serialized_end=1685
-  _globals['_FINISHREASON']._serialized_start=1687
-  _globals['_FINISHREASON']._serialized_end=1811
+  _globals['_EARLYSTOPPING']._serialized_start=1749
+  _globals['_EARLYSTOPPING']._serialized_end=1879
+  _globals['_FINISHREASON']._serialized_start=1881
+  _globals['_FINISHREASON']._serialized_end=2005
   _globals['_SAMPLINGPARAMS']._serialized_start=75
   _globals['_SAMPLINGPARAMS']._serialized_end=496
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=390
@@ -52,16 +52,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOGPROBS']._serialized_end=811
   _globals['_BEAMSEARCH']._serialized_start=814
   _globals['_BEAMSEARCH']._serialized_end=968
-  _globals['_HYPOTHESIS']._serialized_start=970
-  _globals['_HYPOTHESIS']._serialized_end=1088
-  _globals['_FINISHINFO']._serialized_start=1091
-  _globals['_FINISHINFO']._serialized_end=1232
-  _globals['_USAGE']._serialized_start=1234
-  _globals['_USAGE']._serialized_end=1314
-  _globals['_FAILURE']._serialized_start=1317
-  _globals['_FAILURE']._serialized_end=1527
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=1480
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=1527
-  _globals['_TOKENIDS']._serialized_start=1529
-  _globals['_TOKENIDS']._serialized_end=1552
+  _globals['_GUIDEDDECODING']._serialized_start=971
+  _globals['_GUIDEDDECODING']._serialized_end=1128
+  _globals['_GUIDEDCHOICES']._serialized_start=1130
+  _globals['_GUIDEDCHOICES']._serialized_end=1162
+  _globals['_HYPOTHESIS']._serialized_start=1164
+  _globals['_HYPOTHESIS']._serialized_end=1282
+  _globals['_FINISHINFO']._serialized_start=1285
+  _globals['_FINISHINFO']._serialized_end=1426
+  _globals['_USAGE']._serialized_start=1428
+  _globals['_USAGE']._serialized_end=1508
+  _globals['_FAILURE']._serialized_start=1511
+  _globals['_FAILURE']._serialized_end=1721
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=1674
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=1721
+  _globals['_TOKENIDS']._serialized_start=1723
+  _globals['_TOKENIDS']._serialized_end=1746
 # @@protoc_insertion_point(module_scope)

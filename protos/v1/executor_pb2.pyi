@@ -46,18 +46,28 @@ class LoadEngineRequest(_message.Message):
 
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    KV_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    EVICT_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     model: _builtins.str
     """a name in the store; its newest engine is loaded"""
+    kv_memory_bytes: _builtins.int
+    """of KV cache that each rank gets; 0 leaves it to the executor"""
+    evict: _builtins.bool
+    """Where it does not fit, engines that have no requests are unloaded, the one that was used longest ago first. Without it, and
+    where that is not enough, RESOURCE_EXHAUSTED says what it needs and what there is.
+    """
     def __init__(
         self,
         *,
         engine_id: _builtins.str = ...,
         model: _builtins.str = ...,
+        kv_memory_bytes: _builtins.int = ...,
+        evict: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "engine_id", b"engine_id", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "engine_id", b"engine_id", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "engine_id", b"engine_id", "evict", b"evict", "kv_memory_bytes", b"kv_memory_bytes", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_engine: _TypeAlias = _typing.Literal["engine_id", "model"]  # noqa: Y015
     _WhichOneofArgType_engine: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
@@ -98,17 +108,25 @@ class UnloadEngineRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENGINE_ID_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
+    @_builtins.property
+    def drain(self) -> _duration_pb2.Duration:
+        """[none] its requests may take so long to end, while it takes no new ones; what is left then, or without it, is cancelled."""
+
     def __init__(
         self,
         *,
         engine_id: _builtins.str = ...,
+        drain: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain", b"_drain", "drain", b"drain"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain", b"_drain", "drain", b"drain", "engine_id", b"engine_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__drain: _TypeAlias = _typing.Literal["drain"]  # noqa: Y015
+    _WhichOneofArgType__drain: _TypeAlias = _typing.Literal["_drain", b"_drain"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain) -> _WhichOneofReturnType__drain | None: ...
 
 Global___UnloadEngineRequest: _TypeAlias = UnloadEngineRequest  # noqa: Y015
 
@@ -151,10 +169,13 @@ class EngineStatus(_message.Message):
     MAX_SEQ_LEN_FIELD_NUMBER: _builtins.int
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     state: Global___EngineState.ValueType
     max_seq_len: _builtins.int
     max_batch_size: _builtins.int
+    memory_bytes: _builtins.int
+    """of weights and KV cache, when it is ready: on the CPU of all ranks, else of each"""
     @_builtins.property
     def load(self) -> Global___EngineLoad: ...
     def __init__(
@@ -165,10 +186,11 @@ class EngineStatus(_message.Message):
         max_seq_len: _builtins.int = ...,
         max_batch_size: _builtins.int = ...,
         load: Global___EngineLoad | None = ...,
+        memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "load", b"load", "max_batch_size", b"max_batch_size", "max_seq_len", b"max_seq_len", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "load", b"load", "max_batch_size", b"max_batch_size", "max_seq_len", b"max_seq_len", "memory_bytes", b"memory_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -181,10 +203,16 @@ class ExecutorStatus(_message.Message):
     ENGINES_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """"cpu", "cuda" """
     version: _builtins.str
     """of the executor"""
+    draining: _builtins.bool
+    """it is being stopped: what runs may end, nothing new is taken"""
+    memory_limit_bytes: _builtins.int
+    """[none] that weights and KV caches of all engines may take together, of each device"""
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus]: ...
     def __init__(
@@ -193,12 +221,16 @@ class ExecutorStatus(_message.Message):
         engines: _abc.Iterable[Global___EngineStatus] | None = ...,
         device: _builtins.str = ...,
         version: _builtins.str = ...,
+        draining: _builtins.bool = ...,
+        memory_limit_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_limit_bytes", b"_memory_limit_bytes", "memory_limit_bytes", b"memory_limit_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "engines", b"engines", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_limit_bytes", b"_memory_limit_bytes", "device", b"device", "draining", b"draining", "engines", b"engines", "memory_limit_bytes", b"memory_limit_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__memory_limit_bytes: _TypeAlias = _typing.Literal["memory_limit_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_limit_bytes: _TypeAlias = _typing.Literal["_memory_limit_bytes", b"_memory_limit_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_limit_bytes) -> _WhichOneofReturnType__memory_limit_bytes | None: ...
 
 Global___ExecutorStatus: _TypeAlias = ExecutorStatus  # noqa: Y015
 
@@ -278,6 +310,7 @@ class Submit(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     BEAM_SEARCH_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GUIDED_DECODING_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """chosen by the client, unique among its live requests on the stream"""
     engine_id: _builtins.str
@@ -311,6 +344,10 @@ class Submit(_message.Message):
     def beam_search(self) -> _common_pb2.BeamSearch:
         """cannot be resumed"""
 
+    @_builtins.property
+    def guided_decoding(self) -> _common_pb2.GuidedDecoding:
+        """of an engine that tells the bytes of its tokens; not with beam_search"""
+
     def __init__(
         self,
         *,
@@ -327,10 +364,11 @@ class Submit(_message.Message):
         output: _common_pb2.OutputOptions | None = ...,
         beam_search: _common_pb2.BeamSearch | None = ...,
         request_id: _builtins.str = ...,
+        guided_decoding: _common_pb2.GuidedDecoding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "output", b"output", "sampling", b"sampling", "stopping", b"stopping", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "guided_decoding", b"guided_decoding", "output", b"output", "sampling", b"sampling", "stopping", b"stopping", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "engine_id", b"engine_id", "handle", b"handle", "output", b"output", "priority", b"priority", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "timeout", b"timeout", "token_ids", b"token_ids", "trace_context", b"trace_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "beam_search", b"beam_search", "engine_id", b"engine_id", "guided_decoding", b"guided_decoding", "handle", b"handle", "output", b"output", "priority", b"priority", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "timeout", b"timeout", "token_ids", b"token_ids", "trace_context", b"trace_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout: _TypeAlias = _typing.Literal["timeout"]  # noqa: Y015
     _WhichOneofArgType__timeout: _TypeAlias = _typing.Literal["_timeout", b"_timeout"]  # noqa: Y015
@@ -452,7 +490,10 @@ class StepOutput(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     BEAMS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    draining: _builtins.bool
+    """the executor is being stopped, as ExecutorStatus.draining tells"""
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -504,10 +545,11 @@ class StepOutput(_message.Message):
         logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
         prompt_logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
         beams: _abc.Iterable[Global___BeamResult] | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_lost", b"engine_lost", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "counts", b"counts", "engine_lost", b"engine_lost", "failed", b"failed", "finished", b"finished", "handles", b"handles", "load", b"load", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "step", b"step", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "counts", b"counts", "draining", b"draining", "engine_lost", b"engine_lost", "failed", b"failed", "finished", b"finished", "handles", b"handles", "load", b"load", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "step", b"step", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

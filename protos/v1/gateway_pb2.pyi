@@ -84,6 +84,7 @@ class GenerateRequest(_message.Message):
     ECHO_FIELD_NUMBER: _builtins.int
     BAD_WORDS_FIELD_NUMBER: _builtins.int
     BEAM_SEARCH_FIELD_NUMBER: _builtins.int
+    GUIDED_DECODING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
     """Exactly one of these three, and not empty. No oneof: of two, it would keep the last one and never tell."""
@@ -123,6 +124,10 @@ class GenerateRequest(_message.Message):
     def beam_search(self) -> _common_pb2.BeamSearch:
         """not with best_of; n of its hypotheses are given"""
 
+    @_builtins.property
+    def guided_decoding(self) -> _common_pb2.GuidedDecoding:
+        """what each completion's text must be; not with beam_search"""
+
     def __init__(
         self,
         *,
@@ -142,10 +147,11 @@ class GenerateRequest(_message.Message):
         echo: _builtins.bool = ...,
         bad_words: _abc.Iterable[_builtins.str] | None = ...,
         beam_search: _common_pb2.BeamSearch | None = ...,
+        guided_decoding: _common_pb2.GuidedDecoding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_best_of", b"_best_of", "_n", b"_n", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "add_special_tokens", b"add_special_tokens", "beam_search", b"beam_search", "best_of", b"best_of", "chat", b"chat", "n", b"n", "output", b"output", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_best_of", b"_best_of", "_n", b"_n", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "add_special_tokens", b"add_special_tokens", "beam_search", b"beam_search", "best_of", b"best_of", "chat", b"chat", "guided_decoding", b"guided_decoding", "n", b"n", "output", b"output", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_best_of", b"_best_of", "_n", b"_n", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "add_special_tokens", b"add_special_tokens", "bad_words", b"bad_words", "beam_search", b"beam_search", "best_of", b"best_of", "chat", b"chat", "echo", b"echo", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_best_of", b"_best_of", "_n", b"_n", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "add_special_tokens", b"add_special_tokens", "bad_words", b"bad_words", "beam_search", b"beam_search", "best_of", b"best_of", "chat", b"chat", "echo", b"echo", "guided_decoding", b"guided_decoding", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015

@@ -26,7 +26,7 @@ from protos.v1 import common_pb2 as protos_dot_v1_dot_common__pb2
 from protos.v1 import executor_pb2 as protos_dot_v1_dot_executor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/v1/worker.proto\x12\x0e\x65nginehouse.v1\x1a\x16protos/v1/common.proto\x1a\x18protos/v1/executor.proto\"\xd0\x02\n\x08ToWorker\x12\x0e\n\x06\x63lient\x18\x01 \x01(\r\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x16.enginehouse.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x16.enginehouse.v1.CancelH\x00\x12\x31\n\x0b\x63lient_gone\x18\x04 \x01(\x0b\x32\x1a.enginehouse.v1.ClientGoneH\x00\x12\x31\n\x0b\x63lient_done\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.ClientDoneH\x00\x12\x38\n\x0bload_engine\x18\x07 \x01(\x0b\x32!.enginehouse.v1.LoadEngineRequestH\x00\x12$\n\x04join\x18\x08 \x01(\x0b\x32\x14.enginehouse.v1.JoinH\x00\x12\x0f\n\x07\x61rrived\x18\x06 \x01(\x01\x42\t\n\x07message\"n\n\x04Join\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\x12\n\nlocal_rank\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04port\x18\x06 \x01(\r\"\x0c\n\nClientGone\"\x0c\n\nClientDone\"\t\n\x07\x44rained\"\xf0\x02\n\nFromWorker\x12\x0e\n\x06\x63lient\x18\x01 \x01(\r\x12\x15\n\x0bstep_output\x18\x02 \x01(\x0cH\x00\x12\x36\n\x08progress\x18\x03 \x01(\x0b\x32\".enginehouse.v1.LoadEngineProgressH\x00\x12*\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x12*\n\x04load\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.EngineLoadH\x00\x12*\n\x07\x64rained\x18\x06 \x01(\x0b\x32\x17.enginehouse.v1.DrainedH\x00\x12\x31\n\x0e\x63lient_failure\x18\x07 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x12\x30\n\x07metrics\x18\x08 \x01(\x0b\x32\x1d.enginehouse.v1.EngineMetricsH\x00\x12\x0f\n\x05ranks\x18\t \x01(\rH\x00\x42\t\n\x07message\"\xbf\x04\n\rEngineMetrics\x12\x30\n\nqueue_time\x18\x01 \x01(\x0b\x32\x1c.enginehouse.v1.Observations\x12\x39\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x1c.enginehouse.v1.Observations\x12\x39\n\x13inter_token_latency\x18\x03 \x01(\x0b\x32\x1c.enginehouse.v1.Observations\x12\x36\n\x10request_duration\x18\x04 \x01(\x0b\x32\x1c.enginehouse.v1.Observations\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x16\n\x0equeried_tokens\x18\x07 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\x12=\n\x08\x66inished\x18\n \x03(\x0b\x32+.enginehouse.v1.EngineMetrics.FinishedEntry\x12\x39\n\x06\x66\x61iled\x18\x0b \x03(\x0b\x32).enginehouse.v1.EngineMetrics.FailedEntry\x1a/\n\rFinishedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a-\n\x0b\x46\x61iledEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"+\n\x0cObservations\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x04\x12\x0b\n\x03sum\x18\x02 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/v1/worker.proto\x12\x0e\x65nginehouse.v1\x1a\x16protos/v1/common.proto\x1a\x18protos/v1/executor.proto\"\x9c\x03\n\x08ToWorker\x12\x0e\n\x06\x63lient\x18\x01 \x01(\r\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x16.enginehouse.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x16.enginehouse.v1.CancelH\x00\x12\x31\n\x0b\x63lient_gone\x18\x04 \x01(\x0b\x32\x1a.enginehouse.v1.ClientGoneH\x00\x12\x31\n\x0b\x63lient_done\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.ClientDoneH\x00\x12\x38\n\x0bload_engine\x18\x07 \x01(\x0b\x32!.enginehouse.v1.LoadEngineRequestH\x00\x12$\n\x04join\x18\x08 \x01(\x0b\x32\x14.enginehouse.v1.JoinH\x00\x12\x19\n\x0cmemory_bytes\x18< \x01(\x04H\x01\x88\x01\x01\x12\x0f\n\x07\x61rrived\x18\x06 \x01(\x01\x12\x10\n\x08machines\x18( \x01(\r\x12\x0c\n\x04host\x18) \x01(\tB\t\n\x07messageB\x0f\n\r_memory_bytes\"\xa1\x01\n\x04Join\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\x12\n\nlocal_rank\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04port\x18\x06 \x01(\r\x12\x18\n\x10local_world_size\x18( \x01(\r\x12\x17\n\x0fkv_memory_bytes\x18< \x01(\x04\"\x0c\n\nClientGone\"\x0c\n\nClientDone\"\t\n\x07\x44rained\"\xfe\x02\n\nFromWorker\x12\x0e\n\x06\x63lient\x18\x01 \x01(\r\x12\x15\n\x0bstep_output\x18\x02 \x01(\x0cH\x00\x12\x36\n\x08progress\x18\x03 \x01(\x0b\x32\".enginehouse.v1.LoadEngineProgressH\x00\x12*\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x12*\n\x04load\x18\x05 \x01(\x0b\x32\x1a.enginehouse.v1.EngineLoadH\x00\x12*\n\x07\x64rained\x18\x06 \x01(\x0b\x32\x17.enginehouse.v1.DrainedH\x00\x12\x31\n\x0e\x63lient_failure\x18\x07 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x12\x30\n\x07metrics\x18\x08 \x01(\x0b\x32\x1d.enginehouse.v1.EngineMetricsH\x00\x12\x0f\n\x05ranks\x18\t \x01(\rH\x00\x12\x0c\n\x04port\x18( \x01(\rB\t\n\x07message\"\xbf\x04\n\rEngineMetrics\x12\x30\n\nqueue_time\x18\x01 \x01(\x0b\x32\x1c.enginehouse.v1.Observations\x12\x39\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x1c.enginehouse.v1.Observations\x12\x39\n\x13inter_token_latency\x18\x03 \x01(\x0b\x32\x1c.enginehouse.v1.Observations\x12\x36\n\x10request_duration\x18\x04 \x01(\x0b\x32\x1c.enginehouse.v1.Observations\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x16\n\x0equeried_tokens\x18\x07 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\x12=\n\x08\x66inished\x18\n \x03(\x0b\x32+.enginehouse.v1.EngineMetrics.FinishedEntry\x12\x39\n\x06\x66\x61iled\x18\x0b \x03(\x0b\x32).enginehouse.v1.EngineMetrics.FailedEntry\x1a/\n\rFinishedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a-\n\x0b\x46\x61iledEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"+\n\x0cObservations\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x04\x12\x0b\n\x03sum\x18\x02 \x01(\x01\"\x90\x01\n\x0b\x46romMachine\x12\x0f\n\x07process\x18\x01 \x01(\r\x12&\n\x05hello\x18\x02 \x01(\x0b\x32\x15.enginehouse.v1.HelloH\x00\x12\x15\n\x0b\x66rom_worker\x18\x03 \x01(\x0cH\x00\x12&\n\x05\x65nded\x18\x04 \x01(\x0b\x32\x15.enginehouse.v1.EndedH\x00\x42\t\n\x07message\"Y\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05torch\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x14\n\x07machine\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_machine\">\n\x05\x45nded\x12\x0b\n\x03how\x18\x01 \x01(\t\x12(\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x17.enginehouse.v1.Failure\"\x8c\x02\n\tToMachine\x12\x0f\n\x07process\x18\x01 \x01(\r\x12*\n\x07welcome\x18\x02 \x01(\x0b\x32\x17.enginehouse.v1.WelcomeH\x00\x12*\n\x07refused\x18\x03 \x01(\x0b\x32\x17.enginehouse.v1.FailureH\x00\x12(\n\x06launch\x18\x04 \x01(\x0b\x32\x16.enginehouse.v1.LaunchH\x00\x12\x13\n\tto_worker\x18\x05 \x01(\x0cH\x00\x12&\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x15.enginehouse.v1.CloseH\x00\x12$\n\x04kill\x18\x07 \x01(\x0b\x32\x14.enginehouse.v1.KillH\x00\x42\t\n\x07message\"\x1a\n\x07Welcome\x12\x0f\n\x07machine\x18\x01 \x01(\r\"\x08\n\x06Launch\"\x07\n\x05\x43lose\"\x06\n\x04Killb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,23 +38,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINEMETRICS_FAILEDENTRY']._loaded_options = None
   _globals['_ENGINEMETRICS_FAILEDENTRY']._serialized_options = b'8\001'
   _globals['_TOWORKER']._serialized_start=93
-  _globals['_TOWORKER']._serialized_end=429
-  _globals['_JOIN']._serialized_start=431
-  _globals['_JOIN']._serialized_end=541
-  _globals['_CLIENTGONE']._serialized_start=543
-  _globals['_CLIENTGONE']._serialized_end=555
-  _globals['_CLIENTDONE']._serialized_start=557
-  _globals['_CLIENTDONE']._serialized_end=569
-  _globals['_DRAINED']._serialized_start=571
-  _globals['_DRAINED']._serialized_end=580
-  _globals['_FROMWORKER']._serialized_start=583
-  _globals['_FROMWORKER']._serialized_end=951
-  _globals['_ENGINEMETRICS']._serialized_start=954
-  _globals['_ENGINEMETRICS']._serialized_end=1529
-  _globals['_ENGINEMETRICS_FINISHEDENTRY']._serialized_start=1435
-  _globals['_ENGINEMETRICS_FINISHEDENTRY']._serialized_end=1482
-  _globals['_ENGINEMETRICS_FAILEDENTRY']._serialized_start=1484
-  _globals['_ENGINEMETRICS_FAILEDENTRY']._serialized_end=1529
-  _globals['_OBSERVATIONS']._serialized_start=1531
-  _globals['_OBSERVATIONS']._serialized_end=1574
+  _globals['_TOWORKER']._serialized_end=505
+  _globals['_JOIN']._serialized_start=508
+  _globals['_JOIN']._serialized_end=669
+  _globals['_CLIENTGONE']._serialized_start=671
+  _globals['_CLIENTGONE']._serialized_end=683
+  _globals['_CLIENTDONE']._serialized_start=685
+  _globals['_CLIENTDONE']._serialized_end=697
+  _globals['_DRAINED']._serialized_start=699
+  _globals['_DRAINED']._serialized_end=708
+  _globals['_FROMWORKER']._serialized_start=711
+  _globals['_FROMWORKER']._serialized_end=1093
+  _globals['_ENGINEMETRICS']._serialized_start=1096
+  _globals['_ENGINEMETRICS']._serialized_end=1671
+  _globals['_ENGINEMETRICS_FINISHEDENTRY']._serialized_start=1577
+  _globals['_ENGINEMETRICS_FINISHEDENTRY']._serialized_end=1624
+  _globals['_ENGINEMETRICS_FAILEDENTRY']._serialized_start=1626
+  _globals['_ENGINEMETRICS_FAILEDENTRY']._serialized_end=1671
+  _globals['_OBSERVATIONS']._serialized_start=1673
+  _globals['_OBSERVATIONS']._serialized_end=1716
+  _globals['_FROMMACHINE']._serialized_start=1719
+  _globals['_FROMMACHINE']._serialized_end=1863
+  _globals['_HELLO']._serialized_start=1865
+  _globals['_HELLO']._serialized_end=1954
+  _globals['_ENDED']._serialized_start=1956
+  _globals['_ENDED']._serialized_end=2018
+  _globals['_TOMACHINE']._serialized_start=2021
+  _globals['_TOMACHINE']._serialized_end=2289
+  _globals['_WELCOME']._serialized_start=2291
+  _globals['_WELCOME']._serialized_end=2317
+  _globals['_LAUNCH']._serialized_start=2319
+  _globals['_LAUNCH']._serialized_end=2327
+  _globals['_CLOSE']._serialized_start=2329
+  _globals['_CLOSE']._serialized_end=2336
+  _globals['_KILL']._serialized_start=2338
+  _globals['_KILL']._serialized_end=2344
 # @@protoc_insertion_point(module_scope)

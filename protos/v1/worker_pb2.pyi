@@ -33,11 +33,20 @@ class ToWorker(_message.Message):
     CLIENT_DONE_FIELD_NUMBER: _builtins.int
     LOAD_ENGINE_FIELD_NUMBER: _builtins.int
     JOIN_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
+    MACHINES_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     """the front's number for a Run or Generate stream"""
+    memory_bytes: _builtins.int
+    """[none] of a load or a join: that its weights and KV cache may take"""
     arrived: _builtins.float
     """of a submit: CLOCK_MONOTONIC in seconds when the front took it, where its timeout begins"""
+    machines: _builtins.int
+    """with load_engine: among so many the ranks are divided; 0 is 1"""
+    host: _builtins.str
+    """with load_engine: the interface where rank 0 listens for the others"""
     @_builtins.property
     def submit(self) -> _executor_pb2.Submit: ...
     @_builtins.property
@@ -64,14 +73,22 @@ class ToWorker(_message.Message):
         client_done: Global___ClientDone | None = ...,
         load_engine: _executor_pb2.LoadEngineRequest | None = ...,
         join: Global___Join | None = ...,
+        memory_bytes: _builtins.int | None = ...,
         arrived: _builtins.float = ...,
+        machines: _builtins.int = ...,
+        host: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "cancel", b"cancel", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "memory_bytes", b"memory_bytes", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "join", b"join", "load_engine", b"load_engine", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "arrived", b"arrived", "cancel", b"cancel", "client", b"client", "client_done", b"client_done", "client_gone", b"client_gone", "host", b"host", "join", b"join", "load_engine", b"load_engine", "machines", b"machines", "memory_bytes", b"memory_bytes", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["submit", "cancel", "client_gone", "client_done", "load_engine", "join"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___ToWorker: _TypeAlias = ToWorker  # noqa: Y015
@@ -88,6 +105,8 @@ class Join(_message.Message):
     LOCAL_RANK_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
+    LOCAL_WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    KV_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     rank: _builtins.int
     world_size: _builtins.int
@@ -95,6 +114,10 @@ class Join(_message.Message):
     """its place among those of its machine, by which it takes its GPU"""
     address: _builtins.str
     port: _builtins.int
+    local_world_size: _builtins.int
+    """ranks of its machine"""
+    kv_memory_bytes: _builtins.int
+    """as of the LoadEngineRequest"""
     def __init__(
         self,
         *,
@@ -104,10 +127,12 @@ class Join(_message.Message):
         local_rank: _builtins.int = ...,
         address: _builtins.str = ...,
         port: _builtins.int = ...,
+        local_world_size: _builtins.int = ...,
+        kv_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "local_rank", b"local_rank", "port", b"port", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "kv_memory_bytes", b"kv_memory_bytes", "local_rank", b"local_rank", "local_world_size", b"local_world_size", "port", b"port", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -175,11 +200,14 @@ class FromWorker(_message.Message):
     CLIENT_FAILURE_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
     client: _builtins.int
     step_output: _builtins.bytes
     """a serialized StepOutput for that client"""
     ranks: _builtins.int
     """rank 0 asks for a worker for each other one of so many ranks, and for its own `join`"""
+    port: _builtins.int
+    """with ranks: where it listens for them already"""
     @_builtins.property
     def progress(self) -> _executor_pb2.LoadEngineProgress: ...
     @_builtins.property
@@ -212,10 +240,11 @@ class FromWorker(_message.Message):
         client_failure: _common_pb2.Failure | None = ...,
         metrics: Global___EngineMetrics | None = ...,
         ranks: _builtins.int = ...,
+        port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "progress", b"progress", "ranks", b"ranks", "step_output", b"step_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "progress", b"progress", "ranks", b"ranks", "step_output", b"step_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_failure", b"client_failure", "drained", b"drained", "failure", b"failure", "load", b"load", "message", b"message", "metrics", b"metrics", "port", b"port", "progress", b"progress", "ranks", b"ranks", "step_output", b"step_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["step_output", "progress", "failure", "load", "drained", "client_failure", "metrics", "ranks"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
@@ -353,3 +382,218 @@ class Observations(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Observations: _TypeAlias = Observations  # noqa: Y015
+
+@_typing.final
+class FromMachine(_message.Message):
+    """Between the front of the machine that leads a group and that of each other one, in frames over a TCP connection that the
+    other one opens. It holds up processes for ranks and passes on what they and the leader tell each other.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    HELLO_FIELD_NUMBER: _builtins.int
+    FROM_WORKER_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    process: _builtins.int
+    """of which it tells, by the leader's number"""
+    from_worker: _builtins.bytes
+    """a serialized FromWorker"""
+    @_builtins.property
+    def hello(self) -> Global___Hello:
+        """the first message"""
+
+    @_builtins.property
+    def ended(self) -> Global___Ended: ...
+    def __init__(
+        self,
+        *,
+        process: _builtins.int = ...,
+        hello: Global___Hello | None = ...,
+        from_worker: _builtins.bytes = ...,
+        ended: Global___Ended | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "from_worker", b"from_worker", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "from_worker", b"from_worker", "hello", b"hello", "message", b"message", "process", b"process"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "from_worker", "ended"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___FromMachine: _TypeAlias = FromMachine  # noqa: Y015
+
+@_typing.final
+class Hello(_message.Message):
+    """What must be the same on all machines, and who has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    TORCH_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """of enginehouse"""
+    torch: _builtins.str
+    device: _builtins.str
+    machine: _builtins.int
+    """its place; nothing: any that is free. The leader's is 0"""
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        torch: _builtins.str = ...,
+        device: _builtins.str = ...,
+        machine: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "machine", b"machine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "device", b"device", "machine", b"machine", "torch", b"torch", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
+    _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__machine) -> _WhichOneofReturnType__machine | None: ...
+
+Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Ended(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOW_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    how: _builtins.str
+    """"SIGKILL", "exit status 1" """
+    @_builtins.property
+    def failure(self) -> _common_pb2.Failure:
+        """there was no process to begin with"""
+
+    def __init__(
+        self,
+        *,
+        how: _builtins.str = ...,
+        failure: _common_pb2.Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "how", b"how"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ended: _TypeAlias = Ended  # noqa: Y015
+
+@_typing.final
+class ToMachine(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    WELCOME_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    LAUNCH_FIELD_NUMBER: _builtins.int
+    TO_WORKER_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
+    KILL_FIELD_NUMBER: _builtins.int
+    process: _builtins.int
+    to_worker: _builtins.bytes
+    """a serialized ToWorker"""
+    @_builtins.property
+    def welcome(self) -> Global___Welcome:
+        """the answer to hello, or"""
+
+    @_builtins.property
+    def refused(self) -> _common_pb2.Failure: ...
+    @_builtins.property
+    def launch(self) -> Global___Launch:
+        """take a worker process under this number"""
+
+    @_builtins.property
+    def close(self) -> Global___Close:
+        """the socket to the process, which makes it end"""
+
+    @_builtins.property
+    def kill(self) -> Global___Kill: ...
+    def __init__(
+        self,
+        *,
+        process: _builtins.int = ...,
+        welcome: Global___Welcome | None = ...,
+        refused: _common_pb2.Failure | None = ...,
+        launch: Global___Launch | None = ...,
+        to_worker: _builtins.bytes = ...,
+        close: Global___Close | None = ...,
+        kill: Global___Kill | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "kill", b"kill", "launch", b"launch", "message", b"message", "refused", b"refused", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "kill", b"kill", "launch", b"launch", "message", b"message", "process", b"process", "refused", b"refused", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refused", "launch", "to_worker", "close", "kill"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ToMachine: _TypeAlias = ToMachine  # noqa: Y015
+
+@_typing.final
+class Welcome(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: _builtins.int
+    machine: _builtins.int
+    def __init__(
+        self,
+        *,
+        machine: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Launch(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Launch: _TypeAlias = Launch  # noqa: Y015
+
+@_typing.final
+class Close(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Close: _TypeAlias = Close  # noqa: Y015
+
+@_typing.final
+class Kill(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Kill: _TypeAlias = Kill  # noqa: Y015

@@ -11,7 +11,7 @@ from executor_svc.__main__ import main
 
 
 def tell(*_: object) -> None:
-    from executor_svc.workers import Client
+    from executor_svc.clients import Client
 
     gc.collect()
     clients = sum(isinstance(found, Client) for found in gc.get_objects())

@@ -35,6 +35,7 @@ def service(
     program: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     alone: bool = False,
+    extras: Sequence[str] = (),
 ) -> Iterator[Service]:
     """`python -m package --port 0 arguments`, until the block ends; its log is shown if it does not come up.
 
@@ -45,13 +46,14 @@ def service(
         program: Python's arguments instead of `-m package`.
         environment: added to this process' own.
         alone: the environment is all that it gets.
+        extras: that it sees beside its own.
     """
     everything = {
         **({} if alone else os.environ),
         **(environment or {}),
         "PYTHONPATH": str(Path(__file__).parent / "only_extra"),
         "PYTHONSAFEPATH": "1",
-        "ENGINEHOUSE_ONLY": package.removesuffix("_svc"),
+        "ENGINEHOUSE_ONLY": ",".join((package.removesuffix("_svc"), *extras)),
     }
     command = [sys.executable, *(program or ("-m", package)), "--port", port.rpartition(":")[2], *arguments]
     with log.open("a") as stderr:

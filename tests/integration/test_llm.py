@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import pickle
 import pty
+import re
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from tokenizers import Tokenizer as HubTokenizer
 from builder_svc.build_config import BuildConfig
 from engine.artifact import Engine
 from engine.errors import DataLoss, FailedPrecondition, NotFound
-from enginehouse import LLM, GenerationExecutor, Home, KvCacheConfig, QuantConfig, SamplingParams
+from enginehouse import LLM, GenerationExecutor, GuidedDecodingParams, Home, KvCacheConfig, QuantConfig, SamplingParams
 from tests.integration.llm_harness import DEMO, IDS, LONG, PROMPT, script, text, workers
 from tests.seaweed import SeaweedFS
 
@@ -70,6 +72,28 @@ def test_stop_strings_and_the_prompt_in_the_output(llm: LLM) -> None:
     assert (stopped.finish_reason, stopped.stop_reason, stopped.token_ids[-1]) == ("stop", 13, 13)
     ended = llm.generate(PROMPT, SamplingParams(end_id=13)).outputs[0]
     assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
+
+
+def test_guided_output(llm: LLM) -> None:
+    """In batches with free ones, streamed, with stop strings and seeds; what is no grammar fails alone."""
+    number = GuidedDecodingParams(regex=r"( [0-9]{3}){4}!")
+    params = SamplingParams(temperature=1.0, seed=7, n=2, guided_decoding=number)
+    held, free = llm.generate([PROMPT, PROMPT], [params, SamplingParams()])
+    assert all(re.fullmatch(r"( [0-9]{3}){4}!", one.text) and one.finish_reason == "stop" for one in held.outputs)
+    assert held.outputs[0].text != held.outputs[1].text
+    assert free.outputs == llm.generate(PROMPT).outputs
+    one = SamplingParams(temperature=1.0, seed=7, guided_decoding=number)
+    assert [part.outputs[0].text for part in llm.generate_async(PROMPT, one, streaming=True)][-1] == held.outputs[
+        0
+    ].text
+    cut = text(llm, stop=" 1", guided_decoding=GuidedDecodingParams(regex="( 1| 2){40}"), max_tokens=64)
+    assert set(cut) <= set(" 2")
+    limits = {"n": {"type": "integer", "minimum": 0, "maximum": 999}}
+    schema = {"type": "object", "properties": limits, "required": ["n"], "additionalProperties": False}
+    told = text(llm, guided_decoding=GuidedDecodingParams(json=schema), max_tokens=64)
+    assert set(json.loads(told)) == {"n"}
+    with pytest.raises(ValueError, match="guided_decoding.regex cannot be used"):
+        llm.generate(PROMPT, SamplingParams(guided_decoding=GuidedDecodingParams(regex="(")))
 
 
 def test_streaming_in_a_script_adds_up(llm: LLM) -> None:
@@ -235,10 +259,25 @@ def test_what_an_llm_cannot_be_made_of(engine_dir: Path, tmp_path: Path) -> None
 # Where the model comes from
 
 
+def trusts_code(llm: LLM) -> bool:
+    """Whether its workers run native code that nobody has signed."""
+    told = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in ranks(llm)]
+    assert len({b"--trust-native" in arguments for arguments in told}) == 1
+    return b"--trust-native" in told[0]
+
+
+def ranks(llm: LLM) -> list[int]:
+    """The workers' processes."""
+    assert isinstance(llm._generator, GenerationExecutor)
+    return llm._generator._worker._started().pids
+
+
 def test_an_engine_of_several_ranks_gives_the_same_text(llm: LLM, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    with LLM(DEMO, tensor_parallel_size=2, store=store) as divided:
+    with LLM(DEMO, tensor_parallel_size=2, kv_cache_config=KvCacheConfig(max_tokens=4096), store=store) as divided:
         assert text(divided, max_tokens=24) == text(llm, max_tokens=24)
+        assert divided.get_stats().total_kv_blocks == 4096 // 16
+        assert trusts_code(divided)
         assert len(workers(os.getpid())) >= 1 + 2
         divided.save(tmp_path / "saved")
     with pytest.raises(ValueError, match="tp_size is 2, but build_config has 4"):
@@ -250,6 +289,7 @@ def test_an_engine_of_several_ranks_gives_the_same_text(llm: LLM, tmp_path: Path
 def test_a_checkpoint_is_built_once_and_found_again(home: Home, engine_dir: Path, tmp_path: Path) -> None:
     with LLM(DEMO, build_config=BuildConfig(max_seq_len=64), store=str(tmp_path / "store")) as first:
         assert first.engine is not None and not first.engine.reused
+        assert trusts_code(first), "what this process has compiled itself"
         expected = text(first, max_tokens=4)
         with pytest.raises(ValueError, match="more than the 64"):
             first.generate(PROMPT, SamplingParams(max_tokens=60))
@@ -257,9 +297,9 @@ def test_a_checkpoint_is_built_once_and_found_again(home: Home, engine_dir: Path
         with pytest.raises(TypeError, match="cannot be pickled"):
             pickle.dumps(first)
     with LLM(DEMO, build_config=BuildConfig(max_seq_len=64), store=str(tmp_path / "store")) as again:
-        assert again.engine is not None and again.engine.reused
+        assert again.engine is not None and again.engine.reused and not trusts_code(again)
     with LLM(tmp_path / "saved") as saved:
-        assert saved.engine is not None and saved.engine.manifest.limits.max_seq_len == 64
+        assert saved.engine is not None and saved.engine.manifest.limits.max_seq_len == 64 and not trusts_code(saved)
         assert text(saved, max_tokens=4) == expected
     before = list((tmp_path / "store" / "engines").iterdir())
     config = BuildConfig(max_seq_len=63)
@@ -335,7 +375,7 @@ def test_how_much_memory_keys_and_values_get(engine_dir: Path, llm: LLM) -> None
     """A part of what is free, some 12 MB; and nothing shared between prompts."""
     with open("/proc/meminfo") as file:
         free = 1024 * int(next(line for line in file if line.startswith("MemAvailable:")).split()[1])
-    config = KvCacheConfig(free_gpu_memory_fraction=12e6 / free, enable_block_reuse=False)
+    config = KvCacheConfig(max_tokens=10**6, free_gpu_memory_fraction=12e6 / free, enable_block_reuse=False)
     prompt = IDS * 20
     with LLM(engine_dir, kv_cache_config=config) as small:
         assert 128 <= small.get_stats().total_kv_blocks < 600 < llm.get_stats().total_kv_blocks

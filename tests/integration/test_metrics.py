@@ -26,8 +26,9 @@ from protos.v1.common_pb2 import FINISH_REASON_LENGTH, SamplingParams, StoppingC
 from protos.v1.executor_pb2_grpc import ExecutorStub
 from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
 from protos.v1.gateway_pb2_grpc import GatewayStub
+from tests import promql
 from tests.integration.services import Service, service
-from tests.metrics_page import documented
+from tests.metrics_page import PAGE, documented
 
 PROMPT = "In the beginning God created the heaven and the earth. And the earth was without form."
 SECRET = "sesame-open-1234"
@@ -365,6 +366,27 @@ def test_up_says_where_its_services_have_them(tmp_path: Path) -> None:
     assert 'enginehouse_gateway_executor_losses_total{executor="127.0.0.1:' in texts["gateway"]
     said = (tmp_path / "logs" / "gateway.log").read_text().splitlines()
     assert any(line.startswith("{") for line in said)
+
+
+def test_dashboard_and_alerts_ask_for_what_there_is(cluster: Cluster) -> None:
+    """By now there is traffic of all kinds."""
+    labels: dict[str, dict[str, set[str]]] = {"up": {}}  # metric -> label -> values; up is Prometheus' own
+    for of in (cluster.builder, cluster.executor, cluster.gateway):
+        for sample in scrape(of):
+            name, pairs = sample.rstrip("}").split("{")
+            known = labels.setdefault(name, {})
+            for pair in filter(None, pairs.split(",")):
+                key, _, value = pair.partition("=")
+                known.setdefault(key, set()).add(value)
+    page = PAGE.read_text()
+    asked = [selector for query in promql.queries() for selector in promql.selectors(query)] + promql.variables()
+    for selector in asked:
+        assert selector.metric in labels, selector
+        known = labels[selector.metric]
+        assert selector.labels <= known.keys() | promql.SCRAPED, selector
+        for key, value in selector.equal.items():
+            assert value in known[key] or f"`{value}`" in page, selector
+    assert len({selector.metric for selector in asked}) > 40
 
 
 def test_the_page_knows_every_label(cluster: Cluster) -> None:

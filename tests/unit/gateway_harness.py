@@ -12,6 +12,7 @@ import grpc
 from mock_executor import MockExecutor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from engine import token_table
 from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError
 from gateway.router import Router
@@ -59,13 +60,20 @@ def byte_fallback() -> Tokenizer:
     return tokenizer
 
 
-def publish(store: DirectoryStore, name: str, template: str | None = TEMPLATE, tokenizer: str | None = None) -> str:
-    """An engine of which nothing is real but the tokenizer; its id."""
+def publish(
+    store: DirectoryStore,
+    name: str,
+    template: str | None = TEMPLATE,
+    tokenizer: str | None = None,
+    table: bytes | None = None,
+) -> str:
+    """An engine of which nothing is real but the tokenizer, and the table of token bytes that is given; its id."""
     config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
     files = {
         "tokenizer.json": (tokenizer or byte_level().to_str()).encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
     }
+    files |= {token_table.FILE: table} if table else {}
     identity = {"name": name, "template": template}
     return tokenizer_engine.publish(store, name, files, identity, VOCAB_SIZE, MAX_SEQ_LEN)
 

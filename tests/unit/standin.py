@@ -128,6 +128,12 @@ class Executor(ExecutorServicer):
         self._engines.append(status)
         yield executor_pb2.LoadEngineProgress(bytes_done=1000, bytes_total=1000, engine=status)
 
+    async def UnloadEngine(
+        self, request: executor_pb2.UnloadEngineRequest, context: Any
+    ) -> executor_pb2.UnloadEngineResponse:
+        self._engines = [status for status in self._engines if status.engine_id != request.engine_id]
+        return executor_pb2.UnloadEngineResponse()
+
     async def GetStatus(self, request: executor_pb2.GetStatusRequest, context: Any) -> executor_pb2.ExecutorStatus:
         return executor_pb2.ExecutorStatus(engines=self._engines, device="cpu")
 
@@ -173,6 +179,7 @@ def run(service: str) -> None:
     parser.add_argument("--executor", action="append", default=[])
     parser.add_argument("--checkpoint-root")
     parser.add_argument("--work-dir")
+    parser.add_argument("--drain-seconds")
     arguments = parser.parse_args()
     if told("silent", service):
         print("a line that says nothing", flush=True)

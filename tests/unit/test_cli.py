@@ -52,6 +52,8 @@ from protos.v1.common_pb2 import (
     BeamSearch,
     Failure,
     FinishInfo,
+    GuidedChoices,
+    GuidedDecoding,
     Logprobs,
     OutputOptions,
     SamplingParams,
@@ -240,6 +242,28 @@ def test_generate_with_token_ids(gateway: MockGateway) -> None:
     wrong = enginehouse("generate", "1 two", "--token-ids")
     assert (wrong.exit_code, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith("error: 'two' is no token id")
+
+
+def test_generate_passes_guides_on(gateway: MockGateway, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text('{"type": "object"}')
+    grammar.write_text('start: "ä"\n', encoding="utf-8")
+    for options, wanted in (
+        (["--json-schema", str(schema)], GuidedDecoding(json_schema='{"type": "object"}')),
+        (["--grammar", str(grammar)], GuidedDecoding(grammar='start: "ä"\n')),
+        (["--regex", "a|b"], GuidedDecoding(regex="a|b")),
+        (["--choice", "a", "--choice", "b c"], GuidedDecoding(choices=GuidedChoices(choices=["a", "b c"]))),
+        (["--json-object"], GuidedDecoding(json_object=True)),
+    ):
+        gateway.replies.put(answer("x"))
+        assert enginehouse("generate", "x", *options).exit_code == 0
+        assert gateway.requests[-1].guided_decoding == wanted
+    gateway.replies.put(answer("x"))
+    assert enginehouse("generate", "x").exit_code == 0
+    assert not gateway.requests[-1].HasField("guided_decoding")
+    grammar.write_bytes(b"\xff")
+    wrong = enginehouse("generate", "x", "--grammar", str(grammar))
+    assert wrong.exit_code == 1 and "grammar.lark cannot be read" in wrong.stderr
 
 
 def test_generate_json(gateway: MockGateway) -> None:
@@ -450,6 +474,8 @@ def test_no_gateway() -> None:
         (["generate", "x", "--n", "17"], "1<=x<=16"),
         (["generate", "x", "--logprobs", "21"], "0<=x<=20"),
         (["generate", "x", "--length-penalty", "2"], "give --beams, too"),
+        (["generate", "x", "--regex", "a", "--choice", "b"], "--regex and --choice exclude each other"),
+        (["generate", "x", "--grammar", "no-such-file"], "File 'no-such-file' does not exist"),
         (["generate", "x", "--top-k", str(2**32)], "4294967296 is not in the range"),
         (["build", "x", "--max-seq-len", str(2**32)], "4294967296 is not in the range"),
         (["build", "x", "--store", "y", "--builder", "h:1"], "exclude each other"),

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 JSON = {
     "up": None,  # its own test, below
     "load": "load $ENGINE --executor $ADDRESS",
+    "unload": "unload $ENGINE --executor $ADDRESS",
     "build": "build here --name new",
     "quantize": "quantize $DEMO --output made --quant W8A16",
     "builds ls": "builds ls",
@@ -149,6 +151,21 @@ JSON = {
 LISTS = {"builds ls", "plan", "models", "models history", "engines ls", "keys show"}  # an array; the others are objects
 
 
+def test_unload_says_which_engine_it_means(gateway: TimedGateway, tmp_path: Path) -> None:
+    store = open_store(Home(tmp_path / "home").store)
+    engines = sorted(standin.publish(store, f"model-{number}") for number in range(17))  # two begin with the same digit
+    address = os.environ["ENGINEHOUSE_GATEWAY"]
+    assert "name executors with --executor" in typed("unload x").stderr
+    at = f"--executor {address}"
+    assert f"executor {address} has no engine 'x' loaded; it has: none" in typed(f"unload x {at}").stderr
+    for engine in engines:
+        assert typed(f"load {engine} {at}").exit_code == 0
+    shared = next(a[0] for a, b in pairwise(engines) if a[0] == b[0])
+    assert "engines: give more digits" in typed(f"unload {shared} {at}").stderr
+    assert f"{engines[3][:12]}: unloaded by 1 executor" in typed(f"unload {engines[3][:10]} {at} --drain 5s").stderr
+    assert "has no engine" in typed(f"unload {engines[3]} {at}").stderr
+
+
 def test_every_command_is_in_the_table() -> None:
     assert set(JSON) == set(LEAVES) - TALKS
 
@@ -165,6 +182,8 @@ def test_json_of_every_command(
     assert typed(f"keys generate {key}").exit_code == 0
     assert typed("build here --name built").exit_code == 0  # job build-1, by the builder
     engine = registry.resolve(store, "spare").engine_id
+    if path == "unload":
+        assert typed(f"load {engine} --executor {os.environ['ENGINEHOUSE_GATEWAY']}").exit_code == 0
     if path == "engines rm":
         for name in ("spare", "demo", "other", "built"):
             assert typed(f"models rm {name}").exit_code == 0

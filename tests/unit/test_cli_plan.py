@@ -16,7 +16,7 @@ from hub_server import Repository
 from builder_svc.build_config import BuildConfig
 from builder_svc.models.config import AttentionSpec, DecoderConfig, ExpertsSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
 from builder_svc.pipeline import build
-from engine import registry
+from engine import blobs, registry
 from engine.backends import open_store
 from engine.errors import FailedPrecondition, InvalidArgument
 from engine.manifest import Manifest
@@ -24,7 +24,7 @@ from enginehouse import roofline
 from enginehouse.cli import main
 from enginehouse.gpus import GPUS, find_gpu
 from enginehouse.home import Home
-from enginehouse.model_shape import of_checkpoint, of_engine
+from enginehouse.model_shape import of_checkpoint, of_engine, ranks_json
 from enginehouse.roofline import Attention, Device, Experts, Shape
 from executor_svc.runner import BLOCK_SIZE
 
@@ -55,7 +55,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shape(llama: Path) -> Shape:
-    return of_checkpoint(str(llama), None)
+    return of_checkpoint(str(llama), None).whole
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def test_a_plan_says_what_a_build_writes(dtype: str, tmp_path: Path) -> None:
     """Of the checkpoint before, and of the engine after."""
     store = open_store(str(tmp_path / "store"))
     manifest = build(DEMO, BuildConfig(dtype=dtype, max_batch_size=5, max_seq_len=700), store=store).manifest
-    planned = of_checkpoint(str(DEMO), dtype)
+    planned = of_checkpoint(str(DEMO), dtype).whole
     assert planned.total_bytes == weights_written(manifest, store)
     assert planned.num_parameters == manifest.model.num_parameters
     assert planned.kv_bytes(1) == manifest.model.kv_bytes_per_token
     assert (planned.dtype, planned.max_batch_size) == (dtype, None)
-    built = of_engine(store, manifest.engine_id[:12])
+    built = of_engine(store, manifest.engine_id[:12]).whole
     assert (built.max_seq_len, built.max_batch_size) == (700, 5)
     limits = {"name": built.name, "max_seq_len": 700, "max_batch_size": 5}
     assert built == replace(planned, **limits)
@@ -119,7 +119,7 @@ def test_layers_of_several_kinds_are_each_counted(monkeypatch: pytest.MonkeyPatc
     sliding = LayerSpec(AttentionSpec(4, 1, 8, rope, window=16, qkv_bias=True), MlpSpec(64), norm, norm)
     mixed = DecoderConfig("LlamaForCausalLM", 100, 32, (full, sliding, sliding, full, sliding), norm, True, 64)
     monkeypatch.setattr("builder_svc.models.families.llama.decoder_config", lambda *_: mixed)
-    shape = of_checkpoint(str(llama), "float32")
+    shape = of_checkpoint(str(llama), "float32").whole
     assert shape.attention == (Attention(2, 4, 2, 8), Attention(3, 4, 1, 8, 16))
     both = 32 * 32  # the output projection
     assert shape.layer_parameters == 2 * (32 * 64 + both + 3 * 32 * 32) + 3 * (32 * 48 + both + 3 * 32 * 64)
@@ -148,7 +148,7 @@ MIXTRAL_8X7B = {
 def test_mixtral_as_everybody_knows_it(tmp_path: Path) -> None:
     """46.7 billion parameters, of which a token goes through 12.9."""
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
-    shape = of_checkpoint(str(tmp_path), None)
+    shape = of_checkpoint(str(tmp_path), None).whole
     assert shape.experts == (Experts(32, 8, 2, 3 * 4096 * 14336),)
     assert shape.num_parameters == 46_702_792_704 + 64  # and the rotary frequencies
     assert shape.active_parameters == shape.num_parameters - 32 * 6 * 3 * 4096 * 14336
@@ -167,7 +167,7 @@ def test_experts_in_some_layers_and_one_that_all_tokens_share(monkeypatch: pytes
     sparse = LayerSpec(attention, ExpertsSpec(5, 2, 16, False, MlpSpec(24)), norm, norm)
     mixed = DecoderConfig("LlamaForCausalLM", 100, 32, (sparse, dense, sparse, sparse), norm, False, 64)
     monkeypatch.setattr("builder_svc.models.families.llama.decoder_config", lambda *_: mixed)
-    shape = of_checkpoint(str(llama), "float32")
+    shape = of_checkpoint(str(llama), "float32").whole
     each = 3 * 32 * 16
     assert shape.experts == (Experts(3, 5, 2, each),)
     projections = 32 * 64 + 32 * 32
@@ -183,7 +183,7 @@ def test_tables_of_positions_are_read_by_rows_and_norms_of_heads_are_no_matrices
     layer = LayerSpec(attention, MlpSpec(32, activation="gelu", gated=False), norm, norm)
     learned = DecoderConfig("LlamaForCausalLM", 100, 32, (layer,), norm, False, 64, learned_positions=64)
     monkeypatch.setattr("builder_svc.models.families.llama.decoder_config", lambda *_: learned)
-    shape = of_checkpoint(str(llama), "float32")
+    shape = of_checkpoint(str(llama), "float32").whole
     assert shape.layer_parameters == 32 * 64 + 32 * 32 + 2 * 32 * 32
     assert shape.replicated_bytes == 4 * (3 * 2 * 32 + 6 * 8)
     assert shape.total_bytes == 4 * (shape.layer_parameters + 2 * 100 * 32 + 64 * 32) + shape.replicated_bytes
@@ -267,27 +267,74 @@ def test_windows_bound_what_attention_reads_and_computes(shape: Shape) -> None:
 def test_how_many_sequences_fit(shape: Shape) -> None:
     """Whole blocks of 16 tokens in what the weights leave of 90% of the memory."""
     room = 0.9 * 80e9 - shape.total_bytes
-    assert roofline.max_sequences(shape, H100, 1000, 1, 0.9) == int(room // (1008 * 131_072))
-    assert roofline.max_sequences(shape, replace(H100, memory=16e9), 1000, 1, 0.9) == 0
-    assert roofline.max_sequences(replace(shape, kv_dtype="fp8"), H100, 1008, 1, 0.9) == int(room // (1008 * 65_536))
+    assert roofline.max_sequences(shape, H100, 1000, 0.9) == int(room // (1008 * 131_072))
+    assert roofline.max_sequences(shape, replace(H100, memory=16e9), 1000, 0.9) == 0
+    assert roofline.max_sequences(replace(shape, kv_dtype="fp8"), H100, 1008, 0.9) == int(room // (1008 * 65_536))
 
 
 def test_a_block_is_the_executors() -> None:
     assert roofline.BLOCK_SIZE == BLOCK_SIZE
 
 
-def test_several_cards_divide_the_matrices_and_the_heads(shape: Shape) -> None:
-    each = roofline.weight_bytes_per_rank(shape, 4)
-    assert each == pytest.approx((shape.total_bytes - shape.replicated_bytes) / 4 + shape.replicated_bytes)
-    one, four = (roofline.decode_step(shape, H100, 1, 1000, tp) for tp in (1, 4))
-    assert one.seconds / 4 < four.seconds < one.seconds / 3.99
-    # 16 cards for 8 KV heads: each keeps one, so that eight of them are there twice
-    assert roofline._kv_rank(shape.attention[0], 16) == 2 * 32 * 1 * 128
-    for tp in (1, 2, 8, 16, 32):
-        roofline.check_tp(shape, tp)
-    for tp in (3, 12, 64):
-        with pytest.raises(InvalidArgument, match=f"tp {tp}: 32 heads and 8 KV heads"):
-            roofline.check_tp(shape, tp)
+def test_several_cards_divide_the_matrices_and_the_heads(llama: Path, shape: Shape) -> None:
+    four = of_checkpoint(str(llama), None, tp=4)
+    assert four.whole == shape and len(four.stages) == 1
+    (each,) = four.stages
+    whole = (shape.total_bytes - shape.replicated_bytes) / 4 + shape.replicated_bytes
+    assert each.total_bytes == whole + 4, "the first id that it has"
+    assert each.kv_bytes(1) == shape.kv_bytes(1) / 4
+    # a sum of the embedding's rows, and two in each layer; a rank sends 2 x 3/4 of each
+    assert each.sent_per_token == (1 + 2 * 32) * 2 * 3 / 4 * 4096 * 2
+    assert each.sent_per_row == 3 * 128256 / 4 * 2
+    alone, together = (roofline.decode((one,), H100, 1, 1000).seconds for one in (shape, each))
+    assert alone / 4 < together < alone / 3.99
+    (sixteen,) = of_checkpoint(str(llama), None, tp=16).stages
+    assert sixteen.kv_bytes(1) == 2 * 32 * 1 * 128 * 2, "eight of sixteen KV heads are there twice"
+
+
+def test_a_pipeline_has_its_places_one_after_another(llama: Path, shape: Shape) -> None:
+    divided = of_checkpoint(str(llama), None, pp=3)
+    stages = divided.stages
+    assert [stage.layers for stage in stages] == [11, 11, 10]
+    assert [stage.sent_per_token for stage in stages] == [4096 * 2, 4096 * 2, 0]
+    assert stages[0].head_bytes == stages[1].head_bytes == 0 and stages[2].head_bytes == shape.head_bytes
+    assert sum(stage.layer_bytes for stage in stages) == shape.layer_bytes
+    assert sum(stage.kv_bytes(1) for stage in stages) == shape.kv_bytes(1)
+    told = ranks_json(divided)
+    assert [rank["sent_bytes_per_row_of_logits"] for rank in told] == [0, 0, 4 * 128256]
+    alone = roofline.decode_step(shape, H100, 1, 500).seconds
+    assert roofline.decode(stages, H100, 1, 500).seconds == pytest.approx(alone, rel=1e-3)  # through all of them
+    times = [roofline.decode_step(stage, H100, 11, 500).seconds for stage in stages]
+    assert roofline.decode(stages, H100, 33, 500).seconds == pytest.approx(
+        3 * max(times)
+    )  # as often as the slowest can
+    assert roofline.decode(stages, H100, 2, 500).seconds == pytest.approx(
+        sum(roofline.decode_step(stage, H100, 1, 500).seconds for stage in stages)
+    )
+    told = plan(llama, "--gpu", "H100", "--pp", 3, "--input-len", 4096)["prefill"]
+    once = sum(roofline.prefill(stage, H100, 4096).seconds for stage in stages)
+    assert told["floor_seconds"] == pytest.approx(once)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)])
+def test_a_plan_of_several_ranks_says_what_a_build_writes(tp: int, pp: int, tmp_path: Path) -> None:
+    """Of the checkpoint before, and of the engine after."""
+    store = open_store(str(tmp_path / "store"))
+    manifest = build(DEMO, BuildConfig(dtype="bfloat16", tp_size=tp, pp_size=pp), store=store).manifest
+    registry.set_name(store, "demo", manifest.engine_id)
+    planned = of_checkpoint(str(DEMO), "bfloat16", tp, pp)
+    engine = of_engine(store, "demo")
+    assert ranks_json(planned) == ranks_json(engine) and planned.whole.num_parameters == engine.whole.num_parameters
+    for told, rank in zip(ranks_json(engine), manifest.ranks, strict=True):
+        headers = 0
+        for file in rank.weights:
+            headers += 8 + int.from_bytes(blobs.read(store, file)[:8], "little")
+        assert told["weight_bytes"] == sum(file.size for file in rank.weights) - headers
+    assert engine.whole.kv_bytes(1) == manifest.model.kv_bytes_per_token
+    told = plan("demo", "--store", store.url, "--gpu", "H100", "--batch", 4)
+    assert (told["tp"], told["pp"], len(told["ranks"])) == (tp, pp, tp * pp)
+    assert told["decode"][0]["floor_seconds"] == roofline.decode(engine.stages, H100, 4, 1024 + 128).seconds
+    assert told == plan("demo", "--store", store.url, "--gpu", "H100", "--batch", 4, "--tp", tp, "--pp", pp)
 
 
 def test_fp8_halves_the_layers_and_needs_a_card_that_has_it(shape: Shape) -> None:
@@ -318,7 +365,7 @@ def test_the_table_of_gpus_holds_together() -> None:
 
 
 def test_the_plan_of_an_engine(home: Path) -> None:
-    shape = of_engine(open_store(Home(home).store), "demo")
+    shape = of_engine(open_store(Home(home).store), "demo").whole
     demo = ("demo", "--data", home)
     told = plan(*demo, "--gpu", "H100", "--bandwidth-efficiency", "1", "--compute-efficiency", "1")
     assert told["model"]["weight_bytes"] == shape.total_bytes
@@ -353,7 +400,8 @@ def test_the_plan_of_a_checkpoint_as_a_person_reads_it(llama: Path) -> None:
         "Llama-3.1-8B, 8.03 billion parameters, bfloat16",
         "16.1 GB (bfloat16 16.1 GB",
         "131,072 bytes a token",
-        "2 cards, 8.03 GB of weights on each",
+        "2 cards, tp 2, pp 1; on each:",
+        "  0 to 1     32 layers, 8.03 GB of weights, 65,536 bytes of KV cache a token; sends 532,480 bytes a token and 128,256",
         "H100-SXM, 80 GB, 3350 GB/s, 989.4 TFLOP/s bfloat16",
         "bound by compute",
         "at 85% of the bandwidth and 70%",
@@ -382,7 +430,8 @@ def test_wrong_input(home: Path, tmp_path: Path) -> None:
         (("demo", "--dtype", "float16"), "DTYPE_FIXED"),
         (("demo", "--bandwidth", 100), "DEVICE_INCOMPLETE"),
         (("demo", "--input-len", 2048), "CONTEXT_TOO_LONG"),
-        (("demo", "--tp", 5), "TP_INVALID"),
+        (("demo", "--tp", 5), "MAPPING_FIXED"),
+        ((DEMO, "--tp", 3), "MAPPING_INVALID"),
         ((tmp_path / "none",), "CHECKPOINT_NOT_FOUND"),
         ((tmp_path,), "DTYPE_NEEDED"),
         (("unknown",), "MODEL_NOT_FOUND"),

@@ -10,13 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.token_table import TokenTable
 from executor_svc.core import Sampling, Scheduled, Sequence
 from executor_svc.draw import draw
+from executor_svc.guides import Guides
 from executor_svc.loader import LoadedEngine
 from executor_svc.sampler import answer, uniform
 from executor_svc.scheduler import Scheduler
 from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
+from tests.guided import guided
 from tests.running import Engine, make_engine, run_ahead
 
 pytest.importorskip("triton")
@@ -147,6 +150,30 @@ def request(number: int, sampling: Sampling, **fields: Any) -> Sequence:
 def test_the_runner_waits_for_nothing(engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = [Sampling(0.0), Sampling(0.9, 20, 0.9, 1), Sampling(1.0, seed=2**63), Sampling(1.4, 0, 0.95, 3, 0.02)]
     assert not run(engine, [request(number, sampling) for number, sampling in enumerate(mixed)], monkeypatch)
+
+
+def test_guided_rows_go_to_the_host_and_wait_for_their_tokens(
+    engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch ahead, tokens are those of the runner that is never ahead."""
+    size = engine.manifest.model.vocab_size
+    guides = Guides(TokenTable((*(bytes([97 + token % 26]) for token in range(size - 1)), b"</s>"), (size - 1,)))
+    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)
+    try:
+        free = request(0, Sampling(1.0, 30, seed=6))
+        held, same = (
+            guided(request(0, Sampling(0.9, seed=5), eos_ids=frozenset({size - 1})), guides, regex="(ab|c)*d?")
+            for _ in range(2)
+        )
+        Engine(engine).run([same])
+        runner = cuda_runner.CudaRunner(engine.program, engine.weights, engine.manifest.limits, device="cpu")
+        run_ahead(runner, Scheduler(scheduler_config(runner, engine.manifest)), [free, held])
+        assert held.token_ids == same.token_ids
+        alone = request(0, Sampling(1.0, 30, seed=6))
+        Engine(engine).run([alone])
+        assert free.token_ids == alone.token_ids
+    finally:
+        guides.close()
 
 
 def test_only_what_is_edited_or_told_goes_to_the_host(engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from engine.errors import ResourceExhausted
+from executor_svc.clients import MAX_BUFFERED, Client
 from executor_svc.frames import FrameSocket, frame, read_frames
-from executor_svc.workers import MAX_BUFFERED, Client
 
 
 async def test_outputs_come_in_order_and_end_when_all_engines_have_drained() -> None:
@@ -27,6 +27,20 @@ async def test_a_client_that_used_no_engine_ends_at_once() -> None:
     client = Client(print)
     client.drain(set())
     assert await collect(client) == []
+
+
+async def test_a_stream_that_is_held_ends_when_it_is_let_go() -> None:
+    client = Client(print)
+    client.drain({"a"}, hold=True)
+    assert not client.idle
+    client.drained("a")
+    client.put(b"last")
+    assert client.idle
+    reader = asyncio.create_task(collect(client))
+    await asyncio.sleep(0.01)
+    assert not reader.done()
+    client.drain(set())
+    assert await reader == [b"last"]
 
 
 async def test_a_client_that_does_not_read_is_ended() -> None:

@@ -38,6 +38,13 @@ def test_defaults() -> None:
     assert to_beam_search(submit(beam_search={"width": 2})) == BeamSearch(2, 1.0, EarlyStopping.HEURISTIC, 0.0)
 
 
+def test_guides_are_checked_here_too() -> None:
+    with pytest.raises(InvalidArgument, match="guided_decoding is empty"):
+        to_sequence(7, submit(guided_decoding={}), MANIFEST)
+    with pytest.raises(InvalidArgument, match="guided_decoding and beam_search exclude each other"):
+        to_sequence(7, submit(guided_decoding={"regex": "a"}, beam_search={"width": 2}), MANIFEST)
+
+
 def test_values_arrive() -> None:
     given = submit(
         sampling={"temperature": 0.0, "top_k": 3, "top_p": 0.5, "seed": 9},

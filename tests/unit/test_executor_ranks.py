@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
@@ -20,10 +21,13 @@ from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, Unavailable
 from engine.fingerprint import Fingerprint, Node
 from engine.manifest import FileRef, Limits, Manifest, ModelFacts, Parallelism, Rank
+from executor_svc import meeting
 from executor_svc.frames import FrameSocket
 from executor_svc.loader import begin_load, load_engine
 from executor_svc.meeting import find_place, meet
+from executor_svc.network import listen
 from executor_svc.plans import pack, unpack
+from executor_svc.ranks import _gather
 from protos.v1.worker_pb2 import FromWorker
 from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine
@@ -47,6 +51,17 @@ def place(rank: int, port: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
+def both(*manifests: Manifest) -> list[BaseException | None]:
+    """What two ranks say that meet."""
+    with listen("127.0.0.1") as server, ThreadPoolExecutor(2) as pool:
+        port = server.getsockname()[1]
+        met = [
+            pool.submit(meet, manifest, "cpu", 20, place(rank, port), None if rank else server)
+            for rank, manifest in enumerate(manifests)
+        ]
+        return [made.exception(timeout=60) for made in met]
+
+
 def test_a_plan_arrives_as_it_was_told() -> None:
     plan = {
         "tokens": np.arange(5, dtype=np.int32), "table": np.arange(6, dtype=np.int32).reshape(2, 3),
@@ -65,28 +80,60 @@ def test_a_plan_arrives_as_it_was_told() -> None:
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     began = time.monotonic()
-    with pytest.raises(Unavailable, match=r"of 2 ranks, these have not come to 127.0.0.1:\d+ within 1 s: 1;") as caught:
-        meet(MANIFEST, "cpu", 1, place(0, free_port()))
+    missing = r"of 2 ranks, these have not come to 127.0.0.1:\d+ within 1 s: 1;"
+    with listen("127.0.0.1") as server, pytest.raises(Unavailable, match=missing) as caught:
+        meet(MANIFEST, "cpu", 1, place(0, server.getsockname()[1]), server)
     assert caught.value.reason == "RANK_MISSING" and time.monotonic() - began < 10
 
 
 def test_a_rank_that_does_not_find_the_first_says_where_it_has_looked() -> None:
-    port, began = free_port(), time.monotonic()
-    with pytest.raises(Unavailable, match=f"rank 1 of 2 has not found rank 0 within 1 s.* at 127.0.0.1:{port}"):
-        meet(MANIFEST, "cpu", 1, place(1, port))
+    began = time.monotonic()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # so that nobody else listens there
+        port = silent.getsockname()[1]
+        with pytest.raises(Unavailable, match=f"rank 1 of 2 has not found rank 0 within 1 s.* at 127.0.0.1:{port}"):
+            meet(MANIFEST, "cpu", 1, place(1, port))
     assert time.monotonic() - began < 10
 
 
 def test_ranks_of_different_engines_do_not_run_together() -> None:
-    port, other = free_port(), msgspec.structs.replace(MANIFEST, engine_id="b" * 64)
-    with ThreadPoolExecutor(2) as pool:
-        met = [
-            pool.submit(meet, manifest, "cpu", 20, place(rank, port)) for rank, manifest in enumerate((MANIFEST, other))
-        ]
-        first, second = (made.exception(timeout=30) for made in met)
+    first, second = both(MANIFEST, msgspec.structs.replace(MANIFEST, engine_id="b" * 64))
     assert isinstance(first, FailedPrecondition) and first.reason == "RANKS_DIFFER"
     assert "rank 0 runs engine aaaa" in first.message and "rank 1 runs engine bbbb" in first.message
     assert isinstance(second, FailedPrecondition | Unavailable), "the first may have gone before it has looked"
+
+
+def test_ranks_of_different_releases_do_not_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    releases = iter(["0.1.0", "0.2.0"])
+    monkeypatch.setattr(meeting, "version", lambda _: next(releases))
+    first, _ = both(MANIFEST, MANIFEST)
+    assert isinstance(first, FailedPrecondition) and "enginehouse 0.1.0 with torch" in first.message
+    assert "enginehouse 0.2.0 with torch" in first.message and first.message.endswith("and one release")
+
+
+def test_ranks_that_cannot_be_divided_among_machines() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(FailedPrecondition, match="has 2 ranks, which cannot be divided among 3 machines"):
+        find_place(FrameSocket(theirs), MANIFEST, "cpu", None, machines=3)
+
+
+def test_a_stranger_is_no_rank() -> None:
+    """Whoever connects to rank 0 and does not know what the ranks have told each other is sent away."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    theirs = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+    with ThreadPoolExecutor(1) as pool:
+        gathering = pool.submit(_gather, store, "127.0.0.1", 2)
+        port, secret = theirs.get("plans").decode().split()
+        for said in (b"", b"1", b"guess 1", f"{secret} 7".encode(), b"\xff\xff"):
+            with socket.create_connection(("127.0.0.1", int(port))) as stranger:
+                FrameSocket(stranger).send(said)
+                assert not stranger.recv(1)
+        with socket.create_connection(("127.0.0.1", int(port))) as rank:
+            FrameSocket(rank).send(f"{secret} 1".encode())
+            (follower,) = gathering.result(timeout=60)
+            follower.send(b"a plan")
+            assert FrameSocket(rank).receive(60) == [b"a plan"]
+        follower._socket.close()
 
 
 def test_an_engine_for_more_gpus_than_there_are_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +156,10 @@ def test_the_first_rank_asks_for_the_others() -> None:
     with ours, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(find_place, FrameSocket(theirs), MANIFEST, "cpu", None)
         (message,) = FrameSocket(ours).receive(10)
-        assert FromWorker.FromString(message).ranks == 2
+        told = FromWorker.FromString(message)
+        assert told.ranks == 2
+        with pytest.raises(OSError, match="in use"):  # nobody can take the port before the others have come
+            socket.create_server(("127.0.0.1", told.port))
         ours.shutdown(socket.SHUT_RDWR)
         assert isinstance(asked.exception(timeout=10), ConnectionError), "it waits for no front that is gone"
         theirs.close()
@@ -164,3 +214,22 @@ def test_the_runner_for_cuda_gives_the_plain_runners_tokens(tp: int, pp: int, tm
             rank.kill()
             rank.wait()
     assert json.loads(told) == [one.token_ids for one in expected]
+
+
+@pytest.mark.drill
+def test_ranks_that_torchrun_starts(tmp_path: Path) -> None:
+    """They meet at torchrun's own store."""
+    checkpoint = save_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+    limits = {"max_seq_len": 48, "max_batch_size": 4, "max_num_tokens": 24}
+    expected = sequences()
+    Engine(make_engine(checkpoint, tmp_path / "store", **limits)).run(expected)
+    engine_id = build(checkpoint, BuildConfig(tp_size=2, **limits), store=DirectoryStore(tmp_path / "store")).engine_id
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, "-m", "tests.unit.rank_harness", str(tmp_path / "store"), engine_id],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [one.token_ids for one in expected]

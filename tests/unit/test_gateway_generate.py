@@ -5,7 +5,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from gateway_harness import MAX_SEQ_LEN, byte_level, cluster, collect, eventually, failure
+from gateway_harness import MAX_SEQ_LEN, byte_level, cluster, collect, eventually, failure, publish
 from mock_executor import EOS
 
 from engine.errors import FailedPrecondition
@@ -14,6 +14,7 @@ from protos.v1.common_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     FinishInfo,
+    GuidedDecoding,
     SamplingParams,
     StoppingCriteria,
     TokenIds,
@@ -79,6 +80,20 @@ async def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
         assert given.handle != submit.handle
         for call in (first, second):
             call.cancel()
+
+
+async def test_a_guide_reaches_the_executor_in_each_completion(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as c:
+        engine_id = publish(c.store, "guided", table=b"only its being there counts here")
+        c.executor.ready.append(engine_id)
+        await eventually(lambda: c.router.ready(engine_id) == 1)
+        guide = GuidedDecoding(regex="a+")
+        call = c.generate(model="guided", text="hello", guided_decoding=guide, n=2)
+        first = await c.executor.submitted()
+        c.executor.begin(first.handle)
+        second = await c.executor.submitted()
+        assert first.guided_decoding == second.guided_decoding == guide
+        call.cancel()
 
 
 async def test_a_character_is_never_split(tmp_path: Path) -> None:

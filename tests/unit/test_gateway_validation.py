@@ -12,7 +12,15 @@ from engine.errors import DeadlineExceeded, ResourceExhausted
 from gateway.server import Gateway
 from protos.rpc import to_failure
 from protos.v1 import gateway_pb2 as wire
-from protos.v1.common_pb2 import BeamSearch, OutputOptions, SamplingParams, StoppingCriteria, TokenIds
+from protos.v1.common_pb2 import (
+    BeamSearch,
+    GuidedChoices,
+    GuidedDecoding,
+    OutputOptions,
+    SamplingParams,
+    StoppingCriteria,
+    TokenIds,
+)
 from protos.v1.executor_pb2 import Failed, StepOutput
 
 INVALID, NOT_FOUND, FAILED_PRECONDITION, UNAVAILABLE = 3, 5, 9, 14
@@ -44,6 +52,10 @@ def output(**fields: Any) -> dict[str, Any]:
 
 def beam(**fields: Any) -> dict[str, Any]:
     return {"beam_search": BeamSearch(**fields)}
+
+
+def guided(**fields: Any) -> dict[str, Any]:
+    return {"guided_decoding": GuidedDecoding(**fields)}
 
 
 def ids(count: int, value: int = 5) -> dict[str, Any]:
@@ -98,6 +110,25 @@ def chat(*messages: tuple[str, str]) -> dict[str, Any]:
         (sampling(bad_token_ids=[TokenIds(ids=[1, VOCAB_SIZE])]), "TOKEN_ID_INVALID", "bad_token_ids holds"),
         (stopping(max_tokens=3, min_tokens=4), "MIN_TOKENS_INVALID", "4"),
         (ids(MAX_SEQ_LEN - 2) | stopping(min_tokens=3), "MIN_TOKENS_INVALID", "min_tokens is 3"),
+        (guided(), "GUIDED_DECODING_INVALID", "guided_decoding is empty: set json_schema, regex"),
+        (guided(json_object=False), "GUIDED_DECODING_INVALID", "json_object is false"),
+        (guided(regex=""), "GUIDED_DECODING_INVALID", "regex holds an empty text"),
+        (guided(regex="x" * 65_537), "GUIDED_DECODING_INVALID", "regex has 65537 bytes: give at most 65536"),
+        (guided(grammar="é" * 40_000), "GUIDED_DECODING_INVALID", "grammar has 80000 bytes"),
+        (guided(choices=GuidedChoices()), "GUIDED_DECODING_INVALID", "choices has 0 choices: give 1 to 1024"),
+        (guided(choices=GuidedChoices(choices=["x"] * 1025)), "GUIDED_DECODING_INVALID", "1025 choices"),
+        (guided(choices=GuidedChoices(choices=["x", ""])), "GUIDED_DECODING_INVALID", "an empty text"),
+        (guided(json_schema="{"), "GUIDED_DECODING_INVALID", "json_schema is no JSON"),
+        (
+            guided(json_schema="[1]"),
+            "GUIDED_DECODING_INVALID",
+            'json_schema is [1]: give an object, such as {"type": "object"}',
+        ),
+        (guided(json_schema="false"), "GUIDED_DECODING_INVALID", "json_schema is false"),
+        (guided(json_schema='{"const": NaN}'), "GUIDED_DECODING_INVALID", "NaN is no JSON value"),
+        (guided(json_schema='{"items":' * 65 + "{}" + "}" * 65), "GUIDED_DECODING_INVALID", "more than 64 deep"),
+        (guided(json_schema="[" * 60_000), "GUIDED_DECODING_INVALID", "more than 64 deep"),
+        (guided(regex="a") | beam(width=2), "BEAM_SEARCH_GUIDED", "guided_decoding and beam_search exclude each other"),
         ({"model": ""}, "MODEL_MISSING", "demo"),
         ({"model": "../x"}, "MODEL_NAME_INVALID", "../x"),
     ],
@@ -106,6 +137,13 @@ async def test_what_cannot_be_right(shared: Cluster, fields: dict[str, Any], rea
     error = await failure(shared.generate(**fields))
     assert (error.code, error.reason) == (INVALID, reason)
     assert says in error.message
+    assert shared.executor.submits.empty()
+
+
+async def test_an_engine_that_does_not_tell_the_bytes_of_its_tokens_is_not_guided(shared: Cluster) -> None:
+    error = await failure(shared.generate(**guided(json_object=True)))
+    assert (error.code, error.reason) == (FAILED_PRECONDITION, "TOKEN_TABLE_MISSING")
+    assert "build it again with this release" in error.message
     assert shared.executor.submits.empty()
 
 

@@ -316,11 +316,11 @@ def test_the_cpu_runs_it_and_the_command_line_tells_it(plain: Path, tmp_path: Pa
             0 if dtype == "float32" else 0.02 * wanted.abs().max()
         )
     engine_id = stored.manifest.engine_id
-    shape = of_engine(DirectoryStore(tmp_path / "store"), engine_id)
+    shape = of_engine(DirectoryStore(tmp_path / "store"), engine_id).whole
     assert shape.total_bytes == pytest.approx(stored.manifest.weight_bytes(), abs=HEADER)
     assert (shape.num_parameters, shape.layer_dtype) == (stored.manifest.model.num_parameters, "bfloat16")
     change_config(checkpoint, dtype="float16")  # that of the scales, which a config alone does not tell
-    assert of_checkpoint(str(checkpoint), "bfloat16").weight_bytes == shape.weight_bytes
+    assert of_checkpoint(str(checkpoint), "bfloat16").whole.weight_bytes == shape.weight_bytes
     with pytest.raises(InvalidArgument, match="is quantized as it is"):
         shape.quantized("fp8")
     told = CliRunner().invoke(main, ["engines", "inspect", engine_id[:12], "--store", str(tmp_path / "store")])

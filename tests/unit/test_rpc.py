@@ -306,8 +306,34 @@ async def test_a_call_that_does_not_end_is_cut_after_the_grace(capsys: pytest.Ca
         stream = builder_pb2_grpc.BuilderStub(channel).WatchBuild(builder_pb2.WatchBuildRequest())
         await stream.read()
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises((grpc.RpcError, asyncio.CancelledError)):
-            await drained(stream)
+        error = await failed(drained(stream))
+        assert (type(error), error.reason) == (Unavailable, "SERVICE_STOPPED")
+        await asyncio.wait_for(serving, 60)
+    assert service.stopped == ["on"]
+
+
+async def test_a_second_signal_ends_the_wait_of_before_stop_and_the_third_the_grace(capsys: pytest.CaptureFixture[str]):
+    waits, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        waits.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            cancelled.set()
+
+    service = Service(grace=600, before_stop=wait)
+    service.builder.hold = True
+    serving = service.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await listening(capsys)}") as channel:
+        stream = builder_pb2_grpc.BuilderStub(channel).WatchBuild(builder_pb2.WatchBuildRequest())
+        for event in (waits, cancelled):
+            await stream.read()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(event.wait(), 60)
+        await asyncio.sleep(0.05)  # until it has begun to wait for the call
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (await failed(drained(stream))).reason == "SERVICE_STOPPED"
         await asyncio.wait_for(serving, 60)
     assert service.stopped == ["on"]
 

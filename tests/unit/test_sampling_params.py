@@ -10,7 +10,7 @@ from google.protobuf.json_format import MessageToDict
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.tensorrt_names import PluginConfig
-from enginehouse import KvCacheConfig, Mapping, QuantConfig, SamplingParams
+from enginehouse import GuidedDecodingParams, KvCacheConfig, Mapping, QuantConfig, SamplingParams
 from enginehouse.llm.generator import as_params, as_prompts
 
 
@@ -111,6 +111,49 @@ def test_names_can_be_set_later_and_only_names_that_there_are() -> None:
         SamplingParams(max_tokns=4)  # type: ignore[call-arg]
 
 
+class Person:
+    """As a pydantic model has it."""
+
+    @staticmethod
+    def model_json_schema() -> dict[str, Any]:
+        return {"type": "object", "title": "Person"}
+
+
+GUIDES = [
+    ({"json": '{"type": "null"}'}, {"json_schema": '{"type": "null"}'}),
+    ({"json": {"const": "ä"}}, {"json_schema": '{"const": "\\u00e4"}'}),
+    ({"json": Person}, {"json_schema": '{"type": "object", "title": "Person"}'}),
+    ({"regex": "a+"}, {"regex": "a+"}),
+    ({"choices": ["a", "b"]}, {"choices": {"choices": ["a", "b"]}}),
+    ({"grammar": "start: A"}, {"grammar": "start: A"}),
+    ({"json_object": True, "structural_tag": None}, {"json_object": True}),
+]
+
+
+@pytest.mark.parametrize(("guide", "wanted"), GUIDES, ids=str)
+def test_guides(guide: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert request(guided_decoding=GuidedDecodingParams(**guide))["guided_decoding"] == wanted
+
+
+WRONG_GUIDES = [
+    ({}, "guided_decoding has none: give exactly one of json"),
+    ({"regex": "a", "json_object": True}, "guided_decoding has regex, json_object: give exactly one"),
+    ({"regex": ""}, "guided_decoding.regex holds an empty text"),
+    ({"regex": b"\xff"}, "guided_decoding.regex cannot be sent"),
+    ({"regex": "\ud800"}, "not valid Unicode"),
+    ({"choices": "ab"}, "guided_decoding.choices is 'ab': give a list"),
+    ({"choices": [1]}, "guided_decoding.choices cannot be sent"),
+    ({"json": {"const": {1, 2}}}, "guided_decoding.json cannot be sent"),
+    ({"json": "{"}, "json_schema is no JSON"),
+]
+
+
+@pytest.mark.parametrize(("guide", "words"), WRONG_GUIDES, ids=str)
+def test_wrong_guides(guide: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        request(guided_decoding=GuidedDecodingParams(**guide))
+
+
 WRONG = [
     ({"temperature": -1}, "temperature is -1"),
     ({"temperature": "hot"}, "temperature is 'hot'"),
@@ -139,6 +182,11 @@ WRONG = [
     ({"beam_width": 2, "early_stopping": [1]}, r"early_stopping is \[1\]"),
     ({"beam_width": 2, "return_log_probs": True}, "logprobs is asked for beside beam_search"),
     ({"logprobs": 21}, "logprobs is 21"),
+    ({"guided_decoding": "a+"}, "guided_decoding is 'a\\+': give GuidedDecodingParams"),
+    (
+        {"guided_decoding": GuidedDecodingParams(regex="a"), "beam_width": 2},
+        "guided_decoding and beam_search exclude each other",
+    ),
 ]
 
 
@@ -156,6 +204,7 @@ def test_a_wrong_value_is_a_value_error_that_names_it(options: dict[str, Any], w
         (BuildConfig, {"max_draft_len": 4}, "max_draft_len is 4"),
         (BuildConfig, {"gather_context_logits": True}, "gather_context_logits is True"),
         (KvCacheConfig, {"host_cache_size": 1}, "host_cache_size is 1"),
+        (GuidedDecodingParams, {"structural_tag": "{}"}, "structural_tag is '{}'"),
     ],
 )
 def test_what_tensorrt_llm_has_and_we_have_not_says_so(cls: type, options: dict[str, Any], words: str) -> None:

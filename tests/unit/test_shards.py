@@ -1,5 +1,7 @@
 """Engines of several ranks: all ranks' programs together give one rank's logits."""
 
+import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from quantized_writers import Writer, awq, floats, gptq, save_quantized
+from qwen_reference import save_qwen
 from torch import Tensor
 
 from builder_svc.build_config import BuildConfig
 from builder_svc.mapping import Mapping
+from builder_svc.models import families
 from builder_svc.pipeline import build
 from builder_svc.shard import Cut
 from engine import blobs
@@ -33,10 +37,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-odd-vocabulary": ("llama", {"vocab_size": 323}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 14}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 36, "head_dim": 14},
+    ),
+    "mistral": ("mistral", {"sliding_window": 9}),
+    "phi": ("phi", {}),
     "phi3": ("phi3", {"pad_token_id": None}),
+    "gemma": ("gemma", {"head_dim": 14}),
     "gemma2": ("gemma2", {"head_dim": 14, "sliding_window": 9, "final_logit_softcapping": 2.5}),
     "granite": ("granite", {"residual_multiplier": 0.22, "logits_scaling": 1.7}),
+    "smollm3": ("smollm3", {"pad_token_id": None, "no_rope_layers": [1, 0, 1]}),
     "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 9}),
     "olmo2-one-key": ("olmo2", {"num_key_value_heads": 1}),
     "falcon-one-key": ("falcon", {}),
     "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
@@ -71,6 +84,19 @@ def test_ranks_give_the_logits_of_one(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     checkpoint, store = save_checkpoint(tmp_path / "checkpoint", family, **changes), DirectoryStore(tmp_path / "store")
     check(make(checkpoint, store, 2, 2), wanted(checkpoint, store))
+
+
+def test_ranks_of_the_first_qwen(tmp_path: Path) -> None:
+    """Whose config transformers does not know."""
+    checkpoint = save_qwen(tmp_path / "checkpoint", num_attention_heads=4, seq_length=24)
+    store = DirectoryStore(tmp_path / "store")
+    (one,) = run_ranks(store, make(checkpoint, store).manifest, TOKENS, STEPS)
+    check(make(checkpoint, store, 2, 2), one)
+
+
+def test_every_family_has_been_divided() -> None:
+    tried = {re.sub(r"qwen\d_moe", "qwen_moe", family) for family, _ in CASES.values()} | {"qwen"}
+    assert tried == {page.name for page in pkgutil.iter_modules(families.__path__)}
 
 
 def test_each_way_to_divide_is_an_engine_of_its_own(checkpoint: Path, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ class Recorder:
     It fails at the batch `broken`; behind the third the front is gone.
     """
 
-    def __init__(self, ours: socket.socket, overlaps: bool, broken: int) -> None:
-        self.capabilities = Capabilities(num_blocks=16, block_size=4, overlaps=overlaps)
+    def __init__(self, ours: socket.socket, overlaps: bool, broken: int, places: int) -> None:
+        self.capabilities = Capabilities(num_blocks=16, block_size=4, overlaps=overlaps, max_in_flight=places)
         self.events: list[str] = []
         self._ours, self._front, self._broken = ours, FrameSocket(ours), broken
         self._started: deque[Batch] = deque()
@@ -58,14 +58,15 @@ class Recorder:
                 self.events.append(f"tokens {output.step}")
 
 
-def run(overlaps: bool, broken: int = 0) -> list[str]:
-    """Three tokens for one request, then the front is gone."""
+def run(overlaps: bool, broken: int = 0, places: int = 1) -> list[str]:
+    """Three batches for a request, or one for each place of a pipeline, then the front is gone."""
     ours, theirs = socket.socketpair()
-    submit = Submit(handle=1, token_ids=[5, 6])
-    submit.stopping.max_tokens = 3
-    ours.sendall(frame(ToWorker(client=1, submit=submit).SerializeToString()))
+    for handle in range(1, places + 1):
+        submit = Submit(handle=handle, token_ids=[5, 6])
+        submit.stopping.max_tokens = 3
+        ours.sendall(frame(ToWorker(client=1, submit=submit).SerializeToString()))
     with ours:
-        runner = Recorder(ours, overlaps, broken)
+        runner = Recorder(ours, overlaps, broken, places)
         worker = Worker(FrameSocket(theirs), MANIFEST, runner)
         with pytest.raises(RuntimeError if broken else ConnectionError):
             worker.run()
@@ -88,6 +89,12 @@ def test_tokens_are_sent_before_a_runner_computes_in_start() -> None:
         *("start 1", "finish 1", "tokens 1", "start 2", "finish 2", "tokens 2", "start 3", "finish 3"),
         "tokens 3",
     ]
+
+
+def test_a_pipeline_has_as_many_batches_under_way_as_places() -> None:
+    """Both prompts fit into the first one; from then on each has a batch of its own, and one is begun before the other ends."""
+    events = [event for event in run(overlaps=False, places=2) if not event.startswith("tokens")]
+    assert events == ["start 1", "finish 1", "start 2", "start 3", "finish 2", "start 4", "finish 3"]
 
 
 def test_what_a_batch_fails_with_ends_the_loop() -> None:

@@ -1,7 +1,7 @@
 """Makes a Python process, and those it starts, see only what one extra of pyproject.toml installs.
 
-Put this directory on PYTHONPATH and the extra's name into ENGINEHOUSE_ONLY. Modules of all other distributions, and the packages
-of the other services, are as if they were not there.
+Put this directory on PYTHONPATH and the extra's name into ENGINEHOUSE_ONLY, behind commas others that it has beside.
+Modules of all other distributions, and the packages of the other services, are as if they were not there.
 """
 
 import importlib.abc
@@ -35,10 +35,10 @@ def distributions(extra: str) -> set[str]:
     return found
 
 
-def hide(extra: str) -> None:
+def hide(extra: str, *more: str) -> None:
     from packaging.utils import canonicalize_name
 
-    mine = distributions(extra)
+    mine = distributions(extra).union(*(distributions(one) for one in more))
     modules = importlib.metadata.packages_distributions()
     hidden = {module for module, owners in modules.items() if not mine & {canonicalize_name(owner) for owner in owners}}
     others = {package for name, package in SERVICES.items() if name != extra} | {"enginehouse"}
@@ -60,4 +60,4 @@ def hide(extra: str) -> None:
 
 
 if os.environ.get("ENGINEHOUSE_ONLY"):
-    hide(os.environ["ENGINEHOUSE_ONLY"])
+    hide(*os.environ["ENGINEHOUSE_ONLY"].split(","))

@@ -1,0 +1,246 @@
+"""Guides by themselves: what is refused and in which words, what is bounded, what is remembered, which tokens are allowed."""
+
+import random
+import select
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, ResourceExhausted
+from engine.token_table import TokenTable
+from executor_svc.core import Batch, Reason, Sampled, Sampling, Scheduled, SchedulerConfig, Sequence
+from executor_svc.guides import Guides
+from executor_svc.processors import _look_up, _masks
+from executor_svc.sampler import sample
+from executor_svc.scheduler import Scheduler
+from protos.v1.common_pb2 import GuidedDecoding
+from tests.guided import guided
+
+EOS = 256
+TABLE = TokenTable((*(bytes([byte]) for byte in range(256)), b"</s>", b"<tool>", b"ab", b"", b"abc"), (256, 257))
+SLOW = '{"type": "integer", "multipleOf": 9999991}'  # takes minutes
+
+
+@pytest.fixture(scope="module")
+def guides() -> Iterator[Guides]:
+    made = Guides(TABLE, seconds=20)
+    yield made
+    made.close()
+
+
+def request(prompt: str = "x", **fields: Any) -> Sequence:
+    return Sequence(0, 0, list(prompt.encode()), len(prompt), 50, eos_ids=frozenset({EOS}), **fields)
+
+
+def allowed(sequence: Sequence) -> list[int]:
+    bits = np.unpackbits(sequence.guide.allowed(), count=len(TABLE.tokens), bitorder="little")
+    return np.nonzero(bits)[0].tolist()
+
+
+def follow(sequence: Sequence, text: bytes) -> bool:
+    """Whether the completion ends with the last of these tokens."""
+    return [sequence.guide.accept(byte) for byte in text][-1]
+
+
+def test_every_token_that_a_text_may_go_on_with_is_allowed(guides: Guides) -> None:
+    """However a tokenizer would write it; the end where the text may end; at its end nothing is waited for."""
+    sequence = guided(request(), guides, regex="abcd?")
+    assert allowed(sequence) == [ord("a"), 258, 260]
+    assert not sequence.guide.accept(258)
+    assert allowed(sequence) == [ord("c")]
+    assert not follow(sequence, b"c")
+    assert allowed(sequence) == [ord("d"), EOS]
+    assert follow(sequence, b"d")
+
+
+def test_special_tokens_are_no_text(guides: Guides) -> None:
+    assert allowed(guided(request(), guides, ["</s>", "<tool>"])) == [ord("<")]
+    named = guided(request(), guides, grammar='start: <tool> "x"')
+    assert allowed(named) == [257]
+    assert not named.guide.accept(257)
+    assert allowed(named) == [ord("x")]
+
+
+def test_ends_are_those_of_the_request(guides: Guides) -> None:
+    ends = guided(request(stop_ids=frozenset({ord("b"), 257})), guides, regex="a*b?")
+    assert allowed(ends) == [ord("a"), ord("b"), EOS, 257, 258]
+    none = guided(Sequence(0, 0, [1], 1, 5), guides, regex="a*")
+    assert allowed(none) == [ord("a")]
+
+
+def test_masks_that_were_begun_with_a_batch_are_the_same(guides: Guides) -> None:
+    texts = [b'{"a": ', b"{", b'{"b": [1,', b'{"c": "\xc3']
+    run, again = ([guided(request(), guides, json_object=True) for _ in texts] for _ in range(2))
+    for sequence, other, text in zip(run, again, texts, strict=True):
+        assert not follow(sequence, text) and not follow(other, text)
+    items = [Scheduled(sequence, 0, 1, True) for sequence in run]
+    guides.prepare(Batch(1, (*items, Scheduled(request(), 0, 1, True), Scheduled(again[0], 0, 1, False))))
+    assert again[0].guide.mask is None
+    assert all(sequence.guide.mask is not None for sequence in run)
+    assert [allowed(sequence) for sequence in run] == [allowed(sequence) for sequence in again]
+
+
+def test_masks_are_the_bits() -> None:
+    bits = np.random.default_rng(0).integers(0, 256, (3, 8), dtype=np.uint8)
+    for count in (64, 61, 57):
+        wanted = [
+            [0.0 if row[token >> 3] >> (token & 7) & 1 else -np.inf for token in range(count)] for row in bits.tolist()
+        ]
+        assert _masks(bits, count, torch.device("cpu")).tolist() == wanted
+    assert torch.equal(_look_up(torch.from_numpy(bits)).view(3, 64), _masks(bits, 64, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(), Sampling(1.0, 3, 0.9, min_p=0.1), Sampling(repetition_penalty=3)]
+)
+def test_only_allowed_tokens_are_chosen_beside_free_rows(guides: Guides, sampling: Sampling) -> None:
+    free, held = request(sampling=sampling), guided(request(sampling=sampling), guides, regex="[pqr]")
+    logits = torch.randn(40, len(TABLE.tokens), generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, ord("q")] = -50.0
+    kept = logits.clone()
+    tokens = sample(logits, [free, held] * 20, list(range(1, 41))).token_ids
+    assert torch.equal(logits, kept)
+    assert set(tokens[1::2]) <= {ord("p"), ord("q"), ord("r")}
+    assert tokens[::2] == sample(logits, [free, free] * 20, list(range(1, 41))).token_ids[::2]
+
+
+@pytest.mark.parametrize(
+    ("guide", "says"),
+    [
+        ({"regex": "("}, "guided_decoding.regex cannot be used: invalid regex .* unclosed group"),
+        ({"regex": "(?=a)b"}, "look-around, including look-ahead and look-behind, is not supported"),
+        ({"regex": r"(a)\1"}, "backreferences are not supported"),
+        ({"grammar": "start: foo"}, r"guided_decoding.grammar cannot be used: at 1\(8\): unknown name: \"foo\""),
+        ({"grammar": 'foo: "a"'}, "no start rule"),
+        ({"grammar": "root ::= foo"}, "Rule 'foo' not found"),
+        ({"grammar": 'root ::= "a'}, "Unexpected end of input"),
+        ({"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "too deeply nested"),
+        ({"regex": "(" * 20_000 + "a" + ")" * 20_000}, "cannot be used"),
+        ({"json_schema": '{"type": "foo"}'}, "guided_decoding.json_schema cannot be used: .*Invalid type: foo"),
+        ({"json_schema": '{"not": {}}'}, "Unimplemented keys"),
+        ({"json_schema": '{"oneOf": [{"type": "object"}, {"type": "object"}]}'}, "oneOf constraints are not supported"),
+        ({"json_schema": '{"enum": []}'}, "Unsatisfiable schema"),
+        ({"json_schema": '{"$ref": "#"}'}, "matches no text"),
+        ({"json_schema": '{"$ref": "http://127.0.0.1:1/x"}'}, "not present in a registry"),
+        ({"json_schema": '{"$ref": "file:///etc/passwd"}'}, "not present in a registry"),
+        ({"json_schema": '{"not": {}, "x-guidance": {"lenient": true}}'}, "Unimplemented keys"),
+    ],
+    ids=lambda value: str(value)[:50],
+)  # fmt: skip
+def test_what_is_no_grammar(guides: Guides, guide: dict[str, str], says: str) -> None:
+    with pytest.raises(InvalidArgument, match=says) as caught:
+        guided(request(), guides, **guide)
+    assert caught.value.reason == "GUIDED_DECODING_INVALID"
+    assert len(caught.value.message) < 600 and "no_forcing" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        {"regex": "(a+)+b"},
+        {"regex": "(a|a|ab)*c"},
+        {"regex": "[ab]*a[ab]{200}"},
+        {"regex": "(a{1,1000}){1,1000}"},
+        {"json_schema": '{"type": "array", "items":' * 60 + "{}" + "}" * 60},
+        {"json_schema": '{"type": "array", "minItems": 1000000, "items": {"type": "string", "minLength": 1000000}}'},
+        {"json_schema": '{"$defs": {"a": {"type": "object", "properties": {"l": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"}'},
+        {"grammar": 'start: start start | "a" |'},
+        {"grammar": "start: r0\n" + "\n".join(f'r{i}: r{i + 1} "a" | r{i + 1}' for i in range(300)) + '\nr300: "b"'},
+    ],
+    ids=lambda value: str(value)[:50],
+)  # fmt: skip
+def test_what_looks_dangerous_and_is_bounded(guides: Guides, guide: dict[str, str]) -> None:
+    """Compiled, or refused as too complex: at once, or when it is; then it is refused from then on."""
+    try:
+        sequence = guided(request(), guides, **guide)
+    except ResourceExhausted as error:
+        assert error.reason == "GUIDED_DECODING_TOO_COMPLEX"
+        return
+    numbers = random.Random(0)
+    for _ in range(100):
+        if sequence.guide.accept(numbers.choice([token for token in allowed(sequence) if token != EOS] or [EOS])):
+            break
+    if sequence.guide.error:
+        assert sequence.guide.error.reason == "GUIDED_DECODING_TOO_COMPLEX"
+        with pytest.raises(ResourceExhausted, match="too complex"):
+            guides.begin(request(), GuidedDecoding(**guide))  # type: ignore[arg-type]
+
+
+def test_a_grammar_that_takes_too_long_is_refused_and_stops_no_other() -> None:
+    guides = Guides(TABLE, seconds=1.0)
+    try:
+        slow, quick = request(), request()
+        assert not guides.begin(slow, GuidedDecoding(json_schema=SLOW))
+        assert not guides.begin(quick, GuidedDecoding(regex="abc"))
+        found: list[tuple[Sequence, EnginehouseError | None]] = []
+        while len(found) < 2:
+            assert select.select([guides], [], [], 60)[0]
+            found += guides.take()
+        assert {sequence: error and error.reason for sequence, error in found} == {
+            slow: "GUIDED_DECODING_TOO_COMPLEX",
+            quick: None,
+        }
+        with pytest.raises(ResourceExhausted, match="takes more than 1 s to compile, or too much memory"):  # remembered
+            guides.begin(request(), GuidedDecoding(json_schema=SLOW))
+        assert guides.begin(request(), GuidedDecoding(regex="abc"))
+        assert guided(request(), guides, regex="abcd").guide  # the process that was ended is followed by another
+    finally:
+        guides.close()
+
+
+def test_grammars_are_kept_up_to_a_number_and_those_who_wait_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executor_svc.guides._MOST_GRAMMARS", 2)
+    monkeypatch.setattr("executor_svc.guides._MOST_PENDING", 1)
+    guides = Guides(TABLE)
+    try:
+        for text in ("a", "b", "c"):
+            guided(request(), guides, [text])
+        assert guides.begin(request(), _choice("c")) and guides.begin(request(), _choice("b"))
+        waiting = request()
+        assert not guides.begin(waiting, _choice("a"))
+        assert guides.num_pending == 1
+        with pytest.raises(ResourceExhausted, match="1 requests wait for their grammar") as caught:
+            guides.begin(request(), _choice("d"))
+        assert caught.value.retry_after
+        assert guides.forget(waiting) and not guides.forget(waiting)
+        assert guided(request(), guides, ["e"]).guide  # behind it, of which nothing is told
+    finally:
+        guides.close()
+
+
+def _choice(text: str) -> GuidedDecoding:
+    message = GuidedDecoding()
+    message.choices.choices.append(text)
+    return message
+
+
+def test_an_engine_without_a_table_refuses() -> None:
+    guides = Guides(None)
+    with pytest.raises(FailedPrecondition, match="build it again with this release") as caught:
+        guides.begin(request(), GuidedDecoding(json_object=True))
+    assert caught.value.reason == "TOKEN_TABLE_MISSING"
+    guides.close()
+
+
+def test_a_vocabulary_that_cannot_go_on_ends_the_request_with_an_error() -> None:
+    """No token of it is told; whoever runs beside it goes on."""
+    guides = Guides(TokenTable((b"a", b"b", b"</s>"), (2,)))
+    try:
+        stuck = guided(Sequence(0, 0, [1], 1, 9, Sampling(0.0), frozenset({2})), guides, ["ac"])
+        scheduler = Scheduler(SchedulerConfig(8, 4, 4, 16, 16))
+        scheduler.add(stuck)
+        scheduler.add(Sequence(0, 1, [1], 1, 3))
+        reasons = []
+        while batch := scheduler.schedule():
+            sequences = [item.sequence for item in batch.items]
+            tokens = sample(torch.zeros(len(sequences), 3), sequences, [1] * len(sequences)).token_ids
+            for emitted in scheduler.commit(batch, Sampled(tokens)):
+                reasons += [emitted.finish.reason] if emitted.finish else []
+        assert reasons == [Reason.ERROR, Reason.LENGTH]
+        assert isinstance(stuck.guide.error, InvalidArgument)
+        assert "where no token of this model can follow" in stuck.guide.error.message
+    finally:
+        guides.close()
