@@ -55,7 +55,7 @@ class Quantizable:
             hf_model_dir: a directory in Hugging Face layout, a GGUF file, or a repository of the hub (ORG/NAME).
             output_dir: made if it is not there.
             dtype: of what is not quantized; "auto" is the checkpoint's own.
-            mapping: of the engines that will be built; the checkpoint is the same for any.
+            mapping: taken, without effect: the checkpoint is whole, and a build divides it (its tp_size and pp_size).
             quant_config: what to do.
             device, calib_dataset, calib_batches, calib_batch_size, calib_max_seq_length, random_seed: as in CalibConfig.
             tokenizer_max_seq_length: taken, without effect: text is never cut off.
