@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from builder_svc.quant_config import CalibConfig, QuantConfig, checked
 from builder_svc.tensorrt_names import PluginConfig, also_takes
 from engine.errors import InvalidArgument
 
 Progress = Callable[[str, int, int, str], None]
 """Called with (phase, done, total, unit) as a build goes on.
 
-The phases are "download" (of a checkpoint that is not here yet), "checkpoint", "program", "weights", "upload" and "publish";
+The phases are "download" (of a checkpoint that is not here yet), "checkpoint", "quantize" (in layers, if it is asked for),
+"program", "weights", "upload" and "publish";
 the unit is "bytes" or "".
 """
 
@@ -64,7 +66,10 @@ class BuildConfig:
         tp_size: ranks that each layer is divided among (tensor parallelism).
         pp_size: groups of ranks that the layers are divided among (pipeline parallelism). Where a model has a mapping of its own,
             both say the same, or are left at 1.
-        kv_cache_dtype: "auto" is that of activations, "fp8" float8_e4m3fn, by the checkpoint's scales where it has any.
+        kv_cache_dtype: "auto" is that of activations, or what the model was quantized for; "fp8" float8_e4m3fn, by the
+            checkpoint's scales where it has any.
+        quant_config: how to quantize the model before; by default not at all.
+        calib_config: the text for that; by default the one that is bundled.
 
     Raises:
         InvalidArgument: (a ValueError) names the value and what is allowed.
@@ -85,8 +90,14 @@ class BuildConfig:
     kv_cache_dtype: str = "auto"
     tp_size: int = 1
     pp_size: int = 1
+    quant_config: QuantConfig | None = None
+    calib_config: CalibConfig | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.quant_config, dict):  # of to_dict
+            self.quant_config = QuantConfig(**self.quant_config)
+        if isinstance(self.calib_config, dict):
+            self.calib_config = CalibConfig(**self.calib_config)
         self.check()
 
     @property
@@ -122,6 +133,9 @@ class BuildConfig:
             raise InvalidArgument(f"device {self.device!r}: choose one of {', '.join(DEVICES)}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise InvalidArgument(f"kv_cache_dtype {self.kv_cache_dtype!r}: choose one of {', '.join(KV_CACHE_DTYPES)}")
+        checked(self.quant_config)
+        if not isinstance(self.calib_config, CalibConfig | None):
+            raise InvalidArgument(f"calib_config is {self.calib_config!r}: give a CalibConfig")
         if self.compute_capability is not None:
             if self.device != "cuda":
                 raise InvalidArgument(
