@@ -1,4 +1,4 @@
-# make demo | test | check | drills | bench | protos | docs
+# make demo | test | check | drills | fuzz | bench | protos | docs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL ?= -n 2 --dist loadfile
 PROTOS := $(wildcard protos/v1/*.proto)
 
-.PHONY: demo test check drills bench protos docs clean
+.PHONY: demo test check drills fuzz bench protos docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/enginehouse up demo=examples/demo-model -- $(BIN)/enginehouse generate "In the beginning" --model demo --max-tokens 96 --stats
@@ -17,11 +17,15 @@ test: $(VENV)/.ready
 drills: $(VENV)/.ready
 	$(BIN)/python -m pytest -m drill $(PARALLEL)
 
+# Another seed sends other messages.
+fuzz: $(VENV)/.ready
+	FUZZ_MESSAGES=1000000 FUZZ_SEED=$(or $(FUZZ_SEED),1) $(BIN)/python -m pytest tests/unit/test_fuzz.py
+
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy examples/high_level/llm_examples.py examples/low_level/llama.py examples/low_level/llama_multi_gpu.py
+	$(BIN)/mypy examples/high_level/llm_examples.py examples/low_level/llama.py examples/low_level/llama_multi_gpu.py examples/low_level/llama_quantize.py
 	$(BIN)/lint-imports
 	@tmp=$$(mktemp -d) && $(MAKE) --no-print-directory protos docs OUT=$$tmp && \
 	  for file in $$(cd $$tmp && find protos docs -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make $${file%%/*}"; exit 1; }; done && rm -r $$tmp
@@ -34,6 +38,7 @@ bench: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python bench/cpu.py $(CHECKPOINT) $(GGUF:%=--gguf %)
 	PYTHONPATH=. $(BIN)/python bench/overhead.py
 	PYTHONPATH=. $(BIN)/python bench/gateway.py
+	PYTHONPATH=. $(BIN)/python bench/gateway.py --tls
 	$(BIN)/python -m bench.llm
 	PYTHONPATH=. $(BIN)/python bench/checkpoint.py
 

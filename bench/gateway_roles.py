@@ -1,6 +1,8 @@
-"""The parts that bench/gateway.py has played around a gateway, a process each: an executor, clients, a probe.
+"""The parts that bench/gateway.py has played around a gateway, a process each: an executor, clients, a probe, idle connections.
 
-python -m bench.gateway_roles executor|clients|probe VALUES...
+Clients speak TLS with the gateway if $ENGINEHOUSE_TLS_CA is set.
+
+python -m bench.gateway_roles executor|clients|probe|idle VALUES...
 """
 
 import asyncio
@@ -13,7 +15,9 @@ from typing import Any
 
 import grpc
 
+from enginehouse.credentials import Given, find
 from gateway.tokenizer import Tokenizer, TokenizerConfig
+from protos.dial import NONE, Credentials
 from protos.rpc import CHANNEL_OPTIONS
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import FINISH_REASON_LENGTH, FinishInfo, StoppingCriteria
@@ -107,19 +111,20 @@ async def executor_role(engine_id: str, steps_per_second: float) -> None:
     await steps.run()
 
 
-def connect(address: str) -> grpc.aio.Channel:
+def connect(address: str, credentials: Credentials) -> grpc.aio.Channel:
     """A connection that no other channel shares."""
-    return grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    return credentials.channel(address, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
 
 
 async def clients_role(address: str, count: int, begin: float, end: float) -> None:
     """Streams that ask again when they have ended; prints what came between two times of the monotonic clock."""
     tokens = messages = 0
     gaps: list[float] = []
+    credentials = find(Given())
 
     async def client() -> None:
         nonlocal tokens, messages
-        async with connect(address) as channel:
+        async with connect(address, credentials) as channel:
             stub: Any = GatewayStub(channel)
             while time.monotonic() < end:
                 last = None
@@ -157,7 +162,7 @@ async def probe_role(gateway: str, executor: str, engine_id: str, begin: float, 
             call.cancel()
         raise SystemExit("a request ended without a token")
 
-    async with connect(gateway) as one, connect(executor) as other:
+    async with connect(gateway, find(Given())) as one, connect(executor, NONE) as other:
         stub: Any = GatewayStub(one)
         own: Any = ExecutorStub(other)
         request = GenerateRequest(model="demo", text=PROMPT, stopping=stopping)
@@ -174,9 +179,25 @@ async def probe_role(gateway: str, executor: str, engine_id: str, begin: float, 
     print(json.dumps({"through": through, "direct": direct}))
 
 
+async def idle_role(address: str, count: int) -> None:
+    """Connections that stand and do nothing, until it is terminated; prints how many there are."""
+    credentials = find(Given())
+    channels = [connect(address, credentials) for _ in range(count)]
+    places = asyncio.Semaphore(32)
+
+    async def stand(channel: grpc.aio.Channel) -> None:
+        async with places:
+            await asyncio.wait_for(channel.channel_ready(), 60)
+
+    await asyncio.gather(*map(stand, channels))
+    print(len(channels), flush=True)
+    await asyncio.Event().wait()
+
+
 ROLES: dict[str, Callable[..., Any]] = {
     "executor": lambda engine_id, rate: executor_role(engine_id, float(rate)),
     "clients": lambda address, count, begin, end: clients_role(address, int(count), float(begin), float(end)),
+    "idle": lambda address, count: idle_role(address, int(count)),
     "probe": lambda gateway, executor, engine_id, begin, end: probe_role(
         gateway, executor, engine_id, float(begin), float(end)
     ),

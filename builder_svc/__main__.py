@@ -17,6 +17,7 @@ from engine import signing
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.errors import InvalidArgument
 from protos import rpc
+from protos.access import Access
 from protos.calls import Calls
 from protos.metrics import Metrics
 from protos.options import add_options
@@ -79,7 +80,9 @@ async def run(arguments: argparse.Namespace) -> None:
         if private and result.manifest:
             signing.sign(patient, result.engine_id, private, result.manifest)
 
+    access = Access.of("builder", arguments)
     metrics = Metrics()
+    access.watch(metrics)
     telemetry = Telemetry(metrics)
     process = BuildProcess(work_dir=arguments.work_dir, on_phase=telemetry.phase)
     work_directory.clear(arguments.work_dir)
@@ -104,6 +107,7 @@ async def run(arguments: argparse.Namespace) -> None:
             before_stop=jobs.close,
             on_stop=stop,
             calls=Calls(metrics),
+            access=access,
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from builder_svc.quant_config import CalibConfig, QuantConfig, checked
 from builder_svc.tensorrt_names import PluginConfig, also_takes
 from engine.errors import InvalidArgument
 from engine.tensorrt import FLAVOURS, check_target
@@ -13,8 +14,8 @@ from engine.tensorrt import FLAVOURS, check_target
 Progress = Callable[[str, int, int, str], None]
 """Called with (phase, done, total, unit) as a build goes on.
 
-The phases are "download" (of a checkpoint that is not here yet), "checkpoint", "program", "weights", "plan" (of TensorRT, a step
-at a time), "upload" and "publish"; the unit is "bytes" or "".
+The phases are "download" (of a checkpoint that is not here yet), "checkpoint", "quantize" (in layers, if it is asked for),
+"program", "weights", "plan" (of TensorRT, a step at a time), "upload" and "publish"; the unit is "bytes", "steps" or "".
 """
 
 RECIPE_VERSION = 3  # raised when the same inputs give another engine than before
@@ -68,7 +69,10 @@ class BuildConfig:
             both say the same, or are left at 1.
         backend: what runs the engine: "torch"; or "tensorrt" or "tensorrt_rtx", for which it is a plan (docs/tensorrt.md).
         weight_streaming: whether a plan may keep its weights in main memory while it runs.
-        kv_cache_dtype: "auto" is that of activations, "fp8" float8_e4m3fn, by the checkpoint's scales where it has any.
+        kv_cache_dtype: "auto" is that of activations, or what the model was quantized for; "fp8" float8_e4m3fn, by the
+            checkpoint's scales where it has any.
+        quant_config: how to quantize the model before; by default not at all.
+        calib_config: the text for that; by default the one that is bundled.
 
     Raises:
         InvalidArgument: (a ValueError) names the value and what is allowed.
@@ -89,10 +93,16 @@ class BuildConfig:
     kv_cache_dtype: str = "auto"
     tp_size: int = 1
     pp_size: int = 1
+    quant_config: QuantConfig | None = None
+    calib_config: CalibConfig | None = None
     backend: str = "torch"
     weight_streaming: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.quant_config, dict):  # of to_dict
+            self.quant_config = QuantConfig(**self.quant_config)
+        if isinstance(self.calib_config, dict):
+            self.calib_config = CalibConfig(**self.calib_config)
         self.check()
 
     @property
@@ -131,6 +141,9 @@ class BuildConfig:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise InvalidArgument(f"kv_cache_dtype {self.kv_cache_dtype!r}: choose one of {', '.join(KV_CACHE_DTYPES)}")
         self._check_backend()
+        checked(self.quant_config)
+        if not isinstance(self.calib_config, CalibConfig | None):
+            raise InvalidArgument(f"calib_config is {self.calib_config!r}: give a CalibConfig")
         if self.compute_capability is not None:
             if self.device != "cuda" and self.backend == "torch":
                 raise InvalidArgument(

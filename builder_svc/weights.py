@@ -18,8 +18,11 @@ from engine.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.manifest import FileRef
 from engine.program import ITEM_SIZE, Program, TensorType
 
-# What older checkpoints store although their config implies it: rotary frequencies and causal masks.
-_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+# What a build need not take: rotary frequencies and causal masks of older checkpoints, whose config implies them, and scales of
+# activations, which not all targets quantize.
+_DERIVED = (
+    "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".input_scale",
+)  # fmt: skip
 _HEADS = ("lm_head.weight", "embed_out.weight")
 MAX_FILE_BYTES = 4 * 1024**3
 ALIGNMENT = 16  # bytes that a GPU reads at once

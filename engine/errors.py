@@ -114,3 +114,10 @@ class DataLoss(EnginehouseError):
 
     code = 15
     default_reason = "DATA_LOSS"
+
+
+class Unauthenticated(EnginehouseError):
+    """Nobody knows who the caller is."""
+
+    code = 16
+    default_reason = "UNAUTHENTICATED"

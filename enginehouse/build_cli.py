@@ -8,6 +8,7 @@ import click
 from engine.tensorrt import capability_of
 from enginehouse.completion import complete_directory
 from enginehouse.options import MOST, check_address, with_data, with_json
+from enginehouse.quant_options import Quantization, with_quantization
 
 
 @click.command()
@@ -87,6 +88,7 @@ from enginehouse.options import MOST, check_address, with_data, with_json
     type=click.Path(path_type=Path),
     help="Sign the engine with this private key (enginehouse keys generate FILE); one that is there unsigned is built again.",
 )
+@with_quantization
 @with_data
 @with_json
 def build(
@@ -100,6 +102,7 @@ def build(
     revision: str | None,
     upload: bool,
     target: str | None,
+    quantization: Quantization,
     **choices: Any,
 ) -> None:
     """Build an engine from a checkpoint.
@@ -108,6 +111,9 @@ def build(
     ORG/NAME/FILE.gguf where it has several). What is on this machine is sent to a builder on another one; after an
     interruption the same command goes on where it was. What is not here and begins with . or / is a path on the
     builder's machine. $HF_TOKEN opens private and gated repositories.
+
+    With --quant weights are quantized before, some of the options by a text that is run through the model, on a GPU if there
+    is one; of a builder, --calib-data is a path under its checkpoint root. `enginehouse quantize` says what that loses.
 
     The same checkpoint and options give the same engine: a second build finds it in the store.
     """
@@ -129,7 +135,7 @@ def build(
         builder = None
     command.run(
         checkpoint,
-        command.Choices(**choices),
+        command.Choices(**choices, quantization=quantization),
         name=name,
         home=Home.find(data),
         store=store,

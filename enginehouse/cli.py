@@ -14,9 +14,11 @@ from enginehouse.builds_cli import builds
 from enginehouse.command_line import Commands, add_examples
 from enginehouse.completion import complete_model
 from enginehouse.generation_options import GUIDES, SectionedCommand, check_guides, choosing, guided, several
+from enginehouse.keys_cli import certs, keys
 from enginehouse.options import with_data, with_gateway, with_json
 from enginehouse.plan_cli import plan
-from enginehouse.registry_cli import engines, keys, models
+from enginehouse.quantize_cli import quantize
+from enginehouse.registry_cli import engines, models
 from enginehouse.serve_cli import load, unload, up
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -42,7 +44,14 @@ _model = click.option(
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
 )
-def main() -> None:
+@click.option("--api-key-file", metavar="FILE", help="The API key to call with.  [$ENGINEHOUSE_API_KEY, _API_KEY_FILE]")
+@click.option(
+    "--tls-ca", metavar="FILE", help="Speak TLS, and trust this authority; or: system.  [$ENGINEHOUSE_TLS_CA]"
+)
+@click.option("--tls-cert", metavar="FILE", help="The certificate to show (mutual TLS).  [$ENGINEHOUSE_TLS_CERT]")
+@click.option("--tls-key", metavar="FILE", help="Its private key.  [$ENGINEHOUSE_TLS_KEY]")
+@click.pass_context
+def main(ctx: click.Context, /, **given: str | None) -> None:
     """Build LLM engines once, keep them in a store, load them in seconds, stream tokens from them.
 
     With --json, which all commands have but chat and completion, stdout is one JSON document (of `builds logs` one a line):
@@ -50,6 +59,10 @@ def main() -> None:
     line on stderr: {"error": {"code", "reason", "message", "metadata", "retry_after"}}. The status is 1 after an error, 2 if
     something was typed wrong, 130 after Ctrl-C.
     """
+    if any(given.values()):
+        from enginehouse.credentials import Given, typed
+
+        ctx.with_resource(typed(Given(**given)))
 
 
 @click.command()
@@ -131,6 +144,6 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     command.run(Choices(**choices), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
 
 
-for _command in (up, load, unload, build, builds, plan, bench, models, engines, keys, completion):
+for _command in (up, load, unload, build, quantize, builds, plan, bench, models, engines, keys, certs, completion):
     main.add_command(_command)
 add_examples(main)

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Self, TypeVar
 import grpc
 
 from engine.errors import EnginehouseError, InvalidArgument, Unavailable
+from enginehouse.credentials import Given, find
 from enginehouse.upload import Progress, upload
 from protos import tracing
+from protos.dial import why_not
 from protos.rpc import CHANNEL_OPTIONS, from_rpc_error
 from protos.v1 import builder_pb2, executor_pb2, gateway_pb2
 from protos.v1.builder_pb2_grpc import BuilderStub
@@ -30,15 +32,35 @@ class _Client:
     service: ClassVar[str]
     remedy: ClassVar[str] = ""
 
-    def __init__(self, address: str) -> None:
-        """`address` is host:port; nothing is connected before the first call."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        tls_ca: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+    ) -> None:
+        """`address` is host:port; nothing is connected before the first call.
+
+        Args:
+            api_key: who is calling.  [$ENGINEHOUSE_API_KEY]
+            tls_ca: PEM file of the authority whose servers are trusted, "system" for public ones; speaks TLS.
+                [$ENGINEHOUSE_TLS_CA; no TLS]
+            tls_cert: PEM file of the certificate that the server is shown (mutual TLS).  [$ENGINEHOUSE_TLS_CERT]
+            tls_key: its private key.  [$ENGINEHOUSE_TLS_KEY]
+
+        Raises:
+            InvalidArgument, FailedPrecondition: a file is not there, or not what it should be.
+        """
         self.address = address
+        self._credentials = find(Given(api_key, None, tls_ca, tls_cert, tls_key))
 
     async def __aenter__(self) -> Self:
         options: list[tuple[str, int]] = list(CHANNEL_OPTIONS)
         if is_loopback(self.address):
             options.append(("grpc.enable_http_proxy", 0))  # $http_proxy leads nowhere near this machine's own services
-        self._channel = grpc.aio.insecure_channel(self.address, options=options)
+        self._channel = self._credentials.channel(self.address, options)
         self._connect(self._channel)
         return self
 
@@ -80,6 +102,8 @@ class _Client:
             return from_rpc_error(error)
         if lost:
             return Unavailable(f"lost the {self.service} at {self.address}", reason="CONNECTION_LOST")
+        if known := why_not(error.details() or "", self.address, self._credentials):
+            return Unavailable(f"the {self.service} at {known}", reason="TLS_FAILED")
         return Unavailable(f"no {self.service} answers at {self.address}{self.remedy}", reason="NOT_REACHABLE")
 
 

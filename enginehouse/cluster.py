@@ -12,6 +12,7 @@ import msgspec
 
 from engine.backends import open_store
 from engine.errors import Unavailable
+from enginehouse.cluster_security import ClusterSecurity, without_credentials
 from enginehouse.home import ClusterState, Home
 from enginehouse.process import ServiceProcess, service_environment
 from enginehouse.warden import Warden
@@ -19,6 +20,8 @@ from enginehouse.warden import Warden
 _LOOPBACK = "127.0.0.1"
 _DRAIN = ("--drain-seconds", "5")  # somebody waits at the terminal
 _START_TIMEOUT = 60.0  # seconds until every service must listen; loading of engines comes later and takes its time
+
+_OPEN = ClusterSecurity()
 
 _Result = TypeVar("_Result")
 
@@ -36,6 +39,7 @@ class LocalCluster:
         builder: the same.
         executors: one host:port each.
         metrics: URLs by service, if they were asked for.
+        security: certificates and keys.
 
     Example:
         >>> import asyncio
@@ -56,6 +60,7 @@ class LocalCluster:
         host: str = _LOOPBACK,
         port: int = 0,
         metrics: bool = False,
+        security: ClusterSecurity = _OPEN,
     ) -> None:
         """`port` is the gateway's; 0 takes a free one, as all other services do. With `metrics` each has a port for them."""
         self.home = home
@@ -63,6 +68,7 @@ class LocalCluster:
         self.gateway = self.builder = ""
         self.executors: list[str] = []
         self.count = executors
+        self.security = security
         self._host = host
         self._port = port
         self.metrics: dict[str, str] = {}
@@ -150,7 +156,7 @@ class LocalCluster:
         gateway = self._service(
             "gateway", "gateway", [*known, *_DRAIN, "--host", self._host, "--port", str(self._port)]
         )
-        environment = service_environment()
+        environment = without_credentials(service_environment())
         self._stages = [[gateway], executors, [builder]]
         services = (builder, *executors, gateway)
         for service in services:
@@ -171,7 +177,10 @@ class LocalCluster:
 
     def _service(self, name: str, module: str, arguments: list[str]) -> ServiceProcess:
         return ServiceProcess(
-            name, module, ["--store", self.store, *self._options, *arguments], self.home.logs / f"{name}.log"
+            name,
+            module,
+            ["--store", self.store, *self._options, *self.security.options(module.removesuffix("_svc")), *arguments],
+            self.home.logs / f"{name}.log",
         )
 
     async def _listening(self, services: Sequence[ServiceProcess]) -> None:

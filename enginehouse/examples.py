@@ -13,6 +13,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "enginehouse up demo=examples/demo-model",
         "enginehouse up demo other --executors 2        # names that are in the store",
         'enginehouse up demo -- enginehouse generate "In the beginning" --model demo',
+        "enginehouse up demo --certs ./certs            # mutual TLS; made by `enginehouse certs ./certs`",
         "enginehouse up demo --json                     # a line of JSON with all addresses when ready",
     ),
     "unload": ("enginehouse unload 3a5856b94c2d", "enginehouse unload 3a58 --executor 10.0.0.5:8411 --drain 1h"),
@@ -25,6 +26,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "enginehouse build Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16",
         "enginehouse build examples/demo-model --builder 127.0.0.1:8401 --upload",
         "enginehouse build bench/models/llama-3.1-8b --dummy-weights     # measure a model without its weights",
+        "enginehouse build examples/demo-model --name demo-awq --quant W4A16_AWQ --calib-samples 16",
+    ),
+    "quantize": (
+        "enginehouse quantize examples/demo-model --output demo.int8 --quant W8A16",
+        "enginehouse quantize examples/demo-model --output demo.awq --quant W4A16_AWQ --group-size 64 --report",
+        "enginehouse quantize Qwen/Qwen2.5-0.5B --output qwen.fp8 --quant FP8 --kv-cache-quant FP8 --calib-data texts/",
     ),
     "builds": (
         "enginehouse builds ls",
@@ -82,6 +89,17 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "engines sign": ("enginehouse engines sign demo --key signing.pem",),
     "engines gc": ("enginehouse engines gc --dry-run", "enginehouse engines gc --grace 7d"),
     "keys generate": ("enginehouse keys generate signing.pem",),
+    "keys add": (
+        "enginehouse keys add api-keys.json acme --out acme.key",
+        "enginehouse keys add api-keys.json acme --model 'llama-*' --max-streams 8 --tokens-per-minute 60000",
+        "enginehouse keys add api-keys.json guest --expires 7d",
+    ),
+    "keys ls": ("enginehouse keys ls api-keys.json",),
+    "keys revoke": ("enginehouse keys revoke api-keys.json 4f0c9b21",),
+    "certs": (
+        "enginehouse certs ./certs",
+        "enginehouse certs ./certs --host gateway.example.com --host 10.0.0.7",
+    ),
     "keys show": ("enginehouse keys show signing.pem > trusted.pem",),
     "completion": (
         "# bash: once for this shell, or for all by the second line",

@@ -13,6 +13,7 @@ from typing import Self
 
 from engine.errors import NotFound
 from enginehouse.cluster import LocalCluster
+from enginehouse.credentials import typed_environment
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COMMAND_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
@@ -83,6 +84,7 @@ async def run_command(command: Sequence[str], cluster: LocalCluster, signals: Si
         "ENGINEHOUSE_GATEWAY": cluster.gateway,
         "ENGINEHOUSE_BUILDER": cluster.builder,
         "ENGINEHOUSE_HOME": str(cluster.home.root),
+        **typed_environment(),
     }
     warden = cluster.warden
     program = warden.watched([find_program(command[0]), *command[1:]])

@@ -1,4 +1,4 @@
-"""What can be typed about a store: engines, the names of models, and the keys that engines are signed with."""
+"""What can be typed about a store: engines and the names of models."""
 
 from pathlib import Path
 
@@ -16,7 +16,6 @@ _keys = click.option(
     type=click.Path(path_type=Path),
     help="Also ask that one of these public keys has signed it: a PEM file or a directory of *.pem; may be repeated.",
 )
-_file = click.argument("file", type=click.Path(path_type=Path))
 
 
 @click.group()
@@ -212,43 +211,3 @@ def models_rm(name: str, store: str, as_json: bool) -> None:
     from enginehouse.commands import models as command
 
     command.rm(name, store, as_json=as_json)
-
-
-@click.group()
-def keys() -> None:
-    """Make and show the keys that engines are signed with.
-
-    They are Ed25519, in PEM files.
-
-    \b
-    Whoever builds:      enginehouse keys generate my.key
-                         enginehouse keys show my.key > trusted.pem
-                         enginehouse build CHECKPOINT --sign-with my.key
-    Whoever runs them:   python -m executor_svc --trusted-keys trusted.pem ...
-    """
-
-
-@keys.command("generate")
-@_file
-@with_json
-def keys_generate(file: Path, as_json: bool) -> None:
-    """Make a private key in FILE. Keep it secret.
-
-    Only you can read the file, and it is never overwritten.
-    """
-    from enginehouse.commands import keys as command
-
-    command.generate(file, as_json=as_json)
-
-
-@keys.command("show")
-@_file
-@with_json
-def keys_show(file: Path, as_json: bool) -> None:
-    """Print the key id and the public key of FILE.
-
-    FILE holds a private or public key; what is printed is what executors take as --trusted-keys.
-    """
-    from enginehouse.commands import keys as command
-
-    command.show(file, as_json=as_json)

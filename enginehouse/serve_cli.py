@@ -1,5 +1,7 @@
 """What can be typed to serve models."""
 
+from pathlib import Path
+
 import click
 
 from enginehouse.completion import complete_engine, complete_model_or_directory
@@ -35,6 +37,12 @@ class _UpCommand(click.Command):
 )
 @click.option("--store", metavar="URL", help="Where engines are kept.  [default: store/ in the data folder]")
 @click.option("--metrics", is_flag=True, help="Give each service a port for Prometheus, and say where.")
+@click.option(
+    "--certs", metavar="DIR", type=click.Path(path_type=Path), help="Mutual TLS; made by `enginehouse certs`."
+)
+@click.option(
+    "--api-keys", metavar="FILE", type=click.Path(path_type=Path), help="Take only calls with one of these keys."
+)
 @with_data
 @with_json
 def up(
@@ -44,6 +52,8 @@ def up(
     port: int,
     store: str | None,
     metrics: bool,
+    certs: Path | None,
+    api_keys: Path | None,
     data: str | None,
     as_json: bool,
     command: tuple[str, ...] = (),
@@ -56,6 +66,7 @@ def up(
     ($ENGINEHOUSE_GATEWAY, $ENGINEHOUSE_BUILDER), and the status is the command's. With --json a line on stdout tells
     all addresses and models as soon as it serves; stdout is a COMMAND's own, which therefore excludes --json.
     """
+    from enginehouse.cluster_security import ClusterSecurity
     from enginehouse.commands import up as body
     from enginehouse.home import Home
 
@@ -71,6 +82,7 @@ def up(
         port=port,
         as_json=as_json,
         metrics=metrics,
+        security=ClusterSecurity(certs, api_keys),
     )
     click.get_current_context().exit(status)
 

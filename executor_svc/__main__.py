@@ -4,12 +4,16 @@ import argparse
 import os
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from engine.errors import InvalidArgument
 from executor_svc.group_options import Place, add_group_options, find_place
 from executor_svc.launch import Spares
 from protos import tracing
 from protos.options import add_drain, add_options
+
+if TYPE_CHECKING:
+    from protos.access import Access
 
 
 def worker_arguments(arguments: argparse.Namespace) -> list[str]:
@@ -31,15 +35,18 @@ async def run(arguments: argparse.Namespace, spares: Spares, place: Place) -> No
     from executor_svc.machines import Machines
     from executor_svc.server import ExecutorServicer
     from protos import rpc
+    from protos.access import Access
     from protos.calls import Calls
     from protos.metrics import Metrics
 
     Trust.of_files(arguments.trusted_keys)  # a bad key file is told now, not when the first engine is loaded
     tracing.configure("executor", arguments.traces)
+    access = Access.of("executor", arguments)
     if place.leader:
-        await lend(arguments, spares, place.leader, place.index)
+        await lend(arguments, spares, place.leader, place.index, access)
         return
     metrics = Metrics()
+    access.watch(metrics)
     machines = Machines()  # this one alone, whose ranks listen for nobody else
     if place.machines > 1:
         machines = Machines(place.machines, arguments.host, arguments.device, arguments.join_timeout)
@@ -62,10 +69,13 @@ async def run(arguments: argparse.Namespace, spares: Spares, place: Place) -> No
             before_stop=lambda: servicer.drain(arguments.drain_seconds),
             on_stop=servicer.close,
             calls=calls,
+            access=access,
         )
 
 
-async def lend(arguments: argparse.Namespace, spares: Spares, leader: tuple[str, int], index: int | None) -> None:
+async def lend(
+    arguments: argparse.Namespace, spares: Spares, leader: tuple[str, int], index: int | None, access: "Access"
+) -> None:
     """Joins the machine that leads, and answers for its own health alone."""
     from executor_svc.member import Member
     from protos import rpc
@@ -73,6 +83,7 @@ async def lend(arguments: argparse.Namespace, spares: Spares, leader: tuple[str,
     from protos.metrics import Metrics
 
     metrics = Metrics()
+    access.watch(metrics)
     member = Member(leader, spares, arguments.device, index)
     with metrics.served("executor", arguments.host, arguments.metrics_port):
         try:
@@ -81,7 +92,13 @@ async def lend(arguments: argparse.Namespace, spares: Spares, leader: tuple[str,
             await member.close()
             raise
         await rpc.serve(
-            "executor", lambda _: None, arguments.host, arguments.port, on_stop=member.close, calls=Calls(metrics)
+            "executor",
+            lambda _: None,
+            arguments.host,
+            arguments.port,
+            on_stop=member.close,
+            calls=Calls(metrics),
+            access=access,
         )
 
 

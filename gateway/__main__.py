@@ -1,17 +1,23 @@
 """python -m gateway: the gateway as a process."""
 
 import argparse
+import functools
 import sys
 
 import uvloop
 
 from engine.backends import open_store
+from gateway.admission import DEFAULT_LIMITS, Limits
+from gateway.failover import PATIENCE, Failover
+from gateway.link import Link
 from gateway.router import Router
 from gateway.server import Gateway
 from protos import tracing
+from protos.access import Access
 from protos.calls import Calls
+from protos.dial import Credentials
 from protos.metrics import Metrics
-from protos.options import add_drain, add_options
+from protos.options import add_client_options, add_drain, add_options
 from protos.rpc import main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
@@ -23,6 +29,22 @@ def _address(text: str) -> str:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8500")
     return text
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit: give 1 to {2**31 - 1}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 3600")
+    return seconds
 
 
 def _arguments() -> argparse.Namespace:
@@ -40,6 +62,22 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
     parser.add_argument("--port", default=8400, type=int, help="port to listen on, 0 for a free one [%(default)s]")
+    for option, default, meaning in (
+        ("--max-streams", DEFAULT_LIMITS.max_streams, "Generate calls under way, of all tenants; more of them wait"),
+        ("--max-waiting", DEFAULT_LIMITS.max_waiting, "Generate calls that may wait; more are refused"),
+        ("--max-prompt-bytes", DEFAULT_LIMITS.max_prompt_bytes, "of a prompt's text"),
+        ("--max-message-bytes", 16 * 1024 * 1024, "of a request"),
+        ("--max-streams-per-connection", 1000, "calls at a time on one connection; a client holds more of them back"),
+    ):
+        parser.add_argument(option, type=_count, default=default, metavar="N", help=f"{meaning} [%(default)s]")
+    add_client_options(parser, "executor")
+    parser.add_argument(
+        "--failover-patience",
+        default=PATIENCE,
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a request that has lost its executor waits for another one that has its engine [%(default)s]",
+    )
     add_drain(parser)
     tracing.add_options(parser)
     add_options(parser)
@@ -47,10 +85,21 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _run(arguments: argparse.Namespace) -> None:
-    router = Router(arguments.executor)
+    access = Access.of("gateway", arguments)
+    credentials = Credentials.of(
+        arguments.executor_tls_cert,
+        arguments.executor_tls_key,
+        arguments.executor_tls_ca,
+        arguments.executor_api_key_file,
+        "--executor-tls",
+    )
+    router = Router(arguments.executor, link=functools.partial(Link, credentials=credentials))
     tracing.configure("gateway", arguments.traces)
     metrics = Metrics()
-    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics)
+    access.watch(metrics)
+    limits = Limits(arguments.max_streams, arguments.max_waiting, arguments.max_prompt_bytes)
+    failover = Failover(router, arguments.failover_patience)
+    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, limits, failover)
     router.start()
     with metrics.served("gateway", arguments.host, arguments.metrics_port):
         await serve(
@@ -61,6 +110,11 @@ async def _run(arguments: argparse.Namespace) -> None:
             on_stop=router.stop,
             grace=arguments.drain_seconds,
             calls=Calls(metrics),
+            access=access,
+            limits=(
+                ("grpc.max_receive_message_length", arguments.max_message_bytes),
+                ("grpc.max_concurrent_streams", arguments.max_streams_per_connection),
+            ),
         )
 
 

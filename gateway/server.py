@@ -10,6 +10,8 @@ import grpc
 
 from engine.errors import DeadlineExceeded
 from engine.store import Store
+from gateway.admission import DEFAULT_LIMITS, Admission, Limits
+from gateway.failover import Failover
 from gateway.generation import begin
 from gateway.models import Model, Models
 from gateway.prompt import prompt_ids, skip_special
@@ -18,6 +20,7 @@ from gateway.submission import check, check_prompt, check_token_ids, submission
 from gateway.telemetry import Telemetry, carry_trace, found, observed, timed
 from gateway.tokenizer import Tokenizer
 from gateway.turns import Turns
+from protos.access import caller
 from protos.logs import request_id
 from protos.metrics import Metrics
 from protos.v1 import gateway_pb2 as wire
@@ -25,6 +28,7 @@ from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2_grpc import GatewayServicer
 
 _LONG_TEXT = 4000  # characters, 2 ms of tokenizing; longer ones leave the event loop
+_MANY_TOKENS = 1000  # of which the same holds
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -32,25 +36,42 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Gateway(GatewayServicer):
     """Thin: each step of a request has its own module. `transcript.py` makes text, `link.py` speaks with the executor."""
 
-    def __init__(self, store: Store, router: Router, metrics: Metrics | None = None) -> None:
-        self.telemetry = Telemetry(metrics or Metrics(), router)
+    def __init__(
+        self,
+        store: Store,
+        router: Router,
+        metrics: Metrics | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        failover: Failover | None = None,
+    ) -> None:
+        metrics = metrics or Metrics()
+        self._failover = failover or Failover(router)
+        self.telemetry = Telemetry(metrics, router, self._failover)
+        self._admission = Admission(limits, metrics)
+        self._max_prompt_bytes = limits.max_prompt_bytes
         self._models = Models(store, router.ready)
         self._router = router
         self._turns = Turns()
 
     @observed
     async def Generate(self, request: wire.GenerateRequest, context: Context) -> AsyncIterator[wire.GenerateResponse]:
-        check(request)
+        check(request, self._max_prompt_bytes)
+        caller().check_model(request.model)
+        grant = await self._admission.enter(caller(), request.priority, context.time_remaining())
+        context.add_done_callback(grant.ended)  # type: ignore[arg-type]  # a class in grpc's stubs; however the call ends
         model = await self._models.get(request.model)
         found(model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         prompt = await _prompt(request, tokenizer)
+        grant.charge_prompt(len(prompt))
         make = functools.partial(submission, request, model, prompt, tokenizer)
-        submit = (
-            await asyncio.to_thread(make) if request.bad_words else make()
-        )  # they are tokenized, which takes its time
-        executor = await self._router.find(model.name, model.engine_id)
-        generation = begin(request, submit, prompt, tokenizer, executor, lambda submit: _carry_context(submit, context))
+        # bad words are tokenized, which takes its time
+        submit = await asyncio.to_thread(make) if request.bad_words else make()
+        await self._router.look(model.engine_id)
+        limit = functools.partial(_carry_context, context=context)
+        executor = self._failover.request(model.name, limit)
+        generation = begin(request, submit, prompt, tokenizer, executor, limit)
+        grant.follow(generation.usage)
         first = True
         with generation:
             while not generation.done:
@@ -64,19 +85,27 @@ class Gateway(GatewayServicer):
                     await self._turns.pause(began)
 
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
-        check_prompt(request)
+        check_prompt(request, self._max_prompt_bytes)
+        caller().check_model(request.model)
         model = await self._models.get(request.model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         return wire.TokenizeResponse(token_ids=await _prompt(request, tokenizer))
 
     async def Detokenize(self, request: wire.DetokenizeRequest, _context: Context) -> wire.DetokenizeResponse:
+        caller().check_model(request.model)
         model = await self._models.get(request.model)
-        check_token_ids(request.token_ids, model)
         tokenizer = await self._models.tokenizer(model.engine_id)
-        return wire.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special(request)))
+
+        def text() -> str:
+            check_token_ids(request.token_ids, model)
+            return tokenizer.decode(request.token_ids, skip_special(request))
+
+        many = len(request.token_ids) > _MANY_TOKENS
+        return wire.DetokenizeResponse(text=await asyncio.to_thread(text) if many else text())
 
     async def ListModels(self, _request: wire.ListModelsRequest, _context: Context) -> wire.ListModelsResponse:
-        return wire.ListModelsResponse(models=[self._describe(model) for model in await self._models.list()])
+        models = [model for model in await self._models.list() if caller().allows(model.name)]
+        return wire.ListModelsResponse(models=[self._describe(model) for model in models])
 
     def _describe(self, model: Model) -> wire.Model:
         return wire.Model(
@@ -99,8 +128,8 @@ async def _prompt(request: wire.GenerateRequest | wire.TokenizeRequest, tokenize
 
 
 def _carry_context(submit: Submit, context: Context) -> None:
-    """The call's id, deadline and trace context, for the executor. Raises DeadlineExceeded if there is no time left."""
-    submit.request_id = request_id()
+    """The call's id, tenant, deadline and trace context, for the executor. Raises DeadlineExceeded if there is no time left."""
+    submit.request_id, submit.tenant = request_id(), caller().name
     remaining = context.time_remaining()
     if remaining is not None:
         if remaining <= 0:

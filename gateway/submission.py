@@ -21,9 +21,9 @@ _PROMPTS = ("text", "token_ids", "chat")
 _SHOWN = 40  # characters of a prompt in an error
 
 
-def check(request: GenerateRequest) -> None:
-    """Raises InvalidArgument for what can be seen without the model."""
-    kind = check_prompt(request)
+def check(request: GenerateRequest, max_bytes: int | None = None) -> None:
+    """Raises InvalidArgument for what can be seen without the model, and for a prompt's text of more bytes."""
+    kind = check_prompt(request, max_bytes)
     if not (request.text or request.token_ids.ids or request.chat.messages):
         raise InvalidArgument(
             f"the prompt is empty: give some {kind}, or as token_ids the token to begin with", reason="PROMPT_EMPTY"
@@ -39,8 +39,11 @@ def check(request: GenerateRequest) -> None:
     _check_completions(request)
 
 
-def check_prompt(request: GenerateRequest | TokenizeRequest) -> str:
-    """Which one of its prompts a request has: "text", "token_ids" or "chat". Raises InvalidArgument for none or several."""
+def check_prompt(request: GenerateRequest | TokenizeRequest, max_bytes: int | None = None) -> str:
+    """Which one of its prompts a request has: "text", "token_ids" or "chat".
+
+    Raises InvalidArgument for none or several, or for a text of more bytes than anybody should make tokens of.
+    """
     kinds = [kind for kind in _PROMPTS if kind in request.DESCRIPTOR.fields_by_name]
     given = [field.name for field, _ in request.ListFields() if field.name in kinds]
     if not given:
@@ -53,6 +56,12 @@ def check_prompt(request: GenerateRequest | TokenizeRequest) -> str:
     if not all(message.role for message in request.chat.messages):
         raise InvalidArgument(
             "a chat message has no role: give each one, such as system, user or assistant", reason="CHAT_INVALID"
+        )
+    if max_bytes is not None and (size := _bytes_of_text(request)) > max_bytes:
+        raise InvalidArgument(
+            f"the prompt has {size} bytes of text, and this gateway takes {max_bytes}: shorten it, or start the gateway with a "
+            "higher --max-prompt-bytes",
+            reason="PROMPT_TOO_LONG",
         )
     return given[0]
 
@@ -139,6 +148,11 @@ def check_token_ids(token_ids: Sequence[int], model: Model, name: str = "token_i
             reason="TOKEN_ID_INVALID",
             metadata={"token_id": str(highest), "vocab_size": str(model.vocab_size)},
         )
+
+
+def _bytes_of_text(request: GenerateRequest | TokenizeRequest) -> int:
+    """As it came: UTF-8."""
+    return len(request.text.encode()) + request.chat.ByteSize()
 
 
 def _check_completions(request: GenerateRequest) -> None:

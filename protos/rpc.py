@@ -3,10 +3,9 @@
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,6 +17,7 @@ from grpc_status import rpc_status
 
 from engine.errors import EnginehouseError, Internal, InvalidArgument, Unavailable
 from protos import logs
+from protos.access import EVERYBODY, Access
 from protos.calls import Call, Calls
 from protos.cut import Cuttable, Scissors
 from protos.v1.common_pb2 import Failure
@@ -37,8 +37,6 @@ _SERVER_OPTIONS = CHANNEL_OPTIONS + [("grpc.so_reuseport", 0), ("grpc.http2.min_
 _MAX_STATUS_TEXT, _MAX_METADATA_VALUE = 1500, 200
 
 _LAST_MOMENTS = 1.0  # seconds in which calls that are cut hear of it
-
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core would tell of every connection that ends
 
 log = logging.getLogger(__name__)
 
@@ -107,11 +105,12 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Lets servicers raise EnginehouseError; whatever else they raise is logged and becomes INTERNAL.
 
-    Calls get their request id here, are counted and logged (`protos/calls.py`).
+    Calls get their request id here, are counted and logged (`protos/calls.py`); those that nobody may make end here.
     """
 
-    def __init__(self, calls: Calls | None = None) -> None:
+    def __init__(self, calls: Calls | None = None, access: Access = EVERYBODY) -> None:
         self._calls = calls or Calls()
+        self._access = access
         self._scissors = Scissors()
 
     def cut(self, error: EnginehouseError) -> None:
@@ -122,7 +121,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        method, calls, scissors = handler_call_details.method, self._calls, self._scissors
+        method, calls = handler_call_details.method, self._calls
+        scissors, access = self._scissors, self._access
 
         async def fail(context: Any, error: Exception) -> None:
             if isinstance(error, grpc.aio.AbortError):
@@ -139,6 +139,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     try:
                         with Cuttable(scissors):
                             await observed.begin()
+                            access.check(method, context)
                             return await inner(read(request), context)
                     except Exception as error:
                         return await fail(context, error)
@@ -151,6 +152,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     try:
                         with Cuttable(scissors) as cuttable:
                             await observed.begin()
+                            access.check(method, context)
                             # a lost call ends the servicer's, too
                             async with aclosing(inner(read(request), context)) as responses:
                                 async for response in responses:
@@ -202,6 +204,8 @@ async def serve(
     before_stop: Callable[[], Awaitable[None]] | None = None,
     grace: float = 5.0,
     calls: Calls | None = None,
+    access: Access = EVERYBODY,
+    limits: Sequence[tuple[str, int]] = (),
 ) -> None:
     """Serves until SIGTERM or SIGINT, then stops taking calls, lets running ones end within `grace` seconds, and returns.
 
@@ -216,17 +220,25 @@ async def serve(
             by themselves. May be cancelled.
         on_stop: called after the last call has ended.
         calls: what counts them.
+        access: who may call.
+        limits: gRPC's options for the server, beside those that all services have.
 
     Raises:
         Unavailable: the port cannot be bound.
     """
-    interceptor = ErrorInterceptor(calls)
-    server = grpc.aio.server(interceptors=[interceptor], options=_SERVER_OPTIONS)
+    interceptor = ErrorInterceptor(calls, access)
+    options = {**dict(_SERVER_OPTIONS), **dict(limits)}
+    server = grpc.aio.server(interceptors=[interceptor], options=list(options.items()))
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        place = f"{host}:{port}"
+        bound = (
+            server.add_secure_port(place, access.server.credentials())
+            if access.server
+            else server.add_insecure_port(place)
+        )
     except RuntimeError:
         bound = 0
     if not bound:

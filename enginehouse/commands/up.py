@@ -17,9 +17,11 @@ from engine.backends import open_store
 from engine.errors import InvalidArgument, NotFound, Unavailable
 from enginehouse.client import BuilderClient, GatewayClient
 from enginehouse.cluster import LocalCluster
+from enginehouse.cluster_security import ClusterSecurity
 from enginehouse.commands.build import Choices, default_name, same_place
 from enginehouse.commands.follow import follow
 from enginehouse.commands.load import load
+from enginehouse.credentials import typed
 from enginehouse.foreground import Signals, find_program, run_command
 from enginehouse.home import DEFAULT_GATEWAY, Home
 from enginehouse.progress import Bars, format_bytes, stderr
@@ -60,19 +62,24 @@ def run(
     port: int,
     as_json: bool = False,
     metrics: bool = False,
+    security: ClusterSecurity,
 ) -> int:
     """Runs the cluster; returns the exit status. With `as_json` a line on stdout says where it is when it serves."""
+    security.check()
     wanted = [Wanted.parse(text) for text in models]
     names = [model.name for model in wanted]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InvalidArgument(f"two models are called {min(twice)!r}: name one with NAME=CHECKPOINT")
-    cluster = LocalCluster(home, store=store, executors=executors, host=host, port=port, metrics=metrics)
+    cluster = LocalCluster(
+        home, store=store, executors=executors, host=host, port=port, metrics=metrics, security=security
+    )
     for model in wanted:
         if model.checkpoint is None:
             _check_known(cluster.store, model.name)  # an error now, not when all have started
     if command:
         find_program(command[0])
-    return asyncio.run(_Up(cluster, wanted, command, stderr(), as_json).run())
+    with typed(security.client):
+        return asyncio.run(_Up(cluster, wanted, command, stderr(), as_json).run())
 
 
 class _Up:
@@ -175,6 +182,8 @@ class _Up:
         say(f"  logs       {cluster.home.logs}")
         for name, url in cluster.metrics.items():
             say(f"  metrics    {url} of {name}")
+        for name, value in cluster.security.client.environment.items():
+            say(f"  clients    export {name}={value}")
         if served:
             found = cluster.home == Home.find() or cluster.gateway == DEFAULT_GATEWAY
             say("Try, in another terminal:")

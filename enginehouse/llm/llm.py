@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from builder_svc.build_config import DEVICES, BuildConfig
-from builder_svc.quant_config import QuantConfig, check_not_asked
+from builder_svc.quant_config import CalibConfig, QuantConfig, checked
 from builder_svc.tensorrt_names import also_takes
 from engine.artifact import Engine
 from engine.errors import FailedPrecondition, InvalidArgument
+from enginehouse.client import GatewayClient
 from enginehouse.llm.executor import ExecutorStats, GenerationExecutor, KvCacheConfig, Skipped
 from enginehouse.llm.generator import Generator
 from enginehouse.llm.outputs import RequestOutput
@@ -71,6 +72,7 @@ class LLM:
         *,
         pipeline_parallel_size: int = 1,
         quant_config: QuantConfig | None = None,
+        calib_config: CalibConfig | None = None,
         build_config: BuildConfig | None = None,
         kv_cache_config: KvCacheConfig | None = None,
         enable_build_cache: bool = True,
@@ -91,7 +93,8 @@ class LLM:
             dtype: of a new engine's weights and activations; "auto" is the checkpoint's own, and float32 on the CPU.
             revision: branch, tag or commit of the model's repository.
             tokenizer_revision: of the tokenizer's.
-            quant_config: nothing, for now, may be asked for in it.
+            quant_config: how a new engine's weights are quantized, and its KV cache.
+            calib_config: the text for that.
             build_config: what else decides a new engine.
             kv_cache_config: memory for keys and values.
             enable_build_cache: keep a new engine in the store, and take one from there that was built of the same.
@@ -107,17 +110,22 @@ class LLM:
             EnginehouseError: what builds, stores and the hub raise.
         """
         ranks = _ranks(tensor_parallel_size, pipeline_parallel_size)
-        check_not_asked(quant_config)
+        given = {"quant_config": checked(quant_config), "calib_config": calib_config}
+        quantizing = {name: value for name, value in given.items() if value is not None}
         if device not in DEVICES:
             raise InvalidArgument(f"device {device!r}: choose one of {', '.join(DEVICES)}")
         console = stderr()
         console.quiet = not (enable_tqdm and console.is_terminal)
         with Bars(console) as bars:
             engine = find_built(model, store)
+            if engine is not None and quantizing:
+                raise InvalidArgument(
+                    f"{model} is an engine, whose weights are what they are: leave quant_config out, or give the checkpoint"
+                )
             if engine is None:
                 engine = build_engine(
                     model,
-                    _config(build_config, dtype, device, ranks),
+                    _config(build_config, dtype, device, ranks | quantizing),
                     store=store,
                     revision=revision,
                     keep=enable_build_cache,
@@ -136,21 +144,34 @@ class LLM:
             )
 
     @classmethod
-    def connect(cls, address: str, model: str, *, skip_tokenizer_init: bool = False) -> Self:
+    def connect(
+        cls,
+        address: str,
+        model: str,
+        *,
+        skip_tokenizer_init: bool = False,
+        api_key: str | None = None,
+        tls_ca: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+    ) -> Self:
         """The same over a running cluster, whose executors run the engine.
 
         Args:
             address: the gateway's host:port.
             model: a name that it serves.
             skip_tokenizer_init: token ids in and out, no text.
+            api_key, tls_ca, tls_cert, tls_key: as `GatewayClient` takes them.
 
         Raises:
+            Unauthenticated: the gateway asks for an API key, and does not know this one.
             Unavailable: no gateway answers there.
             NotFound: no model of that name; the message lists those that are there.
         """
         llm = cls.__new__(cls)
         llm.engine = None
-        llm._generator = remote = RemoteGenerator(address, model, text=not skip_tokenizer_init)
+        client = GatewayClient(address, api_key=api_key, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+        llm._generator = remote = RemoteGenerator(client, model, text=not skip_tokenizer_init)
         llm._tokenizer = None if skip_tokenizer_init else remote.tokenizer  # type: ignore[assignment]
         return llm
 
@@ -251,7 +272,7 @@ def _ranks(tensor_parallel_size: int, pipeline_parallel_size: int) -> dict[str, 
     return {name: size for name, size in asked.items() if size > 1}
 
 
-def _config(build_config: BuildConfig | None, dtype: Any, device: str, ranks: dict[str, Any]) -> BuildConfig:
+def _config(build_config: BuildConfig | None, dtype: Any, device: str, others: dict[str, Any]) -> BuildConfig:
     """What a new engine is built by."""
     if not isinstance(build_config, BuildConfig | None):
         raise InvalidArgument(f"build_config is {build_config!r}: give a BuildConfig")
@@ -260,10 +281,10 @@ def _config(build_config: BuildConfig | None, dtype: Any, device: str, ranks: di
         if config.dtype not in ("auto", dtype):
             raise InvalidArgument(f"dtype is {dtype!r}, but build_config has {config.dtype!r}: give it once")
         config = replace(config, dtype=dtype)
-    for name, size in ranks.items():
-        if getattr(config, name) not in (1, size):
-            raise InvalidArgument(f"{name} is {size}, but build_config has {getattr(config, name)}: give it once")
-    return replace(config, device=config.target if device == "auto" else device, **ranks)
+    for name, value in others.items():
+        if getattr(config, name) not in (1, None, value):
+            raise InvalidArgument(f"{name} is {value}, but build_config has {getattr(config, name)}: give it once")
+    return replace(config, device=config.target if device == "auto" else device, **others)
 
 
 def _check_device(engine: Engine, device: str) -> None:

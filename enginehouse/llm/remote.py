@@ -32,6 +32,7 @@ class RemoteGenerator(Generator):
     """One model of a gateway.
 
     Args:
+        client: of that gateway, not connected yet.
         text: whether prompts may be text, and completions have one.
 
     Raises:
@@ -39,17 +40,17 @@ class RemoteGenerator(Generator):
         NotFound: it has no model of that name.
     """
 
-    def __init__(self, address: str, model: str, *, text: bool = True) -> None:
+    def __init__(self, client: GatewayClient, model: str, *, text: bool = True) -> None:
         super().__init__()
         self._model, self._text, self._process = model, text, os.getpid()
-        self._client = GatewayClient(address)
+        self._client = client
         self._close = at_end(self, _closer(self._thread, self._client))
         try:
             self._thread.submit(_open(self._client)).result()
             models = {one.name: one for one in self._thread.submit(self._client.models()).result()}
             if model not in models:
                 raise NotFound(
-                    f"the gateway at {address} has no model {model!r}; there are: {', '.join(models) or 'none yet'}",
+                    f"the gateway at {client.address} has no model {model!r}; there are: {', '.join(models) or 'none yet'}",
                     reason="MODEL_NOT_FOUND",
                 )
         except BaseException:

@@ -51,7 +51,8 @@ def service(
     everything = {
         **({} if alone else os.environ),
         **(environment or {}),
-        "PYTHONPATH": str(Path(__file__).parent / "only_extra"),
+        # This very checkout, whichever one is installed.
+        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent / "only_extra"), str(Path(__file__).parents[2]))),
         "PYTHONSAFEPATH": "1",
         "ENGINEHOUSE_ONLY": ",".join((package.removesuffix("_svc"), *extras)),
     }

@@ -142,7 +142,7 @@ async def test_a_network_that_is_cut(hosts: dict[str, str], checkpoint: Path, tm
     store = tmp_path / "store"
     engine_id = engine(checkpoint, store, 2, 1)
     lws = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "10.77.0.1"}
-    options = ("--store", str(store), "--engine", engine_id, "--host", "0.0.0.0", "--join-timeout", "60")  # noqa: S104
+    options = ("--store", str(store), "--engine", engine_id, "--host", "0.0.0.0", "--insecure", "--join-timeout", "60")  # noqa: S104
     first, second = hosts.values()
     logs = [tmp_path / "leader", tmp_path / "member"]
     with (

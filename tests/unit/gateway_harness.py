@@ -15,8 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from engine import token_table
 from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError
+from gateway.admission import DEFAULT_LIMITS, Limits
+from gateway.failover import Failover
 from gateway.router import Router
 from gateway.server import Gateway
+from protos.access import EVERYBODY, Access
 from protos.rpc import ErrorInterceptor, from_rpc_error
 from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
 from protos.v1.gateway_pb2_grpc import GatewayStub, add_GatewayServicer_to_server
@@ -79,7 +82,7 @@ def publish(
 
 
 class Cluster:
-    """Attributes: store, engine_id of the model "demo", the executors, the gateway's router and a client's stub."""
+    """Attributes: store, engine_id of the model "demo", the executors, the gateway, its router and a client's stub."""
 
     def __init__(self, store: DirectoryStore, engine_id: str, executors: list[MockExecutor]) -> None:
         self.store = store
@@ -88,6 +91,7 @@ class Cluster:
         self.executor = executors[0]
         self.router = Router([executor.address for executor in executors])
         self.stub: Any = None
+        self.gateway: Gateway
 
     def generate(self, **fields: Any) -> "grpc.aio.UnaryStreamCall[GenerateRequest, GenerateResponse]":
         timeout = fields.pop("timeout", None)
@@ -101,15 +105,23 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(path: Path, executors: int = 1) -> AsyncIterator[Cluster]:
+async def cluster(
+    path: Path,
+    executors: int = 1,
+    limits: Limits = DEFAULT_LIMITS,
+    access: Access = EVERYBODY,
+    patience: float = 30,
+) -> AsyncIterator[Cluster]:
+    """`patience`: of requests that have lost their executor."""
     store = DirectoryStore(path)
     engine_id = publish(store, "demo")
     mocks = [MockExecutor(engine_id) for _ in range(executors)]
     for mock in mocks:
         await mock.start()
     made = Cluster(store, engine_id, mocks)
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()])
-    add_GatewayServicer_to_server(Gateway(store, made.router), server)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(access=access)])
+    made.gateway = Gateway(store, made.router, limits=limits, failover=Failover(made.router, patience))
+    add_GatewayServicer_to_server(made.gateway, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     made.router.start()

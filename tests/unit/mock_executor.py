@@ -7,7 +7,8 @@ from typing import Any
 import grpc
 
 from engine.errors import EnginehouseError
-from protos.rpc import to_failure
+from protos.access import Access
+from protos.rpc import ErrorInterceptor, to_failure
 from protos.v1.common_pb2 import FINISH_REASON_STOP, FinishInfo, Hypothesis, Logprobs
 from protos.v1.executor_pb2 import (
     ENGINE_STATE_READY,
@@ -36,6 +37,8 @@ class MockExecutor(ExecutorServicer):
         self.cancels: asyncio.Queue[int] = asyncio.Queue()
         self.streams = 0
         self.status_fails: grpc.StatusCode | None = None
+        self.answers = asyncio.Event()  # until it is cleared
+        self.answers.set()
         self._steps: asyncio.Queue[StepOutput | grpc.StatusCode] = asyncio.Queue()
         self._server: grpc.aio.Server | None = None
         self.port = 0
@@ -44,10 +47,15 @@ class MockExecutor(ExecutorServicer):
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    async def start(self) -> None:
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    async def start(self, access: Access | None = None) -> None:
+        """With `access`, for those whom it lets in."""
+        guards = [ErrorInterceptor(access=access)] if access else []
+        self._server = grpc.aio.server(interceptors=guards, options=[("grpc.so_reuseport", 0)])
         add_ExecutorServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(self.address)
+        if access and access.server:
+            self.port = self._server.add_secure_port(self.address, access.server.credentials())
+        else:
+            self.port = self._server.add_insecure_port(self.address)
         await self._server.start()
 
     async def stop(self) -> None:
@@ -55,6 +63,7 @@ class MockExecutor(ExecutorServicer):
             await self._server.stop(None)
 
     async def GetStatus(self, request: GetStatusRequest, context: Any) -> ExecutorStatus:
+        await self.answers.wait()
         if self.status_fails:
             await context.abort(self.status_fails, "the test says so")
         engines = [

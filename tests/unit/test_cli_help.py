@@ -120,11 +120,13 @@ def typed(line: str) -> Result:
     return CliRunner().invoke(main, shlex.split(line))
 
 
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 JSON = {
     "up": None,  # its own test, below
     "load": "load $ENGINE --executor $ADDRESS",
     "unload": "unload $ENGINE --executor $ADDRESS",
     "build": "build here --name new",
+    "quantize": "quantize $DEMO --output made --quant W8A16",
     "builds ls": "builds ls",
     "builds logs": "builds logs build-1",
     "builds cancel": "builds cancel build-1",
@@ -145,6 +147,10 @@ JSON = {
     "engines gc": "engines gc",
     "keys generate": "keys generate $NEW",
     "keys show": "keys show $KEY",
+    "keys add": "keys add api-keys.json acme",
+    "keys ls": "keys ls $API_KEYS",
+    "keys revoke": "keys revoke $API_KEYS $API_ID",
+    "certs": "certs new-certs",
 }
 LISTS = {"builds ls", "plan", "models", "models history", "engines ls", "keys show"}  # an array; the others are objects
 
@@ -180,13 +186,23 @@ def test_json_of_every_command(
     assert typed(f"keys generate {key}").exit_code == 0
     assert typed("build here --name built").exit_code == 0  # job build-1, by the builder
     engine = registry.resolve(store, "spare").engine_id
+    keys = tmp_path / "keys.json"
+    api_key = json.loads(typed(f"keys add {keys} acme --json").stdout)["id"]
     if path == "unload":
         assert typed(f"load {engine} --executor {os.environ['ENGINEHOUSE_GATEWAY']}").exit_code == 0
     if path == "engines rm":
         for name in ("spare", "demo", "other", "built"):
             assert typed(f"models rm {name}").exit_code == 0
     line = JSON[path] or ""
-    for name, value in {"$ENGINE": engine, "$KEY": key, "$NEW": tmp_path / "new.key"}.items():
+    named = {
+        "$ENGINE": engine,
+        "$KEY": key,
+        "$NEW": tmp_path / "new.key",
+        "$API_KEYS": keys,
+        "$API_ID": api_key,
+        "$DEMO": DEMO,
+    }
+    for name, value in named.items():
         line = line.replace(name, str(value))
     result = CliRunner().invoke(
         main, shlex.split(line.replace("$ADDRESS", os.environ["ENGINEHOUSE_GATEWAY"])) + ["--json"]

@@ -43,7 +43,33 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
 
 
-@pytest.mark.parametrize("command", commands(README), ids=" ".join)
+SECURITY = (ROOT / "docs" / "security.md").read_text()
+
+
+def test_every_option_and_variable_of_the_page_on_security_exists() -> None:
+    """The commands' own are typed below."""
+    text = re.sub(r"^\$ .*", "", SECURITY, flags=re.MULTILINE)
+    names = set(re.findall(r"--[a-z][a-z-]+|ENGINEHOUSE_[A-Z_]+", text))
+    options = {
+        option
+        for command in (main, *main.commands.values())
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    made = {f"--executor-{name}" for name in ("tls-ca", "tls-cert", "tls-key", "api-key-file")}
+    made |= {name.replace("--executor", "ENGINEHOUSE_EXECUTOR").replace("-", "_").upper() for name in made}
+    assert len(names) > 20
+    assert [name for name in names if name not in options | made and f'"{name}"' not in CODE] == []
+
+
+def test_the_reasons_and_fields_of_the_page_on_security_exist() -> None:
+    names = set(re.findall(r"`([A-Z]+_[A-Z_]+)`|\"([a-z_]+)\":", SECURITY))
+    found = {name for pair in names for name in pair if name and not name.startswith("ENGINEHOUSE_")}
+    assert len(found) > 10
+    assert [name for name in found if not re.search(rf"\b{name}\b", CODE)] == []
+
+
+@pytest.mark.parametrize("command", [*commands(README), *commands(SECURITY)], ids=" ".join)
 def test_every_command_of_the_readme_can_be_typed(command: list[str]) -> None:
     """Parsed, not run; the integration tests run them."""
     program, *arguments = command
@@ -54,7 +80,7 @@ def test_every_command_of_the_readme_can_be_typed(command: list[str]) -> None:
         usage = (ROOT / arguments[1] / "__main__.py").read_text()
         assert [option for option in arguments if option.startswith("--") and f'"{option}"' not in usage] == []
     else:
-        assert program == ".venv/bin/enginehouse"
+        assert program in (".venv/bin/enginehouse", "enginehouse")
         command, context = main, Context(main)
         while isinstance(command, Group) and arguments and not arguments[0].startswith("-"):
             name, *arguments = arguments

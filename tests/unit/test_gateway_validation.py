@@ -204,6 +204,9 @@ async def test_a_deadline_that_has_passed_is_never_sent(shared: Cluster) -> None
         def invocation_metadata(self) -> tuple[()]:
             return ()
 
+        def add_done_callback(self, callback: object) -> None:
+            pass
+
     gateway = Gateway(shared.store, shared.router)
     with pytest.raises(DeadlineExceeded, match="before the request was sent to an executor: give it more time"):
         await anext(gateway.Generate(wire.GenerateRequest(model="demo", text="hello"), Late()))  # type: ignore[arg-type]

@@ -338,6 +338,29 @@ async def test_a_second_signal_ends_the_wait_of_before_stop_and_the_third_the_gr
     assert service.stopped == ["on"]
 
 
+async def test_limits_of_a_server_hold(capsys: pytest.CaptureFixture[str]):
+    """A client holds back what is beyond its connection's streams; a message that is too large is refused."""
+    service = Service(limits=(("grpc.max_concurrent_streams", 2), ("grpc.max_receive_message_length", 1000)))
+    service.builder.hold = True
+    serving = service.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await listening(capsys)}") as channel:
+        stub = builder_pb2_grpc.BuilderStub(channel)
+        streams = [stub.WatchBuild(builder_pb2.WatchBuildRequest()) for _ in range(2)]
+        for stream in streams:
+            await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await stub.GetBuild(builder_pb2.GetBuildRequest(), timeout=0.3)
+        assert told.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        streams[0].cancel()
+        await stub.GetBuild(builder_pb2.GetBuildRequest(), timeout=60)
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await stub.GetBuild(builder_pb2.GetBuildRequest(build_id="x" * 1000), timeout=60)
+        assert told.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        streams[1].cancel()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, 60)
+
+
 @contextmanager
 def taken_port() -> Iterator[int]:
     with socket.socket() as other:

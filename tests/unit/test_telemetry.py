@@ -15,9 +15,12 @@ from builder_svc.phases import Phases
 from builder_svc.telemetry import Telemetry as BuilderTelemetry
 from engine.errors import NotFound, Unavailable
 from executor_svc.telemetry import Telemetry as ExecutorTelemetry
+from gateway.admission import DEFAULT_LIMITS, Admission
+from gateway.failover import Failover
 from gateway.router import Router
 from gateway.telemetry import Telemetry as GatewayTelemetry
 from protos import rpc
+from protos.access import EVERYBODY
 from protos.calls import Calls
 from protos.histogram import Histogram
 from protos.metrics import Metrics
@@ -168,10 +171,14 @@ def test_builds_are_counted_by_how_they_ended_here() -> None:
 async def test_the_page_lists_every_metric_of_every_service_as_it_is() -> None:
     metrics = Metrics()
     Calls(metrics)
+    EVERYBODY.watch(metrics)
+    Admission(DEFAULT_LIMITS, metrics)
     BuilderTelemetry(metrics).watch(SimpleNamespace(num_running=0, num_queued=0))  # type: ignore[arg-type]
     ExecutorTelemetry(metrics, lambda: [])
     router = Router(["127.0.0.1:1"])
-    GatewayTelemetry(metrics, router)
+    GatewayTelemetry(metrics, router, Failover(router))
+    with metrics.served("gateway", "127.0.0.1", 0):  # which adds what tells of the service as such
+        pass
     there = {family.name: (family.kind, family.labels) for family in metrics.families}
     page = documented()
     assert {name: (row.kind, row.labels) for name, row in page.items()} == there
