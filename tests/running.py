@@ -22,9 +22,10 @@ from executor_svc.guides import Guides
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import LoadedEngine, load_engine
+from executor_svc.loop import scheduler_config
+from executor_svc.node import this_node
 from executor_svc.runner import Runner, TorchRunner
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config, this_node
 
 
 def make_engine(

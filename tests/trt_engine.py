@@ -13,9 +13,9 @@ from builder_svc.lower.tensorrt.targets import Target
 from engine import tensorrt
 from executor_svc.group import ALONE, Group
 from executor_svc.loader import LoadedEngine
+from executor_svc.loop import scheduler_config
 from executor_svc.scheduler import Scheduler
 from executor_svc.tensorrt_runner import TensorRTRunner
-from executor_svc.worker import scheduler_config
 from tests.running import Engine
 from tests.trt_evaluator import Collective, Evaluator
 

@@ -14,9 +14,10 @@ from engine.trust import Trust
 from executor_svc.core import Sampling, Sequence
 from executor_svc.group import ALONE
 from executor_svc.loader import load_engine
+from executor_svc.loop import scheduler_config
+from executor_svc.node import this_node
 from executor_svc.runners import make_plan_runner
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config, this_node
 from tests.conftest import save_checkpoint
 from tests.gpu.test_torch_runner import DEMO, prompts
 from tests.running import make_engine, run_ahead, shortfall

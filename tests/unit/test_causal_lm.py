@@ -36,7 +36,7 @@ from enginehouse import (
 )
 from enginehouse.cli import main
 from executor_svc.loader import load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from tests.conftest import save_checkpoint
 
 

@@ -26,7 +26,7 @@ from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument,
 from enginehouse import AutoModelForCausalLM, BuildConfig, CalibConfig, QuantAlgo, QuantConfig
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from tests.conftest import VOCAB_SIZE, save_checkpoint
 from tests.running import Engine, make_engine
 

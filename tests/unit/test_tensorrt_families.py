@@ -25,10 +25,11 @@ from executor_svc.core import Sampling, Sequence
 from executor_svc.group import Group
 from executor_svc.layout import StepLayout
 from executor_svc.loader import begin_load
+from executor_svc.loop import scheduler_config
+from executor_svc.node import this_node
 from executor_svc.plans import pack
 from executor_svc.scheduler import Scheduler
 from executor_svc.tensorrt_runner import TensorRTRunner
-from executor_svc.worker import scheduler_config, this_node
 from tests.conftest import VOCAB_SIZE, save_checkpoint
 from tests.ranks import Stage
 from tests.running import make_engine
