@@ -25,7 +25,7 @@ from engine.program import Program
 from executor_svc.core import Sampling, Sequence
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from tests.running import Engine
 
 INT8 = {"num_bits": 8, "strategy": "channel"}

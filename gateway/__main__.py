@@ -8,6 +8,7 @@ import uvloop
 
 from engine.backends import open_store
 from gateway.admission import DEFAULT_LIMITS, Limits
+from gateway.failover import PATIENCE, Failover
 from gateway.link import Link
 from gateway.router import Router
 from gateway.server import Gateway
@@ -36,6 +37,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 3600")
+    return seconds
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m gateway", description="Prompt -> executor -> text, over gRPC.")
     parser.add_argument(
@@ -60,6 +71,13 @@ def _arguments() -> argparse.Namespace:
     ):
         parser.add_argument(option, type=_count, default=default, metavar="N", help=f"{meaning} [%(default)s]")
     add_client_options(parser, "executor")
+    parser.add_argument(
+        "--failover-patience",
+        default=PATIENCE,
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a request that has lost its executor waits for another one that has its engine [%(default)s]",
+    )
     add_drain(parser)
     tracing.add_options(parser)
     add_options(parser)
@@ -80,7 +98,8 @@ async def _run(arguments: argparse.Namespace) -> None:
     metrics = Metrics()
     access.watch(metrics)
     limits = Limits(arguments.max_streams, arguments.max_waiting, arguments.max_prompt_bytes)
-    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, limits)
+    failover = Failover(router, arguments.failover_patience)
+    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, limits, failover)
     router.start()
     with metrics.served("gateway", arguments.host, arguments.metrics_port):
         await serve(

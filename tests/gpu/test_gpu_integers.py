@@ -11,8 +11,8 @@ from torch import Tensor
 from engine.ops import REFERENCE, quantize_int8
 from engine.opset import FLOATS
 from executor_svc.core import Sampling, Sequence
+from executor_svc.loop import scheduler_config
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.running import make_engine, run_ahead, shortfall
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

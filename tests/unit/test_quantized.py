@@ -30,7 +30,7 @@ from executor_svc.core import Sampling, Sequence
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels.expand import expand
 from executor_svc.loader import LoadedEngine, load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine
 

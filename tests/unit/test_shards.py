@@ -24,7 +24,7 @@ from engine.errors import FailedPrecondition, InvalidArgument
 from engine.opset import OPERATORS
 from enginehouse.cli import main
 from executor_svc.loader import load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from tests.conftest import save_checkpoint
 from tests.ranks import rank_program, rank_weights, run_ranks
 from tests.running import reference_logits
