@@ -165,6 +165,10 @@ def test_a_pod_has_its_images_ports_user_and_probes(example: str, name: str) -> 
         and not own["allowPrivilegeEscalation"]
     )
     ready = f"enginehouse.v1.{pod.service.capitalize()}"
+    starting = pod.container["startupProbe"]
+    minutes = 30 if pod.service == "executor" else 2
+    minutes = 60 if name == "large" else minutes
+    assert starting["periodSeconds"] * starting["failureThreshold"] == 60 * minutes
     secured = any(variable["name"] == "ENGINEHOUSE_TLS_CERT" for variable in pod.container["env"])
     for kind, health in (("startupProbe", ALIVE), ("livenessProbe", ALIVE), ("readinessProbe", ready)):
         probe = pod.container[kind]

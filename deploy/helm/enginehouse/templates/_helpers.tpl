@@ -189,21 +189,22 @@ timeoutSeconds: 3
 
 {{/*
 Alive is a service whose event loop answers, also while it drains; ready is one that takes calls. One that has engines to load answers
-when it has them: until then only the time that this may take counts.
+when it has them: until then only the time that this may take counts. A probe that starts a program is asked half as often.
 */}}
 {{- define "enginehouse.probes" -}}
+{{- $period := ternary 5 10 (empty (get .root.Values.tls .service).secret) -}}
 {{- $alive := include "enginehouse.check" (merge (dict "health" "alive") .) -}}
 startupProbe:
   {{- $alive | nindent 2 }}
-  periodSeconds: 5
-  failureThreshold: {{ div (mul (.part.startMinutes | default 2) 60) 5 }}
+  periodSeconds: {{ $period }}
+  failureThreshold: {{ div (mul (.part.startMinutes | default 2) 60) $period }}
 livenessProbe:
   {{- $alive | nindent 2 }}
   periodSeconds: 15
   failureThreshold: 4
 readinessProbe:
   {{- include "enginehouse.check" (merge (dict "health" (printf "enginehouse.v1.%s" (title .service))) .) | nindent 2 }}
-  periodSeconds: 5
+  periodSeconds: {{ $period }}
   failureThreshold: 2
 {{- end -}}
 
