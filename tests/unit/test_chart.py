@@ -57,6 +57,25 @@ def test_manifests_follow_the_schemas_of_the_api(example: str, version: str) -> 
         kubernetes_validate.validate(as_pod, version, strict=True)
 
 
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_what_no_example_has_follows_them_too(version: str) -> None:
+    given = values(
+        gateway__httpPort=8080, gateway__service={"type": "Headless", "annotations": {"a": "b"}}, serviceAccount="engines",
+        gateway__env={"A": 1, "B": {"fieldRef": {"fieldPath": "metadata.name"}}}, gateway__affinity={"podAntiAffinity": {}},
+        builder__checkpoints__claim="checkpoints", builder__runtimeClassName="nvidia", store__claim="engines", store__url="/srv",
+        apiKeys={"executor": {"secret": "keys"}, "ofGateway": {"secret": "key"}, "builder": {"secret": "keys"}},
+        executors__small__maxUnavailable="25%",
+    )  # fmt: skip
+    manifests = render("several-models", *given)
+    for manifest in manifests:
+        if manifest["kind"] not in OTHERS:
+            kubernetes_validate.validate(manifest, version, strict=True)
+    gateway = pods(manifests)["gateway"]
+    assert dict(gateway.mounted_secrets())["key"] == "/etc/enginehouse/executor-key"
+    assert "ENGINEHOUSE_EXECUTOR_API_KEY_FILE" in {each["name"] for each in gateway.container["env"]}
+    assert "--insecure" not in pods(manifests)["small"].container["args"]
+
+
 def test_the_schemas_refuse_what_is_wrong() -> None:
     wrong: Any = json.loads(json.dumps(named(render("one-node"), "Deployment")[f"{RELEASE}-enginehouse-gateway"]))
     wrong["spec"]["template"]["spec"]["terminationGracePeriod"] = 3
