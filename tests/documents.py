@@ -40,13 +40,13 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """What is typed: behind "$ " on a console, the whole of a script, the lines of an indented block."""
+        """What is typed: behind "$ " on a console; else each line, with those that it goes on in."""
         lines = self.text.splitlines()
         if self.kind == "console":
             return [line[2:] for line in lines if line.startswith("$ ")]
-        if self.kind in ("sh", "bash", "shell"):
-            return [self.text]
-        return lines if self.kind == "indented" else []
+        if self.kind in ("sh", "bash", "shell", "indented"):
+            return [line for line in re.split(r"(?<!\\)\n", self.text) if line and not line.startswith("#")]
+        return []
 
 
 @cache

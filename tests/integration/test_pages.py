@@ -35,19 +35,21 @@ class Reader:
     """Somebody who types in a directory where `examples` is, and has a model `demo`.
 
     Attributes:
-        gateway: of the cluster that was started last.
+        places: where the cluster that was started last is, instead of at its usual ports.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.environment = {**service_environment(), "ENGINEHOUSE_HOME": str(directory / "home")}
-        self.gateway = "127.0.0.1:8400"
+        self.places: dict[str, str] = {}
         (directory / "examples").symlink_to(ROOT / "examples")
         self.type_in("enginehouse build examples/demo-model --name demo --max-seq-len 128")
 
     def type_in(self, command: str) -> str:
         """Returns what it prints; it has to end well."""
-        here = installed(command.replace("127.0.0.1:8400", self.gateway))
+        here = installed(command)
+        for usual, place in self.places.items():
+            here = here.replace(usual, place)
         done = subprocess.run(
             ["bash", "-ec", here], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=240
         )
@@ -65,7 +67,10 @@ class Reader:
         try:
             line = process.stdout.readline()
             assert line, (command, process.stderr.read())
-            self.gateway = json.loads(line)["gateway"]
+            state = json.loads(line)
+            self.places = {"127.0.0.1:8400": state["gateway"]}
+            if state.get("http"):
+                self.places["http://127.0.0.1:8480"] = state["http"]
             yield
         finally:
             process.send_signal(signal.SIGINT)

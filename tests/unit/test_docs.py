@@ -98,8 +98,7 @@ def test_every_command_of_the_readme_can_be_typed(command: list[str]) -> None:
 def test_every_command_of_a_page_can_be_typed_and_is_run_or_says_what_it_needs(page: str) -> None:
     """Parsed here; a test runs each that needs nothing special (`tests/documents.py`)."""
     assert {block.needs for block in documents.blocks(page)} <= documents.NEEDS | {""}
-    typed = [line for block in documents.blocks(page) for command in block.commands for line in command.splitlines()]
-    for line in typed:
+    for line in [command for block in documents.blocks(page) for command in block.commands]:
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
