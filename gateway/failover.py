@@ -93,7 +93,7 @@ class _Leg:
     Attributes:
         chain: of its prompt, if there is more than one executor.
         link: where it is, or was.
-        had: tokens that it had when it was sent there. tries: since the last new one.
+        tries: since the last new token.
         avoid: the executors of these.
         error: what it has failed with. since: when it first did, without a new token since.
     """
@@ -102,7 +102,6 @@ class _Leg:
     inbox: Inbox
     chain: Chain | None
     link: Link | None = None
-    had: int = 0
     tries: int = 0
     avoid: set[str] = field(default_factory=set)
     error: EnginehouseError | None = None
@@ -157,7 +156,7 @@ class Request:
         tokens = len(submit.token_ids) + len(told)
         link = router.choose(self._model, submit.engine_id, leg.chain, tokens, leg.avoid)
         link.send(submit, leg.inbox)
-        leg.link, leg.had = link, len(told)
+        leg.link = link
         before: list[int] = []
         if leg.chain:
             holder = link.holder(submit.engine_id)
@@ -177,7 +176,7 @@ class Request:
         if error.code != Unavailable.code and error.reason not in _REFUSALS:
             return error
         told, now = len(leg.inbox.token_ids), time.monotonic()
-        if told > leg.had:
+        if told > leg.inbox.had:
             leg.tries, leg.avoid = 0, set()
         if not leg.tries:
             leg.since = now

@@ -310,6 +310,35 @@ async def test_an_executor_that_fails_again_and_again_is_left_alone(
         assert bad_link.circuits[c.engine_id].state == CLOSED
 
 
+async def test_a_stream_that_its_stop_string_ends_closes_a_circuit(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as c:
+        (link,) = c.router.links
+        circuit = link.circuits[c.engine_id] = Circuit()
+        for _ in range(3):
+            circuit.failed()
+        circuit._until = 0.0  # its pause is over
+        call = c.generate(stop=["hello"])
+        executor, submit = await next_submit(c)
+        assert circuit.state == OPEN
+        executor.tokens(submit.handle, encode("hello"))  # of whose end the executor is told, and does not tell
+        await collect(call)
+        assert circuit.state == CLOSED
+
+
+async def test_a_connection_that_is_lost_under_many_streams_is_one_failure(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as c:
+        calls = [c.generate() for _ in range(5)]
+        sent = [await next_submit(c) for _ in calls]
+        c.executor.hang_up()
+        sent = [await next_submit(c) for _ in calls]
+        (link,) = c.router.links
+        assert link.circuits[c.engine_id]._failures == 1
+        for executor, submit in sent:
+            executor.tokens(submit.handle, [5], LENGTH)
+        for call in calls:
+            await collect(call)
+
+
 async def test_an_executor_that_says_nothing_any_more_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.link._POLL_INTERVAL", 0.05)
     monkeypatch.setattr("gateway.link._STATUS_TIMEOUT", 0.5)
