@@ -59,7 +59,7 @@ class Gateway(GatewayServicer):
         caller().check_model(request.model)
         grant = await self._admission.enter(caller(), request.priority, context.time_remaining())
         context.add_done_callback(grant.ended)  # type: ignore[arg-type]  # a class in grpc's stubs; however the call ends
-        model = await self._models.get(request.model)
+        model = await self._models.get(request.model, caller().allows)
         found(model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         prompt = await _prompt(request, tokenizer)
@@ -87,13 +87,13 @@ class Gateway(GatewayServicer):
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
         check_prompt(request, self._max_prompt_bytes)
         caller().check_model(request.model)
-        model = await self._models.get(request.model)
+        model = await self._models.get(request.model, caller().allows)
         tokenizer = await self._models.tokenizer(model.engine_id)
         return wire.TokenizeResponse(token_ids=await _prompt(request, tokenizer))
 
     async def Detokenize(self, request: wire.DetokenizeRequest, _context: Context) -> wire.DetokenizeResponse:
         caller().check_model(request.model)
-        model = await self._models.get(request.model)
+        model = await self._models.get(request.model, caller().allows)
         tokenizer = await self._models.tokenizer(model.engine_id)
 
         def text() -> str:
