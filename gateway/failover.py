@@ -24,7 +24,8 @@ MOST_TRIES = (
 )
 PATIENCE = 10.0  # seconds that a request which has lost its executor waits for one that has the engine
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between tries
-_REFUSALS = ("QUEUE_FULL", "ENGINE_NOT_LOADED")  # of one executor, which say nothing about others
+# of one executor, which say nothing about others
+_REFUSALS = ("QUEUE_FULL", "ENGINE_NOT_LOADED", "GUIDED_DECODING_BUSY", "TRIAL_NOT_STARTED")
 
 
 class Budget:

@@ -170,9 +170,12 @@ async def test_a_full_executor_is_passed_by_and_all_of_them_are_told(tmp_path: P
         assert (error.reason, error.retry_after) == ("QUEUE_FULL", 2)
 
 
-async def test_a_stream_that_has_begun_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", ["QUEUE_FULL", "GUIDED_DECODING_BUSY"])
+async def test_a_stream_that_has_begun_waits_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
     monkeypatch.setattr("gateway.failover._LONGEST_PAUSE", 0.02)
-    full = ResourceExhausted("9 requests are waiting", reason="QUEUE_FULL", retry_after=2)
+    full = ResourceExhausted("9 requests are waiting", reason=reason, retry_after=2)
     async with cluster(tmp_path, executors=2) as c:
         call = c.generate()
         executor, submit = await next_submit(c)
@@ -187,7 +190,7 @@ async def test_a_stream_that_has_begun_waits_for_room(tmp_path: Path, monkeypatc
         c.gateway._failover.patience = 0
         executor.fail(submit.handle, full)
         error = await failure(call)
-        assert error.reason == "QUEUE_FULL" and "no executor has had room for it" in error.message
+        assert error.reason == reason and "no executor has had room for it" in error.message
 
 
 async def test_what_another_executor_would_refuse_too_is_not_sent_again(tmp_path: Path) -> None:
