@@ -217,10 +217,14 @@ class Request:
     def _again(self, leg: _Leg) -> None:
         leg.timer = None
         told = len(leg.inbox.token_ids)
+        waits = time.monotonic() - leg.since < self._failover.patience
+        if waits and not self._failover.router.ready(leg.submit.engine_id):
+            self._later(leg, _LONGEST_PAUSE / 4)  # without asking why: the answer is a look at every executor
+            return
         try:
             self._dispatch(leg)
         except Unavailable as nobody:
-            if time.monotonic() - leg.since < self._failover.patience:
+            if waits:
                 self._later(leg, _LONGEST_PAUSE / 4)
             else:
                 self._give_up(leg, _but(leg.error or nobody, f"nobody could go on with it: {nobody.message}"))
