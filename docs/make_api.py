@@ -75,7 +75,7 @@ def render(groups: dict[str, list[Any]]) -> str:
     for title, objects in groups.items():
         text += f"## {title}\n\n"
         for obj in objects:
-            if obj.is_class and obj.resolved_bases and obj.resolved_bases[0].name.startswith("_"):
+            if obj.is_class and obj.resolved_bases and obj.resolved_bases[0].name.startswith(("_", "ServiceClient")):
                 obj.final_target.members["__init__"] = obj.resolved_bases[0].members["__init__"]
             context = prepare_context(obj, OPTIONS | {"show_bases": title == "Errors"})
             text += env.get_template(f"{obj.kind.value}.md.jinja").render(**context)

@@ -6,7 +6,7 @@ models/<name>/<seq>.json     a name's engine, create-only with a rising number: 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -271,9 +271,9 @@ def append(store: Store, name: str, now: NameRecord | None, engine_id: str) -> N
     return record if store.create(key, msgspec.json.encode(record)) else None
 
 
-def unknown_name(store: Store, name: str) -> NotFound:
-    """The error for a name that stands for nothing, with the names that there are."""
-    known = ", ".join(names(store)) or "none yet"
+def unknown_name(store: Store, name: str, shown: Callable[[str], bool] = lambda _: True) -> NotFound:
+    """The error for a name that stands for nothing, with the names that there are and that may be shown."""
+    known = ", ".join(filter(shown, names(store))) or "none yet"
     return NotFound(f"no model {name!r}; there are: {known}", reason="MODEL_NOT_FOUND", metadata={"model": name})
 
 

@@ -108,7 +108,7 @@ class ExecutorServicer:
         """
         while True:
             worker = self._workers.get(engine_id)
-            if worker and worker.stopping:
+            if worker and worker.leaving:
                 await asyncio.shield(worker.ended)
             elif worker:
                 return worker
@@ -186,8 +186,8 @@ class ExecutorServicer:
         if worker is None and request.engine_id not in self._wanted:
             raise self._not_loaded(request.engine_id)
         self._wanted.pop(request.engine_id, None)
-        if worker:
-            await self._unload(worker, request.drain.ToNanoseconds() / 1e9)
+        if worker:  # to the end, whether or not somebody waits for it: it takes nothing new any more
+            await asyncio.shield(self._run(self._unload(worker, request.drain.ToNanoseconds() / 1e9)))
         return pb.UnloadEngineResponse()
 
     async def _unload(self, worker: WorkerProcess, seconds: float = 0) -> None:
@@ -299,7 +299,7 @@ class ExecutorServicer:
 
     def _not_loaded(self, engine_id: str) -> FailedPrecondition:
         worker = self._workers.get(engine_id)
-        state = "not loaded" if worker is None else "being unloaded" if worker.stopping else "still loading"
+        state = "not loaded" if worker is None else "being unloaded" if worker.leaving else "still loading"
         have = ", ".join(known[:12] for known in self._workers) or "none"
         return FailedPrecondition(
             f"engine {engine_id[:12] or '(none given)'} is {state} on this executor, which has: {have}; call LoadEngine",
@@ -316,10 +316,11 @@ class ExecutorServicer:
                 self._spares.prepare(len(worker.pids))
             self._run(self._reload(worker.engine_id))
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _reload(self, engine_id: str) -> None:
         """Loads an engine whose worker has died, as often as it takes, until somebody else has or it is unloaded."""

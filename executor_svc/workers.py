@@ -74,6 +74,11 @@ class WorkerProcess:
         return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
 
     @property
+    def leaving(self) -> bool:
+        """Whether it is being unloaded: its last requests may still run."""
+        return self.status.state == EngineState.ENGINE_STATE_UNLOADING
+
+    @property
     def busy(self) -> bool:
         """Whether it has requests, as far as it has told."""
         return self.status.load.running + self.status.load.waiting > 0

@@ -24,7 +24,8 @@ MOST_TRIES = (
 )
 PATIENCE = 10.0  # seconds that a request which has lost its executor waits for one that has the engine
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between tries
-_REFUSALS = ("QUEUE_FULL", "ENGINE_NOT_LOADED")  # of one executor, which say nothing about others
+# of one executor, which say nothing about others
+_REFUSALS = ("QUEUE_FULL", "ENGINE_NOT_LOADED", "GUIDED_DECODING_BUSY", "TRIAL_NOT_STARTED")
 
 
 class Budget:
@@ -93,7 +94,7 @@ class _Leg:
     Attributes:
         chain: of its prompt, if there is more than one executor.
         link: where it is, or was.
-        had: tokens that it had when it was sent there. tries: since the last new one.
+        tries: since the last new token.
         avoid: the executors of these.
         error: what it has failed with. since: when it first did, without a new token since.
     """
@@ -102,7 +103,6 @@ class _Leg:
     inbox: Inbox
     chain: Chain | None
     link: Link | None = None
-    had: int = 0
     tries: int = 0
     avoid: set[str] = field(default_factory=set)
     error: EnginehouseError | None = None
@@ -157,7 +157,7 @@ class Request:
         tokens = len(submit.token_ids) + len(told)
         link = router.choose(self._model, submit.engine_id, leg.chain, tokens, leg.avoid)
         link.send(submit, leg.inbox)
-        leg.link, leg.had = link, len(told)
+        leg.link = link
         before: list[int] = []
         if leg.chain:
             holder = link.holder(submit.engine_id)
@@ -177,7 +177,7 @@ class Request:
         if error.code != Unavailable.code and error.reason not in _REFUSALS:
             return error
         told, now = len(leg.inbox.token_ids), time.monotonic()
-        if told > leg.had:
+        if told > leg.inbox.had:
             leg.tries, leg.avoid = 0, set()
         if not leg.tries:
             leg.since = now
@@ -217,10 +217,14 @@ class Request:
     def _again(self, leg: _Leg) -> None:
         leg.timer = None
         told = len(leg.inbox.token_ids)
+        waits = time.monotonic() - leg.since < self._failover.patience
+        if waits and not self._failover.router.ready(leg.submit.engine_id):
+            self._later(leg, _LONGEST_PAUSE / 4)  # without asking why: the answer is a look at every executor
+            return
         try:
             self._dispatch(leg)
         except Unavailable as nobody:
-            if time.monotonic() - leg.since < self._failover.patience:
+            if waits:
                 self._later(leg, _LONGEST_PAUSE / 4)
             else:
                 self._give_up(leg, _but(leg.error or nobody, f"nobody could go on with it: {nobody.message}"))

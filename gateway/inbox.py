@@ -40,6 +40,7 @@ class Inbox:
         started: an executor has begun with it: its prompt can be found in the prefix cache.
         cached_tokens: of the prompt, found in the prefix cache of the first executor.
         token_ids: all that have come.
+        had: of these, those that had come when it was sent to the executor that it is at.
         prompt_told: log-probabilities of the prompt that have come.
         pending: there is something to take.
         closed: nothing more will come.
@@ -55,6 +56,7 @@ class Inbox:
         self.started = False
         self.cached_tokens = 0
         self.token_ids: list[int] = []
+        self.had = 0
         self.prompt_told = 0
         self.pending = False
         self.closed = False

@@ -43,6 +43,7 @@ class Inboxes:
         """Takes a request's inbox, whose new handle is written into both."""
         handle = inbox.handle = submit.handle = next(self._handles) & 0xFFFF_FFFF
         self._inboxes[handle] = inbox
+        inbox.had = len(inbox.token_ids)
         self.live[inbox.engine_id] += 1
         inbox.queued_tokens = len(submit.token_ids) + len(submit.resume_token_ids)
         self.queued_tokens[inbox.engine_id] += inbox.queued_tokens

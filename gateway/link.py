@@ -115,6 +115,8 @@ class Link:
         """Cancels a request that has not ended; does nothing for one that has."""
         if self._inboxes.forget(inbox.handle):
             self._commands.put_nowait(Command(cancel=Cancel(handles=[inbox.handle])))
+            if len(inbox.token_ids) > inbox.had:  # it has served, though nobody hears the end, as behind a stop string
+                self._succeeded(inbox.engine_id)
 
     async def run(self) -> None:
         """Connects, again and again, until it is cancelled."""
@@ -242,20 +244,23 @@ class Link:
     def _ended(self, engine_id: str, error: EnginehouseError | None) -> None:
         """The executor has told a request's end."""
         if error is None:
-            if circuit := self.circuits.get(engine_id):
-                circuit.succeeded()
+            self._succeeded(engine_id)
         elif error.code in _OWN_FAULTS and error.reason != "EXECUTOR_DRAINING":
             self._circuit(engine_id).failed()
         elif error.reason == "ENGINE_NOT_LOADED":
             self._loads.pop(engine_id, None)  # until its next status
             self._changed()
 
+    def _succeeded(self, engine_id: str) -> None:
+        if circuit := self.circuits.get(engine_id):
+            circuit.succeeded()
+
     def _circuit(self, engine_id: str) -> Circuit:
         return self.circuits.setdefault(engine_id, Circuit())
 
     def _disconnect(self, reason: str) -> None:
         self._connected = self._answers = False
-        for engine_id in [*self._loads, *self._inboxes.live]:
+        for engine_id in {*self._loads, *self._inboxes.live}:
             self._forget(engine_id)
         self._changed()
         self._inboxes.fail(self._lost(reason))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from engine import blobs, registry
-from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument
+from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
 from engine.manifest import FileRef, Manifest
 from engine.store import Store
 from gateway.cache import Cache
@@ -62,12 +62,15 @@ class Models:
         self._engines = Cache(self._read_engine, _KEPT_ENGINES)
         self._tokenizers = Cache(self._read_tokenizer, _KEPT_TOKENIZERS)
 
-    async def get(self, name: str) -> Model:
-        """The model of a name. Raises NotFound with the names there are."""
+    async def get(self, name: str, shown: Callable[[str], bool] = lambda _: True) -> Model:
+        """The model of a name. Raises NotFound with the names there are, of which `shown` says whether they are told."""
         if not name:
-            known = ", ".join(await asyncio.to_thread(registry.names, self._store)) or "none yet"
+            known = ", ".join(filter(shown, await asyncio.to_thread(registry.names, self._store))) or "none yet"
             raise InvalidArgument(f"no model given: set `model`; there are: {known}", reason="MODEL_MISSING")
-        engine_ids = await self._names.get(name)
+        try:
+            engine_ids = await self._names.get(name)
+        except NotFound:
+            raise await asyncio.to_thread(registry.unknown_name, self._store, name, shown) from None
         engine_id = next(filter(self._ready, engine_ids), engine_ids[0])
         engine = await self._engines.get(engine_id)
         return Model(

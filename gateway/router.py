@@ -37,7 +37,7 @@ class Router:
             made.on_change = self._roster.update
             made.fleet = len(self._links)
         self._tasks: list[asyncio.Task[None]] = []
-        self._looking: asyncio.Future[list[None]] | None = None
+        self._looking: asyncio.Future[list[BaseException | None]] | None = None
 
     @property
     def links(self) -> Sequence[Link]:
@@ -63,7 +63,8 @@ class Router:
         if not self.ready(engine_id):
             if self._looking is None or self._looking.done():
                 asked = self._links if len(self._links) <= _LOOK_AT else random.sample(self._links, _LOOK_AT)
-                self._looking = asyncio.gather(*(link.look() for link in asked))
+                # a question whose channel is closed meanwhile, as for new certificates, is cancelled; those who wait are not
+                self._looking = asyncio.gather(*(link.look() for link in asked), return_exceptions=True)
             await asyncio.shield(self._looking)  # one that leaves does not end it for the others
 
     def chain(self, submit: Submit) -> Chain | None:

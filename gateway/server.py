@@ -8,11 +8,11 @@ from typing import Any
 
 import grpc
 
-from engine.errors import DeadlineExceeded
+from engine.errors import DeadlineExceeded, EnginehouseError
 from engine.store import Store
-from gateway.admission import DEFAULT_LIMITS, Admission, Limits
+from gateway.admission import DEFAULT_LIMITS, Admission, Grant, Limits
 from gateway.failover import Failover
-from gateway.generation import begin
+from gateway.generation import Generation, begin
 from gateway.models import Model, Models
 from gateway.prompt import prompt_ids, skip_special
 from gateway.router import Router
@@ -29,6 +29,11 @@ from protos.v1.gateway_pb2_grpc import GatewayServicer
 
 _LONG_TEXT = 4000  # characters, 2 ms of tokenizing; longer ones leave the event loop
 _MANY_TOKENS = 1000  # of which the same holds
+_GONE = (
+    "ENGINE_NOT_LOADED",
+    "ENGINE_NOT_READY",
+    "ENGINE_UNLOADED",
+)  # everywhere: the name may stand for another one now
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -59,7 +64,31 @@ class Gateway(GatewayServicer):
         caller().check_model(request.model)
         grant = await self._admission.enter(caller(), request.priority, context.time_remaining())
         context.add_done_callback(grant.ended)  # type: ignore[arg-type]  # a class in grpc's stubs; however the call ends
-        model = await self._models.get(request.model)
+        first, moved = True, False
+        while True:
+            model, generation = await self._begin(request, grant, context)
+            try:
+                with generation:
+                    while not generation.done:
+                        await generation.wait()
+                        async with self._turns.turn(first):
+                            began = time.monotonic()
+                            for response in generation.take():
+                                yield response
+                                first = False
+                        if not generation.done:
+                            await self._turns.pause(began)
+                return
+            except EnginehouseError as error:
+                if moved or not first or error.reason not in _GONE:
+                    raise
+                if (await self._models.get(request.model)).engine_id == model.engine_id:
+                    raise
+                moved = True  # to the name's next engine, which has taken the place of this one since the request came
+
+    async def _begin(self, request: wire.GenerateRequest, grant: Grant, context: Context) -> tuple[Model, Generation]:
+        """The engine that the model's name stands for, and the request to it, not sent yet."""
+        model = await self._models.get(request.model, caller().allows)
         found(model)
         tokenizer = await self._models.tokenizer(model.engine_id)
         prompt = await _prompt(request, tokenizer)
@@ -72,28 +101,18 @@ class Gateway(GatewayServicer):
         executor = self._failover.request(model.name, limit)
         generation = begin(request, submit, prompt, tokenizer, executor, limit)
         grant.follow(generation.usage)
-        first = True
-        with generation:
-            while not generation.done:
-                await generation.wait()
-                async with self._turns.turn(first):
-                    began = time.monotonic()
-                    for response in generation.take():
-                        yield response
-                        first = False
-                if not generation.done:
-                    await self._turns.pause(began)
+        return model, generation
 
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
         check_prompt(request, self._max_prompt_bytes)
         caller().check_model(request.model)
-        model = await self._models.get(request.model)
+        model = await self._models.get(request.model, caller().allows)
         tokenizer = await self._models.tokenizer(model.engine_id)
         return wire.TokenizeResponse(token_ids=await _prompt(request, tokenizer))
 
     async def Detokenize(self, request: wire.DetokenizeRequest, _context: Context) -> wire.DetokenizeResponse:
         caller().check_model(request.model)
-        model = await self._models.get(request.model)
+        model = await self._models.get(request.model, caller().allows)
         tokenizer = await self._models.tokenizer(model.engine_id)
 
         def text() -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gateway.router import Router
 
 _UNKNOWN = "unknown"  # a name that no model has is anybody's word and becomes no label
-_LOST = ("EXECUTOR_LOST", "ENGINE_LOST", "ENGINE_UNLOADED")
+_LOST = ("EXECUTOR_LOST", "EXECUTOR_DRAINING", "ENGINE_LOST", "ENGINE_UNLOADED")
 _FINISHES = {FINISH_REASON_STOP: "stop", FINISH_REASON_LENGTH: "length", FINISH_REASON_CANCELLED: "cancelled"}
 
 Generate = TypeVar("Generate", bound=Callable[..., AsyncIterator[GenerateResponse]])

@@ -140,7 +140,11 @@ def call(name: str) -> Span | None:
 
 def given(metadata: Iterable[tuple[str, Any]]) -> dict[str, str]:
     """The trace context in a call's metadata."""
-    return {key: value if isinstance(value, str) else value.decode() for key, value in metadata if key in KEYS}
+    return {
+        key: value if isinstance(value, str) else value.decode(errors="replace")
+        for key, value in metadata
+        if key in KEYS
+    }
 
 
 def _known(attributes: Mapping[str, Any]) -> dict[str, Any]:

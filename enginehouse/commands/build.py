@@ -13,8 +13,9 @@ from engine import registry, signing
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.checkpoints import model_name
 from engine.errors import FailedPrecondition, InvalidArgument, NotFound
-from enginehouse.client import BuilderClient, is_loopback, not_unicode
+from enginehouse.client import BuilderClient
 from enginehouse.commands.follow import follow
+from enginehouse.connection import is_loopback, not_unicode
 from enginehouse.home import Home
 from enginehouse.progress import Bars, format_bytes, stderr
 from enginehouse.quant_options import Quantization

@@ -5,8 +5,9 @@ import sys
 
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
 from enginehouse.answer import Answer
-from enginehouse.client import GatewayClient, not_unicode
+from enginehouse.client import GatewayClient
 from enginehouse.commands.generate import Choices, only_model, stream
+from enginehouse.connection import not_unicode
 from enginehouse.progress import stderr
 from protos.v1.gateway_pb2 import ChatMessage, Model
 

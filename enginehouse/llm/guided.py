@@ -7,7 +7,7 @@ from typing import Any
 
 from builder_svc.tensorrt_names import also_takes
 from engine.errors import InvalidArgument
-from enginehouse.client import not_unicode
+from enginehouse.connection import not_unicode
 from protos.v1.common_pb2 import GuidedChoices, GuidedDecoding
 
 

@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from builder_svc.tensorrt_names import also_takes
 from engine.errors import InvalidArgument
-from enginehouse.client import not_unicode
+from enginehouse.connection import not_unicode
 from enginehouse.llm.guided import GuidedDecodingParams
 from gateway.submission import check
 from protos.checks import MAX_BIAS

@@ -91,10 +91,15 @@ class Fleet:
         self._store, self._folder = store, folder
         self._stack = ExitStack()
 
-    def add_executor(self, port: str = "0") -> Service:
+    def add_executor(self, port: str = "0", drain: float = 20) -> Service:
         log = self._folder / f"executor-{len(self.executors)}.log"
         made = self._stack.enter_context(
-            service("executor_svc", log, "--store", self._store, "--engine", "tiny", port=port)
+            service(
+                "executor_svc",
+                log,
+                *("--store", self._store, "--engine", "tiny", "--drain-seconds", f"{drain}"),
+                port=port,
+            )
         )
         self.executors.append(made)
         return made
@@ -148,12 +153,18 @@ class Fleet:
 
 @contextlib.asynccontextmanager
 async def fleet(
-    store: str, folder: Path, executors: int = 2, through: Callable[[str], str] = lambda address: address, *more: str
+    store: str,
+    folder: Path,
+    executors: int = 2,
+    through: Callable[[str], str] = lambda address: address,
+    *more: str,
+    drain: float = 20,
 ) -> AsyncIterator[Fleet]:
-    """`through`: an executor's address, as the gateway is told it; `more`: arguments of the gateway."""
+    """`through`: an executor's address, as the gateway is told it; `more`: arguments of the gateway; `drain`: the seconds that
+    an executor lets its requests end in."""
     made = Fleet(store, folder)
     try:
-        addresses = [through(made.add_executor().address) for _ in range(executors)]
+        addresses = [through(made.add_executor(drain=drain).address) for _ in range(executors)]
         made.add_gateway(addresses, *more)
         async with grpc.aio.insecure_channel(made.gateway.address) as channel:
             made.stub = gateway_pb2_grpc.GatewayStub(channel)

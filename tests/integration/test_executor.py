@@ -198,6 +198,28 @@ async def test_loading_while_it_is_unloaded_waits_and_loads(running: Running, st
     assert len(await generate(stub, running.submit(5))) == 5
 
 
+async def test_an_unloading_goes_on_when_nobody_waits_for_it(running: Running, stub: ExecutorStub) -> None:
+    """And who loads the engine meanwhile gets it, instead of the one that goes."""
+    call, worker = stub.Generate(running.submit(220)), running.worker()
+    assert (await call.read()).token_ids
+    os.kill(worker, signal.SIGSTOP)  # so that it does not end before it has been looked at
+    unload = stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=running.engine_id, drain={"seconds": 60}))
+    async with asyncio.timeout(60):
+        while (await stub.GetStatus(pb.GetStatusRequest())).engines[0].state != pb.ENGINE_STATE_UNLOADING:
+            pass
+    unload.cancel()
+    assert "is being unloaded" in (await error_of(stub.Generate(running.submit(5)))).message
+    loading = asyncio.ensure_future(stub.LoadEngine(pb.LoadEngineRequest(model="tiny")).read())
+    os.kill(worker, signal.SIGCONT)
+    while (output := await call.read()) is not grpc.aio.EOF:
+        last = output
+    assert last.finish.reason == FinishReason.FINISH_REASON_LENGTH
+    await loading
+    assert [part async for part in stub.LoadEngine(pb.LoadEngineRequest(model="tiny"))][-1].HasField("engine")
+    assert running.worker() != worker
+    assert len(await generate(stub, running.submit(5))) == 5
+
+
 async def test_a_load_can_be_called_off(running: Running, stub: ExecutorStub) -> None:
     await stub.UnloadEngine(pb.UnloadEngineRequest(engine_id=running.engine_id))
     loading = stub.LoadEngine(pb.LoadEngineRequest(model="tiny"))

@@ -51,22 +51,29 @@ def kill(pids: list[int], number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-async def end_alike(made: Fleet, tasks: "list[asyncio.Task[Stream]]") -> None:
-    """All streams end in the text that they have undisturbed, and some of them were moved for that."""
+async def end_alike(made: Fleet, tasks: "list[asyncio.Task[Stream]]", before: float = 0) -> None:
+    """All streams end in the text that they have undisturbed, and some were moved for that beside those of before."""
     found = await asyncio.wait_for(asyncio.gather(*tasks), 60)
     moved = made.metric("gateway_streams_resumed_total")
     for stream, alone in zip(found, await made.alone(range(len(tasks))), strict=True):
         stream.check(alone)
-    assert moved > 0
+    assert moved > before
 
 
-async def test_an_executor_killed_under_fifty_streams_loses_nothing(store: str, tmp_path: Path) -> None:
-    async with fleet(store, tmp_path) as made:
-        victim, survivor = made.executors
+async def test_executors_told_to_stop_or_killed_under_streams_lose_nothing(store: str, tmp_path: Path) -> None:
+    """Who is told to stop lets its streams end for no time at all, so that they go on elsewhere, too."""
+    async with fleet(store, tmp_path, 3, drain=0) as made:
+        stopped, killed, survivor = made.executors
         with leaves_no_files(made.gateway.process.pid):
-            _, tasks = await begun(made)
-            kill(tree(victim.process.pid), signal.SIGKILL)
+            _, tasks = await begun(made, 20)
+            stopped.process.send_signal(signal.SIGTERM)
             await end_alike(made, tasks)
+            assert await asyncio.to_thread(stopped.process.wait, 60) == 0
+            moved = made.metric("gateway_streams_resumed_total")
+            _, tasks = await begun(made)
+            kill(tree(killed.process.pid), signal.SIGKILL)
+            await end_alike(made, tasks, moved)
+            assert made.metric("gateway_requests_lost_total") == 0
             await made.settled([survivor])
 
 

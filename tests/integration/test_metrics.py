@@ -30,6 +30,8 @@ from tests import promql
 from tests.integration.services import Service, service
 from tests.metrics_page import PAGE, documented
 
+CERTIFICATE = "enginehouse_tls_certificate_expires_timestamp_seconds"  # no TLS here: test_security.py has seen it
+
 PROMPT = "In the beginning God created the heaven and the earth. And the earth was without form."
 SECRET = "sesame-open-1234"
 OPTIONS = ("--metrics-port", "0", "--log-format", "json")
@@ -370,7 +372,8 @@ def test_up_says_where_its_services_have_them(tmp_path: Path) -> None:
 
 def test_dashboard_and_alerts_ask_for_what_there_is(cluster: Cluster) -> None:
     """By now there is traffic of all kinds."""
-    labels: dict[str, dict[str, set[str]]] = {"up": {}}  # metric -> label -> values; up is Prometheus' own
+    # metric -> label -> values; up is Prometheus' own
+    labels: dict[str, dict[str, set[str]]] = {"up": {}, CERTIFICATE: {}}
     for of in (cluster.builder, cluster.executor, cluster.gateway):
         for sample in scrape(of):
             name, pairs = sample.rstrip("}").split("{")
@@ -402,6 +405,4 @@ def test_the_page_knows_every_label(cluster: Cluster) -> None:
             keys = {pair.partition("=")[0] for pair in labels.split(",") if pair}
             assert keys - {"le"} == set(pages[family].labels), name
             seen.add(family)
-    assert pages.keys() - seen == {
-        "enginehouse_tls_certificate_expires_timestamp_seconds"
-    }  # test_security.py has seen it
+    assert pages.keys() - seen == {CERTIFICATE}

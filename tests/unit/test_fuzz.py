@@ -1,4 +1,5 @@
-"""Ten thousand random and mutated messages to every service, spread over its methods; `make fuzz` sends a million.
+"""Ten thousand random and mutated messages to every service, spread over its methods; in `make drills` to each of its methods;
+`make fuzz` sends a million.
 
 Whatever comes, a call ends with a status that blames the message or the state of things, never with INTERNAL or UNKNOWN; no task
 stays behind, and memory does not grow with the number of messages.
@@ -10,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 CRASHES = {"INTERNAL", "UNKNOWN"}
 WARM_UP = 0.3  # of the messages, after which caches are full
 MOST_GROWTH = 24.0  # MB from then on
+MOST_SECONDS = 90  # of the processor, for ten thousand to each method of a service
 
 GATEWAY = [
     gateway_pb2.GenerateRequest(model="demo", text="hello", stopping=StoppingCriteria(max_tokens=4)),
@@ -64,10 +66,17 @@ def quiet() -> None:
     logging.getLogger("protos").setLevel(logging.ERROR)
 
 
-async def fuzz(
-    service: Servicer, words: Sequence[str], good: Sequence[Message] = (), count: int = COUNT
-) -> Counter[str]:
-    """Sends `count` messages, to each method as many; how many ended with which status."""
+@pytest.fixture(params=["a service", pytest.param("a method", marks=pytest.mark.drill)])
+def each(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether each method of a service gets COUNT messages, or all of them together."""
+    began = time.process_time()
+    yield request.param == "a method"
+    if COUNT == 10_000:
+        assert time.process_time() - began < MOST_SECONDS
+
+
+async def fuzz(service: Servicer, words: Sequence[str], each: bool, good: Sequence[Message] = ()) -> Counter[str]:
+    """Sends COUNT messages, to `each` method or to each its share; how many ended with which status."""
     ends: Counter[str] = Counter()
     kinds = {method: service.kind(method) for method in service.methods}
     known = {method: [each for each in good if isinstance(each, kind)] for method, kind in kinds.items()}
@@ -75,7 +84,7 @@ async def fuzz(
         for message in messages:
             await service.call(method, message.SerializeToString())
     tasks, memory = asyncio.all_tasks(), 0.0
-    rounds = -(-count // len(kinds))
+    rounds = -(-COUNT // (1 if each else len(kinds)))
     for number in range(rounds):
         if number == int(rounds * WARM_UP):
             memory = resident()
@@ -112,34 +121,34 @@ async def answer(executor: MockExecutor) -> None:
         executor.tokens(submit.handle, [5], EOS)
 
 
-async def test_gateway(tmp_path: Path) -> None:
+async def test_gateway(tmp_path: Path, each: bool) -> None:
     async with cluster(tmp_path, limits=Limits(max_streams=4, max_waiting=4, max_prompt_bytes=10_000)) as made:
         answers = asyncio.create_task(answer(made.executor))
         service = Servicer(lambda server: add_GatewayServicer_to_server(made.gateway, server), gateway_pb2)
-        ends = await fuzz(service, ["demo", made.engine_id], GATEWAY)
+        ends = await fuzz(service, ["demo", made.engine_id], each, GATEWAY)
         answers.cancel()
         assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= ends.keys()
         assert made.gateway._admission._running == made.gateway._admission._num_waiting == 0
 
 
-async def test_builder(tmp_path: Path) -> None:
+async def test_builder(tmp_path: Path, each: bool) -> None:
     (tmp_path / "models").mkdir()
     store = DirectoryStore(tmp_path / "store")
     jobs = Jobs(store, BuildProcess(), 1)
     servicer = BuilderServicer(jobs, store, tmp_path / "models", tmp_path / "spool")
     service = Servicer(lambda server: add_BuilderServicer_to_server(servicer, server), builder_pb2)
-    ends = await fuzz(service, ["demo", "other"])
+    ends = await fuzz(service, ["demo", "other"], each)
     await jobs.close()
     assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= ends.keys()
     assert registry.names(store) == []
 
 
-async def test_executor(tmp_path: Path) -> None:
+async def test_executor(tmp_path: Path, each: bool) -> None:
     """Its front; no engine is loaded."""
     servicer = ExecutorServicer(str(tmp_path), "cpu", Spares([]))
     service = Servicer(servicer.register, executor_pb2)
     good = [*SUBMITS, *(executor_pb2.Command(submit=submit) for submit in SUBMITS)]
-    ends = await fuzz(service, ["demo"], good)
+    ends = await fuzz(service, ["demo"], each, good)
     await servicer.close()
     assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"} <= ends.keys()
     assert servicer._clients == {}

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
-from gateway_harness import cluster, collect, eventually
+from gateway_harness import cluster, collect, eventually, failure, publish
 from mock_executor import EOS
 
+from engine import registry
+from engine.errors import FailedPrecondition
 from gateway.link import Link
 from protos.v1.executor_pb2 import ENGINE_STATE_READY, EngineStatus, ExecutorStatus, StepOutput
 
@@ -28,6 +30,30 @@ async def test_an_executor_that_says_so_gets_nothing_new_and_ends_what_it_has(
         first.tokens(submit.handle, [5], EOS)
         assert (await collect(begun))[1] == [5]
         assert [(await collect(call))[1] for call in later] == [[6]] * 3
+
+
+async def test_a_request_that_an_unloaded_engine_refuses_goes_to_the_names_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came when the gateway had not seen yet that the next one is loaded."""
+    monkeypatch.setattr("gateway.link._POLL_INTERVAL", 60.0)
+    monkeypatch.setattr("gateway.models._NAME_TTL", 0.0)
+    gone = FailedPrecondition("it is not loaded", reason="ENGINE_NOT_LOADED")
+    async with cluster(tmp_path) as c:
+        second = publish(c.store, "other", template=None)
+        registry.set_name(c.store, "demo", second)
+        call = c.generate()
+        submit = await c.executor.submitted()
+        assert submit.engine_id == c.engine_id
+        c.executor.ready = [second]
+        c.executor.fail(submit.handle, gone)
+        submit = await c.executor.submitted()
+        assert submit.engine_id == second
+        c.executor.tokens(submit.handle, [5], EOS)
+        assert (await collect(call))[1] == [5]
+        call = c.generate()  # and where there is no other, the refusal is told
+        c.executor.fail((await c.executor.submitted()).handle, gone)
+        assert (await failure(call)).reason == "ENGINE_NOT_LOADED"
 
 
 async def test_a_status_that_says_so_counts_as_well() -> None:

@@ -170,9 +170,12 @@ async def test_a_full_executor_is_passed_by_and_all_of_them_are_told(tmp_path: P
         assert (error.reason, error.retry_after) == ("QUEUE_FULL", 2)
 
 
-async def test_a_stream_that_has_begun_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", ["QUEUE_FULL", "GUIDED_DECODING_BUSY"])
+async def test_a_stream_that_has_begun_waits_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
     monkeypatch.setattr("gateway.failover._LONGEST_PAUSE", 0.02)
-    full = ResourceExhausted("9 requests are waiting", reason="QUEUE_FULL", retry_after=2)
+    full = ResourceExhausted("9 requests are waiting", reason=reason, retry_after=2)
     async with cluster(tmp_path, executors=2) as c:
         call = c.generate()
         executor, submit = await next_submit(c)
@@ -187,7 +190,7 @@ async def test_a_stream_that_has_begun_waits_for_room(tmp_path: Path, monkeypatc
         c.gateway._failover.patience = 0
         executor.fail(submit.handle, full)
         error = await failure(call)
-        assert error.reason == "QUEUE_FULL" and "no executor has had room for it" in error.message
+        assert error.reason == reason and "no executor has had room for it" in error.message
 
 
 async def test_what_another_executor_would_refuse_too_is_not_sent_again(tmp_path: Path) -> None:
@@ -308,6 +311,35 @@ async def test_an_executor_that_fails_again_and_again_is_left_alone(
         executor.tokens(submit.handle, [5], LENGTH)
         await collect(call)
         assert bad_link.circuits[c.engine_id].state == CLOSED
+
+
+async def test_a_stream_that_its_stop_string_ends_closes_a_circuit(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as c:
+        (link,) = c.router.links
+        circuit = link.circuits[c.engine_id] = Circuit()
+        for _ in range(3):
+            circuit.failed()
+        circuit._until = 0.0  # its pause is over
+        call = c.generate(stop=["hello"])
+        executor, submit = await next_submit(c)
+        assert circuit.state == OPEN
+        executor.tokens(submit.handle, encode("hello"))  # of whose end the executor is told, and does not tell
+        await collect(call)
+        assert circuit.state == CLOSED
+
+
+async def test_a_connection_that_is_lost_under_many_streams_is_one_failure(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as c:
+        calls = [c.generate() for _ in range(5)]
+        sent = [await next_submit(c) for _ in calls]
+        c.executor.hang_up()
+        sent = [await next_submit(c) for _ in calls]
+        (link,) = c.router.links
+        assert link.circuits[c.engine_id]._failures == 1
+        for executor, submit in sent:
+            executor.tokens(submit.handle, [5], LENGTH)
+        for call in calls:
+            await collect(call)
 
 
 async def test_an_executor_that_says_nothing_any_more_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

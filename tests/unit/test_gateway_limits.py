@@ -114,6 +114,15 @@ async def test_what_a_tenant_may_not_do_is_said(tenants: Tenants) -> None:
             await stub.ListModels(wire.ListModelsRequest(), metadata=metadata)
         known: EnginehouseError = from_rpc_error(told.value)
         assert known.code == UNKNOWN
+    for call in (
+        tenants.generate("barred", model="other"),
+        stub.Tokenize(wire.TokenizeRequest(model="other", text="a"), metadata=barred),
+        stub.Detokenize(wire.DetokenizeRequest(model="other"), metadata=barred),
+    ):
+        error = await failure(call)
+        assert (
+            error.message == "no model 'other'; there are: none yet"
+        )  # for this tenant: others' names are not its business
 
 
 async def test_a_text_of_too_many_bytes_is_not_tokenized(tenants: Tenants) -> None:
