@@ -153,9 +153,15 @@ class CausalLM(Quantizable):
             FailedPrecondition: dummy weights, a directory that holds another checkpoint or cannot be written.
             ResourceExhausted: the disk is full.
             InvalidArgument: weights that are missing or of another shape than the config implies, a mapping that does not divide
-                the model, or the directory that other ranks are still to be read from.
+                the model, or the directory that other ranks are still to be read from; one rank of what is to be quantized.
         """
-        if self.config.quant_config and save_config:
+        if self.config.quant_config:
+            if self.config.mapping.world_size > 1 or not save_config:
+                raise InvalidArgument(
+                    "quant_config: quantizing makes all ranks' weights and their config.json at once: call quantize, with the "
+                    "mapping, in place of save_checkpoint for each rank",
+                    reason="QUANTIZATION_OF_ONE_RANK",
+                )
             self.write_quantized(self.plan(self.config.quant_config), output_dir)
             return
         directory, config, weights = Path(output_dir).expanduser(), self.config, self.weights()
@@ -165,9 +171,8 @@ class CausalLM(Quantizable):
                 f"{directory} is where the weights of all ranks are read from: save to another directory",
                 reason="OUTPUT_OCCUPIED",
             )
-        packed = config.quantized.packed if config.quantized else {}
-        declared = Decoder.on_meta(config.decoder, config.checked_dtype, packed, mapping=mapping).declared()
-        own = cuts(config.decoder, mapping, packed)
+        declared = Decoder.on_meta(config.decoder, config.checked_dtype, config.packed, mapping=mapping).declared()
+        own = cuts(config.decoder, mapping, config.packed)
 
         def parts(name: str) -> Iterable[torch.Tensor]:
             whole = weights.parts(name)
@@ -208,8 +213,7 @@ class CausalLM(Quantizable):
         return self._decoder(self.config.checked_dtype).declared()
 
     def _decoder(self, dtype: str) -> Decoder:
-        quantized = self.config.quantized
-        return Decoder.on_meta(self.config.decoder, dtype, quantized.packed if quantized else {})
+        return Decoder.on_meta(self.config.decoder, dtype, self.config.packed)
 
     @property
     def dummy(self) -> bool:
