@@ -13,7 +13,7 @@ from torch import Tensor
 from builder_svc.auto import open_model
 from builder_svc.causal_lm import CausalLM
 from builder_svc.models.packed import Fp8, Int4, Int8
-from builder_svc.pipeline import build, read_model
+from builder_svc.pipeline import build, build_identity, read_model
 from builder_svc.quantize import awq, smoothquant
 from builder_svc.quantize.forward import Stream, compute_device
 from builder_svc.quantize.inputs import Inputs
@@ -23,6 +23,7 @@ from builder_svc.quantize.sites import Rows, layer_sites
 from builder_svc.quantize.text import CALIBRATION, HELD_OUT, Tokens, read_text
 from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from engine.manifest import engine_id
 from enginehouse import AutoModelForCausalLM, BuildConfig, CalibConfig, QuantAlgo, QuantConfig
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import load_engine
@@ -284,6 +285,19 @@ def test_the_same_seed_gives_the_same_weights_and_what_decides_them_decides_the_
         for calib in (CALIB, *others.values())
     }
     assert len(ids) == 4
+
+
+def test_the_dtype_in_which_weights_are_read_decides_the_id(model_dir: Path) -> None:
+    """A float32 checkpoint that is rounded to bfloat16 before it is quantized gives other codes than one that is not."""
+    quant, options = QuantConfig("W8A16"), BuildConfig(device="cpu", dtype="bfloat16")
+    ids, weights = set(), []
+    for dtype in ("auto", "bfloat16"):
+        model = AutoModelForCausalLM.from_hugging_face(model_dir, dtype, quant_config=quant)
+        resolved = read_model(model, options)
+        assert resolved.dtype == "bfloat16"
+        ids.add(engine_id(build_identity(resolved, options)))
+        weights.append(pack(model.weights()["layers.0.mlp.down.weight"].float(), Int8("float32"))["weight"])
+    assert len(ids) == 2 and not torch.equal(*weights)
 
 
 def test_dummy_weights_have_the_form_that_is_asked_for(model_dir: Path, tmp_path: Path) -> None:
