@@ -25,6 +25,7 @@ from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from engine.manifest import engine_id
 from enginehouse import AutoModelForCausalLM, BuildConfig, CalibConfig, QuantAlgo, QuantConfig
+from enginehouse.model_shape import of_engine
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import load_engine
 from executor_svc.node import this_node
@@ -218,7 +219,16 @@ def test_a_quantized_model_is_saved_read_and_run(
     for name, weight in read.weights().items():
         assert torch.equal(loaded.weights[name].view(torch.uint8), weight.view(torch.uint8)), name
     caches = {"FP8": "float8_e4m3fn", "INT8": "int8", None: "float32"}
-    assert loaded.program.caches[0].dtype == caches[asked.get("kv_cache_quant_algo")]
+    cache = asked.get("kv_cache_quant_algo")
+    assert (
+        loaded.program.caches[0].dtype == caches[cache] and engine.manifest.identity["kv_cache_dtype"] == caches[cache]
+    )
+    assert engine.manifest.model.kv_bytes_per_token == sum(one.bytes_per_token for one in loaded.program.caches)
+    told = of_engine(store, engine.engine_id).whole
+    assert told.kv_bytes(1) == engine.manifest.model.kv_bytes_per_token
+    if cache:  # said once more, it is the same engine
+        said = build(read, BuildConfig(device="cpu", kv_cache_dtype=cache.lower()), store=store)
+        assert said.engine_id == engine.engine_id
     # the build's own option makes the same weights, under an id of its own, and finds them again
     direct = build(
         model_dir,
@@ -307,6 +317,10 @@ def test_dummy_weights_have_the_form_that_is_asked_for(model_dir: Path, tmp_path
     engine = build(model_dir, options, store=DirectoryStore(tmp_path))
     program = load_engine(DirectoryStore(tmp_path), engine.engine_id, this_node("cpu")).program
     assert sum(op.op == "linear_int4" for op in program.ops) == 8 and program.caches[0].dtype == "int8"
+    options = BuildConfig(device="cpu", dummy_weights=True, kv_cache_dtype="int8")
+    plain = build(model_dir, options, store=DirectoryStore(tmp_path)).manifest
+    assert plain.model.kv_bytes_per_token == engine.manifest.model.kv_bytes_per_token
+    assert load_engine(DirectoryStore(tmp_path), plain.engine_id, this_node("cpu")).program.caches[0].dtype == "int8"
 
 
 def test_a_head_of_its_own_is_quantized_if_asked_for(model_dir: Path, tmp_path: Path) -> None:
@@ -389,6 +403,8 @@ def test_a_head_of_its_own_is_quantized_if_asked_for(model_dir: Path, tmp_path: 
             "8.9 or more, not 8.0",
         ),
         ({"kv_cache_quant_algo": "INT8"}, {}, {"kv_cache_dtype": "fp8"}, InvalidArgument, "choose one of both"),
+        ({"kv_cache_quant_algo": "FP8"}, {}, {"kv_cache_dtype": "int8"}, InvalidArgument, "as FP8: choose one of both"),
+        ({"quant_algo": "W8A16"}, {}, {"kv_cache_dtype": "int8"}, InvalidArgument, "'int8' takes scales .* INT8"),
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_read(
