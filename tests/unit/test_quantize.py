@@ -32,6 +32,7 @@ from executor_svc.node import this_node
 from tests.conftest import VOCAB_SIZE, save_checkpoint
 from tests.running import Engine, make_engine
 
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo-model"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -176,6 +177,28 @@ def test_awq_loses_less_than_rounding_to_nearest(zeros: bool) -> None:
     assert scale[3] > 2 * scale.median() < scale[40]
     kept = awq.pack_clipped(weight, form, inputs, none, kept=48)  # fitted, but no range is shrunk
     assert clipped < lost(kept, none) < nearest
+
+
+def test_awq_loses_less_in_every_layer_on_text_that_it_has_not_seen(tmp_path: Path) -> None:
+    """Of a trained model, whole layers: scales are folded, heads share their values, and what was fitted holds elsewhere."""
+    made, calib = {}, CalibConfig(calib_batches=16, calib_max_seq_length=256)
+    for algo in ("W4A16", "W4A16_AWQ"):
+        made[algo] = quantized(DEMO_MODEL, tmp_path / algo, calib, quant_algo=algo, group_size=64)
+    dense = open_model(DEMO_MODEL)
+    ids = Tokens(read_text(HELD_OUT), dense.tokenizer().files()).sequences(256, 12)
+    models = {"dense": dense, **made}
+    streams = {
+        name: Stream(model.config.decoder, model.weights().__getitem__, ids, compute_device("cpu"), model.config.packed)
+        for name, model in models.items()
+    }
+    for number in range(len(dense.config.decoder.layers)):
+        before = streams["dense"].hidden.clone()
+        for stream in streams.values():
+            stream.hidden.copy_(before)
+            stream.pass_layer(number, stream.layer_tensors(number))
+        right = streams["dense"].hidden
+        nearest, awq_ = (float((streams[name].hidden - right).square().sum()) for name in made)
+        assert awq_ < 0.9 * nearest, (number, awq_ / nearest)
 
 
 def test_smoothquant_moves_outliers_into_the_weights() -> None:
