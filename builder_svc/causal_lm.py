@@ -1,13 +1,12 @@
 """The models of the Python API: a configuration, and where its weights come from. Weights are read when they are needed.
 
-There is a class for each `CLASS_NAME` of the families' pages (`model_classes`); `auto.py` finds the right one.
+`auto.py` has a class for each `CLASS_NAME` of the families' pages, and finds the right one.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,7 +21,6 @@ from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
 from builder_svc.checkpoint.quantized.resolve import Resolved, kv_scales, on_device, planned, resolve
 from builder_svc.mapping import Mapping as RankMapping
 from builder_svc.models.decoder import Decoder
-from builder_svc.models.families import families
 from builder_svc.models.sources import Source
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.quant_config import QuantConfig
@@ -283,22 +281,6 @@ class CausalLM(Quantizable):
             found = checkpoint.digests()
         values = {"config.json": config.hugging_face, "generation_config.json": config.generation_config}
         return found | {name: _digest(value) for name, value in values.items()}
-
-
-@cache
-def _model_class(name: str) -> type[CausalLM]:
-    doc = f"{CausalLM.__doc__}\n\n    Reads the architectures of enginehouse's {name}."
-    return type(name, (CausalLM,), {"CLASS_NAME": name, "__module__": "enginehouse", "__doc__": doc})
-
-
-def model_classes() -> dict[str, type[CausalLM]]:
-    """Name -> class, for all pages that there are; such as "LLaMAForCausalLM"."""
-    return {name: _model_class(name) for name in sorted({page.CLASS_NAME for page in families().values()})}
-
-
-def class_of(config: PretrainedConfig) -> type[CausalLM]:
-    """The class that reads a configuration."""
-    return _model_class(config.family.CLASS_NAME)
 
 
 def _digest(value: Mapping[str, Any]) -> str:
