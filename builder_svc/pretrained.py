@@ -300,13 +300,6 @@ class PretrainedConfig:
         )
 
 
-def hugging_face_config(values: Values[str, Any]) -> Values[str, Any]:
-    """The Hugging Face config of a config.json, whether it is one or was saved with one in it."""
-    ours = values.get(OURS)
-    found = ours.get("config") if isinstance(ours, dict) else None
-    return found if isinstance(found, dict) else values
-
-
 def _foreign(values: Values[str, Any], where: str) -> Exception:
     if "architectures" in values:
         return InvalidArgument(
