@@ -1,6 +1,6 @@
 """How fast a GPU serves: time to the first token, a decode step at several batch sizes, and mixed requests.
 
-    python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8|-int4|-int8]] [--kv-cache-dtype fp8] [--batch 256] [--tune]
+    python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8|-int4|-int8]] [--kv-cache-dtype fp8|int8] [--batch 256] [--tune]
         [--out FILE.json] [--only WORKLOAD ...] [--profile ROWS ...]
     torchrun --nproc-per-node 2 -m bench.gpu --tp 2 ...
 
@@ -54,7 +54,7 @@ class Bench:
         self.loaded = load(store, engine, tuned=tuned)
         self.group = self.loaded.group
         self.prefix = _prefix(self.loaded.manifest.quantization)
-        self.prefix += "kv_" if kv_cache_dtype == "fp8" else ""
+        self.prefix += {"auto": "", "fp8": "kv_", "int8": "kv_int8_"}[kv_cache_dtype]
         self.prefix += "".join(f"{name}{size}_" for name, size in (("tp", tp), ("pp", pp)) if size > 1)
         self.suffix = "" if batch == 256 else f"_batch{batch}"
         print("tuned in {:.1f} s, runner with graphs in {:.1f} s".format(*self.loaded.seconds), flush=True)
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("bench/models/llama-3.1-8b"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "int8"], default="auto")
     parser.add_argument("--batch", type=int, default=256, help="requests that run at once")
     parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)

@@ -1,12 +1,14 @@
 """A model of a kind that one need not know: its configuration and its class are found by its config.json."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from builder_svc import saved
-from builder_svc.causal_lm import CausalLM, class_of
+from builder_svc.causal_lm import CausalLM
 from builder_svc.mapping import Mapping
+from builder_svc.models.families import families
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.quant_config import QuantConfig
 from builder_svc.read_config import read_config
@@ -109,3 +111,19 @@ def open_model(path: Path, dummy_weights: bool = False) -> CausalLM:
         return class_of(config)(config)
     config = PretrainedConfig.from_path(path)
     return class_of(config)(config) if dummy_weights else class_of(config).read(config)
+
+
+@cache
+def _model_class(name: str) -> type[CausalLM]:
+    doc = f"{CausalLM.__doc__}\n\n    Reads the architectures of enginehouse's {name}."
+    return type(name, (CausalLM,), {"CLASS_NAME": name, "__module__": "enginehouse", "__doc__": doc})
+
+
+def model_classes() -> dict[str, type[CausalLM]]:
+    """Name -> class, for all pages that there are; such as "LLaMAForCausalLM"."""
+    return {name: _model_class(name) for name in sorted({page.CLASS_NAME for page in families().values()})}
+
+
+def class_of(config: PretrainedConfig) -> type[CausalLM]:
+    """The class that reads a configuration."""
+    return _model_class(config.family.CLASS_NAME)

@@ -21,7 +21,7 @@ The phases are "download" (of a checkpoint that is not here yet), "checkpoint", 
 RECIPE_VERSION = 3  # raised when the same inputs give another engine than before
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-KV_CACHE_DTYPES = ("auto", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 BACKENDS = ("torch", *FLAVOURS)
 
 
@@ -70,7 +70,7 @@ class BuildConfig:
         backend: what runs the engine: "torch"; or "tensorrt" or "tensorrt_rtx", for which it is a plan (docs/tensorrt.md).
         weight_streaming: whether a plan may keep its weights in main memory while it runs.
         kv_cache_dtype: "auto" is that of activations, or what the model was quantized for; "fp8" float8_e4m3fn, by the
-            checkpoint's scales where it has any.
+            checkpoint's scales where it has any; "int8" is for models that are quantized for it, and for dummy weights.
         quant_config: how to quantize the model before; by default not at all.
         calib_config: the text for that; by default the one that is bundled.
 

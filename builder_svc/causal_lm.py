@@ -1,13 +1,12 @@
 """The models of the Python API: a configuration, and where its weights come from. Weights are read when they are needed.
 
-There is a class for each `CLASS_NAME` of the families' pages (`model_classes`); `auto.py` finds the right one.
+`auto.py` has a class for each `CLASS_NAME` of the families' pages, and finds the right one.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,7 +21,6 @@ from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
 from builder_svc.checkpoint.quantized.resolve import Resolved, kv_scales, on_device, planned, resolve
 from builder_svc.mapping import Mapping as RankMapping
 from builder_svc.models.decoder import Decoder
-from builder_svc.models.families import families
 from builder_svc.models.sources import Source
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.quant_config import QuantConfig
@@ -153,9 +151,15 @@ class CausalLM(Quantizable):
             FailedPrecondition: dummy weights, a directory that holds another checkpoint or cannot be written.
             ResourceExhausted: the disk is full.
             InvalidArgument: weights that are missing or of another shape than the config implies, a mapping that does not divide
-                the model, or the directory that other ranks are still to be read from.
+                the model, or the directory that other ranks are still to be read from; one rank of what is to be quantized.
         """
-        if self.config.quant_config and save_config:
+        if self.config.quant_config:
+            if self.config.mapping.world_size > 1 or not save_config:
+                raise InvalidArgument(
+                    "quant_config: quantizing makes all ranks' weights and their config.json at once: call quantize, with the "
+                    "mapping, in place of save_checkpoint for each rank",
+                    reason="QUANTIZATION_OF_ONE_RANK",
+                )
             self.write_quantized(self.plan(self.config.quant_config), output_dir)
             return
         directory, config, weights = Path(output_dir).expanduser(), self.config, self.weights()
@@ -165,9 +169,8 @@ class CausalLM(Quantizable):
                 f"{directory} is where the weights of all ranks are read from: save to another directory",
                 reason="OUTPUT_OCCUPIED",
             )
-        packed = config.quantized.packed if config.quantized else {}
-        declared = Decoder.on_meta(config.decoder, config.checked_dtype, packed, mapping=mapping).declared()
-        own = cuts(config.decoder, mapping, packed)
+        declared = Decoder.on_meta(config.decoder, config.checked_dtype, config.packed, mapping=mapping).declared()
+        own = cuts(config.decoder, mapping, config.packed)
 
         def parts(name: str) -> Iterable[torch.Tensor]:
             whole = weights.parts(name)
@@ -208,8 +211,7 @@ class CausalLM(Quantizable):
         return self._decoder(self.config.checked_dtype).declared()
 
     def _decoder(self, dtype: str) -> Decoder:
-        quantized = self.config.quantized
-        return Decoder.on_meta(self.config.decoder, dtype, quantized.packed if quantized else {})
+        return Decoder.on_meta(self.config.decoder, dtype, self.config.packed)
 
     @property
     def dummy(self) -> bool:
@@ -279,22 +281,6 @@ class CausalLM(Quantizable):
             found = checkpoint.digests()
         values = {"config.json": config.hugging_face, "generation_config.json": config.generation_config}
         return found | {name: _digest(value) for name, value in values.items()}
-
-
-@cache
-def _model_class(name: str) -> type[CausalLM]:
-    doc = f"{CausalLM.__doc__}\n\n    Reads the architectures of enginehouse's {name}."
-    return type(name, (CausalLM,), {"CLASS_NAME": name, "__module__": "enginehouse", "__doc__": doc})
-
-
-def model_classes() -> dict[str, type[CausalLM]]:
-    """Name -> class, for all pages that there are; such as "LLaMAForCausalLM"."""
-    return {name: _model_class(name) for name in sorted({page.CLASS_NAME for page in families().values()})}
-
-
-def class_of(config: PretrainedConfig) -> type[CausalLM]:
-    """The class that reads a configuration."""
-    return _model_class(config.family.CLASS_NAME)
 
 
 def _digest(value: Mapping[str, Any]) -> str:

@@ -94,14 +94,21 @@ def _kv_cache(model: CausalLM, options: BuildConfig, plan: Plan | None) -> tuple
     algo = plan.quant_config.kv_cache_quant_algo if plan else None
     if made and made.kv_scales:
         algo = QuantAlgo.INT8 if made.kv_int8 else QuantAlgo.FP8
-    if algo is QuantAlgo.INT8 and options.kv_cache_dtype == "fp8":
+    asked = None if options.kv_cache_dtype == "auto" else QuantAlgo(options.kv_cache_dtype.upper())
+    if algo and asked and algo is not asked:
         raise InvalidArgument(
-            "kv_cache_dtype is 'fp8', but the KV cache is to be quantized as INT8: choose one of both, or kv_cache_dtype='auto'",
+            f"kv_cache_dtype is {options.kv_cache_dtype!r}, but the KV cache is quantized as {algo}: choose one of both, or "
+            "kv_cache_dtype='auto'",
             reason="KV_CACHE_DTYPE_AMBIGUOUS",
         )
-    if algo is None and options.kv_cache_dtype == "auto":
-        return None, False
-    return model.kv_scales(), algo is QuantAlgo.INT8
+    if asked is QuantAlgo.INT8 and not algo and not model.dummy:
+        raise InvalidArgument(
+            f"kv_cache_dtype 'int8' takes scales that are calibrated, and {model.config.source} has none: quantize it with "
+            "kv_cache_quant_algo 'INT8' (--kv-cache-quant INT8), or choose 'fp8'",
+            reason="KV_CACHE_SCALES_MISSING",
+        )
+    algo = algo or asked
+    return (model.kv_scales(), algo is QuantAlgo.INT8) if algo else (None, False)
 
 
 def _mapping(config: PretrainedConfig, options: BuildConfig) -> Mapping:

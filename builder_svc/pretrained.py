@@ -15,6 +15,7 @@ from builder_svc.models.config import AttentionSpec, DecoderConfig, LongRope, Ml
 from builder_svc.models.decoder import Decoder
 from builder_svc.models.families import Family, find_family
 from builder_svc.models.fields import Fields
+from builder_svc.models.packed import Packed
 from builder_svc.quant_config import QuantConfig, checked
 from builder_svc.quantized import Quantized
 from engine.errors import InvalidArgument, Unimplemented
@@ -121,6 +122,11 @@ class PretrainedConfig:
                 f"{self.source} is stored in {self.dtype}; choose one of {', '.join(DTYPES[1:])} for the engine"
             )
         return self.dtype
+
+    @property
+    def packed(self) -> Values[str, Packed]:
+        """A linear's name -> the form of its weight, of those that are quantized."""
+        return self.quantized.packed if self.quantized else {}
 
     @property
     def vocab_size(self) -> int:
@@ -292,13 +298,6 @@ class PretrainedConfig:
             source=source or str(path),
             quant_config=checked(quant_config),
         )
-
-
-def hugging_face_config(values: Values[str, Any]) -> Values[str, Any]:
-    """The Hugging Face config of a config.json, whether it is one or was saved with one in it."""
-    ours = values.get(OURS)
-    found = ours.get("config") if isinstance(ours, dict) else None
-    return found if isinstance(found, dict) else values
 
 
 def _foreign(values: Values[str, Any], where: str) -> Exception:

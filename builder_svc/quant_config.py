@@ -7,6 +7,8 @@ from typing import Any
 
 from engine.errors import InvalidArgument, Unimplemented
 
+RECIPE_VERSION = 2  # raised when the same inputs give other quantized weights than before
+
 
 class QuantAlgo(StrEnum):
     """An algorithm: bits of weights (W) and activations (A), and how they are found.

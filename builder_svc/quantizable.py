@@ -1,10 +1,13 @@
 """What models of the Python API can do about quantizing."""
 
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self
 
 import torch
 
+from builder_svc import saved
 from builder_svc.build_config import Progress
 from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
 from builder_svc.mapping import Mapping as RankMapping
@@ -13,6 +16,7 @@ from builder_svc.quant_config import BUNDLED, CalibConfig, QuantConfig, checked
 from builder_svc.quantize.plan import Plan, make_plan
 from builder_svc.quantize.run import LinearError, quantize
 from builder_svc.read_config import read_config
+from builder_svc.shard import check_shards
 from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights_view import WeightsView
 from engine.errors import FailedPrecondition, InvalidArgument
@@ -28,6 +32,11 @@ class Quantizable:
 
         @classmethod
         def read(cls, config: PretrainedConfig) -> Self: ...
+        @classmethod
+        def from_checkpoint(
+            cls, ckpt_dir: str | Path, rank: int = 0, config: PretrainedConfig | None = None
+        ) -> Self: ...
+        def save_checkpoint(self, output_dir: str | Path, save_config: bool = True) -> None: ...
         def weights(self) -> WeightsView: ...
         def tokenizer(self) -> NormalizedTokenizer | None: ...
 
@@ -55,7 +64,8 @@ class Quantizable:
             hf_model_dir: a directory in Hugging Face layout, a GGUF file, or a repository of the hub (ORG/NAME).
             output_dir: made if it is not there.
             dtype: of what is not quantized; "auto" is the checkpoint's own.
-            mapping: taken, without effect: the checkpoint is whole, and a build divides it (its tp_size and pp_size).
+            mapping: the ranks that it is saved for, all of them, whichever this one's is: a file for each, with its part. A whole
+                checkpoint can be divided by a build as well (tp_size and pp_size).
             quant_config: what to do.
             device, calib_dataset, calib_batches, calib_batch_size, calib_max_seq_length, random_seed: as in CalibConfig.
             tokenizer_max_seq_length: taken, without effect: text is never cut off.
@@ -63,7 +73,7 @@ class Quantizable:
 
         Raises:
             InvalidArgument: (a ValueError) a config that cannot be, does not fit the model, or asks for nothing; text that is too
-                short.
+                short; ranks that the model, or a group of a weight, cannot be divided among.
             Unimplemented: (a NotImplementedError) an algorithm that is not made here.
             NotFound, DataLoss: as `from_hugging_face`.
             FailedPrecondition: weights that are quantized already, a directory that cannot be written.
@@ -81,7 +91,18 @@ class Quantizable:
             device, str(calib_dataset), calib_batches, calib_batch_size, calib_max_seq_length, random_seed
         )
         model = cls.read(read_config(hf_model_dir, dtype, mapping, quant_config, None, weights=True))
-        model.write_quantized(model.plan(quant_config, calib), output_dir, progress)
+        plan, ranks, directory = model.plan(quant_config, calib), model.config.mapping, Path(output_dir).expanduser()
+        check_shards(model.config.decoder, ranks, plan.packed)
+        if ranks.world_size == 1:
+            model.write_quantized(plan, directory, progress)
+            return
+        saved.check_output(directory)
+        with TemporaryDirectory(prefix=".quantized-", dir=directory) as whole:
+            model.write_quantized(plan, whole, progress)
+            config = cls.from_checkpoint(whole).config
+            for rank in ranks.ranks():
+                made = cls.from_checkpoint(whole, rank.rank, replace(config, mapping=rank))
+                made.save_checkpoint(directory, save_config=rank.rank == 0)
 
     def plan(
         self,
@@ -115,7 +136,7 @@ class Quantizable:
     def write_quantized(
         self, plan: Plan, output_dir: str | Path, progress: Progress = lambda *_: None
     ) -> list[LinearError]:
-        """Saves the model quantized; what each linear has lost. Raises what `quantize` raises."""
+        """Saves the model quantized, whole whatever its mapping; what each linear has lost. Raises what `quantize` raises."""
         weights = self.weights()
         directory = Path(output_dir).expanduser()
         return quantize(self.config, weights.__getitem__, plan, self.tokenizer(), directory, progress)

@@ -10,8 +10,10 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from builder_svc import quant_config
 from builder_svc.build_config import RECIPE_VERSION, BuildConfig
 from builder_svc.checkpoint.digests import cache_path, load_cache, save_cache, signature
+from engine.opset import OPSET_VERSION
 from engine.tensorrt import PACKAGES
 
 _LIBRARIES = (
@@ -39,7 +41,7 @@ def build_key(checkpoint: Path, build_config: BuildConfig) -> str:
         "files": files,
         "calibration": _text(build_config),
         "options": asdict(build_config) | {"device": build_config.target},
-        "recipe": RECIPE_VERSION,
+        "recipes": (RECIPE_VERSION, quant_config.RECIPE_VERSION, OPSET_VERSION),
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

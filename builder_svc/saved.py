@@ -71,7 +71,7 @@ class SavedCheckpoint:
         self._files = [self._open(weights_file(rank.rank)) for rank in self._ranks]
         self.shapes: Mapping[str, tuple[int, ...]] = self._files[0].shapes
         if len(self._ranks) > 1:
-            self._cuts = [cuts(self.pretrained.decoder, rank) for rank in self._ranks]
+            self._cuts = [cuts(self.pretrained.decoder, rank, self.pretrained.packed) for rank in self._ranks]
             self.shapes = self._whole_shapes()
 
     def files(self) -> list[Path]:
@@ -106,9 +106,9 @@ class SavedCheckpoint:
 
     def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all ranks together. Raises InvalidArgument where a file has not the part that its rank has of the model."""
-        decoder = self.pretrained.decoder
+        decoder, packed = self.pretrained.decoder, self.pretrained.packed
         for rank, file in zip(self._ranks, self._files, strict=True):
-            expected = _shapes(Decoder.on_meta(decoder, "float32", mapping=rank))
+            expected = _shapes(Decoder.on_meta(decoder, "float32", packed, mapping=rank))
             for name in expected.keys() | file.shapes.keys():
                 if expected.get(name) != file.shapes.get(name):
                     raise InvalidArgument(
@@ -116,7 +116,7 @@ class SavedCheckpoint:
                         f"config.json that rank has {_told(expected.get(name))}: save all ranks again, of one model",
                         reason="TENSOR_SHAPE_MISMATCH",
                     )
-        return _shapes(Decoder.on_meta(decoder, "float32"))
+        return _shapes(Decoder.on_meta(decoder, "float32", packed))
 
 
 def _shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
@@ -174,12 +174,7 @@ def save(
     """
     rank, name = config.mapping.rank, weights_file(config.mapping.rank)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if (directory / "config.json").exists() and OURS not in read_json(directory / "config.json"):
-            raise FailedPrecondition(
-                f"{directory} holds another checkpoint, whose config.json would be overwritten: choose another directory",
-                reason="OUTPUT_OCCUPIED",
-            )
+        check_output(directory)
         if save_config:
             (directory / "config.json").unlink(missing_ok=True)
         half = directory / f".{name}.half"
@@ -203,9 +198,26 @@ def save(
             _write_json(directory / "generation_config.json", config.generation_config)
             _write_json(directory / "config.json", config.to_dict())
     except OSError as error:
+        raise _unwritable(directory, error) from None
+
+
+def check_output(directory: Path) -> None:
+    """Makes a directory to save into. Raises FailedPrecondition where that cannot be, or where another checkpoint is."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+    if (directory / "config.json").exists() and OURS not in read_json(directory / "config.json"):
         raise FailedPrecondition(
-            f"cannot write into {directory}: {error.strerror}; choose another directory", reason="OUTPUT_UNWRITABLE"
-        ) from None
+            f"{directory} holds another checkpoint, whose config.json would be overwritten: choose another directory",
+            reason="OUTPUT_OCCUPIED",
+        )
+
+
+def _unwritable(directory: Path, error: OSError) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"cannot write into {directory}: {error.strerror}; choose another directory", reason="OUTPUT_UNWRITABLE"
+    )
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

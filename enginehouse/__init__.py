@@ -126,6 +126,6 @@ def __dir__() -> list[str]:
 
 
 def _model_classes() -> "dict[str, type[CausalLM]]":
-    from builder_svc.causal_lm import model_classes
+    from builder_svc.auto import model_classes
 
     return model_classes()

@@ -72,10 +72,11 @@ from enginehouse.quant_options import Quantization, with_quantization
 )
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "fp8"]),
+    type=click.Choice(["auto", "fp8", "int8"]),
     default="auto",
     show_default=True,
-    help="Of the KV cache: auto is that of activations, fp8 takes half of 16 bits.",
+    help="Of the KV cache: auto is that of activations, fp8 takes half of 16 bits, and so does int8, for which a model must be "
+    "quantized (--kv-cache-quant INT8).",
 )
 @click.option(
     "--dummy-weights",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ROWS = 512
-"""Tokens whose inputs are kept whole, spread over the text: what a search measures its candidates by."""
+"""Tokens whose inputs are kept whole, of all places of all sequences: what a search measures its candidates by."""
 
 
 class Inputs:
@@ -20,7 +20,9 @@ class Inputs:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self._every, self._seen = -(-tokens // ROWS), 0
+        # By chance, since sequences of one length have their first tokens, which are like no others, at one distance.
+        self._chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))[:ROWS].sort().values
+        self._seen = 0
         self._sum, self.largest = torch.zeros(1), torch.zeros(1)
         self._kept: list[Tensor] = []
 
@@ -29,7 +31,8 @@ class Inputs:
         size = x.abs()
         self._sum = self._sum.to(x.device) + size.sum(0)
         self.largest = torch.maximum(self.largest.to(x.device), size.amax(0))
-        self._kept.append(x[-self._seen % self._every :: self._every].clone())
+        here = self._chosen[(self._chosen >= self._seen) & (self._chosen < self._seen + len(x))]
+        self._kept.append(x[(here - self._seen).to(x.device)])
         self._seen += len(x)
 
     @property

@@ -54,10 +54,11 @@ def perplexity(
         progress: told of phase "perplexity", in layers.
     """
     config, quantized, weights = model.config, model.config.quantized, model.weights()
-    packed = quantized.packed if quantized else {}
     scales = quantized.kv_scales if quantized and quantized.kv_scales else None
     kv_int8 = bool(quantized and quantized.kv_int8)
-    stream = Stream(config.decoder, weights.__getitem__, sequences, compute_device(device), packed, scales, kv_int8)
+    stream = Stream(
+        config.decoder, weights.__getitem__, sequences, compute_device(device), config.packed, scales, kv_int8
+    )
     count = len(config.decoder.layers)
     for number in range(count):
         progress("perplexity", number, count, "")

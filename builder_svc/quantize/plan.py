@@ -13,12 +13,11 @@ from builder_svc.models.config import ExpertsSpec
 from builder_svc.models.decoder import Decoder
 from builder_svc.models.packed import Fp8, Int4, Int8, Packed
 from builder_svc.pretrained import PretrainedConfig
-from builder_svc.quant_config import GROUP_SIZES, INT4, CalibConfig, QuantAlgo, QuantConfig
+from builder_svc.quant_config import GROUP_SIZES, INT4, RECIPE_VERSION, CalibConfig, QuantAlgo, QuantConfig
 from builder_svc.quantize.text import Tokens, read_text, sequences
 from builder_svc.tokenizer import NormalizedTokenizer
 from engine.errors import FailedPrecondition, InvalidArgument, Unimplemented
 
-VERSION = 1  # raised when the same inputs give other weights than before
 _EXACT = ("mlp.router", "mlp.shared_gate")  # a choice among experts: small, and what rounding moves most
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,8 @@ def make_plan(
     calib.check()
     _check_target(quant_config, target, compute_capability)
     packed = _forms(config, quant_config)
-    facts: dict[str, Any] = {"method": "enginehouse", "version": VERSION, **quant_config.facts()}
+    facts: dict[str, Any] = {"method": "enginehouse", "version": RECIPE_VERSION, **quant_config.facts()}
+    facts["dtype"] = config.dtype  # in which weights are read, and norms that have taken a scale are rounded
     found = None
     if (quant_config.calibrates or measures) and not dummy:
         _check_device(calib.device)

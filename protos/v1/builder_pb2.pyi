@@ -120,7 +120,7 @@ class BuildSpec(_message.Message):
     dummy_weights: _builtins.bool
     """read no weights: executors make random ones"""
     kv_cache_dtype: _builtins.str
-    """["auto"] of activations; or "fp8" """
+    """["auto"] of activations; or "fp8"; or "int8", of quantized models"""
     tp_size: _builtins.int
     """[1] ranks that each layer is divided among"""
     pp_size: _builtins.int

@@ -165,7 +165,7 @@ def test_calibration_text_is_taken_from_the_checkpoint_root_alone(tmp_path: Path
         (BuildSpec(backend="onnx"), "backend 'onnx': choose one of torch, tensorrt, tensorrt_rtx"),
         (BuildSpec(backend="tensorrt_rtx"), "needs a target: choose one of sm75"),
         (BuildSpec(weight_streaming=True), "weight_streaming needs backend tensorrt"),
-        (BuildSpec(kv_cache_dtype="int8"), "kv_cache_dtype 'int8': choose one of auto, fp8"),
+        (BuildSpec(kv_cache_dtype="int4"), "kv_cache_dtype 'int4': choose one of auto, fp8, int8"),
         (BuildSpec(max_batch_size=0), "max_batch_size is 0"),
         (BuildSpec(max_seq_len=0), "max_seq_len is 0"),
         (BuildSpec(max_num_tokens=0), "max_num_tokens is 0"),

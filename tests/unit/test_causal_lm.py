@@ -19,7 +19,7 @@ from safetensors import safe_open
 from test_builder_pipeline import change_config
 
 import enginehouse
-from builder_svc.causal_lm import model_classes
+from builder_svc.auto import model_classes
 from builder_svc.models import families
 from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, NotFound, ResourceExhausted, Unimplemented

@@ -13,23 +13,26 @@ from torch import Tensor
 from builder_svc.auto import open_model
 from builder_svc.causal_lm import CausalLM
 from builder_svc.models.packed import Fp8, Int4, Int8
-from builder_svc.pipeline import build, read_model
+from builder_svc.pipeline import build, build_identity, read_model
 from builder_svc.quantize import awq, smoothquant
 from builder_svc.quantize.forward import Stream, compute_device
-from builder_svc.quantize.inputs import Inputs
+from builder_svc.quantize.inputs import ROWS, Inputs
 from builder_svc.quantize.measure import perplexity
 from builder_svc.quantize.rounding import int4_rounded, int4_scales, pack, unpacked
 from builder_svc.quantize.sites import Rows, layer_sites
 from builder_svc.quantize.text import CALIBRATION, HELD_OUT, Tokens, read_text
 from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from engine.manifest import engine_id
 from enginehouse import AutoModelForCausalLM, BuildConfig, CalibConfig, QuantAlgo, QuantConfig
+from enginehouse.model_shape import of_engine
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import load_engine
 from executor_svc.node import this_node
 from tests.conftest import VOCAB_SIZE, save_checkpoint
 from tests.running import Engine, make_engine
 
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo-model"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -155,6 +158,20 @@ def seen(x: Tensor) -> Inputs:
     return inputs
 
 
+def test_the_tokens_that_are_kept_stand_anywhere_in_their_sequences() -> None:
+    """First ones have activations like no others: with a stride they would be a quarter of 512 tokens of 128 x 512."""
+    length, count = 512, 128
+    inputs, places = Inputs(length * count), torch.arange(length, dtype=torch.float32)[:, None]
+    for _ in range(count // 8):
+        inputs.add(places.repeat(8, 1))
+    kept = inputs.rows[:, 0].long()
+    assert len(kept) == ROWS and (kept == 0).sum() < 8
+    assert kept.bincount(minlength=length).max() < 8 and len(kept.unique()) > ROWS / 2
+    again = Inputs(length * count)
+    again.add(places.repeat(count, 1))
+    assert torch.equal(again.rows, inputs.rows)  # however many come at a time
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 def test_awq_loses_less_than_rounding_to_nearest(zeros: bool) -> None:
     x, form = outliers(), Int4(32, zeros, "float16")
@@ -174,6 +191,28 @@ def test_awq_loses_less_than_rounding_to_nearest(zeros: bool) -> None:
     assert scale[3] > 2 * scale.median() < scale[40]
     kept = awq.pack_clipped(weight, form, inputs, none, kept=48)  # fitted, but no range is shrunk
     assert clipped < lost(kept, none) < nearest
+
+
+def test_awq_loses_less_in_every_layer_on_text_that_it_has_not_seen(tmp_path: Path) -> None:
+    """Of a trained model, whole layers: scales are folded, heads share their values, and what was fitted holds elsewhere."""
+    made, calib = {}, CalibConfig(calib_batches=16, calib_max_seq_length=256)
+    for algo in ("W4A16", "W4A16_AWQ"):
+        made[algo] = quantized(DEMO_MODEL, tmp_path / algo, calib, quant_algo=algo, group_size=64)
+    dense = open_model(DEMO_MODEL)
+    ids = Tokens(read_text(HELD_OUT), dense.tokenizer().files()).sequences(256, 12)
+    models = {"dense": dense, **made}
+    streams = {
+        name: Stream(model.config.decoder, model.weights().__getitem__, ids, compute_device("cpu"), model.config.packed)
+        for name, model in models.items()
+    }
+    for number in range(len(dense.config.decoder.layers)):
+        before = streams["dense"].hidden.clone()
+        for stream in streams.values():
+            stream.hidden.copy_(before)
+            stream.pass_layer(number, stream.layer_tensors(number))
+        right = streams["dense"].hidden
+        nearest, awq_ = (float((streams[name].hidden - right).square().sum()) for name in made)
+        assert awq_ < 0.9 * nearest, (number, awq_ / nearest)
 
 
 def test_smoothquant_moves_outliers_into_the_weights() -> None:
@@ -217,7 +256,16 @@ def test_a_quantized_model_is_saved_read_and_run(
     for name, weight in read.weights().items():
         assert torch.equal(loaded.weights[name].view(torch.uint8), weight.view(torch.uint8)), name
     caches = {"FP8": "float8_e4m3fn", "INT8": "int8", None: "float32"}
-    assert loaded.program.caches[0].dtype == caches[asked.get("kv_cache_quant_algo")]
+    cache = asked.get("kv_cache_quant_algo")
+    assert (
+        loaded.program.caches[0].dtype == caches[cache] and engine.manifest.identity["kv_cache_dtype"] == caches[cache]
+    )
+    assert engine.manifest.model.kv_bytes_per_token == sum(one.bytes_per_token for one in loaded.program.caches)
+    told = of_engine(store, engine.engine_id).whole
+    assert told.kv_bytes(1) == engine.manifest.model.kv_bytes_per_token
+    if cache:  # said once more, it is the same engine
+        said = build(read, BuildConfig(device="cpu", kv_cache_dtype=cache.lower()), store=store)
+        assert said.engine_id == engine.engine_id
     # the build's own option makes the same weights, under an id of its own, and finds them again
     direct = build(
         model_dir,
@@ -286,6 +334,19 @@ def test_the_same_seed_gives_the_same_weights_and_what_decides_them_decides_the_
     assert len(ids) == 4
 
 
+def test_the_dtype_in_which_weights_are_read_decides_the_id(model_dir: Path) -> None:
+    """A float32 checkpoint that is rounded to bfloat16 before it is quantized gives other codes than one that is not."""
+    quant, options = QuantConfig("W8A16"), BuildConfig(device="cpu", dtype="bfloat16")
+    ids, weights = set(), []
+    for dtype in ("auto", "bfloat16"):
+        model = AutoModelForCausalLM.from_hugging_face(model_dir, dtype, quant_config=quant)
+        resolved = read_model(model, options)
+        assert resolved.dtype == "bfloat16"
+        ids.add(engine_id(build_identity(resolved, options)))
+        weights.append(pack(model.weights()["layers.0.mlp.down.weight"].float(), Int8("float32"))["weight"])
+    assert len(ids) == 2 and not torch.equal(*weights)
+
+
 def test_dummy_weights_have_the_form_that_is_asked_for(model_dir: Path, tmp_path: Path) -> None:
     options = BuildConfig(
         device="cpu", dummy_weights=True, quant_config=QuantConfig("W4A16_AWQ", "INT8", group_size=32)
@@ -293,6 +354,10 @@ def test_dummy_weights_have_the_form_that_is_asked_for(model_dir: Path, tmp_path
     engine = build(model_dir, options, store=DirectoryStore(tmp_path))
     program = load_engine(DirectoryStore(tmp_path), engine.engine_id, this_node("cpu")).program
     assert sum(op.op == "linear_int4" for op in program.ops) == 8 and program.caches[0].dtype == "int8"
+    options = BuildConfig(device="cpu", dummy_weights=True, kv_cache_dtype="int8")
+    plain = build(model_dir, options, store=DirectoryStore(tmp_path)).manifest
+    assert plain.model.kv_bytes_per_token == engine.manifest.model.kv_bytes_per_token
+    assert load_engine(DirectoryStore(tmp_path), plain.engine_id, this_node("cpu")).program.caches[0].dtype == "int8"
 
 
 def test_a_head_of_its_own_is_quantized_if_asked_for(model_dir: Path, tmp_path: Path) -> None:
@@ -375,6 +440,8 @@ def test_a_head_of_its_own_is_quantized_if_asked_for(model_dir: Path, tmp_path: 
             "8.9 or more, not 8.0",
         ),
         ({"kv_cache_quant_algo": "INT8"}, {}, {"kv_cache_dtype": "fp8"}, InvalidArgument, "choose one of both"),
+        ({"kv_cache_quant_algo": "FP8"}, {}, {"kv_cache_dtype": "int8"}, InvalidArgument, "as FP8: choose one of both"),
+        ({"quant_algo": "W8A16"}, {}, {"kv_cache_dtype": "int8"}, InvalidArgument, "'int8' takes scales .* INT8"),
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_read(

@@ -51,10 +51,12 @@ def test_it_is_what_a_build_would_give(copy: Path, tmp_path: Path) -> None:
 def test_whatever_changes_it_is_noticed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.remember(cache.build_key(copy, BuildConfig()), "a" * 64)
     assert recalled(copy, BuildConfig(max_seq_len=8)) is None
-    monkeypatch.setattr("builder_svc.recall.RECIPE_VERSION", 10**6)
-    assert recalled(copy, BuildConfig()) is None
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(copy.parent / "cache"))
+    for recipe in ("recall", "quant_config"):
+        monkeypatch.setattr(f"builder_svc.{recipe}.RECIPE_VERSION", 10**6)
+        assert recalled(copy, BuildConfig()) is None
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(copy.parent / "cache"))
+        assert recalled(copy, BuildConfig()) is not None
     monkeypatch.setattr("builder_svc.recall.version", lambda _: "another")
     assert recalled(copy, BuildConfig()) is None
     monkeypatch.undo()

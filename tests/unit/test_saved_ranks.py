@@ -15,8 +15,12 @@ from builder_svc.models.decoder import Decoder
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from engine.errors import InvalidArgument, NotFound
-from enginehouse import AutoModelForCausalLM, Mapping
+from enginehouse import AutoModelForCausalLM, LLaMAForCausalLM, Mapping, QuantConfig
+from executor_svc.loader import load_engine
+from executor_svc.node import this_node
 from tests.conftest import save_checkpoint
+from tests.ranks import run_ranks
+from tests.running import reference_logits
 
 ROPE = {"rope_type": "default", "rope_theta": 90.0, "partial_rotary_factor": 0.5}
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
@@ -104,3 +108,68 @@ def test_rank_0_removes_what_was_there(checkpoint: Path, saved: Path) -> None:
     AutoModelForCausalLM.from_hugging_face(checkpoint, mapping=Mapping(2, pp_size=2)).save_checkpoint(saved)
     with pytest.raises(NotFound, match="lacks rank1.safetensors"):
         AutoModelForCausalLM.from_checkpoint(saved)
+
+
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "int4": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": "FP8", "quantize_lm_head": True},
+    "int4-zeros": {"quant_algo": "W4A16", "has_zero_point": True},
+    "int8": {"quant_algo": "W8A16", "quantize_lm_head": True},
+    "int8-tokens": {"quant_algo": "W8A8_SQ_PER_CHANNEL", "kv_cache_quant_algo": "INT8"},
+    "fp8": {"quant_algo": "FP8", "quantize_lm_head": True},
+    "fp8-tokens": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+}
+CALIB = {"calib_batches": 4, "calib_max_seq_length": 64}
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 321}
+    return save_checkpoint(tmp_path_factory.mktemp("groups") / "checkpoint", **size)
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_ranks_of_a_quantized_model(form: str, groups: Path, tmp_path: Path) -> None:
+    """One file each, which together are the whole quantized model; and their engine computes what one rank's does."""
+    quant, ranks = QuantConfig(group_size=32, **QUANTIZED[form]), Mapping(4, tp_size=2, pp_size=2)
+    for name, mapping in (("whole", None), ("ranks", ranks)):
+        LLaMAForCausalLM.quantize(groups, tmp_path / name, mapping=mapping, quant_config=quant, **CALIB)
+    whole = AutoModelForCausalLM.from_checkpoint(tmp_path / "whole")
+    parts = [AutoModelForCausalLM.from_checkpoint(tmp_path / "ranks", rank) for rank in range(4)]
+    assert [part.config.mapping for part in parts] == ranks.ranks()
+    assert sorted(file.name for file in (tmp_path / "ranks").glob("*.safetensors")) == [
+        f"rank{rank}.safetensors" for rank in range(4)
+    ] and not list((tmp_path / "ranks").glob(".*"))
+    for name, weight in whole.weights().items():
+        assert torch.equal(parts[1].weights()[name].view(torch.uint8), weight.view(torch.uint8)), name
+    store = DirectoryStore(tmp_path / "store")
+    one = build(whole, BuildConfig(device="cpu"), store=store)
+    divided = build(whole, BuildConfig(device="cpu", tp_size=2, pp_size=2), store=store)
+    again = build(parts[0], BuildConfig(device="cpu"), store=store)
+    assert again.manifest.ranks == divided.manifest.ranks and again.manifest.quantization == one.manifest.quantization
+    assert again.manifest.model == one.manifest.model
+    tokens = [*range(2, 30)]
+    dense, expected = (reference_logits(load_engine(store, made.engine_id, this_node("cpu")), tokens) for made in (
+        build(groups, BuildConfig(device="cpu"), store=store), one,
+    ))  # fmt: skip
+    bound = 0.02 if quant.kv_cache_quant_algo else 1e-5  # what is next to a border falls to either side of it
+    lost = (expected - dense).square().mean().sqrt()
+    for prepared in (False, True):
+        for found in run_ranks(store, divided.manifest, tokens, [20, 8], prepared=prepared):
+            if form == "int8-tokens":  # a rank rounds its part of a token by its own largest number: no more coarsely
+                assert (found - dense).square().mean().sqrt() <= 1.1 * lost
+            else:
+                assert (found - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_one_rank_alone_is_not_quantized(groups: Path, tmp_path: Path) -> None:
+    quant = QuantConfig("W8A16")
+    for mapping, save_config in ((Mapping(2, 1, tp_size=2), True), (Mapping(), False)):
+        model = AutoModelForCausalLM.from_hugging_face(groups, mapping=mapping, quant_config=quant)
+        with pytest.raises(InvalidArgument, match="call quantize, with the mapping, in place of save_checkpoint"):
+            model.save_checkpoint(tmp_path / "saved", save_config)
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(InvalidArgument, match="cuts the weight of layers.0.attention.out.* tp_size 1 or 2 would fit"):
+        LLaMAForCausalLM.quantize(
+            groups, tmp_path / "saved", mapping=Mapping(4, tp_size=4), quant_config=QuantConfig("W4A16", group_size=32)
+        )
+    assert not (tmp_path / "saved").exists()

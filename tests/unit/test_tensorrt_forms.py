@@ -94,6 +94,29 @@ def test_int4_groups_are_what_the_operator_says(group: int, zeros: bool, dtype: 
     assert (found - wanted).abs().max() <= bound * wanted.abs().max()
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_scales_are_positive_whatever_awq_has_found(zeros: bool) -> None:
+    """TensorRT takes no others. A scale of 0 is of rows that pad a rank's part."""
+    weights = tensors("float32") | int4(32, zeros=zeros)
+    weights["s"][::3, ::2] *= -1
+    weights["s"][5] = 0
+    inputs, trt = ("w", "s", *("z" * zeros)), tensorrt.load("tensorrt_rtx")
+    program = one("linear_int4", "float32", inputs, {"group_size": 32}, weights)
+    lowered = lower(program, weights, trt, PADDED, LIMITS)
+    assert (lowered.constants["s"] > 0).all()
+    found = computed("linear_int4", "float32", inputs, {"group_size": 32}, weights)
+    given = [weights[name].float() if name == "s" else weights[name] for name in inputs]
+    wanted = REFERENCE["linear_int4"](weights["embedding"][:TOKENS], *given, group_size=32)
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    assert (lower(*padded(weights), trt, PADDED, LIMITS).constants["s"] > 0).all()
+
+
+def padded(weights: dict[str, Tensor]) -> tuple[Program, dict[str, Tensor]]:
+    """Eight bits, with a row of zeros."""
+    given = {"embedding": weights["embedding"], "w": torch.zeros(OUT, IN, dtype=torch.int8), "s": torch.zeros(OUT)}
+    return one("linear_int8", "float32", ("w", "s"), {}, given), given
+
+
 def fp8(rows: int, columns: int) -> dict[str, Tensor]:
     scales = torch.rand(-(-OUT // rows), -(-IN // columns)) * 0.01
     return {"w": torch.randn(OUT, IN).to(torch.float8_e4m3fn), "s": scales, "i": torch.tensor([0.01])}

@@ -42,17 +42,40 @@ def linear_int4(
     dtype = net.torch_dtypes[x.dtype]
     rows, columns = weight.tensor.shape[0], weight.tensor.shape[1] * 2
     size = int4_group(group_size) or group_size
+    codes, of_groups, middles = _upright(weight.tensor, scales.tensor, zeros and zeros.tensor, group_size)
     # A nibble of 0 ... 15 less 8, as two's complement, is the nibble with its highest bit turned.
-    signed = net.constant(weight.name, weight.tensor ^ 0x88, (rows, columns), net.trt.int4)
-    of_groups = scales.tensor.to(dtype)
-    fine = of_groups.repeat_interleave(group_size // size, 1)[:, : columns // size]
+    signed = net.constant(weight.name, codes ^ 0x88, (rows, columns), net.trt.int4)
+    fine = _positive(of_groups, dtype).repeat_interleave(group_size // size, 1)[:, : columns // size]
     matrix = net.dequantize(signed, net.constant(scales.name, fine), dtype)
     y = net.matmul(x, matrix, transposed=True)
-    if zeros is not None:
-        shift = ((8 - zeros.tensor.float()) * scales.tensor.float()).to(dtype)
+    if middles is not None:
+        shift = ((8 - middles) * of_groups.float()).to(dtype)
         sums = net.reduce(net.reshape(x, ("num_tokens", columns // group_size, group_size)), "SUM", 2, keep=False)
-        y = net.add(y, net.matmul(sums, net.constant(zeros.name, shift), transposed=True))
+        name = zeros.name if zeros else f"{scales.name} of turned groups"
+        y = net.add(y, net.matmul(sums, net.constant(name, shift), transposed=True))
     return _biased(net, y, bias)
+
+
+def _upright(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same matrix without negative scales: codes, scales, and float32 zero points, or None where all are 8.
+
+    TensorRT's scales are positive, those that AWQ finds may be negative: s (q - z) = -s ((15 - q) - (15 - z)).
+    """
+    turned = scales < 0
+    middles = None if zeros is None else zeros.float()
+    if turned.any():
+        middles = torch.full(scales.shape, 8.0) if middles is None else middles
+        middles = torch.where(turned, 15 - middles, middles)
+        wide = turned.repeat_interleave(group_size // 2, 1)[:, : codes.shape[1]]
+        codes, scales = torch.where(wide, codes ^ 0xFF, codes), scales.abs()
+    return codes, scales, middles
+
+
+def _positive(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In a dtype, at least the smallest number that float16 has: rows of zeros, which padding makes, have a scale of 0."""
+    return scales.to(dtype).clamp(min=2**-24)
 
 
 def linear_int8(
@@ -100,7 +123,7 @@ def _eight_bits(
     """Both factors as codes and scales, which TensorRT makes a product of codes; where x has none, one of matrices."""
     dtype = net.torch_dtypes[x.dtype]
     codes = net.weight(weight)
-    matrix = net.dequantize(codes, net.constant(name, scales.to(dtype)), dtype, axis=0)
+    matrix = net.dequantize(codes, net.constant(name, _positive(scales, dtype)), dtype, axis=0)
     if input_scale is not None:
         unit = net.constant(input_scale.name, input_scale.tensor.reshape(()).to(dtype))
         x = net.dequantize(net.quantize(x, unit, codes.dtype), unit, dtype)
