@@ -69,7 +69,7 @@ class CudaRunner:
         weights: by the program's names, on the device.
         kv_memory: bytes of KV cache a rank; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
             the memory that is free and that steps do not take.
-        kv_share: in (0, 1]; by default 0.9.
+        kv_share: in [0, 1], where 0 is too little for anything; by default 0.9.
         table: tactics of products; by default the rule's.
         device: "cuda", or "cpu" where Triton interprets its kernels; then there are no graphs.
         group: the ranks that run the engine.
@@ -102,7 +102,7 @@ class CudaRunner:
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         # one block more takes the keys of rows that only fill a graph up
         steps = memory(fused, limits)
-        share = kv_share or _KV_SHARE
+        share = _KV_SHARE if kv_share is None else kv_share
         capped = kv_share is not None
         num_blocks = group.least(
             cache_blocks(program, limits, device, kv_memory, share, spare=1, steps=steps, capped=capped)

@@ -82,7 +82,7 @@ class TensorRTRunner:
         shapes = {name: tuple(engine.get_tensor_shape(name))[1:] for name in self._aliases.values()}
         dtype = {name: getattr(torch, program.caches[int(name.rpartition(".")[2])].dtype) for name in shapes}
         slot_bytes = sum(int(np.prod(shape)) * dtype[name].itemsize for name, shape in shapes.items())
-        share = (kv_share or KV_SHARE) / (group.here if device == "cpu" else 1)
+        share = (KV_SHARE if kv_share is None else kv_share) / (group.here if device == "cpu" else 1)
         slots = group.least(_slots(slot_bytes, limits, device, kv_memory, share, capped=kv_share is not None))
         self._caches = {
             name: torch.zeros(slots, *shape, dtype=dtype[name], device=self._device) for name, shape in shapes.items()

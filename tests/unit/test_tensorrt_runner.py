@@ -139,11 +139,12 @@ def test_keys_that_a_longer_sequence_needs_are_computed_again(tmp_path: Path) ->
     assert len(continuation(reference, prompt(20), new_tokens=10)) == len(sequence.token_ids)
 
 
-def test_too_little_memory_for_one_sequence(loaded: LoadedEngine) -> None:
+@pytest.mark.parametrize("memory", [{"kv_memory": 1000}, {"kv_share": 0.0}])
+def test_too_little_memory_for_one_sequence(memory: dict[str, Any], loaded: LoadedEngine) -> None:
     with pytest.raises(
         FailedPrecondition, match=r"less than one sequence of 256 tokens: start the executor with --kv-memory"
     ) as caught:
-        TensorRTRunner(loaded.program, evaluated(loaded, PADDED), loaded.manifest.limits, device="cpu", kv_memory=1000)
+        TensorRTRunner(loaded.program, evaluated(loaded, PADDED), loaded.manifest.limits, device="cpu", **memory)
     assert caught.value.reason == "KV_MEMORY_TOO_SMALL"
 
 
