@@ -157,6 +157,7 @@ def fill(guides: List[Guide], threads: llguidance.LLExecutor | None) -> None:
 class Guides:
     """The grammars of an engine, and the threads that work on them.
 
+    The first grammar takes longer: its vocabulary is made, which stops the loop for some 5 us a token of the model's, once.
     Requests `begin`; what has become of them `take` tells, when `fileno` is readable. Used by the worker's thread alone.
 
     Args:
@@ -166,17 +167,18 @@ class Guides:
 
     def __init__(self, table: TokenTable | None, seconds: float = COMPILE_SECONDS) -> None:
         self._table, self._seconds = table, seconds
-        self._tokens = vocabulary(table) if table else None
         self._special = frozenset(table.special) if table else frozenset()
         self._known: OrderedDict[Grammar, _Known] = OrderedDict()
         self._lock = threading.Lock()  # of what is known
+        self._tokens: llguidance.LLTokenizer | None = None
+        self._making = threading.Lock()  # of the vocabulary
         self._asked: queue.SimpleQueue[tuple[Sequence, Grammar] | None] = queue.SimpleQueue()
         self._found: queue.SimpleQueue[tuple[Sequence, EnginehouseError | None]] = queue.SimpleQueue()
         self._pending: set[Sequence] = set()
         self._compilers: list[threading.Thread] = []
         self._told, self._tell = os.pipe()
         self._masks = ThreadPoolExecutor(1, "masks")
-        self._threads = llguidance.LLExecutor(num_threads=min(4, max(1, (os.cpu_count() or 1) // 4)))
+        self._threads = llguidance.LLExecutor(num_threads=min(4, max(1, (os.cpu_count() or 1) // 4))) if table else None
 
     @property
     def num_pending(self) -> int:
@@ -240,6 +242,8 @@ class Guides:
 
     def prepare(self, batch: Batch) -> None:
         """Begins to compute the masks of the tokens that a batch will sample."""
+        if not self._known:  # nobody has ever been guided: a step costs nothing
+            return
         guides = [item.sequence.guide for item in batch.items if item.samples and item.sequence.guide is not None]
         if guides:
             mask = self._masks.submit(fill, guides, self._threads)
@@ -272,7 +276,7 @@ class Guides:
 
     def _compile_asked(self) -> None:
         """A compiler's thread."""
-        if self._table is None or self._tokens is None:
+        if self._table is None:
             return
         trial = Trial(self._table, self._seconds)
         while (asked := self._asked.get()) is not None:
@@ -281,7 +285,7 @@ class Guides:
                 continue
             error: EnginehouseError | None = None
             try:
-                found = self._recall(grammar) or self._learn(grammar, trial, self._tokens)
+                found = self._recall(grammar) or self._learn(grammar, trial, self._table)
                 self._guide(sequence, grammar, found)
             except EnginehouseError as caught:
                 error = caught
@@ -292,16 +296,23 @@ class Guides:
             os.write(self._tell, b"!")
         trial.close()
 
-    def _learn(self, grammar: Grammar, trial: Trial, tokens: llguidance.LLTokenizer) -> _Known:
+    def _learn(self, grammar: Grammar, trial: Trial, table: TokenTable) -> _Known:
         """Makes a grammar known. Raises InvalidArgument for one that is none."""
         found: _Known
         try:
             trial(grammar)
-            found = compile_grammar(tokens, grammar)
+            found = compile_grammar(self._vocabulary(table), grammar)
         except ResourceExhausted as error:
             found = error
         self._remember(grammar, found)
         return found
+
+    def _vocabulary(self, table: TokenTable) -> llguidance.LLTokenizer:
+        """Made once, when a grammar has passed its trial: most engines guide nothing, and no load waits for it."""
+        with self._making:
+            if self._tokens is None:
+                self._tokens = vocabulary(table)
+            return self._tokens
 
     def _remember(self, grammar: Grammar, found: _Known) -> None:
         with self._lock:

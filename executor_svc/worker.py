@@ -153,7 +153,7 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
             prepared = prepare(arguments.device, program, unpacked)
             settings = {"device": arguments.device, "table": table, **memory()}
             runner = make_runner(program, prepared, manifest.limits, group=group, **settings)
-        guides = Guides(_token_table(store, manifest) if group.rank == 0 else None)
+        token_table = _token_table(store, manifest) if group.rank == 0 else None
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     log.info(
@@ -165,7 +165,9 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     can = runner.capabilities
     cache = can.num_blocks * can.block_size * sum(cache.bytes_per_token for cache in program.caches)
     taken = (size + cache) * here
-    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse, taken, guides)
+    worker = Worker(
+        front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse, taken, Guides(token_table)
+    )
     told = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=told).SerializeToString())
     worker.run()
