@@ -148,6 +148,18 @@ def test_too_little_memory_for_one_sequence(memory: dict[str, Any], loaded: Load
     assert caught.value.reason == "KV_MEMORY_TOO_SMALL"
 
 
+def test_caches_leave_the_memory_of_what_computes(loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, steps = evaluated(loaded, PADDED), list[str]()
+    context = engine.create_execution_context()
+    engine.create_execution_context = lambda: steps.append("context") or context  # type: ignore[method-assign]
+    monkeypatch.setattr("executor_svc.tensorrt_runner.free_memory", lambda _: steps.append("free") or 1 << 30)
+    TensorRTRunner(loaded.program, engine, loaded.manifest.limits, device="cpu")
+    assert steps == ["context", "free"]
+    engine.create_execution_context = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(FailedPrecondition, match="no room for what the plan computes with"):
+        TensorRTRunner(loaded.program, engine, loaded.manifest.limits, device="cpu")
+
+
 def test_memory_is_that_of_all_requests_at_most(loaded: LoadedEngine) -> None:
     runner = TensorRTRunner(loaded.program, evaluated(loaded, PADDED), loaded.manifest.limits, device="cpu")
     assert runner.capabilities.num_blocks == loaded.manifest.limits.max_batch_size
