@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class HostMemory:
-    """Pinned buffers. A batch has the next of each kind, one more than there are in flight: no copy under way reads or writes it.
+    """Pinned buffers, of each kind one more than there are batches in flight, which take them in turn.
+
+    What is in flight for the scheduler says little of what copies are under way: nobody waits for a part of a prompt in a
+    pipeline, nor ever on ranks that follow. So columns are overwritten when the batch that had them before is computed.
 
     Args:
         device: "cuda"; of another one nothing is pinned, and copies are there at once.
@@ -18,13 +21,18 @@ class HostMemory:
     def __init__(self, device: torch.device, in_flight: int, columns: int, rows: int) -> None:
         self._device, self._on_gpu = device, device.type == "cuda"
         self._columns = [self._buffer(columns) for _ in range(in_flight + 1)]
+        self._computed = [torch.cuda.Event() if self._on_gpu else None for _ in self._columns]
         self._tokens = [self._buffer(rows) for _ in range(in_flight + 1)]
         self._turn = 0
 
     def pin(self, *parts: np.ndarray) -> Tensor:
-        """The next batch's columns of int32, one after another: pinned."""
+        """The next batch's columns of int32, one after another: pinned. The last batch is in the stream by now."""
         values = np.concatenate([part.astype(np.int32, copy=False) for part in parts])
+        if last := self._computed[self._turn]:
+            last.record()
         self._turn = (self._turn + 1) % len(self._columns)
+        if before := self._computed[self._turn]:
+            before.synchronize()
         if len(self._columns[self._turn]) < len(values):
             self._columns[self._turn] = self._buffer(len(values))
         buffer = self._columns[self._turn][: len(values)]
