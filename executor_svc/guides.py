@@ -117,6 +117,12 @@ class Guides:
         self._pending.remove(sequence)
         return True
 
+    def take_overdue(self, now: float) -> list[Sequence]:
+        """The sequences whose deadline has passed while they waited, which they do no more."""
+        overdue = [sequence for sequence in self._pending if sequence.deadline is not None and sequence.deadline <= now]
+        self._pending.difference_update(overdue)
+        return overdue
+
     def prepare(self, batch: Batch) -> None:
         """Begins to compute the masks of the tokens that a batch will sample."""
         if not self._known:  # nobody has ever been guided: a step costs nothing

@@ -234,6 +234,17 @@ def test_a_vocabulary_is_made_for_the_first_grammar_and_once(monkeypatch: pytest
         guides.close()
 
 
+def test_who_waits_beyond_the_deadline_waits_no_more(guides: Guides) -> None:
+    late, patient, endless = request(deadline=5.0), request(deadline=50.0), request()
+    for sequence in (late, patient, endless):
+        assert not guides.begin(sequence, GuidedDecoding(regex=f"[a-z]{{{len(sequence.token_ids) + 2}}}"))
+    assert guides.take_overdue(4.0) == [] and guides.take_overdue(5.0) == [late]
+    assert guides.num_pending == 2 and not guides.forget(late)
+    while guides.num_pending:
+        assert select.select([guides], [], [], 60)[0]
+        assert late not in [sequence for sequence, _ in guides.take()]
+
+
 def _choice(text: str) -> GuidedDecoding:
     message = GuidedDecoding()
     message.choices.choices.append(text)
