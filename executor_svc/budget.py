@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+from collections.abc import Sequence as List
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine import blobs
 from engine.errors import ResourceExhausted
-from engine.manifest import Limits, Manifest
+from engine.manifest import Limits, Manifest, Rank
 from engine.program import Program
+from engine.store import Store
 
 BLOCK_SIZE = 16  # tokens of a KV block
 UNKNOWN = 1 << 62  # bytes, where only others know how much is free
@@ -28,21 +31,19 @@ class Budget:
     free: int
     limit: int | None = None
 
-    def check(self, manifest: Manifest, rank: int, kv_memory: int | None) -> None:
-        """Before a file of the engine is read. Weights that are made at random are not counted.
+    def check(self, manifest: Manifest, weights: List[int], kv_memory: int | None) -> None:
+        """Before a weight of the engine is read or made.
 
         Args:
+            weights: bytes of those of each rank that shares this memory.
             kv_memory: bytes of KV cache that a rank is to have; None for what is left, which must do for one sequence.
 
         Raises:
             ResourceExhausted: it does not fit; the message says what it needs and what there is.
         """
-        ranks = len(manifest.ranks)
-        weights = [sum(file.size for file in (*found.weights, *found.native)) for found in manifest.ranks]
-        need = sum(weights) if self.device == "cpu" else weights[rank]
+        need, together = sum(weights), len(weights)
         least = -(-manifest.limits.max_seq_len // BLOCK_SIZE) * BLOCK_SIZE * manifest.model.kv_bytes_per_token
-        together = ranks if self.device == "cpu" else 1
-        cache = least * together // ranks if kv_memory is None else kv_memory * together
+        cache = least * together // len(manifest.ranks) if kv_memory is None else kv_memory * together
         what, left = f"the free {'main' if self.device == 'cpu' else 'GPU'} memory", self.free
         if self.limit is not None and self.limit < self.free:
             what, left = "what --memory leaves", self.limit
@@ -68,6 +69,28 @@ class Budget:
         most = limits.max_batch_size * -(-limits.max_seq_len // BLOCK_SIZE) * block
         left = self.free if self.limit is None else min(self.limit, self.free)
         return min(most, int(share * max(0, left - weights)))
+
+
+def weights(store: Store, manifest: Manifest, device: str, rank: int = 0, machines: int = 1) -> list[int]:
+    """Bytes of the weights of each rank that has its memory in common with this one.
+
+    Args:
+        device: "cpu", whose ranks of a machine share its memory, or "cuda", where each has its own.
+        machines: among which the ranks are divided, neighbours on one machine.
+
+    Raises:
+        NotFound, Unavailable: the program of an engine with random weights, which alone tells their sizes, cannot be read.
+    """
+    here = max(1, len(manifest.ranks) // machines) if device == "cpu" else 1
+    first = rank // here * here
+    return [_weights(store, found) for found in manifest.ranks[first : first + here]]
+
+
+def _weights(store: Store, rank: Rank) -> int:
+    if rank.native or rank.random_seed is None:
+        return sum(file.size for file in (*rank.weights, *rank.native))
+    program = Program.from_json(blobs.read(store, rank.program))
+    return sum(declared.nbytes for declared in program.weights.values())
 
 
 def size(count: int) -> str:

@@ -141,7 +141,7 @@ class Sequence:
         prompt_logprobs: the same of the prompt's tokens, the first excepted.
         group, candidates: the beam search (`beams.BeamGroup`) that it is a step of, which wants the so many best next tokens
             instead of one.
-        guide: of guided output (`guides.Guide`): what its completion must be, and where it stands in that.
+        guide: of guided output (`guide.Guide`): what its completion must be, and where it stands in that.
 
     Kept for the sampler: edits, what it has made of the sequence (see processors.py).
 

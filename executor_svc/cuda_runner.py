@@ -20,6 +20,7 @@ from engine.manifest import Limits
 from engine.program import ROPE_LENGTHS, Program
 from executor_svc.core import Batch, Sampled
 from executor_svc.cuda_graphs import Graph, memory, shapes
+from executor_svc.cuda_host import HostMemory
 from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws, largest
 from executor_svc.group import ALONE, Group, bind
 from executor_svc.interpreter import Interpreter
@@ -69,7 +70,7 @@ class CudaRunner:
         weights: by the program's names, on the device.
         kv_memory: bytes of KV cache a rank; by default what max_batch_size sequences of max_seq_len need, but at most kv_share of
             the memory that is free and that steps do not take.
-        kv_share: in (0, 1]; by default 0.9.
+        kv_share: in [0, 1], where 0 is too little for anything; by default 0.9.
         table: tactics of products; by default the rule's.
         device: "cuda", or "cpu" where Triton interprets its kernels; then there are no graphs.
         group: the ranks that run the engine.
@@ -102,7 +103,7 @@ class CudaRunner:
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         # one block more takes the keys of rows that only fill a graph up
         steps = memory(fused, limits)
-        share = kv_share or _KV_SHARE
+        share = _KV_SHARE if kv_share is None else kv_share
         capped = kv_share is not None
         num_blocks = group.least(
             cache_blocks(program, limits, device, kv_memory, share, spare=1, steps=steps, capped=capped)
@@ -120,9 +121,7 @@ class CudaRunner:
         self._flights: deque[_Flight] = deque()
         self._piped = group.pp_size > 1
         in_flight = group.pp_size if self._piped else IN_FLIGHT
-        self._pinned = [self._host(max(limits.max_num_tokens, rows) * 12 + 4096) for _ in range(in_flight + 1)]
-        self._results = [self._host(rows) for _ in range(in_flight + 1)]
-        self._turn = 0
+        self._host = HostMemory(self._device, in_flight, max(limits.max_num_tokens, rows) * 12 + 4096, rows)
         self._home = torch.cuda.Stream() if self._piped and self._on_gpu else None  # waits for logits and nothing else
         group.agree_on_logits(program)
         self.capabilities = Capabilities(
@@ -156,7 +155,7 @@ class CudaRunner:
         layout, logits, sampled, drawn = self._launch(batch)
         count, rows = len(layout.samples), len(layout.samples) + len(layout.prompt_rows)
         if drawn:
-            self._flights.append(self._send(sampled[:count]))
+            self._flights.append(_Flight(*self._host.fetch(sampled[:count])))
         elif self._piped:
             self._flights.append(_Flight(sampled[:0], batch=batch, rows=rows))
         else:
@@ -225,7 +224,7 @@ class CudaRunner:
             layout.tokens, layout.positions, layout.token_rows, layout.rows, layout.starts, layout.lengths,
             layout.samples, layout.prompt_rows, layout.sampling_rows, layout.updates.reshape(-1), layout.rope_lengths, *tiles,
         ]  # fmt: skip
-        moved, *columns = self._to_device([random, *parts])
+        moved, *columns = self._host.send(random, *parts)
         tokens, positions, token_rows, seq_rows, starts, lengths = columns[:6]
         samples, prompt_rows, sampling_rows, updates, lengths_of_rope = columns[6:11]
         put(self._tables, updates)
@@ -238,7 +237,7 @@ class CudaRunner:
         if len(rest := layout.updates[graph.shape.updates :]):  # a sequence that comes back brings many blocks
             put(self._tables, self._column(rest.reshape(-1)))
         columns = graph.shape.fill(layout)
-        pinned = self._pin(columns, random)
+        pinned = self._host.pin(columns, random)
         moved = pinned[len(columns) :].to(self._device, non_blocking=True)
         return *graph.run(pinned[: len(columns)]), moved
 
@@ -318,31 +317,5 @@ class CudaRunner:
             [], [], self._tables, slots, self._k, self._v, num_decodes, rows, lengths, self._arrived, starts, *tiles
         )
 
-    def _send(self, sampled: Tensor) -> _Flight:
-        """Tokens on their way to the host."""
-        tokens = self._results[self._turn][: len(sampled)]
-        tokens.copy_(sampled, non_blocking=True)
-        event = torch.cuda.Event() if self._on_gpu else None
-        if event:
-            event.record()
-        return _Flight(tokens, event)
-
-    def _to_device(self, parts: list[np.ndarray]) -> list[Tensor]:
-        """Columns of int32, in one copy."""
-        moved = self._pin(*parts).to(self._device, non_blocking=True)
-        return list(moved.split([len(part) for part in parts]))
-
     def _column(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
-
-    def _pin(self, *parts: np.ndarray) -> Tensor:
-        """In pinned memory that no copy under way reads: each batch takes the next buffer, one more than there are in flight."""
-        values = np.concatenate([part.astype(np.int32, copy=False) for part in parts])
-        self._turn = (self._turn + 1) % len(self._pinned)
-        if len(self._pinned[self._turn]) < len(values):
-            self._pinned[self._turn] = self._host(len(values))
-        buffer = self._pinned[self._turn][: len(values)]
-        return buffer.copy_(torch.from_numpy(values))
-
-    def _host(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)

@@ -1,8 +1,6 @@
 """Guided output in a worker: grammars compiled beside the loop, and masks of allowed tokens computed while a step runs.
 
-A sequence has a `Guide`: a matcher that follows its tokens. Its mask is a row of bits, which the sampler puts over the logits
-(processors.py). The mask of a token depends on the one before it, so it is begun when a batch is started, and is there when
-the batch's logits are; all of a batch's masks are one call, without the interpreter's lock.
+A sequence has a `Guide` (guide.py): a matcher that follows its tokens.
 """
 
 import functools
@@ -11,18 +9,16 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from collections.abc import Sequence as List
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import llguidance
-import numpy as np
 
-from engine.errors import EnginehouseError, FailedPrecondition, Internal, InvalidArgument, ResourceExhausted
+from engine.errors import EnginehouseError, FailedPrecondition, Internal, ResourceExhausted
 from engine.token_table import TokenTable
 from executor_svc.core import Batch, Sequence
-from executor_svc.grammar_trial import Trial, too_complex
+from executor_svc.grammar_trial import Trial
 from executor_svc.grammars import Grammar, compile_grammar, vocabulary
+from executor_svc.guide import Guide, fill
 from protos.v1.common_pb2 import GuidedDecoding
 
 COMPILE_SECONDS = 5.0  # that a grammar may take to be tried
@@ -35,128 +31,10 @@ _Known = llguidance.LLMatcher | ResourceExhausted  # a grammar, or why it is ref
 log = logging.getLogger(__name__)
 
 
-class Guide:
-    """Where a completion stands in its grammar.
-
-    Attributes:
-        error: why it cannot go on; then every token is allowed, and none of them counts.
-        mask, row: of the next token: that it is being computed, and then its bits; None before.
-        end: the token by which a matcher says that a text may end, behind all of the model's.
-        ends, stops: bits of the tokens that end the completion; whether any of them is text.
-    """
-
-    def __init__(
-        self,
-        matcher: llguidance.LLMatcher,
-        kind: str,
-        sequence: Sequence,
-        vocab_size: int,
-        special: frozenset[int],
-        give_up: Callable[[ResourceExhausted], None],
-    ) -> None:
-        """At the beginning of a completion, or behind the tokens that `sequence` has of it.
-
-        Args:
-            special: tokens that are no text.
-            give_up: told when the grammar turns out to be too complex.
-
-        Raises:
-            InvalidArgument: these do not follow the grammar, or have come to its end.
-        """
-        self.error: EnginehouseError | None = None
-        self.kind = kind
-        self.matcher = matcher
-        self.mask: Future[None] | None = None
-        self.row: np.ndarray | None = None
-        self.end = vocab_size
-        self._give_up = give_up
-        self._ends = sequence.eos_ids | sequence.stop_ids
-        self.ends = np.zeros(-(-(vocab_size + 1) // 32) * 4, dtype=np.uint8)
-        for token in self._ends:
-            self.ends[token >> 3] |= 1 << (token & 7)
-        self.stops = not self._ends <= special
-        resumed = sequence.token_ids[sequence.prompt_len :]
-        for place, token in enumerate(resumed):
-            if matcher.is_stopped() or token in self._ends or not matcher.consume_token(token):
-                raise InvalidArgument(
-                    f"resume_token_ids: token {token} at place {place} cannot stand there by guided_decoding.{kind}: send what "
-                    "was generated with it",
-                    reason="RESUME_TOKEN_IDS_INVALID",
-                )
-        if resumed and matcher.is_stopped():
-            raise InvalidArgument(
-                f"resume_token_ids are all that guided_decoding.{kind} allows: there is nothing to go on with",
-                reason="RESUME_TOKEN_IDS_INVALID",
-            )
-
-    def accept(self, token: int) -> bool:
-        """Follows the completion's next token; whether the completion ends with it, since nothing more is allowed."""
-        self.mask = self.row = None
-        if self.error is None and token not in self._ends and not self.matcher.consume_token(token):
-            self.error = self._failure()
-        return self.error is not None or self.matcher.is_stopped()
-
-    def allowed(self) -> np.ndarray:
-        """The tokens that may come next, a bit each from the lowest on: uint8 [at least vocab_size / 8]. Not to be changed."""
-        if self.row is None:
-            if self.mask is None:
-                fill([self], None)
-            else:
-                self.mask.result()
-        if self.row is None:
-            raise Internal("the mask of a guide was not computed")
-        return self.row
-
-    def finish(self, row: np.ndarray, at_end: int) -> None:
-        """Takes the mask of its next token, of one whose text may end, or whose mask has to be looked at."""
-        if at_end and self.matcher.is_error():  # then it allows the end, wherever it is
-            row.fill(0)
-        elif at_end:
-            row |= self.ends
-        elif self.stops:
-            kept = row & ~self.ends
-            if kept.any():
-                row[:] = kept
-        if not row.any():
-            self.error = self._failure()
-            row.fill(0xFF)
-        self.row = row
-
-    def _failure(self) -> EnginehouseError:
-        error = self.matcher.get_error()
-        if self.matcher.is_error() and "NoExtension" not in error:
-            found = too_complex(self.kind, error)
-            self._give_up(found)
-            return found
-        return InvalidArgument(
-            f"guided_decoding.{self.kind} has led to where no token of this model can follow: change it",
-            reason="GUIDED_DECODING_DEAD_END",
-        )
-
-
-def fill(guides: List[Guide], threads: llguidance.LLExecutor | None) -> None:
-    """Computes the masks of the next tokens of one or more guides."""
-    rows = np.zeros((len(guides), len(guides[0].ends)), dtype=np.uint8)
-    if threads is None:
-        for guide, row in zip(guides, rows, strict=True):
-            guide.matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-    else:
-        places = [(guide.matcher, place) for place, guide in enumerate(guides)]
-        threads.unsafe_compute_mask_ptr(places, rows.ctypes.data, rows.shape[1], len(guides))
-    end, bit = guides[0].end >> 3, 1 << (guides[0].end & 7)  # the token that is the end of the text
-    at_end = (rows[:, end] & bit).tolist()
-    rows[:, end] &= 0xFF ^ bit
-    some_left: list[bool] = rows.any(axis=1).tolist()
-    for guide, row, ends, some in zip(guides, rows, at_end, some_left, strict=True):
-        if ends or guide.stops or not some:
-            guide.finish(row, ends)
-        else:
-            guide.row = row
-
-
 class Guides:
     """The grammars of an engine, and the threads that work on them.
 
+    The first grammar takes longer: its vocabulary is made, which stops the loop for some 5 us a token of the model's, once.
     Requests `begin`; what has become of them `take` tells, when `fileno` is readable. Used by the worker's thread alone.
 
     Args:
@@ -166,17 +44,18 @@ class Guides:
 
     def __init__(self, table: TokenTable | None, seconds: float = COMPILE_SECONDS) -> None:
         self._table, self._seconds = table, seconds
-        self._tokens = vocabulary(table) if table else None
         self._special = frozenset(table.special) if table else frozenset()
         self._known: OrderedDict[Grammar, _Known] = OrderedDict()
         self._lock = threading.Lock()  # of what is known
+        self._tokens: llguidance.LLTokenizer | None = None
+        self._making = threading.Lock()  # of the vocabulary
         self._asked: queue.SimpleQueue[tuple[Sequence, Grammar] | None] = queue.SimpleQueue()
         self._found: queue.SimpleQueue[tuple[Sequence, EnginehouseError | None]] = queue.SimpleQueue()
         self._pending: set[Sequence] = set()
         self._compilers: list[threading.Thread] = []
         self._told, self._tell = os.pipe()
         self._masks = ThreadPoolExecutor(1, "masks")
-        self._threads = llguidance.LLExecutor(num_threads=min(4, max(1, (os.cpu_count() or 1) // 4)))
+        self._threads = llguidance.LLExecutor(num_threads=min(4, max(1, (os.cpu_count() or 1) // 4))) if table else None
 
     @property
     def num_pending(self) -> int:
@@ -238,8 +117,16 @@ class Guides:
         self._pending.remove(sequence)
         return True
 
+    def take_overdue(self, now: float) -> list[Sequence]:
+        """The sequences whose deadline has passed while they waited, which they do no more."""
+        overdue = [sequence for sequence in self._pending if sequence.deadline is not None and sequence.deadline <= now]
+        self._pending.difference_update(overdue)
+        return overdue
+
     def prepare(self, batch: Batch) -> None:
         """Begins to compute the masks of the tokens that a batch will sample."""
+        if not self._known:  # nobody has ever been guided: a step costs nothing
+            return
         guides = [item.sequence.guide for item in batch.items if item.samples and item.sequence.guide is not None]
         if guides:
             mask = self._masks.submit(fill, guides, self._threads)
@@ -272,7 +159,7 @@ class Guides:
 
     def _compile_asked(self) -> None:
         """A compiler's thread."""
-        if self._table is None or self._tokens is None:
+        if self._table is None:
             return
         trial = Trial(self._table, self._seconds)
         while (asked := self._asked.get()) is not None:
@@ -281,7 +168,7 @@ class Guides:
                 continue
             error: EnginehouseError | None = None
             try:
-                found = self._recall(grammar) or self._learn(grammar, trial, self._tokens)
+                found = self._recall(grammar) or self._learn(grammar, trial, self._table)
                 self._guide(sequence, grammar, found)
             except EnginehouseError as caught:
                 error = caught
@@ -292,16 +179,23 @@ class Guides:
             os.write(self._tell, b"!")
         trial.close()
 
-    def _learn(self, grammar: Grammar, trial: Trial, tokens: llguidance.LLTokenizer) -> _Known:
+    def _learn(self, grammar: Grammar, trial: Trial, table: TokenTable) -> _Known:
         """Makes a grammar known. Raises InvalidArgument for one that is none."""
         found: _Known
         try:
             trial(grammar)
-            found = compile_grammar(tokens, grammar)
+            found = compile_grammar(self._vocabulary(table), grammar)
         except ResourceExhausted as error:
             found = error
         self._remember(grammar, found)
         return found
+
+    def _vocabulary(self, table: TokenTable) -> llguidance.LLTokenizer:
+        """Made once, when a grammar has passed its trial: most engines guide nothing, and no load waits for it."""
+        with self._making:
+            if self._tokens is None:
+                self._tokens = vocabulary(table)
+            return self._tokens
 
     def _remember(self, grammar: Grammar, found: _Known) -> None:
         with self._lock:

@@ -134,7 +134,8 @@ class Worker:
     def _receive(self) -> None:
         """Takes what has arrived; waits for something if there is nothing else to do."""
         idle = self._scheduler.idle
-        messages = self._front.receive((None if self._checked else _IDLE_CHECK) if idle else 0, self._guides)
+        wait = None if self._checked and not self._guides.num_pending else _IDLE_CHECK
+        messages = self._front.receive(wait if idle else 0, self._guides)
         if idle and not messages and not self._checked:
             self._scheduler.check_integrity()  # after a while, so that no request waits for it
         self._checked = idle and not messages
@@ -217,8 +218,11 @@ class Worker:
         return True
 
     def _expire(self) -> None:
-        """Tells of those that the scheduler has dropped because their deadline had passed."""
-        for sequence in self._scheduler.take_expired():
+        """Tells of those that were dropped because their deadline had passed, while they ran or waited."""
+        overdue = self._guides.take_overdue(time.monotonic()) if self._guides.num_pending else []
+        for sequence in overdue:
+            sequence.finish = Finish(Reason.DEADLINE)
+        for sequence in [*self._scheduler.take_expired(), *overdue]:
             if sequence.group is not None and not self._end(sequence, Reason.DEADLINE):
                 continue  # it was told with the first of its beams
             started = sequence.num_cached is not None

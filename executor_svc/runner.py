@@ -88,7 +88,7 @@ class TorchRunner:
             weights: by the program's names, on the device, as `kernels.prepare` gives them.
             kv_memory: bytes of KV cache a rank; by default what max_batch_size sequences of max_seq_len need, but at most
                 kv_share of the memory that is free.
-            kv_share: in (0, 1]; by default half, divided among the ranks that have the same memory. Given, it bounds kv_memory.
+            kv_share: in [0, 1]; by default half, divided among the ranks that have the same memory. Given, it bounds kv_memory.
             operators: implementations to use instead of the device's.
             group: the ranks that run the engine.
 
@@ -102,7 +102,7 @@ class TorchRunner:
         self._device = torch.device(device)
         self._started: deque[tuple[Batch, int, Tensor | None]] = deque()
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
-        share = (kv_share or KV_SHARE) / (group.here if device == "cpu" else 1)
+        share = (KV_SHARE if kv_share is None else kv_share) / (group.here if device == "cpu" else 1)
         num_blocks = group.least(cache_blocks(program, limits, device, kv_memory, share, capped=kv_share is not None))
         self._k, self._v = caches(program, num_blocks, device)
         self._inputs = tuple(program.inputs)

@@ -15,7 +15,7 @@ from engine import registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.store import Store
-from executor_svc.budget import UNKNOWN, Budget, available
+from executor_svc.budget import UNKNOWN, Budget, available, weights
 from executor_svc.clients import Client
 from executor_svc.drain import Drain, take_no_more
 from executor_svc.launch import Spares
@@ -127,12 +127,19 @@ class ExecutorServicer:
         return worker
 
     async def _check_room(self, engine_id: str, kv_memory: int) -> None:
-        """Raises ResourceExhausted for an engine that does not fit, before a process is started; of GPUs its worker knows."""
-        if engine_id not in self._workers:
-            manifest = await asyncio.to_thread(registry.manifest, self._store, engine_id)
-            left = memory_left(self._memory, self._workers.values())
-            free = available() if self._device == "cpu" else UNKNOWN
-            Budget(self._device, free, left).check(manifest, 0, kv_memory or None)
+        """Raises ResourceExhausted for an engine that does not fit, before a process is started.
+
+        Its worker knows of GPUs, and of weights that are in no file: it may read the program, which tells of them.
+        """
+        if engine_id in self._workers:
+            return
+        manifest = await asyncio.to_thread(registry.manifest, self._store, engine_id)
+        if manifest.dummy_weights:
+            return
+        left = memory_left(self._memory, self._workers.values())
+        free = available() if self._device == "cpu" else UNKNOWN
+        sizes = weights(self._store, manifest, self._device, machines=self._machines.count)
+        Budget(self._device, free, left).check(manifest, sizes, kv_memory or None)
 
     async def _prepare_ranks(self, worker: WorkerProcess) -> None:
         """Starts an engine's other ranks before rank 0, which still imports torch, asks for them."""

@@ -75,6 +75,13 @@ class TensorRTRunner:
         self._vocab_size = int(self._types[program.outputs[0]].shape[1])
         if engine.streamable_weights_size:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        self._context, self._profile = engine.create_execution_context(), -1  # first: caches leave its memory
+        if self._context is None:
+            raise FailedPrecondition(
+                "TensorRT has no room for what the plan computes with, the log says why: build the engine with a smaller "
+                "--max-num-tokens or --max-batch-size, or with --weight-streaming",
+                reason="GPU_MEMORY_TOO_SMALL",
+            )
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
         aliases = {name: engine.get_aliased_input_tensor(name) for name in names}
         self._aliases = {output: source for output, source in aliases.items() if source}
@@ -82,7 +89,7 @@ class TensorRTRunner:
         shapes = {name: tuple(engine.get_tensor_shape(name))[1:] for name in self._aliases.values()}
         dtype = {name: getattr(torch, program.caches[int(name.rpartition(".")[2])].dtype) for name in shapes}
         slot_bytes = sum(int(np.prod(shape)) * dtype[name].itemsize for name, shape in shapes.items())
-        share = (kv_share or KV_SHARE) / (group.here if device == "cpu" else 1)
+        share = (KV_SHARE if kv_share is None else kv_share) / (group.here if device == "cpu" else 1)
         slots = group.least(_slots(slot_bytes, limits, device, kv_memory, share, capped=kv_share is not None))
         self._caches = {
             name: torch.zeros(slots, *shape, dtype=dtype[name], device=self._device) for name, shape in shapes.items()
@@ -91,7 +98,6 @@ class TensorRTRunner:
         self._written = np.zeros(slots, dtype=np.int32)  # by slot: tokens that its cache holds
         self._layout = Layout(limits.max_batch_size, 1, limits.max_seq_len, rope_lengths=ROPE_LENGTHS in program.inputs)
         self._started: deque[tuple[Batch, int, Tensor]] = deque()
-        self._context, self._profile = engine.create_execution_context(), -1
         if group.tp_size > 1 and not self._context.set_communicator(_capsule(group.communicator())):
             raise FailedPrecondition("TensorRT takes no communicator of these ranks", reason="RANKS_UNSUPPORTED")
         self.capabilities = Capabilities(slots, limits.max_seq_len, prefix_cache=False, rope=rope_lengths(program))

@@ -25,7 +25,7 @@ from engine.manifest import Manifest
 from engine.store import Store
 from engine.token_table import TokenTable
 from engine.trust import Trust
-from executor_svc.budget import Budget
+from executor_svc.budget import Budget, weights
 from executor_svc.frames import FrameSocket
 from executor_svc.group import ALONE
 from executor_svc.guides import Guides
@@ -109,11 +109,12 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
 
     def place(manifest: Manifest) -> int:
         nonlocal group
-        budget.check(manifest, join.rank if join else 0, kv_memory)
+        rank, machines = (join.rank, join.world_size // join.local_world_size) if join else (0, first.machines or 1)
+        budget.check(manifest, weights(store, manifest, arguments.device, rank, machines), kv_memory)
         if join or len(manifest.ranks) > 1:
             from executor_svc.meeting import find_place  # here, because most engines have one rank
 
-            group = find_place(front, manifest, arguments.device, join, first.machines or 1, first.host or "127.0.0.1")
+            group = find_place(front, manifest, arguments.device, join, machines, first.host or "127.0.0.1")
         return group.rank
 
     loaded = begin_load(store, engine_id, node, progress, trust, place)
@@ -142,17 +143,17 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
             runner = make_plan_runner(program, plan, backend, manifest.limits, group=group, **memory())
             del loaded, plan
         else:
-            program, weights = unpack(arguments.device, program, loaded.weights)
+            program, unpacked = unpack(arguments.device, program, loaded.weights)
             del loaded  # what was read is given back where it has been unpacked
             table: dict[Any, Any] = {}
             if on_triton(arguments.device):
                 from executor_svc.kernel_archive import adopt_from  # here, because it needs Triton
 
                 table = adopt_from(store, manifest, trust, node.compute_capability or "", group.rank)
-            prepared = prepare(arguments.device, program, weights)
+            prepared = prepare(arguments.device, program, unpacked)
             settings = {"device": arguments.device, "table": table, **memory()}
             runner = make_runner(program, prepared, manifest.limits, group=group, **settings)
-        guides = Guides(_token_table(store, manifest) if group.rank == 0 else None)
+        token_table = _token_table(store, manifest) if group.rank == 0 else None
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     log.info(
@@ -164,7 +165,9 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     can = runner.capabilities
     cache = can.num_blocks * can.block_size * sum(cache.bytes_per_token for cache in program.caches)
     taken = (size + cache) * here
-    worker = Worker(front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse, taken, guides)
+    worker = Worker(
+        front, manifest, runner, arguments.max_waiting, not arguments.no_block_reuse, taken, Guides(token_table)
+    )
     told = LoadEngineProgress(bytes_done=size, bytes_total=size, engine=worker.status())
     front.send(FromWorker(progress=told).SerializeToString())
     worker.run()

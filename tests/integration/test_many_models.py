@@ -17,7 +17,7 @@ from engine.backends import open_store
 from engine.errors import EnginehouseError, ResourceExhausted
 from engine.store import Store
 from enginehouse import ExecutorClient
-from executor_svc.budget import Budget
+from executor_svc.budget import Budget, weights
 from protos.rpc import from_rpc_error
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
@@ -163,13 +163,14 @@ async def test_what_does_not_fit_is_refused_with_numbers_or_takes_the_place_of_w
 
 def test_the_check_counts_what_ranks_share(running: Running) -> None:
     manifest = registry.manifest(running.store, running.engines[0])
-    weights, cache = manifest.weight_bytes(), manifest.limits.max_seq_len * manifest.model.kv_bytes_per_token
-    Budget("cpu", weights + cache).check(manifest, 0, None)
+    sizes = weights(running.store, manifest, "cpu")
+    whole, cache = manifest.weight_bytes(), manifest.limits.max_seq_len * manifest.model.kv_bytes_per_token
+    Budget("cpu", whole + cache).check(manifest, sizes, None)
     with pytest.raises(ResourceExhausted, match="and the free main memory is") as refused:
-        Budget("cpu", weights + cache - 1).check(manifest, 0, None)
-    assert refused.value.metadata == {"needed_bytes": f"{weights + cache}", "free_bytes": f"{weights + cache - 1}"}
+        Budget("cpu", whole + cache - 1).check(manifest, sizes, None)
+    assert refused.value.metadata == {"needed_bytes": f"{whole + cache}", "free_bytes": f"{whole + cache - 1}"}
     with pytest.raises(ResourceExhausted, match="the free GPU memory is"):
-        Budget("cuda", weights).check(manifest, 0, 1)
+        Budget("cuda", whole).check(manifest, sizes, 1)
 
 
 async def test_what_does_not_end_in_the_grace_can_go_on_elsewhere(running: Running) -> None:

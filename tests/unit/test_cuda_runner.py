@@ -4,10 +4,12 @@ import os
 
 import pytest
 
+from engine.errors import FailedPrecondition
 from engine.manifest import Limits
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import LoadedEngine
 from executor_svc.loop import scheduler_config
+from executor_svc.runner import TorchRunner
 from executor_svc.scheduler import Scheduler
 from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine, run_ahead
@@ -57,6 +59,13 @@ def test_gives_the_plain_runners_tokens(
     found = sequences(4, temperature)
     run_ahead(runner, scheduler, found)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+def test_no_share_of_the_memory_is_not_the_usual_share(engine: LoadedEngine) -> None:
+    """Where weights have taken all of a limit, the free memory behind it is not this engine's."""
+    for kind in (cuda_runner.CudaRunner, TorchRunner):
+        with pytest.raises(FailedPrecondition, match="0 MiB of KV cache hold 0 tokens"):
+            kind(engine.program, engine.weights, engine.manifest.limits, kv_share=0.0, device="cpu")
 
 
 def test_memory_is_kept_for_the_largest_step(engine: LoadedEngine) -> None:

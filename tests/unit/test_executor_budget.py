@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from builder_svc.build_config import BuildConfig
+from builder_svc.pipeline import build
+from engine import blobs
+from engine.directory import DirectoryStore
+from engine.errors import ResourceExhausted
+from engine.program import Program
 from executor_svc import __main__ as executor
 from executor_svc import budget
 from protos import options
+from tests.conftest import save_checkpoint
 
 
 def test_a_control_group_leaves_what_it_does_not_use_and_files_that_can_be_read_again(tmp_path: Path) -> None:
@@ -36,6 +43,32 @@ def test_a_limit_counts_as_the_machines_memory(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "memory.stat").write_text("inactive_file 0\n")
     monkeypatch.setattr(budget, "_groups", lambda: [tmp_path, tmp_path.parent])
     assert budget.available() == 4 << 20
+
+
+def test_random_weights_count_and_those_of_other_machines_do_not(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "store")
+    checkpoint = save_checkpoint(tmp_path / "model", num_hidden_layers=1)
+    ranks = [
+        build(checkpoint, BuildConfig(tp_size=2, dummy_weights=dummy), store=store).manifest for dummy in (True, False)
+    ]
+    for manifest in ranks:
+        programs = [Program.from_json(blobs.read(store, rank.program)) for rank in manifest.ranks]
+        sizes = [sum(declared.nbytes for declared in program.weights.values()) for program in programs]
+        found = budget.weights(store, manifest, "cpu")
+        assert all(
+            size <= each <= size + 20_000 for size, each in zip(sizes, found, strict=True)
+        )  # with files' headers
+        for device, machines in (("cpu", 2), ("cuda", 1)):
+            assert [budget.weights(store, manifest, device, rank, machines) for rank in (0, 1)] == [
+                found[:1],
+                found[1:],
+            ]
+        cache = manifest.limits.max_seq_len * manifest.model.kv_bytes_per_token
+        for here in (found, found[1:]):
+            need = sum(here) + cache * len(here) // 2
+            budget.Budget("cpu", need).check(manifest, here, None)
+            with pytest.raises(ResourceExhausted, match="needs"):
+                budget.Budget("cpu", need - 1).check(manifest, here, None)
 
 
 @pytest.mark.parametrize(("text", "size"), [("1", 1), ("64000000", 64_000_000), ("2k", 2000), ("20G", 20_000_000_000)])

@@ -12,6 +12,7 @@ import torch
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.token_table import TokenTable
 from executor_svc.core import Batch, Reason, Sampled, Sampling, Scheduled, SchedulerConfig, Sequence
+from executor_svc.grammars import vocabulary
 from executor_svc.guides import Guides
 from executor_svc.processors import _look_up, _masks
 from executor_svc.sampler import sample
@@ -209,6 +210,39 @@ def test_grammars_are_kept_up_to_a_number_and_those_who_wait_are_few(monkeypatch
         assert guided(request(), guides, ["e"]).guide  # behind it, of which nothing is told
     finally:
         guides.close()
+
+
+def test_a_vocabulary_is_made_for_the_first_grammar_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[TokenTable] = []
+    monkeypatch.setattr("executor_svc.guides.vocabulary", lambda table: made.append(table) or vocabulary(table))
+    guides = Guides(TABLE)
+    try:
+        guides.prepare(Batch(1, (Scheduled(request(), 0, 1, True),)))
+        with pytest.raises(InvalidArgument):
+            guided(request(), guides, regex="(")
+        assert not made
+        waiting = {request(), request()}
+        for sequence, text in zip(waiting, "ab", strict=True):  # at the same time
+            assert not guides.begin(sequence, _choice(text))
+        while waiting:
+            assert select.select([guides], [], [], 60)[0]
+            found = guides.take()
+            assert all(error is None for _, error in found)
+            waiting -= {sequence for sequence, _ in found}
+        assert made == [TABLE]
+    finally:
+        guides.close()
+
+
+def test_who_waits_beyond_the_deadline_waits_no_more(guides: Guides) -> None:
+    late, patient, endless = request(deadline=5.0), request(deadline=50.0), request()
+    for sequence in (late, patient, endless):
+        assert not guides.begin(sequence, GuidedDecoding(regex=f"[a-z]{{{len(sequence.token_ids) + 2}}}"))
+    assert guides.take_overdue(4.0) == [] and guides.take_overdue(5.0) == [late]
+    assert guides.num_pending == 2 and not guides.forget(late)
+    while guides.num_pending:
+        assert select.select([guides], [], [], 60)[0]
+        assert late not in [sequence for sequence, _ in guides.take()]
 
 
 def _choice(text: str) -> GuidedDecoding:

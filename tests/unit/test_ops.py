@@ -109,6 +109,23 @@ def int8_case(draw: st.DrawFn, x: Tensor, outputs: int) -> tuple[list[Any], dict
     return tensors, {"per_token": kind == "token"}
 
 
+def rope_case(draw: st.DrawFn, rows: int, heads: int, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+    """Heads of which all or a part is turned, in rows that lie apart."""
+    half, rest = draw(st.integers(1, 9)), draw(st.sampled_from([0, 4]))
+    angles, head_dim = torch.randn(rows, half), 2 * half + rest
+    wide = torch.randn(rows, heads * head_dim + 3, dtype=dtype)[:, 3:]
+    return [wide, angles.cos(), angles.sin()], {"head_dim": head_dim, "interleaved": draw(st.booleans())}
+
+
+def experts_case(draw: st.DrawFn, rows: int, hidden: int, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+    """hidden: not a few: a sum over experts of a single element may be nearly 0, with all of the terms' rounding."""
+    count, inner = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    shapes = (rows, hidden), (rows, count), (count, 2 * inner, hidden), (count, hidden, inner)
+    x, logits, gate_up, down = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    choice = {"top_k": draw(st.integers(1, count)), "normalize": draw(st.booleans())}
+    return [x, logits * 2, gate_up / hidden**0.5, down], choice
+
+
 @st.composite
 def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -118,48 +135,37 @@ def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
         draw(st.integers(1, 70)),
         draw(st.integers(1, 140)),
     )
-    x, y, weight = (
-        torch.randn(rows, size, dtype=dtype),
-        torch.randn(rows, size, dtype=dtype),
-        torch.randn(size, dtype=dtype),
-    )
-    matrix, bias = torch.randn(outputs, size, dtype=dtype), torch.randn(outputs, dtype=dtype)
-    half, rest, heads = draw(st.integers(1, 9)), draw(st.sampled_from([0, 4])), draw(st.integers(1, 3))
-    angles = torch.randn(rows, half)
-    wide = torch.randn(rows, heads * (2 * half + rest) + 3, dtype=dtype)[:, 3:]
-    turn = {"head_dim": 2 * half + rest, "interleaved": draw(st.booleans())}
+    x, y, weight = (torch.randn(*shape, dtype=dtype) for shape in ((rows, size), (rows, size), (size,)))
     precise = draw(st.sampled_from([dtype, torch.float32]))  # a norm's weight may have more than its activations
-    norm = [weight.to(precise), draw(st.sampled_from([None, torch.randn(size).to(precise)]))]
-    apart, tanh = torch.randn(rows, heads * size + 3, dtype=dtype)[:, 3:], {"tanh": draw(st.booleans())}
-    count, inner = draw(st.integers(1, 9)), draw(st.integers(1, 40))
-    hidden = size + 8  # a sum over experts of a single element may be nearly 0, with all of the terms' rounding
-    choice = {"top_k": draw(st.integers(1, count)), "normalize": draw(st.booleans())}
-    made: dict[str, tuple[list[Any], dict[str, Any]]] = {
-        "embedding": ([torch.randint(0, outputs, (rows,), dtype=torch.int32), matrix], {}),
-        "linear": ([x, matrix, draw(st.sampled_from([None, bias]))], {}),
-        "linear_int4": int4_case(draw, rows, size, outputs, dtype),
-        "linear_int8": int8_case(draw, x, outputs),
-        "rms_norm": ([x, norm[0]], {"eps": 1e-5}),
-        "add_rms_norm": ([x, y, norm[0]], {"eps": 1e-5}),
-        "layer_norm": ([x + 3, *norm], {"eps": 1e-5}),
-        "add_layer_norm": ([x, y, *norm], {"eps": 1e-5}),
-        "head_rms_norm": ([apart, norm[0]], {"eps": 1e-5}),
-        "rope": ([wide, angles.cos(), angles.sin()], turn),
-        "silu_mul": ([torch.cat((x * 5, y), -1)], {}),
-        "gelu": ([x * 3], tanh),
-        "gelu_mul": ([torch.cat((x * 3, y), -1)], tanh),
-        "scale": ([x], {"factor": draw(st.floats(-3, 3))}),
-        "experts": (
-            [
-                torch.randn(rows, hidden, dtype=dtype),
-                torch.randn(rows, count, dtype=dtype) * 2,
-                torch.randn(count, 2 * inner, hidden, dtype=dtype) / hidden**0.5,
-                torch.randn(count, hidden, inner, dtype=dtype),
-            ],
-            choice,
-        ),
+    heads, eps = draw(st.integers(1, 3)), {"eps": 1e-5}
+
+    def matrix() -> Tensor:
+        return torch.randn(outputs, size, dtype=dtype)
+
+    def norm() -> list[Any]:
+        return [weight.to(precise), draw(st.sampled_from([None, torch.randn(size).to(precise)]))]
+
+    def tanh() -> dict[str, Any]:
+        return {"tanh": draw(st.booleans())}
+
+    made: dict[str, Callable[[], tuple[list[Any], dict[str, Any]]]] = {
+        "embedding": lambda: ([torch.randint(0, outputs, (rows,), dtype=torch.int32), matrix()], {}),
+        "linear": lambda: ([x, matrix(), draw(st.sampled_from([None, torch.randn(outputs, dtype=dtype)]))], {}),
+        "linear_int4": lambda: int4_case(draw, rows, size, outputs, dtype),
+        "linear_int8": lambda: int8_case(draw, x, outputs),
+        "rms_norm": lambda: ([x, weight.to(precise)], eps),
+        "add_rms_norm": lambda: ([x, y, weight.to(precise)], eps),
+        "layer_norm": lambda: ([x + 3, *norm()], eps),
+        "add_layer_norm": lambda: ([x, y, *norm()], eps),
+        "head_rms_norm": lambda: ([torch.randn(rows, heads * size + 3, dtype=dtype)[:, 3:], weight.to(precise)], eps),
+        "rope": lambda: rope_case(draw, rows, heads, dtype),
+        "silu_mul": lambda: ([torch.cat((x * 5, y), -1)], {}),
+        "gelu": lambda: ([x * 3], tanh()),
+        "gelu_mul": lambda: ([torch.cat((x * 3, y), -1)], tanh()),
+        "scale": lambda: ([x], {"factor": draw(st.floats(-3, 3))}),
+        "experts": lambda: experts_case(draw, rows, size + 8, dtype),
     }
-    return made[op]
+    return made[op]()
 
 
 def compare(wanted: Any, got: Any) -> None:
@@ -169,9 +175,10 @@ def compare(wanted: Any, got: Any) -> None:
         assert (have.float() - want.float()).norm() <= TOLERANCE[want.dtype] * want.float().norm() + 1e-6
 
 
-@pytest.mark.parametrize(("kind", "op"), IMPLEMENTATIONS)
-def test_implementation_agrees_with_the_reference(kind: str, op: str) -> None:
-    @settings(max_examples=60, deadline=None)
+def agrees(kind: str, op: str, examples: int = 60) -> None:
+    """Whether an implementation agrees with the reference."""
+
+    @settings(max_examples=examples, deadline=None)
     @given(data=st.data())
     def agree(data: st.DataObject) -> None:
         implementation = IMPLEMENTATIONS[kind, op][op]
@@ -192,6 +199,11 @@ def test_implementation_agrees_with_the_reference(kind: str, op: str) -> None:
         compare(wanted, implementation(*tensors, **attrs))
 
     agree()
+
+
+@pytest.mark.parametrize(("kind", "op"), IMPLEMENTATIONS)
+def test_implementation_agrees_with_the_reference(kind: str, op: str) -> None:
+    agrees(kind, op)
 
 
 @needs_native
@@ -309,21 +321,13 @@ def test_experts_weights_that_others_take_too_are_left_as_they_are() -> None:
 @needs_native
 @pytest.mark.parametrize("level", ["avx2", "plain"])
 def test_native_operators_of_lesser_processors_agree_too(level: str) -> None:
-    """The level is chosen once in a process."""
-    names = " or ".join(f"native-{op}" for kind, op in IMPLEMENTATIONS if kind == "native")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        f"({names}) and reference",
-    ]
-    run = subprocess.run(command, env={**os.environ, "ENGINEHOUSE_CPU": level}, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.startswith("." * len(NATIVE)), run.stdout[-3000:]
+    """The level is chosen once in a process: it has its own, without pytest and what that brings along."""
+    program = "import test_ops\nfor op in test_ops.NATIVE:\n    test_ops.agrees('native', op, 30)\n    print(op)"
+    environment = {**os.environ, "ENGINEHOUSE_CPU": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and run.stdout.split() == list(NATIVE), run.stderr[-3000:]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here: torch's operators are used")

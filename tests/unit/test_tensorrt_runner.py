@@ -139,12 +139,25 @@ def test_keys_that_a_longer_sequence_needs_are_computed_again(tmp_path: Path) ->
     assert len(continuation(reference, prompt(20), new_tokens=10)) == len(sequence.token_ids)
 
 
-def test_too_little_memory_for_one_sequence(loaded: LoadedEngine) -> None:
+@pytest.mark.parametrize("memory", [{"kv_memory": 1000}, {"kv_share": 0.0}])
+def test_too_little_memory_for_one_sequence(memory: dict[str, Any], loaded: LoadedEngine) -> None:
     with pytest.raises(
         FailedPrecondition, match=r"less than one sequence of 256 tokens: start the executor with --kv-memory"
     ) as caught:
-        TensorRTRunner(loaded.program, evaluated(loaded, PADDED), loaded.manifest.limits, device="cpu", kv_memory=1000)
+        TensorRTRunner(loaded.program, evaluated(loaded, PADDED), loaded.manifest.limits, device="cpu", **memory)
     assert caught.value.reason == "KV_MEMORY_TOO_SMALL"
+
+
+def test_caches_leave_the_memory_of_what_computes(loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, steps = evaluated(loaded, PADDED), list[str]()
+    context = engine.create_execution_context()
+    engine.create_execution_context = lambda: steps.append("context") or context  # type: ignore[method-assign]
+    monkeypatch.setattr("executor_svc.tensorrt_runner.free_memory", lambda _: steps.append("free") or 1 << 30)
+    TensorRTRunner(loaded.program, engine, loaded.manifest.limits, device="cpu")
+    assert steps == ["context", "free"]
+    engine.create_execution_context = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(FailedPrecondition, match="no room for what the plan computes with"):
+        TensorRTRunner(loaded.program, engine, loaded.manifest.limits, device="cpu")
 
 
 def test_memory_is_that_of_all_requests_at_most(loaded: LoadedEngine) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,9 +137,13 @@ def test_who_waits_for_a_grammar_can_be_cancelled_and_lost() -> None:
         front.wait(1)
         assert front.ends == {1: "CANCELLED"}
         front.send(client=2, client_gone=ClientGone())
+        late = Submit(handle=4, token_ids=[5], guided_decoding={"json_schema": "{}"}, timeout={"nanos": 50_000_000})
+        front.send(submit=late, arrived=time.monotonic())
+        front.wait(4)
         front.submit(3, {"regex": "ab"})
         front.wait(3)
-        assert front.ends[3] == "STOP" and worker.status().load.waiting == 0
+        assert (front.ends[3], front.ends[4]) == ("STOP", "DEADLINE_EXCEEDED")
+        assert worker.status().load.waiting == 0
 
 
 @pytest.mark.parametrize(
