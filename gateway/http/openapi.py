@@ -105,7 +105,7 @@ def _generation(summary: str, schema: dict[str, Any], kind: str, content: str) -
     operation = _operation(summary, answer, found=True)
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-    for code in ("400", "429", "503"):
+    for code in ("429", "503"):
         operation["responses"][code] = _error(code)
     operation["responses"]["413"] = {
         "description": "The request is larger than --max-message-bytes",
@@ -117,7 +117,7 @@ def _generation(summary: str, schema: dict[str, Any], kind: str, content: str) -
 def _operation(summary: str, schema: dict[str, Any], found: bool = False, open_to_all: bool = False) -> dict[str, Any]:
     responses = {"200": {"description": summary, "content": {"application/json": {"schema": schema}}}}
     codes = [] if open_to_all else ["401", "403"]
-    responses |= {code: _error(code) for code in (*codes, *(["404"] if found else []))}
+    responses |= {code: _error(code) for code in (*codes, *(["400", "404"] if found else []))}
     return {"summary": summary, "responses": responses}
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from gateway_harness import VOCAB_SIZE, byte_level, publish
 from http_harness import MAX_BYTES, HttpCluster, http_cluster
 from mock_executor import EOS, MockExecutor
 
-from engine.errors import ResourceExhausted
+from engine.errors import ResourceExhausted, Unavailable
+from enginehouse import key_file
+from protos.access import Access
+from protos.keys import Keyring
 from protos.v1.common_pb2 import FINISH_REASON_LENGTH, FinishInfo, Logprobs
 from protos.v1.executor_pb2 import Submit
 
@@ -368,3 +372,95 @@ async def test_models_health_and_what_is_not_there(tmp_path: Path) -> None:
         assert named.headers["x-request-id"] == "mine-1"
         bad = await http.raw("GET", "/health", headers={"x-request-id": "x" * 200})
         assert bad.status_code == 400 and bad.json()["error"]["code"] == "REQUEST_ID_INVALID"
+
+
+async def test_the_page_is_one_file_that_asks_its_own_origin_alone(tmp_path: Path) -> None:
+    async with http_cluster(tmp_path) as http:
+        answer = await http.raw("GET", "/")
+        policy, page = answer.headers["content-security-policy"], answer.text
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "frame-ancestors 'none'" in policy
+        assert set(re.findall(r"https?://[^\s\"']+", page)) == {"http://www.w3.org/2000/svg"}
+        assert re.findall(r"\b(?:src|href)=\"([^\"]*)", page) == ["data:,"]
+        asked = set(re.findall(r"\"(status|v1/[a-z/]+)\"", page))
+        document = (await http.raw("GET", "/openapi.json")).json()
+        assert {f"/{path}" for path in asked} == {"/status", "/v1/models", "/v1/completions", "/v1/chat/completions"}
+        assert {f"/{path}" for path in asked} <= document["paths"].keys()
+        assert (await http.raw("HEAD", "/")).status_code == 200
+
+
+async def test_status(tmp_path: Path) -> None:
+    async with http_cluster(tmp_path, builder="127.0.0.1:1") as http:
+        call = asyncio.create_task(http.openai.completions.create(**ASK))
+        submit = await http.executor.submitted()
+        http.executor.begin(submit.handle)
+        http.executor.tokens(submit.handle, ids("hel"))
+        async with asyncio.timeout(60):
+            while not (status := (await http.raw("GET", "/status")).json())["completion_tokens"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert status["streams"] == 1 and status["first_token_seconds"]["count"] == 1
+        assert [executor["connected"] for executor in status["executors"]] == [True]
+        assert [executor["engines"][0]["models"] for executor in status["executors"]] == [["demo"]]
+        assert status["builds"] == "UNAVAILABLE"  # said in words; the rest is there
+        http.executor.tokens(submit.handle, ids("lo"), EOS)
+        await call
+
+
+async def test_requests_that_run_have_time_to_end_and_then_are_cut(tmp_path: Path) -> None:
+    async with http_cluster(tmp_path) as http:
+        call = await started(http)
+        stopping = asyncio.create_task(http.listener.stop())
+        with pytest.raises(openai.APIConnectionError):  # nobody new gets in
+            async with asyncio.timeout(60):
+                while True:
+                    await http.openai.with_options(default_headers={"connection": "close"}).models.list()
+        assert not stopping.done()
+        http.listener.cut(Unavailable("the gateway was stopped", reason="SERVICE_STOPPED"))
+        with pytest.raises(openai.APIError, match="the gateway was stopped"):
+            async for _chunk in call:
+                pass
+        await asyncio.wait_for(stopping, 60)
+        await until_idle(http)
+
+
+async def started(http: HttpCluster) -> Any:
+    """A stream that has had its first token."""
+    call: Any = asyncio.create_task(http.openai.completions.create(**ASK, stream=True))
+    submit = await http.executor.submitted()
+    http.executor.begin(submit.handle)
+    http.executor.tokens(submit.handle, ids("hel"))
+    return await call
+
+
+async def test_tenants_have_their_keys_models_and_limits(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    narrow = key_file.add(keys, "narrow", max_streams=1, models=("demo",), max_prompt_tokens=50).secret
+    barred = key_file.add(keys, "barred", models=("other",)).secret
+    async with http_cluster(tmp_path / "store", access=Access(keyring=Keyring(keys)), key=narrow) as http:
+        other = http.openai.with_options(api_key=barred)
+        assert (await other.models.list()).data == []
+        for refused in (other.models.retrieve("demo"), other.completions.create(**ASK)):
+            with pytest.raises(openai.PermissionDeniedError, match="may not use model 'demo'"):
+                await refused
+        with pytest.raises(openai.AuthenticationError):
+            await http.openai.with_options(api_key="eh_nobody").models.list()
+        for path, status in (
+            ("/v1/models", 401),
+            ("/status", 401),
+            ("/", 200),
+            ("/health", 200),
+            ("/openapi.json", 200),
+        ):
+            assert (await http.raw("GET", path)).status_code == status
+        seen = await http.raw("GET", "/status", headers={"authorization": f"Bearer {barred}"})
+        assert [executor["engines"] for executor in seen.json()["executors"]] == [[]] and seen.json()["builds"] is None
+
+        with pytest.raises(openai.BadRequestError, match="may give 50"):
+            await http.openai.completions.create(model="demo", prompt=[5] * 51)
+        # one stream at a time: several prompts of one request wait for each other, and all end
+        call = asyncio.create_task(http.openai.completions.create(model="demo", prompt=["a", "b", "c"]))
+        for _ in range(3):
+            submit = await say(http.executor, "x")
+            assert submit.tenant == "narrow"
+            assert http.executor.submits.empty()
+        assert len((await call).choices) == 3
