@@ -71,6 +71,11 @@ def browser() -> Iterator[Any]:
         made.close()
 
 
+def _to_the_last_token(route: Any) -> None:
+    """So that what the model would like to say does not decide how long it streams."""
+    route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True}))
+
+
 def test_the_page(browser: Any, url: str, secret: tuple[Path, str]) -> None:
     page = browser.new_page(viewport={"width": 1180, "height": 760})
     asked: list[str] = []
@@ -81,6 +86,8 @@ def test_the_page(browser: Any, url: str, secret: tuple[Path, str]) -> None:
         "console", lambda said: wrong.append(said.text) if said.type == "error" and "401" not in said.text else None
     )
     page.set_default_timeout(PATIENCE)
+    for path in ("**/v1/completions", "**/v1/chat/completions"):
+        page.route(path, _to_the_last_token)
     expect = playwright.expect
     expect.set_options(timeout=PATIENCE)
 
