@@ -6,6 +6,7 @@ With ENGINEHOUSE_SCREENSHOTS=1 the pictures in docs/ are made anew.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -114,7 +115,7 @@ def test_the_page(browser: Any, url: str, secret: tuple[Path, str]) -> None:
     page.fill("#tokens", "1900")  # and is stopped while it streams
     page.fill("#prompt", "And God")
     page.click("#send")
-    page.wait_for_function("document.querySelector('#output').textContent.length > 40")
+    expect(page.locator("#output")).to_have_text(re.compile(r"And God[\s\S]{40}"))
     page.click("#stop")
     expect(page.locator("#send")).to_be_enabled()
     expect(page.locator("#streams")).to_have_text("0")
