@@ -86,8 +86,18 @@ class Endpoint:
         await handler(request, context, answer)
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """All of it. Raises InvalidArgument for more bytes, Unavailable if the client leaves within it."""
+async def read_json(request: Request, most: int) -> bytes:
+    """All of a request's body. Raises InvalidArgument for more bytes and for what is not called JSON, Unavailable if the client
+    leaves within it.
+
+    A browser lets any site's page send other media types here without asking whether it may.
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise InvalidArgument(
+            f"the request's content type is {kind[:80]!r}: send 'Content-Type: application/json'",
+            reason="MEDIA_TYPE_UNKNOWN",
+        )
     parts, size = [], 0
     while True:
         message = await request.receive()

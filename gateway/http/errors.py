@@ -17,7 +17,7 @@ _STATUS = {  # google.rpc.Code -> HTTP status, and the `type` that clients know
     14: (503, _SERVER),  # UNAVAILABLE
     16: (401, "authentication_error"),  # UNAUTHENTICATED
 }
-_OWN = {"METHOD_NOT_ALLOWED": 405, "BODY_TOO_LARGE": 413}
+_OWN = {"METHOD_NOT_ALLOWED": 405, "BODY_TOO_LARGE": 413, "MEDIA_TYPE_UNKNOWN": 415}
 _INTERNAL = (500, _SERVER)
 
 

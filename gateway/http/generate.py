@@ -14,7 +14,7 @@ from gateway.http.answer import Answer
 from gateway.http.choices import ChatChoice, Choice, Json, TextChoice
 from gateway.http.context import HttpContext, cancelled_when_gone
 from gateway.http.convert import from_chat, from_completion
-from gateway.http.endpoint import read_body
+from gateway.http.endpoint import read_json
 from gateway.http.requests import ChatRequest, Common, CompletionRequest
 from gateway.server import Gateway
 from gateway.submission import MAX_COMPLETIONS
@@ -56,7 +56,7 @@ class Generate:
             await _tell(responses, answer, asked, whole, chunk, choices, 1)
 
     async def _read(self, request: Request, kind: type[T]) -> T:
-        return decode(await read_body(request, self._max_bytes), kind)
+        return decode(await read_json(request, self._max_bytes), kind)
 
     async def _responses(self, requests: Sequence[GenerateRequest], context: HttpContext) -> Responses:
         """All of them at once, each response with the place of its request."""

@@ -44,6 +44,7 @@ class Listener:
                 reason="HTTP_CLIENT_NAMES",
             )
         self._around, self._grace = around, grace
+        host = host.strip("[]")
         self._socket = _bind(host, port)
         tls = access.server
         self._server = _Server(

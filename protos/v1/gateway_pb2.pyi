@@ -34,7 +34,7 @@ class ChatMessage(_message.Message):
     tool_call_id: _builtins.str
     """of a tool's message: the call that it answers"""
     name: _builtins.str
-    """of a tool's message: the function"""
+    """of who speaks; of a tool's message: the function"""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
         """that the assistant has made"""

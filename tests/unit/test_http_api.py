@@ -295,6 +295,9 @@ async def test_response_formats_guide_the_output(tmp_path: Path) -> None:
         ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "logprobs is not true"),
         ("chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice", "Invalid enum"),
         ("chat/completions", {**CHAT, "response_format": {"type": "json_schema"}}, 400, "response_format", "no schema"),
+        ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, 400, None, "cannot be read"),
+        ("chat/completions", {"model": "demo", "messages": [{"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": "[]"}}]}]}, 400, None, "no JSON object"),
     ],
 )  # fmt: skip
 async def test_errors_are_openais(
@@ -302,7 +305,7 @@ async def test_errors_are_openais(
 ) -> None:
     async with http_cluster(tmp_path) as http:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        answer = await http.raw("POST", f"/v1/{path}", content=data)
+        answer = await http.raw("POST", f"/v1/{path}", content=data, headers={"content-type": "application/json"})
         error = answer.json()["error"]
     assert answer.status_code == status and said in error["message"], error
     assert error["param"] == param and error["type"] == "invalid_request_error" and error["code"].isupper()
@@ -368,6 +371,8 @@ async def test_models_health_and_what_is_not_there(tmp_path: Path) -> None:
         assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
         document = (await http.raw("GET", "/openapi.json")).json()
         assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/status"} < document["paths"].keys()
+        plain = await http.raw("POST", "/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+        assert plain.status_code == 415 and "application/json" in plain.json()["error"]["message"]
         named = await http.raw("GET", "/health", headers={"x-request-id": "mine-1"})
         assert named.headers["x-request-id"] == "mine-1"
         bad = await http.raw("GET", "/health", headers={"x-request-id": "x" * 200})
