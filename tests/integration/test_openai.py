@@ -15,6 +15,8 @@ import jsonschema
 import openai
 import pytest
 
+from tests.integration.services import service
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo-model"
 PAGE = (ROOT / "docs" / "openai.md").read_text()
@@ -127,3 +129,16 @@ def test_the_pages_programs(url: str, number: int) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0 and done.stdout, done
+
+
+def test_a_gateway_that_has_its_own_extra_alone(tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    options = ("--store", store, "--executor", "127.0.0.1:1", "--http-port", "0")
+    with service("gateway", tmp_path / "log", *options) as gateway:
+        with openai.OpenAI(base_url=f"{gateway.http}/v1", api_key="none", max_retries=0) as client:
+            assert list(client.models.list()) == []
+            assert client._client.get(f"{gateway.http}/").text.startswith("<!doctype html>")
+            with pytest.raises(openai.NotFoundError, match="demo"):
+                client.completions.create(model="demo", prompt="x", extra_headers={"x-request-id": "mine-7"})
+        assert gateway.stop() == 0
+    assert 'request_id=mine-7 method="POST /v1/completions" code=NOT_FOUND' in gateway.log.read_text()
