@@ -25,7 +25,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy examples/high_level/llm_examples.py examples/low_level/llama.py examples/low_level/llama_multi_gpu.py
+	$(BIN)/mypy examples/high_level/llm_examples.py examples/low_level/llama.py examples/low_level/llama_multi_gpu.py examples/low_level/llama_quantize.py
 	$(BIN)/lint-imports
 	@tmp=$$(mktemp -d) && $(MAKE) --no-print-directory protos docs OUT=$$tmp && \
 	  for file in $$(cd $$tmp && find protos docs -type f); do cmp -s $$tmp/$$file $$file || { echo "$$file is not up to date: make $${file%%/*}"; exit 1; }; done && rm -r $$tmp

@@ -1,14 +1,13 @@
 """How fast a GPU serves: time to the first token, a decode step at several batch sizes, and mixed requests.
 
-    python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8]] [--kv-cache-dtype fp8] [--batch 256] [--tune] [--out FILE.json]
-        [--only WORKLOAD ...] [--profile ROWS ...]
+    python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8|-int4|-int8]] [--kv-cache-dtype fp8] [--batch 256] [--tune]
+        [--out FILE.json] [--only WORKLOAD ...] [--profile ROWS ...]
     torchrun --nproc-per-node 2 -m bench.gpu --tp 2 ...
 
 Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
-Dummy weights, on this device. Names of results begin with `fp8_` where products are of 8 bits; `kv_` follows where the KV cache
-is; those of several GPUs with tp or pp and how many; those of another batch
-size than 256 end with it. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of
-128 tokens; medians.
+Dummy weights, on this device. Names of results begin with `fp8_`, `int4_` or `int8_` where products are packed; `kv_` follows
+where the KV cache is of 8 bits; those of several GPUs with tp or pp and how many; those of another batch size than 256 end with
+it. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
 """
 
 import argparse
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +37,8 @@ TABLES = {
     "fp8_": (
         (8.0, 68.1, 4.27, 4.39, 5.42, 9.91, 28.0), (3.5, 57, 2.7, 2.8, 3.6, 7.1, 19), (5.5, 64, 3.4, 3.6, 4.7, 8.8, 23),
     ),
+    "int4_": ((), (None, None, 2.6), (None, None, 2.6)),  # and never slower than 16 bits up to 64 at once
+    "int8_": ((), (None, None, 3.6), (None, None, 3.6)),
     "fp8_kv_": ((), (*[None] * 6, 14.5), (*[None] * 6, 19)),
 }  # fmt: skip
 
@@ -51,7 +53,7 @@ class Bench:
         engine = build_dummy(model, store, device="cuda", kv_cache_dtype=kv_cache_dtype, **sizes)
         self.loaded = load(store, engine, tuned=tuned)
         self.group = self.loaded.group
-        self.prefix = "fp8_" if self.loaded.manifest.quantization else ""
+        self.prefix = _prefix(self.loaded.manifest.quantization)
         self.prefix += "kv_" if kv_cache_dtype == "fp8" else ""
         self.prefix += "".join(f"{name}{size}_" for name, size in (("tp", tp), ("pp", pp)) if size > 1)
         self.suffix = "" if batch == 256 else f"_batch{batch}"
@@ -114,6 +116,12 @@ class Bench:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             self.run(work)
         print(f"batch {rows}: 40 tokens each\n{seen.key_averages().table(sort_by='cuda_time_total', row_limit=16)}")
+
+
+def _prefix(quantization: dict[str, Any] | None) -> str:
+    """Of names of results: what the products are packed in."""
+    forms = {str(form).partition(",")[0] for form in (quantization or {}).get("packed", {}).values()}
+    return "".join(f"{form.replace('float8_e4m3fn', 'fp8')}_" for form in sorted(forms))
 
 
 def main() -> None:

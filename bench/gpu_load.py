@@ -27,7 +27,7 @@ from bench.serving import Loaded, build_dummy, load, run, save
 from executor_svc.core import Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.intake import to_sequence
-from executor_svc.worker import Worker
+from executor_svc.loop import Worker
 from protos.v1.common_pb2 import BeamSearch, FinishReason, OutputOptions, SamplingParams, StoppingCriteria, TokenIds
 from protos.v1.executor_pb2 import Cancel, StepOutput, Submit
 from protos.v1.worker_pb2 import FromWorker, ToWorker

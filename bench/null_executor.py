@@ -61,7 +61,7 @@ def null_manifest(max_batch_size: int) -> Manifest:
 def work(arguments: argparse.Namespace) -> None:
     """The worker's process."""
     from executor_svc.frames import FrameSocket
-    from executor_svc.worker import Worker
+    from executor_svc.loop import Worker
     from protos.v1.executor_pb2 import LoadEngineProgress
     from protos.v1.worker_pb2 import FromWorker
 

@@ -1,9 +1,10 @@
 """Which tactic multiplies which shape fastest; us a product, weights not cached.
 
-    python -m bench.products [--kind dense fp8] [--rows 1 8 16 32 64] [--out FILE.json]
+    python -m bench.products [--kind dense fp8 int4 int8 w8a8] [--rows 1 8 16 32 64] [--out FILE.json]
 
 Llama-3.1-8B's shapes. Dense: bfloat16, with `silu_mul` in the time of gate and up. The floor: the weight at the speed of reading,
-or the arithmetic at 716 (dense) and 1,432 TFLOP/s (8 bits), whichever takes longer.
+or the arithmetic at 716 T/s (of 16 bits) and 1,432 (of 8), whichever takes longer. int4 is in groups of 128; beside it and int8
+the same product of bfloat16, by its rule, where packed ones are never to be slower.
 """
 
 import argparse
@@ -23,7 +24,10 @@ SHAPES = {
     "down": (4096, 14336),
     "head": (128256, 4096),
 }
-ROWS = {"dense": [1, 2, 4, 8, 16, 32, 64], "fp8": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]}
+FEW, MANY = [1, 2, 4, 8, 16, 32, 64], [128, 256, 512, 1024, 4096]
+ROWS = {"dense": FEW, "fp8": FEW + MANY, "int4": FEW + MANY, "int8": FEW + MANY, "w8a8": FEW + MANY}
+KINDS = {"int4": "int4/128"}  # as a table has them
+WIDTHS = {"dense": 2, "int4": 0.5 + 2 / 128}  # bytes of a weight
 
 
 def read_speed() -> float:
@@ -38,7 +42,9 @@ def read_speed() -> float:
 def name_of(tactic: Tactic) -> str:
     """As the table prints it."""
     form = tactic.form
-    return tactic.kernel if tactic == tactics.LIBRARY else f"{tactic.kernel} {form.n} x {form.k}, {form.stages}"
+    if tactic == tactics.LIBRARY:
+        return tactic.kernel
+    return f"{tactic.kernel} {form.n} x {form.k}, {form.stages}" + (f" / {form.splits}" if form.splits > 1 else "")
 
 
 def main() -> None:
@@ -51,17 +57,26 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, reading at {speed / 1e3:.0f} GB/s")
     told = {}
     for kind in arguments.kind:
-        width, peak = (2, 716e6) if kind == "dense" else (1, 1432e6)
+        width, peak = WIDTHS.get(kind, 1), 1432e6 if kind in tactics.EIGHT else 716e6
         for name, (outputs, columns) in SHAPES.items():
-            if kind == "fp8" and name == "head":  # which stays in 16 bits
+            if kind != "dense" and name == "head":  # which stays in 16 bits
                 continue
             for rows in arguments.rows or ROWS[kind]:
-                shape = Product(rows, outputs, columns, "pair" if kind == "dense" and name == "gate_up" else kind)
+                shape = Product(
+                    rows, outputs, columns, "pair" if kind == "dense" and name == "gate_up" else KINDS.get(kind, kind)
+                )
                 found = measure(shape, tactics.candidates(shape), torch.bfloat16, alone=True)
                 rule, best = found[tactics.choose(shape, {})], list(found.items())[:3]
                 floor = max(width * outputs * columns / speed, 2 * rows * outputs * columns / peak)
+                beside = ""
+                if kind in ("int4", "int8"):
+                    plain = Product(rows, outputs, columns, "dense")
+                    took = measure(plain, [tactics.choose(plain, {})], torch.bfloat16, alone=True)
+                    beside = f", bfloat16 {min(took.values()):.1f}"
                 said = ", ".join(f"{name_of(tactic)} {us:.1f}" for tactic, us in best)
-                print(f"{kind:6} {name:8} {rows:4} rows, floor {floor:.1f}, rule {rule:.1f}: {said}", flush=True)
+                print(
+                    f"{kind:6} {name:8} {rows:4} rows, floor {floor:.1f}, rule {rule:.1f}{beside}: {said}", flush=True
+                )
                 told[f"{kind} {name} {rows}"] = {"floor": round(floor, 1)} | {
                     name_of(tactic): round(us, 1) for tactic, us in found.items()
                 }

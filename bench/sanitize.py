@@ -1,7 +1,8 @@
 """A short run of every kind of step on a tiny model, for compute-sanitizer: `bench/sanitize.sh` starts it.
 
 A prompt in one step, prompts in chunks beside decodes, shared prefixes, sampling; then the operators that the model has not:
-windows, caps, heads of 256, experts. Where allocations are not cached, as graphs need, steps are computed instead of replayed.
+windows, caps, heads of 256, experts, packed products.
+Where allocations are not cached, as graphs need, steps are computed instead of replayed.
 """
 
 import json
@@ -75,6 +76,14 @@ def operators() -> None:
         gpu.linear(
             x[:rows].contiguous(), torch.randn(77, 100, device="cuda").half(), torch.randn(77, device="cuda").half()
         )
+    codes, scales = (
+        torch.randint(0, 256, (77, 1032), dtype=torch.uint8, device="cuda"),
+        torch.rand(77, 17, device="cuda"),
+    )
+    for rows in (1, 9, 70):  # packed, of sizes that no tile divides; sums in parts
+        wide = torch.randn(rows, 2064, device="cuda").half()
+        gpu.linear_int4(wide, codes, scales, codes[:, :17].contiguous() & 15, group_size=128)
+        gpu.linear_int8(wide[:, :1032], codes.view(torch.int8), scales[:, 0].contiguous())
     torch.cuda.synchronize()
 
 

@@ -23,10 +23,11 @@ from executor_svc.core import Batch, Sequence
 from executor_svc.group import ALONE, Group
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import begin_load
+from executor_svc.loop import scheduler_config
 from executor_svc.meeting import meet
+from executor_svc.node import this_node
 from executor_svc.runner import Runner, TorchRunner
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config, this_node
 
 
 @dataclass

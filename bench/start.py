@@ -32,7 +32,7 @@ from engine import blobs, registry
 from engine.directory import DirectoryStore
 from engine.manifest import CHUNK_SIZE, Manifest, engine_id
 from executor_svc.loader import load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
 from protos.v1.executor_pb2 import Submit
 from protos.v1.executor_pb2_grpc import ExecutorStub

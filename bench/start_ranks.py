@@ -21,7 +21,7 @@ from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from engine.manifest import Manifest
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 
 LATER = 3.0
 

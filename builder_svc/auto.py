@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from builder_svc import saved
-from builder_svc.causal_lm import CausalLM, class_of, read_config
+from builder_svc.causal_lm import CausalLM, class_of
 from builder_svc.mapping import Mapping
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.quant_config import QuantConfig
+from builder_svc.read_config import read_config
 from engine.artifact import is_engine_dir
 from engine.errors import InvalidArgument
 
@@ -38,7 +39,7 @@ class AutoConfig:
             hf_model_or_dir: a directory with config.json, or a repository of the hub (ORG/NAME).
             dtype: "auto" is the one that config.json declares, and float32 in engines for the CPU.
             mapping: the ranks; by default one.
-            quant_config: nothing, for now, may be asked for in it.
+            quant_config: how a build is to quantize the model.
             revision: branch, tag or commit of the repository.
             trust_remote_code: taken for scripts that give it; no code of a checkpoint is run in any case.
 

@@ -5,7 +5,7 @@ There is a class for each `CLASS_NAME` of the families' pages (`model_classes`);
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,23 +14,25 @@ from typing import Any, ClassVar, Self
 import torch
 
 from builder_svc import saved
-from builder_svc.build_config import DTYPES, Progress
+from builder_svc.build_config import Progress
 from builder_svc.checkpoint import reader
 from builder_svc.checkpoint.digests import file_digests
 from builder_svc.checkpoint.quantized import find_method, open_quantized
 from builder_svc.checkpoint.quantized.checkpoint import QuantizedCheckpoint
-from builder_svc.checkpoint.quantized.resolve import Resolved, kv_scales, planned, resolve
-from builder_svc.checkpoint.sources import fetch_here
+from builder_svc.checkpoint.quantized.resolve import Resolved, kv_scales, on_device, planned, resolve
 from builder_svc.mapping import Mapping as RankMapping
 from builder_svc.models.decoder import Decoder
 from builder_svc.models.families import families
 from builder_svc.models.sources import Source
 from builder_svc.pretrained import PretrainedConfig
-from builder_svc.quant_config import QuantConfig, check_not_asked
+from builder_svc.quant_config import QuantConfig
+from builder_svc.quantizable import Quantizable
+from builder_svc.read_config import read_config
 from builder_svc.saved import GivenWeights, SavedCheckpoint
 from builder_svc.shard import cuts
 from builder_svc.tokenizer import NormalizedTokenizer, has_tokenizer, normalize
-from builder_svc.weights import check_weights, read_parts
+from builder_svc.weights import check_weights
+from builder_svc.weights_view import WeightsView
 from engine.errors import FailedPrecondition, Internal, InvalidArgument, NotFound
 from engine.program import TensorType
 
@@ -41,7 +43,7 @@ DUMMY_SEED = 0
 """Of the random weights that executors make."""
 
 
-class CausalLM:
+class CausalLM(Quantizable):
     """A language model: a configuration and its weights. Called with a configuration alone, it has dummy weights.
 
     Dummy weights are in no file: each executor makes random ones when it loads an engine. They are for tests of a workflow
@@ -89,7 +91,7 @@ class CausalLM:
             hf_model_or_dir: a directory, or a repository of the hub (ORG/NAME), which is downloaded.
             dtype: of the engine's weights and activations; "auto" is the checkpoint's own, and float32 in engines for the CPU.
             mapping: the ranks; by default one.
-            quant_config: nothing, for now, may be asked for in it.
+            quant_config: how a build, or `save_checkpoint`, is to quantize it, with the bundled text.
             revision: branch, tag or commit of the repository.
             trust_remote_code: taken for scripts that give it; no code of a checkpoint is run in any case.
 
@@ -153,6 +155,9 @@ class CausalLM:
             InvalidArgument: weights that are missing or of another shape than the config implies, a mapping that does not divide
                 the model, or the directory that other ranks are still to be read from.
         """
+        if self.config.quant_config and save_config:
+            self.write_quantized(self.plan(self.config.quant_config), output_dir)
+            return
         directory, config, weights = Path(output_dir).expanduser(), self.config, self.weights()
         mapping, read_from = config.mapping, weights.path
         if mapping.world_size > 1 and isinstance(read_from, Path) and directory.resolve() == read_from.resolve():
@@ -160,8 +165,9 @@ class CausalLM:
                 f"{directory} is where the weights of all ranks are read from: save to another directory",
                 reason="OUTPUT_OCCUPIED",
             )
-        declared = Decoder.on_meta(config.decoder, config.checked_dtype, mapping=mapping).declared()
-        own = cuts(config.decoder, mapping)
+        packed = config.quantized.packed if config.quantized else {}
+        declared = Decoder.on_meta(config.decoder, config.checked_dtype, packed, mapping=mapping).declared()
+        own = cuts(config.decoder, mapping, packed)
 
         def parts(name: str) -> Iterable[torch.Tensor]:
             whole = weights.parts(name)
@@ -182,18 +188,28 @@ class CausalLM:
         check_weights(given, self._own_names(), self.declared())
         self.checkpoint = given
 
-    def weights(self) -> "WeightsView":
+    def weights(self) -> WeightsView:
         """Our weight name -> tensor, of the whole model whatever the mapping; each is read when it is asked for.
 
         Raises:
             FailedPrecondition: dummy weights.
             InvalidArgument: the checkpoint has not the weights that its config implies.
         """
-        return WeightsView(self)
+        if self.checkpoint is None:
+            raise FailedPrecondition(
+                f"{self.config.source}: dummy weights are made by executors, there are none here: from_hugging_face and "
+                "from_checkpoint read real ones",
+                reason="DUMMY_WEIGHTS",
+            )
+        return WeightsView(self.checkpoint, self.sources(), self.declared())
 
     def declared(self) -> dict[str, TensorType]:
         """Our weight name -> dtype and shape, in the config's dtype, of all that a checkpoint holds."""
-        return Decoder.on_meta(self.config.decoder, self.config.checked_dtype).declared()
+        return self._decoder(self.config.checked_dtype).declared()
+
+    def _decoder(self, dtype: str) -> Decoder:
+        quantized = self.config.quantized
+        return Decoder.on_meta(self.config.decoder, dtype, quantized.packed if quantized else {})
 
     @property
     def dummy(self) -> bool:
@@ -201,7 +217,7 @@ class CausalLM:
         return self.checkpoint is None
 
     def _own_names(self) -> dict[str, Source]:
-        return {name: Source((name,)) for name in Decoder.on_meta(self.config.decoder, "float32").declared()}
+        return {name: Source((name,)) for name in self._decoder("float32").declared()}
 
     def sources(self) -> dict[str, Source]:
         """Our weight name -> the checkpoint's tensors that form it. Not for dummy weights."""
@@ -211,6 +227,11 @@ class CausalLM:
 
     def resolve(self, device: str) -> Resolved:
         """What a build for a kind of device takes of the checkpoint: its weights as they are packed or dequantized."""
+        if quantized := self.config.quantized:
+            packed = {name: on_device(device, form) for name, form in quantized.packed.items()}
+            taken = Decoder.on_meta(self.config.decoder, "float32", packed).declared() if self.checkpoint else ()
+            sources = {name: Source((name,)) for name in taken}
+            return Resolved(self.checkpoint, sources, packed, facts=dict(quantized.facts))
         if self.checkpoint:
             return resolve(self.checkpoint, self.sources(), device)
         config, names = self.config, self.config.family.NAMES
@@ -222,6 +243,8 @@ class CausalLM:
 
     def kv_scales(self) -> tuple[tuple[float, float], ...]:
         """Of keys and of values, for each layer, in a KV cache of 8 bits."""
+        if self.config.quantized and self.config.quantized.kv_scales:
+            return self.config.quantized.kv_scales
         sources = self.sources() if self.checkpoint else {}
         return kv_scales(self.checkpoint, sources, len(self.config.decoder.layers))
 
@@ -258,47 +281,6 @@ class CausalLM:
         return found | {name: _digest(value) for name, value in values.items()}
 
 
-class WeightsView(Mapping[str, torch.Tensor]):
-    """A model's weights by our names, quantized ones dequantized. Reading one reads what it is made of, and keeps nothing.
-
-    Attributes:
-        declared: name -> dtype and shape.
-    """
-
-    def __init__(self, model: CausalLM) -> None:
-        if model.checkpoint is None:
-            raise FailedPrecondition(
-                f"{model.config.source}: dummy weights are made by executors, there are none here: from_hugging_face and "
-                "from_checkpoint read real ones",
-                reason="DUMMY_WEIGHTS",
-            )
-        self.declared, self._checkpoint, self._sources = model.declared(), model.checkpoint, model.sources()
-        if isinstance(self._checkpoint, QuantizedCheckpoint):
-            used = {name for source in self._sources.values() for name in source.names}
-            self._checkpoint = self._checkpoint.packed({}, used)
-        check_weights(self._checkpoint, self._sources, self.declared)
-
-    @property
-    def path(self) -> Path | str:
-        """Where they are read from."""
-        return self._checkpoint.path
-
-    def parts(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensors that form a weight, one after another, in the checkpoint's dtype."""
-        return read_parts(self._checkpoint, self._sources[name])
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        declared = self.declared[name]
-        dtype = getattr(torch, declared.dtype)
-        return torch.cat([part.to(dtype).reshape(-1) for part in self.parts(name)]).view(declared.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.declared)
-
-    def __len__(self) -> int:
-        return len(self.declared)
-
-
 @cache
 def _model_class(name: str) -> type[CausalLM]:
     doc = f"{CausalLM.__doc__}\n\n    Reads the architectures of enginehouse's {name}."
@@ -313,29 +295,6 @@ def model_classes() -> dict[str, type[CausalLM]]:
 def class_of(config: PretrainedConfig) -> type[CausalLM]:
     """The class that reads a configuration."""
     return _model_class(config.family.CLASS_NAME)
-
-
-def read_config(
-    hf_model_or_dir: str | Path,
-    dtype: str | torch.dtype,
-    mapping: RankMapping | None,
-    quant_config: QuantConfig | None,
-    revision: str | None,
-    *,
-    weights: bool,
-) -> PretrainedConfig:
-    """The config of a directory or repository; of the latter, all but the weights is downloaded, or all."""
-    check_not_asked(quant_config)
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise InvalidArgument(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    directory, source = fetch_here(hf_model_or_dir, revision, weights=weights)
-    if saved.is_saved(directory):
-        PretrainedConfig.from_json_file(directory / "config.json")  # raises what is wrong with one of another program
-        raise InvalidArgument(
-            f"{directory} was written by save_checkpoint: read it with from_checkpoint", reason="CHECKPOINT_SAVED"
-        )
-    return PretrainedConfig.from_path(directory, dtype, mapping, source)
 
 
 def _digest(value: Mapping[str, Any]) -> str:

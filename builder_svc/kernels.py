@@ -31,7 +31,7 @@ def compiler(options: BuildConfig) -> dict[str, str] | None:
     None where there are to be none: an engine for any GPU has none, and neither has one that is built where the executor or
     Triton is not installed.
     """
-    if options.target != "cuda" or options.compute_capability is None:
+    if options.backend != "torch" or options.target != "cuda" or options.compute_capability is None:
         return None
     try:
         if not all(map(importlib.util.find_spec, ("executor_svc", "triton"))):
@@ -77,7 +77,7 @@ def compile_kernels(
 
 
 def _compile(program: bytes, limits: Limits, options: BuildConfig, directory: Path) -> list[tuple[FileRef, Path]]:
-    if options.compute_capability is None:
+    if options.backend != "torch" or options.compute_capability is None:
         return []
     if not (made_by := compiler(options)):
         log.info(

@@ -1,10 +1,10 @@
 """The one way from a checkpoint to an engine; each step is a function that can be used by itself.
 
-checkpoint -> config + named weights -> shard (Mapping) -> module -> program -> blobs + manifest -> store
+checkpoint -> config + named weights -> quantize -> shard (Mapping) -> module -> program -> blobs + manifest -> store
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,17 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from builder_svc.auto import open_model
 from builder_svc.build_config import RECIPE_VERSION, BuildConfig, Progress
 from builder_svc.causal_lm import DUMMY_SEED, CausalLM
-from builder_svc.checkpoint.quantized.resolve import Resolved
 from builder_svc.kernels import compile_kernels, compiler
 from builder_svc.lower.program import lower
 from builder_svc.mapping import Mapping
-from builder_svc.models.config import DecoderConfig
-from builder_svc.models.decoder import Decoder, KVScales
-from builder_svc.pretrained import PretrainedConfig
+from builder_svc.model import Model, parallelism, read_model
+from builder_svc.models.decoder import Decoder
 from builder_svc.ranks import RankPart, write_ranks
-from builder_svc.shard import check_shards, cuts
+from builder_svc.shard import cuts
+from builder_svc.tensorrt_plans import Planner
 from builder_svc.token_bytes import engine_files
-from builder_svc.tokenizer import NormalizedTokenizer
 from builder_svc.weights import check_weights
 from builder_svc.work_directory import WorkDirectory, clear
 from engine import registry
@@ -33,10 +30,9 @@ from engine.artifact import Engine
 from engine.backends import TRANSFER_PATIENCE, open_store
 from engine.blobs import describe, put_bytes, put_file
 from engine.directory import DirectoryStore
-from engine.errors import InvalidArgument
 from engine.fingerprint import Fingerprint
 from engine.lifetime import at_end
-from engine.manifest import FORMAT_VERSION, Limits, Manifest, ModelFacts, Parallelism, Rank, engine_id
+from engine.manifest import FORMAT_VERSION, Manifest, ModelFacts, Rank, engine_id
 from engine.opset import OPSET_VERSION
 from engine.pins import pinned
 from engine.program import SCHEMA_VERSION, Program
@@ -44,29 +40,6 @@ from engine.store import Store
 
 _temporaries: WeakValueDictionary[str, Engine] = WeakValueDictionary()
 """Engines of several ranks in temporary stores, by id."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model, and what will be made of it.
-
-    Attributes:
-        kv_scales: of a KV cache of 8 bits.
-        mapping: the ranks, all of which the engine is for.
-    """
-
-    pretrained: CausalLM
-    weights: Resolved
-    tokenizer: NormalizedTokenizer | None
-    dtype: str
-    limits: Limits
-    kv_scales: KVScales | None = None
-    mapping: Mapping = Mapping()  # noqa: RUF009  (frozen)
-
-    @property
-    def config(self) -> DecoderConfig:
-        """Its decoder."""
-        return self.pretrained.config.decoder
 
 
 def build(
@@ -106,6 +79,7 @@ def build(
     """
     options = build_config or BuildConfig()
     options.check()
+    Planner.of(options)  # what it lacks is told before the work
     if store is None:
         return _temporary(model, options, source, progress)
     if isinstance(store, str):
@@ -116,6 +90,34 @@ def build(
     found = registry.find_manifest(store, engine_id(identity))
     if found and not registry.missing_files(store, found) and not again(found.engine_id):
         return Engine(store, found, reused=True)
+    with WorkDirectory(work_dir) as directory:
+        if not pretrained.dummy:
+            resolved = quantized(resolved, options, directory / "quantized", progress)
+        return _write(resolved, identity, options, store, source or pretrained.config.source, directory, progress)
+
+
+def quantized(model: Model, options: BuildConfig, directory: Path, progress: Progress) -> Model:
+    """A model that has a plan, quantized: its weights are then those of a saved checkpoint in this directory."""
+    if model.plan is None:
+        return model
+    model.pretrained.write_quantized(model.plan, directory, progress)
+    read = type(model.pretrained).from_checkpoint(directory)
+    weights, kv = read.resolve(options.target), read.config.quantized
+    scales = kv.kv_scales if kv and kv.kv_scales else model.kv_scales
+    return replace(model, pretrained=read, weights=weights, kv_scales=scales, plan=None)
+
+
+def _write(
+    resolved: Model,
+    identity: dict[str, Any],
+    options: BuildConfig,
+    store: Store,
+    source: str,
+    directory: Path,
+    progress: Progress,
+) -> Engine:
+    """From the module on."""
+    pretrained, planner = resolved.pretrained, Planner.of(options)
     progress("program", 0, 1, "")
     weights = resolved.weights
     if weights.facts:
@@ -127,53 +129,59 @@ def build(
     parts = [whole]
     if resolved.mapping.world_size > 1:
         parts = [make_rank(resolved, rank) for rank in resolved.mapping.ranks()]
+    if planner:
+        planner.check([part.program for part in parts])
     progress("program", 1, 1, "")
-    with WorkDirectory(work_dir) as directory:
-        written = write_ranks(parts, weights, directory, lambda done, total: progress("weights", done, total, "bytes"))
-        programs = [part.program.to_json() for part in parts]
-        kernels = compile_kernels(programs, resolved.limits, options, directory)
-        ranks = tuple(
-            Rank(
-                describe("program.json", program),
-                tuple(ref for numbers, ref, _ in written if number in numbers),
-                random_seed=DUMMY_SEED if pretrained.dummy else None,
-                kernels=tuple(ref for ref, _ in kernels[program]),
-            )
-            for number, program in enumerate(programs)
+    written = write_ranks(parts, weights, directory, lambda done, total: progress("weights", done, total, "bytes"))
+    programs = [part.program.to_json() for part in parts]
+    kernels = compile_kernels(programs, resolved.limits, options, directory)
+    ranks = tuple(
+        Rank(
+            describe("program.json", program),
+            tuple(ref for numbers, ref, _ in written if number in numbers),
+            random_seed=DUMMY_SEED if pretrained.dummy else None,
+            kernels=tuple(ref for ref, _ in kernels[program]),
         )
-        files = [(ref, path) for _, ref, path in written] + [file for made in kernels.values() for file in made]
-        facts = model_facts(resolved, whole.program)
-        tokenizer = engine_files(resolved.tokenizer, facts.vocab_size, facts.eos_token_ids)
-        opset = max(part.program.opset_version for part in parts)
-        manifest = Manifest(
-            engine_id=engine_id(identity),
-            identity=identity,
-            source=source or pretrained.config.source,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            model=facts,
-            limits=resolved.limits,
-            mapping=_parallelism(resolved.mapping),
-            fingerprint=Fingerprint("torch", options.target, opset, options.compute_capability),
-            ranks=ranks,
-            tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
-            quantization=weights.facts,
-        )
-        with pinned(store, [file.digest for file in manifest.files()]) as pin:
-            before, total = 0, sum(ref.size for ref, _ in files)
+        for number, program in enumerate(programs)
+    )
+    files = [(ref, path) for _, ref, path in written] + [file for made in kernels.values() for file in made]
+    if planner:
+        of_ranks = [part.program for part in parts]
+        ranks, files = planner.ranks(of_ranks, written, resolved.limits, store, directory, progress)
+    facts = model_facts(resolved, whole.program)
+    tokenizer = engine_files(resolved.tokenizer, facts.vocab_size, facts.eos_token_ids)
+    opset = max(part.program.opset_version for part in parts)
+    manifest = Manifest(
+        engine_id=engine_id(identity),
+        identity=identity,
+        source=source,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=facts,
+        limits=resolved.limits,
+        mapping=parallelism(resolved.mapping),
+        fingerprint=planner.fingerprint(opset)
+        if planner
+        else Fingerprint("torch", options.target, opset, options.compute_capability),
+        ranks=ranks,
+        tokenizer=tuple(describe(name, data) for name, data in tokenizer.items()),
+        quantization=weights.facts,
+    )
+    with pinned(store, [file.digest for file in manifest.files()]) as pin:
+        before, total = 0, sum(ref.size for ref, _ in files)
 
-            def uploaded(done: int, _: int) -> None:
-                pin.refresh()
-                progress("upload", before + done, total, "bytes")
+        def uploaded(done: int, _: int) -> None:
+            pin.refresh()
+            progress("upload", before + done, total, "bytes")
 
-            for ref, path in files:
-                put_file(store, ref, path, uploaded, move=True)
-                before += ref.size
-            progress("publish", 0, 1, "")
-            for program in kernels:
-                put_bytes(store, "program.json", program)
-            for name, data in tokenizer.items():
-                put_bytes(store, name, data)
-            published = registry.publish(store, manifest)
+        for ref, path in files:
+            put_file(store, ref, path, uploaded, move=True)
+            before += ref.size
+        progress("publish", 0, 1, "")
+        for program in kernels:
+            put_bytes(store, "program.json", program)
+        for name, data in tokenizer.items():
+            put_bytes(store, name, data)
+        published = registry.publish(store, manifest)
     progress("publish", 1, 1, "")
     as_ours = msgspec.structs.replace(manifest, created=published.created, source=published.source)
     return Engine(store, published, ours=published == as_ours)
@@ -208,57 +216,6 @@ def _temporary(model: Path | CausalLM, options: BuildConfig, source: str | None,
     return engine
 
 
-def read_model(model: Path | CausalLM, options: BuildConfig) -> Model:
-    """Opens a checkpoint, if it is not open, and resolves what the options leave open. Reads no weights."""
-    if isinstance(model, Path):
-        model = open_model(model, options.dummy_weights)
-    elif options.dummy_weights and not model.dummy:
-        model = type(model)(model.config)
-    config = model.config
-    mapping = _mapping(config, options)
-    longest = config.max_position_embeddings
-    max_seq_len = options.max_seq_len or longest
-    if max_seq_len > longest:
-        raise InvalidArgument(
-            f"max_seq_len is {max_seq_len}, more than the model's {longest} positions: give at most {longest}",
-            reason="MAX_SEQ_LEN_INVALID",
-        )
-    limits = Limits(options.max_batch_size, max_seq_len, options.max_num_tokens)
-    kv_scales = model.kv_scales() if options.kv_cache_dtype == "fp8" else None
-    weights = model.resolve(options.target)
-    check_shards(config.decoder, mapping, weights.packed)
-    return Model(model, weights, model.tokenizer(), _dtype(config, options), limits, kv_scales, mapping)
-
-
-def _mapping(config: PretrainedConfig, options: BuildConfig) -> Mapping:
-    """The model's, or the options' where it has none."""
-    chosen = Mapping(options.tp_size * options.pp_size, tp_size=options.tp_size, pp_size=options.pp_size)
-    own = replace(config.mapping, rank=0)
-    if own.world_size > 1 and chosen.world_size > 1 and own.sizes() != chosen.sizes():
-        raise InvalidArgument(
-            f"mapping: the model's has tp_size {own.tp_size} and pp_size {own.pp_size}, the options say {chosen.tp_size} and "
-            f"{chosen.pp_size}: choose one of both, or leave those of the options at 1",
-            reason="MAPPING_AMBIGUOUS",
-        )
-    return own if own.world_size > 1 else chosen
-
-
-def _parallelism(mapping: Mapping) -> Parallelism:
-    return Parallelism(**mapping.sizes())
-
-
-def _dtype(config: PretrainedConfig, options: BuildConfig) -> str:
-    """The options' dtype, the model's, or what its checkpoint has."""
-    if config.auto_dtype and options.dtype == "auto":
-        return "float32" if options.target == "cpu" else config.checked_dtype
-    if config.auto_dtype or options.dtype in ("auto", config.dtype):
-        return config.dtype if options.dtype == "auto" else options.dtype
-    raise InvalidArgument(
-        f"dtype: the model is {config.dtype}, the options say {options.dtype}: choose one of both, or dtype='auto' here",
-        reason="DTYPE_AMBIGUOUS",
-    )
-
-
 def build_identity(model: Model, options: BuildConfig, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Everything that decides the engine, as JSON values; its digest is the engine id."""
     tokenizer = model.tokenizer.files() if model.tokenizer else {}
@@ -266,11 +223,13 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
         "checkpoint": model.pretrained.digests(progress),
         "tokenizer": [describe("", data).digest for data in tokenizer.values()],
         "dtype": model.dtype,
-        "kv_cache_dtype": model.dtype if model.kv_scales is None else "float8_e4m3fn",
+        "kv_cache_dtype": _kv_dtype(model),
         "limits": msgspec.to_builtins(model.limits),
         "quantization": model.weights.facts,
-        "mapping": msgspec.to_builtins(_parallelism(model.mapping)),
-        "target": {"backend": "torch", "device": options.target, "compute_capability": options.compute_capability},
+        "mapping": msgspec.to_builtins(parallelism(model.mapping)),
+        "target": planner.identity()
+        if (planner := Planner.of(options))
+        else {"backend": "torch", "device": options.target, "compute_capability": options.compute_capability},
         "format": {"manifest": FORMAT_VERSION, "program": SCHEMA_VERSION, "operators": OPSET_VERSION},
         "recipe_version": RECIPE_VERSION,
     }
@@ -278,10 +237,16 @@ def build_identity(model: Model, options: BuildConfig, progress: Progress = lamb
     return identity | {name: value for name, value in made.items() if value is not None}
 
 
+def _kv_dtype(model: Model) -> str:
+    if model.kv_scales is None:
+        return model.dtype
+    return "int8" if model.kv_int8 else "float8_e4m3fn"
+
+
 def make_rank(model: Model, rank: Mapping) -> RankPart:
     """The program of one rank, the weights that no checkpoint holds, and what it has of the others."""
     config, packed = model.config, model.weights.packed
-    decoder = Decoder.on_meta(config, model.dtype, packed, model.kv_scales, rank)
+    decoder = Decoder.on_meta(config, model.dtype, packed, model.kv_scales, rank, model.kv_int8)
     tokens = model.limits.max_num_tokens
     program = lower(decoder, max_num_tokens=tokens, rope_lengths=config.rope_lengths, ranks=rank.tp_size)
     return RankPart(program, decoder.constants(), cuts(config, rank, packed))

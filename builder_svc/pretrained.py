@@ -1,7 +1,7 @@
 """A model's configuration: Hugging Face's config.json, what follows from it, and what was chosen about it."""
 
 from collections.abc import Mapping as Values
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,20 @@ from builder_svc.checkpoint.huggingface import declared_dtype, eos_token_ids, re
 from builder_svc.checkpoint.reader import open_gguf, read_configs
 from builder_svc.mapping import Mapping
 from builder_svc.models.config import AttentionSpec, DecoderConfig, LongRope, MlpSpec
+from builder_svc.models.decoder import Decoder
 from builder_svc.models.families import Family, find_family
 from builder_svc.models.fields import Fields
+from builder_svc.quant_config import QuantConfig, checked
+from builder_svc.quantized import Quantized
 from engine.errors import InvalidArgument, Unimplemented
 
 OURS = "enginehouse"
-"""The field of a saved config.json that the others follow from: {"format", "auto_dtype", "config", "generation_config"}."""
+"""The field of a saved config.json that the others follow from: {"format", "auto_dtype", "config", "generation_config"}, and
+"quantized" where it is."""
 
 _FORMAT = 1
 _NOT_QUANTIZED = {"quant_algo": None, "kv_cache_quant_algo": None}
+_QUANTIZATION = ("quant_algo", "kv_cache_quant_algo", "group_size", "has_zero_point", "exclude_modules")
 _FACTS = (
     "architecture", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_size",
     "hidden_act", "intermediate_size", "norm_epsilon", "position_embedding_type", "max_position_embeddings",
@@ -40,6 +45,8 @@ class PretrainedConfig:
         path: the directory with the tokenizer, or the GGUF file; None if there is none.
         gguf: the opened file that config and tokenizer come out of, if it is a GGUF file.
         source: where it was found, for people.
+        quantized: how the weights are packed, of a model that `quantize` has made.
+        quant_config: how a build is to quantize them.
 
     Raises:
         InvalidArgument: (a ValueError) a config that does not hold together, or a dtype that is none.
@@ -60,12 +67,15 @@ class PretrainedConfig:
     path: Path | None = field(default=None, compare=False)
     gguf: GgufFile | None = field(default=None, compare=False)
     source: str = field(default="a config", compare=False)
+    quantized: Quantized | None = None
+    quant_config: QuantConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.auto_dtype and self.dtype not in DTYPES[1:]:
             raise InvalidArgument(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         if not isinstance(self.mapping, Mapping):
             raise InvalidArgument(f"mapping {self.mapping!r}: give a Mapping, or leave it out")
+        checked(self.quant_config)
         self.decoder, self.eos_token_ids  # noqa: B018  (they raise what is wrong with the configs)
 
     @property
@@ -186,14 +196,21 @@ class PretrainedConfig:
             "dtype": self.dtype,
             "logits_dtype": "float32",
             "mapping": self.mapping.sizes(),
-            "quantization": dict(_NOT_QUANTIZED),
+            "quantization": self._quantization,
             OURS: {
                 "format": _FORMAT,
                 "auto_dtype": self.auto_dtype,
                 "config": {name: value for name, value in self.hugging_face.items() if name != "quantization_config"},
                 "generation_config": dict(self.generation_config),
+                **({"quantized": self.quantized.to_dict()} if self.quantized else {}),
             },
         }
+
+    @property
+    def _quantization(self) -> dict[str, Any]:
+        """TensorRT-LLM's fields of it."""
+        facts = self.quantized.facts if self.quantized else {}
+        return _NOT_QUANTIZED | {name: facts[name] for name in _QUANTIZATION if name in facts}
 
     @staticmethod
     def from_dict(values: Values[str, Any], path: Path | None = None, where: str = "the config") -> "PretrainedConfig":
@@ -205,7 +222,7 @@ class PretrainedConfig:
 
         Raises:
             InvalidArgument: a field is missing, of another type, or does not follow from the Hugging Face config.
-            Unimplemented: another program's config, a quantized one, or a later release's.
+            Unimplemented: another program's config, or a later release's.
         """
         fields = Fields(values, where)
         if OURS not in values:
@@ -214,9 +231,11 @@ class PretrainedConfig:
         if (found := ours.require("format", int)) != _FORMAT:
             raise Unimplemented(f"{where} has format {found}, this release reads {_FORMAT}: save the model again")
         quantization = fields.get("quantization", dict, {})
-        if any(value is not None for value in quantization.values()):
+        packed = ours.get("quantized", dict, {})
+        if not packed and any(quantization.get(name) is not None for name in _NOT_QUANTIZED):
             raise Unimplemented(
-                f"{where}: quantization {quantization} is not supported", reason="QUANTIZATION_UNSUPPORTED"
+                f"{where}: quantization {quantization} is not supported: say it to from_hugging_face or to the build",
+                reason="QUANTIZATION_UNSUPPORTED",
             )
         config = PretrainedConfig(
             hugging_face=ours.require("config", dict),
@@ -234,7 +253,11 @@ class PretrainedConfig:
                     f"{getattr(config, name)!r}: change it there",
                     reason="CONFIG_FIELD_INVALID",
                 )
-        return config
+        if not packed:
+            return config
+        linears = Decoder.on_meta(config.decoder, "float32").linears()
+        where = f"{where}: {OURS!r}: 'quantized'"
+        return replace(config, quantized=Quantized.from_dict(packed, where, linears, len(config.decoder.layers)))
 
     @staticmethod
     def from_json_file(file: str | Path) -> "PretrainedConfig":
@@ -244,7 +267,11 @@ class PretrainedConfig:
 
     @staticmethod
     def from_path(
-        path: Path, dtype: str = "auto", mapping: Mapping | None = None, source: str | None = None
+        path: Path,
+        dtype: str = "auto",
+        mapping: Mapping | None = None,
+        source: str | None = None,
+        quant_config: QuantConfig | None = None,
     ) -> "PretrainedConfig":
         """Of a directory in Hugging Face layout, which need not have weights, or a GGUF file. Reads what is beside weights.
 
@@ -263,6 +290,7 @@ class PretrainedConfig:
             path=path,
             gguf=gguf,
             source=source or str(path),
+            quant_config=checked(quant_config),
         )
 
 

@@ -12,8 +12,19 @@ from pathlib import Path
 
 from builder_svc.build_config import RECIPE_VERSION, BuildConfig
 from builder_svc.checkpoint.digests import cache_path, load_cache, save_cache, signature
+from engine.tensorrt import PACKAGES
 
-_LIBRARIES = ("enginehouse", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "gguf", "triton")
+_LIBRARIES = (
+    "enginehouse",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "gguf",
+    "triton",
+    *PACKAGES,
+)
 
 
 def build_key(checkpoint: Path, build_config: BuildConfig) -> str:
@@ -26,11 +37,22 @@ def build_key(checkpoint: Path, build_config: BuildConfig) -> str:
     facts = {
         "checkpoint": str(checkpoint.relative_to(directory)),
         "files": files,
+        "calibration": _text(build_config),
         "options": asdict(build_config) | {"device": build_config.target},
         "recipe": RECIPE_VERSION,
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _text(build_config: BuildConfig) -> dict[str, object]:
+    """What tells the person's calibration text from its next version."""
+    calib = build_config.calib_config
+    if build_config.quant_config is None or calib is None or not calib.calib_dataset:
+        return {}
+    path = Path(calib.calib_dataset).expanduser()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file): signature(file) for file in files}
 
 
 def recall(key: str) -> str | None:

@@ -1,7 +1,8 @@
 """A checkpoint that `save_checkpoint` has written: our weights under our names, as the program takes them.
 
 config.json            what the model is, in TensorRT-LLM's fields, with the Hugging Face config behind them; written last
-rank0.safetensors      the weights: stacked, turned and offset already; of a mapping of several ranks one file each, with its part
+rank0.safetensors      the weights: stacked, turned and offset already, packed where the config says so; of a mapping of several
+                       ranks one file each, with its part
 tokenizer.json, tokenizer_config.json     normalized, if the model has a tokenizer
 
 Tensors that a person gave by these names (`load`) are read the same way.
@@ -157,11 +158,13 @@ def save(
     parts: Callable[[str], Iterable[torch.Tensor]],
     tokenizer: NormalizedTokenizer | None,
     save_config: bool = True,
+    described: Callable[[], PretrainedConfig] | None = None,
 ) -> None:
     """Writes a checkpoint. What has been there is none any more from the first byte on, until all is written.
 
     Args:
         config: with the mapping, of whose rank the weights are.
+        described: what to write instead of the config, asked for when the weights are written.
         declared: the weights' names and types, in the order of the file.
         parts: the tensors that form a weight, one after another.
 
@@ -196,6 +199,7 @@ def save(
             for file, data in (tokenizer.files() if tokenizer else {}).items():
                 _write(directory / file, data)
         if save_config:
+            config = described() if described else config
             _write_json(directory / "generation_config.json", config.generation_config)
             _write_json(directory / "config.json", config.to_dict())
     except OSError as error:

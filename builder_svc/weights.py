@@ -1,6 +1,5 @@
 """A rank's weights: taken from the checkpoint tensor by tensor, written as safetensors, hashed on the way."""
 
-import errno
 import json
 import math
 import os
@@ -13,13 +12,17 @@ import torch
 
 from builder_svc.checkpoint.tensors import Tensors
 from builder_svc.models.sources import Source
+from builder_svc.work_directory import MORE_ROOM, unwritable
 from engine.blobs import Hasher
 from engine.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.manifest import FileRef
 from engine.program import ITEM_SIZE, Program, TensorType
 
-# What older checkpoints store although their config implies it: rotary frequencies and causal masks.
-_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+# What a build need not take: rotary frequencies and causal masks of older checkpoints, whose config implies them, and scales of
+# activations, which not all targets quantize.
+_DERIVED = (
+    "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".input_scale",
+)  # fmt: skip
 _HEADS = ("lm_head.weight", "embed_out.weight")
 MAX_FILE_BYTES = 4 * 1024**3
 ALIGNMENT = 16  # bytes that a GPU reads at once
@@ -144,11 +147,7 @@ def write_weights(
         try:
             ref = write_file(path, {name: program.weights[name] for name in group}, parts, wrote)
         except (ResourceExhausted, FailedPrecondition) as error:
-            raise type(error)(
-                f"{error.message}; free some space, or choose another folder: --data of `enginehouse build`, --work-dir of a "
-                "builder",
-                reason=error.reason,
-            ) from None
+            raise type(error)(f"{error.message}; {MORE_ROOM}", reason=error.reason) from None
         written.append((ref, path))
     return written
 
@@ -179,9 +178,7 @@ def write_file(
                 output.write(memoryview(part.view(-1).view(torch.uint8).numpy()))
                 wrote(part.nbytes)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceExhausted(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_FULL") from None
-        raise FailedPrecondition(f"cannot write {path}: {error.strerror}", reason="WORK_DIR_UNWRITABLE") from None
+        raise unwritable(path, error) from None
     return output.hasher.ref(path.name)
 
 

@@ -1,5 +1,6 @@
 """Where a build writes weights before they are uploaded, locked while it runs: that tells what killed ones have left."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -8,7 +9,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from engine.errors import EnginehouseError, FailedPrecondition, ResourceExhausted
+
 _PREFIX = "enginehouse-build-"
+MORE_ROOM = "free some space, or choose another folder: --data of `enginehouse build`, --work-dir of a builder"
 _FRESH = 10.0  # seconds in which a new directory may not be locked yet
 
 
@@ -40,6 +44,14 @@ def clear(parent: Path | None) -> None:
                 lock = _lock(directory)
                 shutil.rmtree(directory, ignore_errors=True)
                 os.close(lock)
+
+
+def unwritable(path: Path, error: OSError, fix: str = "") -> EnginehouseError:
+    """Why a file cannot be written, and what to do: MORE_ROOM for one in a work directory."""
+    message = f"cannot write {path}: {error.strerror}" + (f"; {fix}" if fix else "")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhausted(message, reason="WORK_DIR_FULL")
+    return FailedPrecondition(message, reason="WORK_DIR_UNWRITABLE")
 
 
 def _lock(directory: Path) -> int:

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
     "Generation": "LLM SamplingParams GuidedDecodingParams RequestOutput CompletionOutput TokenLogprobs GenerationResult "
     "GenerationExecutor KvCacheConfig ExecutorStats",
-    "Models and engines": "AutoConfig AutoModelForCausalLM CausalLM Mapping PretrainedConfig BuildConfig QuantConfig QuantAlgo "
-    "build Engine",
+    "Models and engines": "AutoConfig AutoModelForCausalLM CausalLM Mapping PretrainedConfig BuildConfig QuantConfig CalibConfig "
+    "QuantAlgo build Engine",
     "Clusters": "BuilderClient ExecutorClient GatewayClient LocalCluster Home",
     "Errors": "EnginehouseError",
 }
@@ -26,7 +26,11 @@ What `enginehouse` exports, and `enginehouse.hlapi`, the older names of TensorRT
 EXAMPLE = "**{{ section.title }}:**\n\n```pycon\n{{ section.value.contents }}\n```"
 PARSER: Any = {"warn_unknown_params": False, "warn_missing_types": False}
 WIDE = 1 << 20  # ruff breaks lines, nothing before it
-OPTIONS: Any = {"show_signature_annotations": True, "show_if_no_docstring": False, "inherited_members": False}
+OPTIONS: Any = {
+    "show_signature_annotations": True,
+    "show_if_no_docstring": False,
+    "inherited_members": ["quantize", "plan", "write_quantized"],
+}
 OPTIONS |= {"members_order": "source", "summary": False, "heading_level": 3, "line_length": WIDE}
 
 

@@ -12,7 +12,7 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an engine was built for; None means that any will do.
 
     Attributes:
-        backend: "torch": a program that the executor interprets.
+        backend: "torch": a program that the executor interprets; "tensorrt" or "tensorrt_rtx": a plan of one version of it.
         device: "cpu" or "cuda".
         opset_version: of the operator set that the program uses; a node with a later one will do.
         compute_capability: of an NVIDIA GPU, such as "9.0".

@@ -75,6 +75,7 @@ class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         native: plans, which are code and not data: `engine/trust.py` says who may load them.
         kernels: compiled kernels, which are code, too; but an executor that may not load them, or for which they are not made,
             compiles its own.
+        network: of plans, what TensorRT was given, for people (layers by kind, profiles).
         random_seed: of dummy weights: those that are in no file, which a loader makes at random. None where all are in files.
     """
 
@@ -85,6 +86,7 @@ class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     ] = ()  # omitted where empty: manifests without keep their bytes, over which signatures are
     kernels: tuple[FileRef, ...] = ()
     random_seed: int | None = None
+    network: dict[str, Any] | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -114,13 +114,51 @@ def linear_int4(
     *,
     group_size: int,
 ) -> Tensor:
-    """linear with the matrix of `dense_int4`, rounded to the dtype of x: the weights are quantized, activations are not."""
+    """linear with the matrix of `dense_int4`, rounded to the dtype of x: the weights are quantized, activations are not.
+
+    Of this and the other packed products, an implementation may leave the matrix in float32 as it sums.
+    """
     return F.linear(x, dense_int4(weight, scales, zeros, group_size=group_size).to(x.dtype), bias)
 
 
-def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """linear with the matrix of `dense_int8`, rounded to the dtype of x."""
-    return F.linear(x, dense_int8(weight, scales).to(x.dtype), bias)
+INT8_MAX = 127.0
+"""The largest number of symmetric int8, which leaves -128 out."""
+
+
+def to_int8(x: Tensor, scale: Tensor | float) -> Tensor:
+    """x / scale in int8, to nearest even; what is larger than 127 becomes that."""
+    return (x.float() / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+
+
+def quantize_int8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[T, n] -> (q int8 [T, n], scales float32 [T, 1]), of which q * scales is about x.
+
+    The scale is input_scale (one number, float32), or each row's own, by which its largest number becomes 127.
+    """
+    scales = _row_scales(x, INT8_MAX) if input_scale is None else input_scale.reshape(1, 1).expand(len(x), 1)
+    return to_int8(x, scales), scales
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    *,
+    per_token: bool = False,
+) -> Tensor:
+    """linear with the matrix of `dense_int8`, rounded to the dtype of x.
+
+    With an input_scale (float32 [1]), or per_token, x is quantized, too (`quantize_int8`): integers are multiplied with integers
+    and summed exactly (as in int32), then scaled by row and by output in float32.
+    """
+    if input_scale is None and not per_token:
+        return F.linear(x, dense_int8(weight, scales).to(x.dtype), bias)
+    q, of_rows = quantize_int8(x, input_scale)
+    sums = F.linear(q.double(), weight.double())  # exact: below 2^53, and every device has such products
+    y = sums.float() * of_rows * scales.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 FP8_MAX = 448.0
@@ -137,11 +175,13 @@ def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, 
 
     The scale is input_scale (one number, float32), or each row's own, by which its largest number becomes FP8_MAX.
     """
-    if input_scale is None:
-        scales = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
-    else:
-        scales = input_scale.reshape(1, 1).expand(len(x), 1)
+    scales = _row_scales(x, FP8_MAX) if input_scale is None else input_scale.reshape(1, 1).expand(len(x), 1)
     return to_fp8(x, scales), scales
+
+
+def _row_scales(x: Tensor, largest: float) -> Tensor:
+    """[T, 1] float32: what the largest number of each row is divided by to become `largest`."""
+    return x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
 
 
 def linear_fp8(
@@ -269,6 +309,7 @@ def attention(
     soft_cap: float = 0.0,
     k_scale: float = 0.0,
     v_scale: float = 0.0,
+    kv_int8: bool = False,
 ) -> Tensor:
     """Causal attention of each sequence over its cached and new tokens; writes the new keys and values first.
 
@@ -277,12 +318,13 @@ def attention(
     soft_cap * tanh(score / soft_cap) unless soft_cap is 0, plus alibi[h] * (s - p) (alibi [H] float32: Press et al. 2022).
     Scores and softmax in float32. -> [T, H * D].
 
-    With k_scale and v_scale the caches are float8_e4m3fn: what is written is `to_fp8` of k by k_scale and of v by v_scale, what
-    is read that times the scale, also of this step's own keys and values.
+    With k_scale and v_scale the caches are float8_e4m3fn, or int8 if kv_int8: what is written is `to_fp8` or `to_int8` of k by
+    k_scale and of v by v_scale, what is read that times the scale, also of this step's own keys and values.
     """
     k_cache, v_cache = step.k_caches[cache], step.v_caches[cache]
     block_size, groups = k_cache.shape[1], k_cache.shape[2]
-    k, v = (to_fp8(part, unit) if unit else part for part, unit in ((k, k_scale), (v, v_scale)))
+    rounded = to_int8 if kv_int8 else to_fp8
+    k, v = (rounded(part, unit) if unit else part for part, unit in ((k, k_scale), (v, v_scale)))
     k_cache.view(-1, groups, head_dim)[step.slots] = k.view(-1, groups, head_dim)
     v_cache.view(-1, groups, head_dim)[step.slots] = v.view(-1, groups, head_dim)
     outputs, start = [], 0

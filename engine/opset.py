@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-OPSET_VERSION = 4
+OPSET_VERSION = 5
 
 FLOATS = ("float32", "bfloat16", "float16")
 """The dtypes of activations, by the number that attribute `dtype` of recv is."""
@@ -48,7 +48,12 @@ OPERATORS: dict[str, Operator] = {
     "embedding": Operator(("token_ids", "weight")),
     "linear": Operator(("x", "weight", "bias?")),
     "linear_int4": Operator(("x", "weight", "scales", "zeros?", "bias?"), attrs={"group_size": int}, since=2),
-    "linear_int8": Operator(("x", "weight", "scales", "bias?"), since=2),
+    "linear_int8": Operator(
+        ("x", "weight", "scales", "bias?", "input_scale?"),
+        attrs={"per_token": bool},
+        since=2,
+        later={"input_scale": (5, ""), "per_token": (5, False)},
+    ),
     "linear_fp8": Operator(
         ("x", "weight", "scales", "bias?", "input_scale?"),
         attrs={"block_rows": int, "block_columns": int, "per_token": bool},
@@ -85,9 +90,16 @@ OPERATORS: dict[str, Operator] = {
             "soft_cap": float,
             "k_scale": float,
             "v_scale": float,
+            "kv_int8": bool,
         },
         uses_step=True,
-        later={"alibi": (2, ""), "soft_cap": (2, 0.0), "k_scale": (3, 0.0), "v_scale": (3, 0.0)},
+        later={
+            "alibi": (2, ""),
+            "soft_cap": (2, 0.0),
+            "k_scale": (3, 0.0),
+            "v_scale": (3, 0.0),
+            "kv_int8": (5, False),
+        },
     ),
     "silu_mul": Operator(("gate_up",)),
     "gelu": Operator(("x",), attrs={"tanh": bool}, since=2),

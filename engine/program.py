@@ -56,7 +56,7 @@ class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class KVCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one attention operator keeps of a token: K and V of shape [num_kv_heads, head_dim] each.
 
-    They have the dtype of its keys, or float8_e4m3fn, in units of its attributes k_scale and v_scale.
+    They have the dtype of its keys, or float8_e4m3fn, or int8 with its attribute kv_int8, in units of k_scale and v_scale.
     """
 
     num_kv_heads: int
@@ -191,9 +191,11 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """A cache of 8 bits, and no other one, holds keys and values in units of their scales."""
         dtype = self.caches[int(str(op.attrs["cache"]))].dtype
         scales = [float(str(op.attrs.get(name, 0.0))) for name in ("k_scale", "v_scale")]
-        right = all(0 < scale < math.inf for scale in scales) if dtype == "float8_e4m3fn" else scales == [0, 0]
-        if not right:
+        small = dtype in ("float8_e4m3fn", "int8")
+        if not (all(0 < scale < math.inf for scale in scales) if small else scales == [0, 0]):
             raise _invalid(where, f"k_scale and v_scale are {scales} for a cache of {dtype}")
+        if bool(op.attrs.get("kv_int8", False)) != (dtype == "int8"):
+            raise _invalid(where, f"kv_int8 is {op.attrs.get('kv_int8', False)} for a cache of {dtype}")
 
     def _check_type(self, name: str, declared: TensorType) -> None:
         for dim in declared.shape:

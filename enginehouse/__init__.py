@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from builder_svc.mapping import Mapping
     from builder_svc.pipeline import build
     from builder_svc.pretrained import PretrainedConfig
-    from builder_svc.quant_config import QuantAlgo, QuantConfig
+    from builder_svc.quant_config import CalibConfig, QuantAlgo, QuantConfig
     from engine.artifact import Engine
     from engine.errors import EnginehouseError
     from enginehouse.client import BuilderClient, ExecutorClient, GatewayClient
@@ -48,6 +48,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "BuildConfig",
     "BuilderClient",
+    "CalibConfig",
     "CausalLM",
     "CompletionOutput",
     "Engine",
@@ -77,6 +78,7 @@ _HOMES = {
     "AutoModelForCausalLM": "builder_svc.auto",
     "BuildConfig": "builder_svc.build_config",
     "BuilderClient": "enginehouse.client",
+    "CalibConfig": "builder_svc.quant_config",
     "CausalLM": "builder_svc.causal_lm",
     "CompletionOutput": "enginehouse.llm.outputs",
     "Engine": "engine.artifact",

@@ -5,8 +5,10 @@ from typing import Any
 
 import click
 
+from engine.tensorrt import capability_of
 from enginehouse.completion import complete_directory
 from enginehouse.options import MOST, check_address, with_data, with_json
+from enginehouse.quant_options import Quantization, with_quantization
 
 
 @click.command()
@@ -38,6 +40,21 @@ from enginehouse.options import MOST, check_address, with_data, with_json
 )
 @click.option(
     "--compute-capability", metavar="X", help="Of the GPU, such as 9.0: kernels are compiled for it.  [default: any]"
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["torch", "tensorrt", "tensorrt_rtx"]),
+    default="torch",
+    show_default=True,
+    help="What runs the engine. tensorrt makes a plan for the builder's GPU, tensorrt_rtx one for --target.",
+)
+@click.option(
+    "--target",
+    metavar="SM",
+    help="The GPU, as in sm120 (GeForce RTX 50) or sm89; the same as --compute-capability 12.0.",
+)
+@click.option(
+    "--weight-streaming", is_flag=True, help="Let a plan of TensorRT keep its weights in main memory while it runs."
 )
 @click.option("--max-batch-size", type=click.IntRange(1, MOST), help="Requests in one step.  [default: 64]")
 @click.option(
@@ -71,6 +88,7 @@ from enginehouse.options import MOST, check_address, with_data, with_json
     type=click.Path(path_type=Path),
     help="Sign the engine with this private key (enginehouse keys generate FILE); one that is there unsigned is built again.",
 )
+@with_quantization
 @with_data
 @with_json
 def build(
@@ -83,6 +101,8 @@ def build(
     as_json: bool,
     revision: str | None,
     upload: bool,
+    target: str | None,
+    quantization: Quantization,
     **choices: Any,
 ) -> None:
     """Build an engine from a checkpoint.
@@ -92,21 +112,30 @@ def build(
     interruption the same command goes on where it was. What is not here and begins with . or / is a path on the
     builder's machine. $HF_TOKEN opens private and gated repositories.
 
+    With --quant weights are quantized before, some of the options by a text that is run through the model, on a GPU if there
+    is one; of a builder, --calib-data is a path under its checkpoint root. `enginehouse quantize` says what that loses.
+
     The same checkpoint and options give the same engine: a second build finds it in the store.
     """
     from enginehouse.commands import build as command
     from enginehouse.home import Home
 
+    context = click.get_current_context()
+    if target:
+        if choices["compute_capability"]:
+            raise click.UsageError("--target and --compute-capability say the same: give one of them")
+        choices["compute_capability"] = capability_of(target)
+    if choices["backend"] != "torch" and context.get_parameter_source("device") is click.core.ParameterSource.DEFAULT:
+        choices["device"] = "cuda"
     if builder and (store or sign_with):
-        ctx = click.get_current_context()
-        if ctx.get_parameter_source("builder") is click.core.ParameterSource.COMMANDLINE:
+        if context.get_parameter_source("builder") is click.core.ParameterSource.COMMANDLINE:
             own = "--store and --builder exclude each other: a builder has its own store"
             key = "--sign-with and --builder exclude each other: a builder has its own --signing-key"
             raise click.UsageError(own if store else key)
         builder = None
     command.run(
         checkpoint,
-        command.Choices(**choices),
+        command.Choices(**choices, quantization=quantization),
         name=name,
         home=Home.find(data),
         store=store,

@@ -17,6 +17,7 @@ from enginehouse.generation_options import GUIDES, SectionedCommand, check_guide
 from enginehouse.keys_cli import certs, keys
 from enginehouse.options import with_data, with_gateway, with_json
 from enginehouse.plan_cli import plan
+from enginehouse.quantize_cli import quantize
 from enginehouse.registry_cli import engines, models
 from enginehouse.serve_cli import load, unload, up
 
@@ -143,6 +144,6 @@ def chat(model: str | None, gateway: str | None, system: str | None, data: str |
     command.run(Choices(**choices), model=model, gateway=gateway_address(gateway, Home.find(data)), system=system)
 
 
-for _command in (up, load, unload, build, builds, plan, bench, models, engines, keys, certs, completion):
+for _command in (up, load, unload, build, quantize, builds, plan, bench, models, engines, keys, certs, completion):
     main.add_command(_command)
 add_examples(main)

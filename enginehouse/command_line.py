@@ -39,7 +39,7 @@ _TYPED_JSON = "enginehouse.typed_json"
 
 SECTIONS = {
     "Serve": ("up", "load", "unload"),
-    "Build": ("build", "builds", "plan"),
+    "Build": ("build", "quantize", "builds", "plan"),
     "Use": ("generate", "chat", "bench"),
     "Inspect": ("models", "engines", "completion"),
     "Secure": ("keys", "certs"),

@@ -26,6 +26,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "enginehouse build Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16",
         "enginehouse build examples/demo-model --builder 127.0.0.1:8401 --upload",
         "enginehouse build bench/models/llama-3.1-8b --dummy-weights     # measure a model without its weights",
+        "enginehouse build examples/demo-model --name demo-awq --quant W4A16_AWQ --calib-samples 16",
+    ),
+    "quantize": (
+        "enginehouse quantize examples/demo-model --output demo.int8 --quant W8A16",
+        "enginehouse quantize examples/demo-model --output demo.awq --quant W4A16_AWQ --group-size 64 --report",
+        "enginehouse quantize Qwen/Qwen2.5-0.5B --output qwen.fp8 --quant FP8 --kv-cache-quant FP8 --calib-data texts/",
     ),
     "builds": (
         "enginehouse builds ls",

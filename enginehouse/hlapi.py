@@ -5,7 +5,7 @@ newer `LLM` under this module's name: without a ModelConfig, `LLM` here is that 
 """
 
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,6 +43,7 @@ class QuantConfig:
 
     Attributes:
         quantize_lm_head: whether the head is, too.
+        asked: the same by the newer API's names.
 
     Example:
         >>> from enginehouse.hlapi import QuantConfig
@@ -299,7 +300,7 @@ class LLM:
             not enable_tokenizer,
             config.parallel_config.tp_size,
             pipeline_parallel_size=config.parallel_config.pp_size,
-            quant_config=config.quant_config.asked,
+            quant_config=replace(config.quant_config.asked, quantize_lm_head=config.quant_config.quantize_lm_head),
             kv_cache_config=enginehouse.KvCacheConfig(free_gpu_memory_fraction=share),
         )
 

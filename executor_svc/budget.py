@@ -38,7 +38,7 @@ class Budget:
             ResourceExhausted: it does not fit; the message says what it needs and what there is.
         """
         ranks = len(manifest.ranks)
-        weights = [sum(file.size for file in found.weights) for found in manifest.ranks]
+        weights = [sum(file.size for file in (*found.weights, *found.native)) for found in manifest.ranks]
         need = sum(weights) if self.device == "cpu" else weights[rank]
         least = -(-manifest.limits.max_seq_len // BLOCK_SIZE) * BLOCK_SIZE * manifest.model.kv_bytes_per_token
         together = ranks if self.device == "cpu" else 1

@@ -100,8 +100,9 @@ def _inside(op: Op, program: Program, types: dict[str, TensorType], dims: dict[s
         rows = dims["num_tokens"] * int(op.attrs["top_k"])  # type: ignore[arg-type]
         wide, columns = map(int, program.weights[op.inputs[2]].shape[1:])
         return rows * (wide + wide // 2 + columns) * ITEM_SIZE[op.outputs[0].type.dtype]
-    if op.op in PACKED:  # the reference's matrix, in float32 and rounded
-        return int(types[op.inputs[0]].shape[-1]) * int(op.outputs[0].type.shape[-1]) * 6
+    if op.op in PACKED:  # its matrix: a reference's in float32 and rounded, a kernel's rounded alone
+        ours = op.op == "linear_int8" or int(op.attrs.get("group_size", 1)) % 32 == 0  # type: ignore[arg-type]
+        return int(types[op.inputs[0]].shape[-1]) * int(op.outputs[0].type.shape[-1]) * (2 if ours else 6)
     return 0
 
 

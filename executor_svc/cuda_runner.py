@@ -24,7 +24,7 @@ from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws
 from executor_svc.group import ALONE, Group, bind
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import fp8, implementations
-from executor_svc.kernels.fuse import fuse, whole_rows
+from executor_svc.kernels.fuse import fuse, rounds_to
 from executor_svc.kernels.gpu import DeviceStep
 from executor_svc.kernels.logit_keys import WIDTH
 from executor_svc.kernels.sample import sample
@@ -95,7 +95,7 @@ class CudaRunner:
         self._on_gpu = device == "cuda"
         rope = rope_lengths(program)
         operators = bind(implementations("gpu"), group)
-        for name in ("linear", "linear_silu_mul", "product_fp8"):
+        for name in ("linear", "linear_silu_mul", "linear_int4", "linear_int8", "product_fp8", "product_int8"):
             operators[name] = functools.partial(operators[name], table=table)
         fused = fuse(program)
         self._interpreter = Interpreter(fused, weights, operators)
@@ -139,13 +139,13 @@ class CudaRunner:
     def takes(program: Program) -> bool:
         """Whether it can run it: activations of 16 bits, keys and values of 16 or 8, heads whose tiles shared memory holds.
 
-        Of 8 bits on Hopper and later; on GPUs with little shared memory nothing.
+        Of float8 on Hopper and later; on GPUs with little shared memory nothing.
         """
         floats = {value.type.dtype for op in program.ops if op.op == "attention" for value in op.outputs}
         caches = {cache.dtype for cache in program.caches}
         halves = {"bfloat16", "float16"}
-        small = "float8_e4m3fn" in caches or any(whole_rows(op, program) for op in program.ops)
-        known = floats <= halves and caches <= {*halves, "float8_e4m3fn"} and (not small or fp8.able())
+        small = "float8_e4m3fn" in caches or any(rounds_to(op, program) == "fp8" for op in program.ops)
+        known = floats <= halves and caches <= {*halves, "float8_e4m3fn", "int8"} and (not small or fp8.able())
         logits = [value.type for op in program.ops for value in op.outputs if value.name in program.outputs]
         small_vocabulary = all(int(kind.shape[-1]) < _VOCABULARY for kind in logits)
         held = all(cache.head_dim <= 256 for cache in program.caches) and small_vocabulary

@@ -23,8 +23,9 @@ class LoadedEngine:
     """A rank of an engine, in memory.
 
     Attributes:
-        weights: by the program's names, on the node's device.
+        weights: by the program's names, on the node's device; none where there is a plan, which holds them.
         size: bytes that are read or made.
+        plan: a plan of the manifest's backend, uint8 in main memory; None for a program.
         arriving: leaving this context waits until the weights have their values, and raises what reading them raises.
     """
 
@@ -33,6 +34,7 @@ class LoadedEngine:
     weights: dict[str, Tensor]
     size: int
     arriving: ExitStack = field(default_factory=ExitStack)
+    plan: Tensor | None = None
 
 
 def only_rank(manifest: Manifest) -> int:
@@ -97,6 +99,15 @@ def begin_load(
             done += count
             progress(done, total)
 
+    if manifest.fingerprint.backend != "torch":
+        if len(rank.native) != 1:
+            raise DataLoss(
+                f"engine {engine_id[:12]}: {len(rank.native)} plans of a rank, expected one", reason="PLAN_INVALID"
+            )
+        total = rank.native[0].size
+        plan = memory.zeros(total)
+        blobs.read_into(store, [(rank.native[0], memoryview(plan.numpy()))], arrived)
+        return LoadedEngine(manifest, program, {}, total, plan=plan)
     with ExitStack() as arriving:
         weights = _weights(store, rank, node.device, arrived, arriving)
         if rank.random_seed is not None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.errors import Unavailable
+from engine.errors import FailedPrecondition, Unavailable
 from engine.manifest import Parallelism
 from engine.program import Program
 from executor_svc.frames import FrameSocket
@@ -127,6 +127,11 @@ class Ranks(Group):
         if rows:
             dist.recv(brought, self._end, self._home)
         return brought
+
+    def communicator(self) -> int:
+        if not self._on_gpu:
+            raise FailedPrecondition("ranks on CPUs have no NCCL communicator", reason="RANKS_UNSUPPORTED")
+        return int(self._tp._get_backend(self._device)._comm_ptr())
 
     def from_leader(self, values: Tensor) -> Tensor:
         dist.broadcast(values, self._first, self._tp)

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine import tensorrt
 from engine.errors import FailedPrecondition
 from engine.manifest import Limits
 from engine.program import Program
 from executor_svc.group import Group
 from executor_svc.runner import TorchRunner
+from executor_svc.tensorrt_runner import TensorRTRunner
 
 if TYPE_CHECKING:
     from executor_svc.cuda_runner import CudaRunner
@@ -61,3 +63,29 @@ def make_runner(
             f"engine with less than max_batch_size {limits.max_batch_size} or max_num_tokens {limits.max_num_tokens}",
             reason="GPU_MEMORY_TOO_SMALL",
         ) from None
+
+
+def make_plan_runner(
+    program: Program,
+    plan: torch.Tensor,
+    backend: str,
+    limits: Limits,
+    *,
+    group: Group,
+    kv_memory: int | None,
+    kv_share: float | None,
+) -> TensorRTRunner:
+    """Of a plan of TensorRT; arguments are the loader's and the runner's own.
+
+    Raises:
+        FailedPrecondition: TensorRT does not take the plan here, or the device's memory is too small.
+    """
+    trt = tensorrt.load(backend)
+    engine = trt.Runtime(tensorrt.logger(trt)).deserialize_cuda_engine(memoryview(plan.numpy()))
+    if engine is None:
+        raise FailedPrecondition(
+            f"{backend} {tensorrt.version(trt)} does not take this plan here: {tensorrt.take_errors(trt)}. Build the engine "
+            "again, for this GPU",
+            reason="PLAN_REFUSED",
+        )
+    return TensorRTRunner(program, engine, limits, group=group, kv_memory=kv_memory, kv_share=kv_share)

@@ -10,6 +10,7 @@ import uvloop
 
 from engine.backends import open_store
 from gateway.admission import DEFAULT_LIMITS, Limits
+from gateway.failover import PATIENCE, Failover
 from gateway.link import Link
 from gateway.router import Router
 from gateway.server import Gateway
@@ -36,6 +37,16 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**31):
         raise argparse.ArgumentTypeError(f"{text!r} is no limit: give 1 to {2**31 - 1}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 3600")
+    return seconds
 
 
 def _arguments() -> argparse.Namespace:
@@ -70,6 +81,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--builder", type=_address, metavar="HOST:PORT", help="whose builds the page shows [none]")
     add_client_options(parser, "executor")
     add_client_options(parser, "builder")
+    parser.add_argument(
+        "--failover-patience",
+        default=PATIENCE,
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a request that has lost its executor waits for another one that has its engine [%(default)s]",
+    )
     add_drain(parser)
     tracing.add_options(parser)
     add_options(parser)
@@ -84,7 +102,8 @@ async def _run(arguments: argparse.Namespace) -> None:
     metrics = Metrics()
     access.watch(metrics)
     limits = Limits(arguments.max_streams, arguments.max_waiting, arguments.max_prompt_bytes)
-    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, limits)
+    failover = Failover(router, arguments.failover_patience)
+    gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, limits, failover)
     router.start()
     with metrics.served("gateway", arguments.host, arguments.metrics_port):
         async with _http(gateway, access, arguments) as beside:

@@ -1,4 +1,4 @@
-"""The completions of one request at one executor: sent, followed, ranked, and cancelled when nobody wants them any more."""
+"""The completions of one request: sent, followed, ranked, and cancelled when nobody wants them any more."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
 
 
 class Executor(Protocol):
-    """Where requests go: a `Link`, or a worker process of this one."""
+    """Where requests go: a `failover.Request`, which has many executors, or a worker process of this one."""
 
     def send(self, submit: Submit, news: asyncio.Event) -> Inbox:
         """Sends a request and gives its inbox, which sets `news`. Raises Unavailable."""

@@ -11,6 +11,7 @@ import grpc
 from engine.errors import DeadlineExceeded
 from engine.store import Store
 from gateway.admission import DEFAULT_LIMITS, Admission, Limits
+from gateway.failover import Failover
 from gateway.generation import begin
 from gateway.link import Link
 from gateway.models import Model, Models
@@ -37,10 +38,16 @@ class Gateway(GatewayServicer):
     """Thin: each step of a request has its own module. `transcript.py` makes text, `link.py` speaks with the executor."""
 
     def __init__(
-        self, store: Store, router: Router, metrics: Metrics | None = None, limits: Limits = DEFAULT_LIMITS
+        self,
+        store: Store,
+        router: Router,
+        metrics: Metrics | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        failover: Failover | None = None,
     ) -> None:
         metrics = metrics or Metrics()
-        self.telemetry = Telemetry(metrics, router)
+        self._failover = failover or Failover(router)
+        self.telemetry = Telemetry(metrics, router, self._failover)
         self._admission = Admission(limits, metrics)
         self._max_prompt_bytes = limits.max_prompt_bytes
         self._models = Models(store, router.ready)
@@ -59,11 +66,12 @@ class Gateway(GatewayServicer):
         prompt = await _prompt(request, tokenizer)
         grant.charge_prompt(len(prompt))
         make = functools.partial(submission, request, model, prompt, tokenizer)
-        submit = (
-            await asyncio.to_thread(make) if request.bad_words else make()
-        )  # they are tokenized, which takes its time
-        executor = await self._router.find(model.name, model.engine_id)
-        generation = begin(request, submit, prompt, tokenizer, executor, lambda submit: _carry_context(submit, context))
+        # bad words are tokenized, which takes its time
+        submit = await asyncio.to_thread(make) if request.bad_words else make()
+        await self._router.look(model.engine_id)
+        limit = functools.partial(_carry_context, context=context)
+        executor = self._failover.request(model.name, limit)
+        generation = begin(request, submit, prompt, tokenizer, executor, limit)
         grant.follow(generation.usage)
         first = True
         with generation:

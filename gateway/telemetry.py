@@ -18,6 +18,7 @@ from protos.v1.executor_pb2 import Submit
 from protos.v1.gateway_pb2 import GenerateRequest, GenerateResponse
 
 if TYPE_CHECKING:
+    from gateway.failover import Failover
     from gateway.models import Model
     from gateway.router import Router
 
@@ -33,7 +34,7 @@ T = TypeVar("T")
 class Telemetry:
     """Counts requests by the name of their model."""
 
-    def __init__(self, metrics: Metrics, router: "Router") -> None:
+    def __init__(self, metrics: Metrics, router: "Router", failover: "Failover") -> None:
         counter, histograms = metrics.counter, metrics.histograms
         self.requests = counter("gateway_requests_total", "Requests that have ended, by gRPC status.", "model", "code")
         self.lost = counter(
@@ -79,6 +80,43 @@ class Telemetry:
             lambda: {(link.address,): float(link.num_requests) for link in router.links},
             "executor",
         )
+        metrics.gauge(
+            "gateway_executor_circuit",
+            "0 closed, 1 half-open, 2 open: the executor failed several requests in a row.",
+            lambda: {
+                (link.address, engine[:12]): float(circuit.state)
+                for link in router.links
+                for engine, circuit in list(link.circuits.items())
+            },
+            "executor",
+            "engine",
+        )
+        retries = counter(
+            "gateway_retries_total",
+            "Requests sent to another executor, by why the one before failed.",
+            "model",
+            "reason",
+        )
+        self.resumed = resumed = counter(
+            "gateway_streams_resumed_total",
+            "Completions that went on at another executor behind their tokens.",
+            "model",
+        )
+        self.resumed_tokens = resumed_tokens = counter(
+            "gateway_resumed_tokens_total", "Tokens that they had, which the other executor was given.", "model"
+        )
+        expected = counter(
+            "gateway_expected_cached_prompt_tokens_total",
+            "Prompt tokens that the chosen executor was believed to have in its prefix cache.",
+            "model",
+        )
+
+        def resume(model: str, tokens: int) -> None:
+            resumed.add(model)
+            resumed_tokens.add(model, by=tokens)
+
+        failover.on_retry, failover.on_resume = retries.add, resume
+        failover.on_choice = lambda model, tokens: expected.add(model, by=tokens)
         self._losses = counter("gateway_executor_losses_total", "Connections that were lost.", "executor")
         for link in router.links:
             self._losses.add(link.address, by=0)
@@ -151,6 +189,8 @@ class Record:
         if reason in _LOST:
             told.lost.add(model)
         told.duration.of(model).observe(seconds)
+        for rare in (told.lost, told.resumed, told.resumed_tokens):
+            rare.add(model, by=0)  # there before it first happens
         told.prompt_tokens.add(model, by=self._prompt)
         told.cached_tokens.add(model, by=self._cached)
         told.completion_tokens.add(model, by=self._completion)

@@ -22,9 +22,10 @@ from executor_svc.guides import Guides
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import prepare, unpack
 from executor_svc.loader import LoadedEngine, load_engine
+from executor_svc.loop import scheduler_config
+from executor_svc.node import this_node
 from executor_svc.runner import Runner, TorchRunner
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config, this_node
 
 
 def make_engine(
@@ -46,9 +47,9 @@ class Engine:
     def __init__(self, loaded: LoadedEngine, kv_blocks: int | None = None, guides: Guides | None = None) -> None:
         self.guides = guides
         memory = kv_blocks and kv_blocks * 16 * loaded.manifest.model.kv_bytes_per_token
-        device = loaded.manifest.fingerprint.device
-        self.runner = TorchRunner(
-            loaded.program, loaded.weights, loaded.manifest.limits, device=device, kv_memory=memory
+        self.device = loaded.manifest.fingerprint.device
+        self.runner: Any = TorchRunner(
+            loaded.program, loaded.weights, loaded.manifest.limits, device=self.device, kv_memory=memory
         )
         self.scheduler = Scheduler(scheduler_config(self.runner, loaded.manifest))
 

@@ -245,3 +245,31 @@ def find_checkpoint(root: Path, checkpoint: str) -> Path:
             reason="CHECKPOINT_NOT_FOUND",
         )
     return path
+
+
+def find_text(root: Path, path: str) -> Path:
+    """The file or directory of text that a client means.
+
+    Args:
+        root: as in `find_checkpoint`.
+
+    Raises:
+        PermissionDenied: not in the root, whether it exists or not.
+        NotFound: nothing there.
+    """
+    try:
+        found = (root / path).resolve()
+        inside, there = found.is_relative_to(root), found.exists()
+    except (OSError, RuntimeError, ValueError):  # a name too long, a circle of links, a null byte
+        found, inside, there = root, True, False
+    if not inside:
+        raise PermissionDenied(
+            f"calib_dataset {path!r} is outside of {root}, the builder's --checkpoint-root: move it there",
+            reason="CALIBRATION_OUTSIDE_ROOT",
+        )
+    if not there:
+        raise NotFound(
+            f"calib_dataset {path!r}: nothing of that name under the builder's checkpoint root {root}",
+            reason="CALIBRATION_NOT_FOUND",
+        )
+    return found

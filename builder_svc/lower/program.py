@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from builder_svc.models.operators import SIZES, recorded
 from engine.errors import Internal
 from engine.opset import OPERATORS, version_of
-from engine.program import ROPE_LENGTHS, KVCache, Op, Program, TensorType, Value
+from engine.program import ROPE_LENGTHS, DType, KVCache, Op, Program, TensorType, Value
 
 
 def lower(module: nn.Module, *, max_num_tokens: int, rope_lengths: bool = False, ranks: int = 1) -> Program:
@@ -59,7 +59,8 @@ class _Recording:
         }
         if "cache" in attrs:
             heads = tensors[1].shape[1] // attrs["head_dim"]
-            dtype = "float8_e4m3fn" if "k_scale" in attrs else _type(tensors[1]).dtype
+            small: DType = "int8" if "kv_int8" in attrs else "float8_e4m3fn"
+            dtype = small if "k_scale" in attrs else _type(tensors[1]).dtype
             self.caches[attrs["cache"]] = KVCache(heads, attrs["head_dim"], dtype)
         outputs = []
         for index, tensor in enumerate(results):

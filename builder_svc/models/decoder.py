@@ -1,6 +1,6 @@
-"""THE decoder: a module over the operator set, recorded on the meta device (`lower/program.py`) and never run as it stands."""
+"""THE decoder: a module over the operator set, recorded on the meta device (`lower/program.py`), or computed to quantize it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Mapping as Values
 from contextlib import contextmanager
 
@@ -18,6 +18,7 @@ from engine.program import TensorType
 
 KVScales = tuple[tuple[float, float], ...]
 """Of keys and of values, for each layer."""
+Places = Callable[["Layer"], tuple[tuple[Tensor, Tensor] | None, Tensor | None]]
 _ALONE = Mapping()
 
 
@@ -38,7 +39,7 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, index: int, mapping: Mapping) -> None:
         super().__init__()
         self.spec, self.index = spec, index
-        self.kv_scales = (0.0, 0.0)  # a cache in the dtype of keys and values
+        self.kv_scales, self.kv_int8 = (0.0, 0.0), False  # a cache in the dtype of keys and values
         self.qkv = Linear(hidden_size, sum(spec.qkv_sizes), spec.qkv_bias)
         self.q_norm = HeadNorm(spec, spec.num_heads, eps, mapping) if spec.qk_norm else None
         self.k_norm = HeadNorm(spec, spec.num_kv_heads, eps, mapping) if spec.qk_norm else None
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         if rotation:
             q, k = (op.rope(part, *rotation, spec.head_dim, spec.rope.interleaved) for part in (q, k))
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        settings = (self.index, spec.head_dim, scale, spec.window, spec.soft_cap, *self.kv_scales)
+        settings = (self.index, spec.head_dim, scale, spec.window, spec.soft_cap, *self.kv_scales, self.kv_int8)
         return self.out(op.attention(q, k, v, alibi, *settings))
 
 
@@ -178,13 +179,14 @@ class Head(Linear):
 class Decoder(nn.Module):
     """token ids -> logits of the rows that are asked for.
 
-    It is there to be recorded: `on_meta` makes it without memory for weights.
+    It is there to be recorded: `on_meta` makes it without memory for weights. `quantize/forward.py` computes it layer by layer.
 
     Args:
         config: of the whole model.
         packed: name of a linear, such as "layers.0.attention.qkv" -> the form of its weight, where it is not dense.
-        kv_scales: of keys and of values, for each layer, where the KV cache is float8_e4m3fn.
+        kv_scales: of keys and of values, for each layer, where the KV cache has 8 bits.
         mapping: the rank whose part it is; weights and layers have the whole model's names.
+        kv_int8: such a cache is int8 and not float8_e4m3fn.
     """
 
     def __init__(
@@ -193,6 +195,7 @@ class Decoder(nn.Module):
         packed: Values[str, Packed] = {},  # noqa: B006  (not changed)
         kv_scales: KVScales | None = None,
         mapping: Mapping = _ALONE,
+        kv_int8: bool = False,
     ) -> None:
         super().__init__()
         numbers, vocab_size = mapping.pp_layers(len(config.layers)), config.vocab_size
@@ -216,7 +219,8 @@ class Decoder(nn.Module):
             linears[name].pack(packed[name])
         if kv_scales is not None:
             for number in numbers:
-                self.layers[str(number)].attention.kv_scales = kv_scales[number]
+                attention = self.layers[str(number)].attention
+                attention.kv_scales, attention.kv_int8 = kv_scales[number], kv_int8
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, logit_indices: Tensor, rope_lengths: Tensor | None = None
@@ -226,27 +230,41 @@ class Decoder(nn.Module):
         A rank that is not the last of a pipeline sends the residual stream [T, hidden] to the next one.
         """
         config = self.config
-        rotations = {spec: rope(positions, rope_lengths) for spec, rope in zip(config.ropes, self.rope, strict=True)}
-        slopes = {found: getattr(self, f"alibi_{index}") for index, found in enumerate(config.slopes)}
+        places = self.places(positions, rope_lengths)
         residual = None
         if self.mapping.is_first_pp_rank():
-            x = self._embedded(token_ids, positions)
+            x = self.embedded(token_ids, positions)
         else:
             x = op.recv(FLOATS.index(self.dtype), config.hidden_size)
         for layer in self.layers.values():
-            attention = layer.spec.attention
-            x, residual = layer(x, residual, rotations.get(attention.rope), slopes.get(attention.alibi))
+            x, residual = layer(x, residual, *places(layer))
         if not self.mapping.is_last_pp_rank():
             op.send(op.add(x, residual))
             return None
-        x, residual = op.gather(x, logit_indices), op.gather(residual, logit_indices)
+        return self.logits(op.gather(x, logit_indices), op.gather(residual, logit_indices))
+
+    def places(self, positions: Tensor, rope_lengths: Tensor | None = None) -> Places:
+        """int32 [T] twice -> what tells a layer the positions: its rotation and its slopes."""
+        config = self.config
+        rotations = {spec: rope(positions, rope_lengths) for spec, rope in zip(config.ropes, self.rope, strict=True)}
+        slopes = {found: getattr(self, f"alibi_{index}") for index, found in enumerate(config.slopes)}
+
+        def of_layer(layer: Layer) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+            attention = layer.spec.attention
+            return rotations.get(attention.rope), slopes.get(attention.alibi)
+
+        return of_layer
+
+    def logits(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """[N, hidden] twice, or once all of the residual stream -> [N, vocab_size]."""
+        config = self.config
         x, _ = self.final_norm(x, residual)
         logits = self.lm_head(x, self.embedding if config.tie_embeddings else None)
         if config.logit_scale != 1:
             logits = op.scale(logits, config.logit_scale)
         return op.soft_cap(logits, config.logit_soft_cap) if config.logit_soft_cap else logits
 
-    def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """-> [T, hidden]; each rank of a tensor-parallel group looks up the ids that it has."""
         config = self.config
         if self.mapping.has_tp():
@@ -265,16 +283,23 @@ class Decoder(nn.Module):
         packed: Values[str, Packed] = {},  # noqa: B006
         kv_scales: KVScales | None = None,
         mapping: Mapping = _ALONE,
+        kv_int8: bool = False,
     ) -> "Decoder":
         """The decoder on the meta device, its weights of this dtype where the config does not say otherwise."""
         with torch.device("meta"), _default_dtype(dtype):
-            return cls(config, packed, kv_scales, mapping)
+            return cls(config, packed, kv_scales, mapping, kv_int8)
 
     def declared(self) -> dict[str, TensorType]:
-        """Name and type of each weight that a checkpoint holds."""
+        """Name and type of each weight that a checkpoint holds, module after module; of a packed one, its tensors."""
+        found = {}
+        for outer, module in self.named_modules():
+            tensors = dict(module.named_parameters(outer, recurse=False))
+            if isinstance(module, Linear):
+                tensors |= dict(module.named_buffers(outer, recurse=False))
+            found |= tensors
         return {
             name: TensorType(str(weight.dtype).removeprefix("torch."), tuple(weight.shape))  # type: ignore[arg-type]
-            for name, weight in self.named_parameters()
+            for name, weight in found.items()
         }
 
     def linears(self) -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""The operator set as functions that a module is written over: they know shapes, and tell a recorder what was applied."""
+"""The operator set as functions that a module is written over: they know shapes, and tell a recorder what was applied.
+
+Or, while `computed` says so, they compute.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +19,10 @@ SIZES = {"num_tokens": 1_000_003, "num_logits": 1_000_033}
 Recorder = Callable[[str, tuple[Any, ...], list[Tensor]], None]
 """Called with (operator, its inputs and then its attributes in the table's order, its results)."""
 
+Computer = Callable[[str, Sequence[Tensor | None], dict[str, Any]], Any]
+"""Called with (operator, its inputs, its attributes) for its results."""
+
+_computer: ContextVar[Computer | None] = ContextVar("computer", default=None)
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 _ranks: ContextVar[int] = ContextVar("ranks", default=1)
 
@@ -47,9 +54,21 @@ def recorded(recorder: Recorder, ranks: int = 1) -> Iterator[None]:
         _ranks.reset(tokens[1])
 
 
+@contextmanager
+def computed(computer: Computer) -> Iterator[None]:
+    """While it lasts, in this thread, operators give what the computer makes of tensors that have values."""
+    token = _computer.set(computer)
+    try:
+        yield
+    finally:
+        _computer.reset(token)
+
+
 def _shapes(name: str, spec: Operator) -> Callable[..., Any]:
     def apply(*args: Any) -> Any:
         tensors, attrs = args[: len(spec.inputs)], args[len(spec.inputs) :]
+        if computer := _computer.get():
+            return computer(name, tensors, dict(zip(spec.attrs, attrs, strict=True)))
         types = result_types(name, tensors, dict(zip(spec.attrs, attrs, strict=True)))
         results = [torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in types]
         if recorder := _recorder.get():

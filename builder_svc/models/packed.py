@@ -48,28 +48,43 @@ class Int4:
 
 @dataclass(frozen=True)
 class Int8:
-    """`linear_int8`; scales as above."""
+    """`linear_int8`; scales as above.
+
+    Attributes:
+        activations: how the operator's input is quantized: "token", by a scale for each token; "tensor", by one that was
+            calibrated (`input_scale`); "" for not at all.
+    """
 
     scales: str
+    activations: str = ""
     operator = "linear_int8"
-    inputs = ("weight", "scales")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of its tensors."""
+        return ("weight", "scales", "input_scale") if self.activations == "tensor" else ("weight", "scales")
 
     def attrs(self, columns: int) -> dict[str, Any]:
-        """None."""
+        """As above."""
         del columns
-        return {}
+        return {"per_token": self.activations == "token"}
 
     @property
     def units(self) -> dict[str, tuple[int, int]]:
         """As above."""
-        return {"weight": (1, 1), "scales": (1, WHOLE)}
+        rows = {"weight": (1, 1), "scales": (1, WHOLE)}
+        return rows | ({"input_scale": (WHOLE, WHOLE)} if self.activations == "tensor" else {})
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As above."""
-        return {"weight": ("int8", (rows, columns)), "scales": (self.scales, (rows,))}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight": ("int8", (rows, columns)),
+            "scales": (self.scales, (rows,)),
+        }
+        return found | ({"input_scale": ("float32", (1,))} if self.activations == "tensor" else {})
 
     def __str__(self) -> str:
-        return "int8, a scale a row, symmetric"
+        return "int8, a scale a row, symmetric" + (f", activations by {self.activations}" if self.activations else "")
 
 
 @dataclass(frozen=True)

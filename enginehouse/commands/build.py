@@ -17,7 +17,9 @@ from enginehouse.client import BuilderClient, is_loopback, not_unicode
 from enginehouse.commands.follow import follow
 from enginehouse.home import Home
 from enginehouse.progress import Bars, format_bytes, stderr
+from enginehouse.quant_options import Quantization
 from enginehouse.tables import print_json
+from protos.v1 import builder_pb2
 from protos.v1.builder_pb2 import DEVICE_KIND_CPU, DEVICE_KIND_CUDA, BuildSpec, Target
 
 
@@ -35,6 +37,9 @@ class Choices:
     kv_cache_dtype: str = "auto"
     tp_size: int | None = None
     pp_size: int | None = None
+    quantization: Quantization = Quantization()  # noqa: RUF009  (frozen)
+    backend: str = "torch"
+    weight_streaming: bool = False
 
     def spec(self, checkpoint: str) -> BuildSpec:
         """The same on the wire. Raises InvalidArgument for a path that is not valid Unicode."""
@@ -53,9 +58,30 @@ class Choices:
                 kv_cache_dtype=self.kv_cache_dtype,
                 tp_size=self.tp_size,
                 pp_size=self.pp_size,
+                quantization=_on_the_wire(self.quantization),
+                backend=self.backend,
+                weight_streaming=self.weight_streaming,
             )
         except UnicodeEncodeError as error:
             raise not_unicode(error) from None
+
+
+def _on_the_wire(chosen: Quantization) -> builder_pb2.Quantization | None:
+    if not chosen.asked:
+        return None
+    return builder_pb2.Quantization(
+        quant_algo=chosen.quant or "",
+        kv_cache_quant_algo=chosen.kv_cache_quant or "",
+        group_size=chosen.group_size,
+        has_zero_point=chosen.zero_points,
+        smoothquant_val=chosen.smoothquant,
+        exclude_modules=chosen.exclude,
+        quantize_lm_head=chosen.quantize_lm_head,
+        calib_dataset=chosen.calib_data or "",
+        calib_samples=chosen.calib_samples,
+        calib_max_seq_length=chosen.calib_length,
+        random_seed=chosen.calib_seed,
+    )
 
 
 @dataclass(frozen=True)
@@ -195,6 +221,9 @@ def _build_here(
             reason="EXTRA_MISSING",
         ) from None
     chosen = {key: value for key, value in vars(choices).items() if value is not None}
+    quantization = chosen.pop("quantization")
+    if quantization.asked:
+        chosen |= {"quant_config": quantization.config(), "calib_config": quantization.calibration()}
     options = BuildConfig(**chosen)
     home.make()
     clear(home.work)

@@ -68,6 +68,7 @@ def inspect(engine: str, store_url: str, *, as_json: bool) -> None:
         "weights": _weights(manifest),
         "tokenizer": "yes" if manifest.tokenizer else "none: token ids in and out",
         "ranks": _ranks(manifest),
+        **_networks(manifest),
         "size": format_bytes(summary.size),
     }
     for name, value in lines.items():
@@ -170,10 +171,25 @@ def gc(store_url: str, grace: float, *, dry_run: bool, as_json: bool) -> None:
 
 
 def _weights(manifest: Manifest) -> str:
+    if any(rank.native for rank in manifest.ranks):
+        return "in the plans"
     if not manifest.dummy_weights:
         return "in files"
     seeds = ", ".join(str(rank.random_seed) for rank in manifest.ranks)
     return f"dummy: random, made where it is loaded from seed {seeds}"
+
+
+def _networks(manifest: Manifest) -> dict[str, str]:
+    """What TensorRT was given for the first rank; nothing for a program."""
+    network = manifest.ranks[0].network
+    if network is None:
+        return {}
+    layers = ", ".join(f"{count} {kind.lower()}" for kind, count in network["layers"].items())
+    profiles = "; ".join(
+        f"{name} " + ", ".join(f"{dim} {least}-{most}" for dim, (least, _, most) in dims.items())
+        for name, dims in network["profiles"].items()
+    )
+    return {"network": f"{network['attention']} attention, {layers}", "profiles": profiles}
 
 
 def _amount(amount: collection.Amount) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from builder_svc.build_config import DEVICES, BuildConfig
-from builder_svc.quant_config import QuantConfig, check_not_asked
+from builder_svc.quant_config import CalibConfig, QuantConfig, checked
 from builder_svc.tensorrt_names import also_takes
 from engine.artifact import Engine
 from engine.errors import FailedPrecondition, InvalidArgument
@@ -72,6 +72,7 @@ class LLM:
         *,
         pipeline_parallel_size: int = 1,
         quant_config: QuantConfig | None = None,
+        calib_config: CalibConfig | None = None,
         build_config: BuildConfig | None = None,
         kv_cache_config: KvCacheConfig | None = None,
         enable_build_cache: bool = True,
@@ -92,7 +93,8 @@ class LLM:
             dtype: of a new engine's weights and activations; "auto" is the checkpoint's own, and float32 on the CPU.
             revision: branch, tag or commit of the model's repository.
             tokenizer_revision: of the tokenizer's.
-            quant_config: nothing, for now, may be asked for in it.
+            quant_config: how a new engine's weights are quantized, and its KV cache.
+            calib_config: the text for that.
             build_config: what else decides a new engine.
             kv_cache_config: memory for keys and values.
             enable_build_cache: keep a new engine in the store, and take one from there that was built of the same.
@@ -108,17 +110,22 @@ class LLM:
             EnginehouseError: what builds, stores and the hub raise.
         """
         ranks = _ranks(tensor_parallel_size, pipeline_parallel_size)
-        check_not_asked(quant_config)
+        given = {"quant_config": checked(quant_config), "calib_config": calib_config}
+        quantizing = {name: value for name, value in given.items() if value is not None}
         if device not in DEVICES:
             raise InvalidArgument(f"device {device!r}: choose one of {', '.join(DEVICES)}")
         console = stderr()
         console.quiet = not (enable_tqdm and console.is_terminal)
         with Bars(console) as bars:
             engine = find_built(model, store)
+            if engine is not None and quantizing:
+                raise InvalidArgument(
+                    f"{model} is an engine, whose weights are what they are: leave quant_config out, or give the checkpoint"
+                )
             if engine is None:
                 engine = build_engine(
                     model,
-                    _config(build_config, dtype, device, ranks),
+                    _config(build_config, dtype, device, ranks | quantizing),
                     store=store,
                     revision=revision,
                     keep=enable_build_cache,
@@ -265,7 +272,7 @@ def _ranks(tensor_parallel_size: int, pipeline_parallel_size: int) -> dict[str, 
     return {name: size for name, size in asked.items() if size > 1}
 
 
-def _config(build_config: BuildConfig | None, dtype: Any, device: str, ranks: dict[str, Any]) -> BuildConfig:
+def _config(build_config: BuildConfig | None, dtype: Any, device: str, others: dict[str, Any]) -> BuildConfig:
     """What a new engine is built by."""
     if not isinstance(build_config, BuildConfig | None):
         raise InvalidArgument(f"build_config is {build_config!r}: give a BuildConfig")
@@ -274,10 +281,10 @@ def _config(build_config: BuildConfig | None, dtype: Any, device: str, ranks: di
         if config.dtype not in ("auto", dtype):
             raise InvalidArgument(f"dtype is {dtype!r}, but build_config has {config.dtype!r}: give it once")
         config = replace(config, dtype=dtype)
-    for name, size in ranks.items():
-        if getattr(config, name) not in (1, size):
-            raise InvalidArgument(f"{name} is {size}, but build_config has {getattr(config, name)}: give it once")
-    return replace(config, device=config.target if device == "auto" else device, **ranks)
+    for name, value in others.items():
+        if getattr(config, name) not in (1, None, value):
+            raise InvalidArgument(f"{name} is {value}, but build_config has {getattr(config, name)}: give it once")
+    return replace(config, device=config.target if device == "auto" else device, **others)
 
 
 def _check_device(engine: Engine, device: str) -> None:

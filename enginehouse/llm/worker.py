@@ -81,7 +81,8 @@ class LocalWorker:
         """Sends a request and gives its inbox, which sets `news`. Raises `error`."""
         if self.error:
             raise self.error
-        inbox = self._inboxes.open(submit, news)
+        inbox = Inbox(submit.engine_id, news)
+        self._inboxes.open(submit, inbox)
         self._started().send(ToWorker(client=self._client.number, submit=submit, arrived=time.monotonic()))
         return inbox
 

@@ -6,7 +6,7 @@ import inspect
 import tempfile
 from collections.abc import Callable
 
-from enginehouse import LLM, KvCacheConfig, SamplingParams
+from enginehouse import LLM, CalibConfig, KvCacheConfig, QuantAlgo, QuantConfig, SamplingParams
 
 TASKS: dict[str, Callable[..., None]] = {}
 
@@ -84,6 +84,18 @@ def run_llm_with_kv_cache_config(prompt: str, hf_model_dir: str) -> None:
 
 
 @task
+def run_llm_with_quantization(prompt: str, hf_model_dir: str, quant_type: str) -> None:
+    """Weights of 4 bits by AWQ, or of 8 in floating point, calibrated with the text that is bundled."""
+    if quant_type == "int4_awq":
+        quant_config = QuantConfig(quant_algo=QuantAlgo.W4A16_AWQ, group_size=128)
+    else:
+        quant_config = QuantConfig(quant_algo=QuantAlgo.FP8, kv_cache_quant_algo=QuantAlgo.FP8)
+    calib_config = CalibConfig(calib_batches=32)  # sequences; more of them see more of what activations can be
+    with LLM(hf_model_dir, quant_config=quant_config, calib_config=calib_config) as llm:
+        print(llm.generate(prompt).outputs[0].text)
+
+
+@task
 def run_llm_on_tensor_parallel(prompt: str, hf_model_dir: str, tp_size: int) -> None:
     """Each layer divided among several GPUs; on the CPU, among processes."""
     with LLM(hf_model_dir, tensor_parallel_size=tp_size) as llm:
@@ -102,6 +114,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--prompt", default="In the beginning God created the")
     parser.add_argument("--hf_model_dir", help="a model in Hugging Face layout, or of the hub")
+    parser.add_argument("--quant_type", choices=("int4_awq", "fp8"), default="int4_awq")
     parser.add_argument("--tp_size", type=int, default=2, help="GPUs of run_llm_on_tensor_parallel")
     parser.add_argument("--gateway", default="127.0.0.1:8400")
     parser.add_argument("--model", default="demo")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.ops import REFERENCE
 from engine.program import Program
-from executor_svc.kernels import native
+from executor_svc.kernels import native, packed
 from executor_svc.kernels.expand import expand
 from executor_svc.kernels.fuse import DEVICE_OPERATORS
 
@@ -35,11 +35,11 @@ def implementations(device: str) -> dict[str, Callable[..., Any]]:
 def unpack(device: str, program: Program, weights: dict[str, Tensor]) -> tuple[Program, dict[str, Tensor]]:
     """The program and its weights with what the device has no operators for in a form that it has.
 
-    On the CPU that is every packed product: its matrix is made once, in the dtype of the activations, and multiplied by linear.
-    So it is as fast as a dense engine and takes as much memory; operators over the packed weights are to replace this. On GPUs
-    products of 8 bits have kernels; the other references make each matrix again at every step.
+    On the CPU that is a packed product which the compiled operators do not take: linear_fp8, activations of float16, groups
+    that are no multiples of 8. Its matrix is made once, in the dtype of the activations, and multiplied by linear, as fast as a
+    dense engine's and from as much memory. On GPUs there are kernels, or the references make each matrix again at every step.
     """
-    return expand(program, weights) if device == "cpu" else (program, weights)
+    return expand(program, weights, packed.stays_packed(program)) if device == "cpu" else (program, weights)
 
 
 def prepare(device: str, program: Program, weights: dict[str, Tensor]) -> dict[str, Any]:

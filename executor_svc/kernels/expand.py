@@ -14,18 +14,22 @@ from executor_svc import memory
 _ROWS = 1024  # that are expanded at a time, where rows do not depend on each other
 
 
-def expand(program: Program, weights: dict[str, Tensor]) -> tuple[Program, dict[str, Tensor]]:
+def expand(program: Program, weights: dict[str, Tensor], kept: set[int]) -> tuple[Program, dict[str, Tensor]]:
     """A program of the same meaning whose packed products are `linear`, and its weights; those that round their input stay.
+
+    Args:
+        kept: operators that stay, too, by their place in the program.
 
     Each matrix is rounded to the dtype of the activations, as the packed operators' references do. Other weights are copied: then
     nothing holds the memory any more that the files were read into.
     """
-    if not any(_expands(op) for op in program.ops):
+    chosen = {place for place, op in enumerate(program.ops) if _expands(op)} - kept
+    if not chosen:
         return program, weights
     ops: list[Op] = []
     types, made = dict(program.weights), dict[str, Tensor]()
-    for op in program.ops:
-        if _expands(op):
+    for place, op in enumerate(program.ops):
+        if place in chosen:
             weight, scales, bias, _ = packed_inputs(op.op, op.inputs)
             dtype = op.outputs[0].type.dtype
             parts = [weights[name] if name else None for name in scales]

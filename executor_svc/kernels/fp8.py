@@ -1,4 +1,7 @@
-"""Triton kernels in float8_e4m3fn: rows that are quantized where they are made, and their products (`engine.ops.linear_fp8`)."""
+"""Triton kernels in float8_e4m3fn and int8: rows that are quantized where they are made, and their products.
+
+As `engine.ops.linear_fp8` and `linear_int8` say: what is of int8 is summed in int32.
+"""
 
 import torch
 import triton
@@ -6,8 +9,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from executor_svc.kernels.rows import gated, normed, pdl, to_fp8, wait_before
+from executor_svc.kernels.rows import gated, normed, pdl, to_small, wait_before
 from executor_svc.kernels.target import capability
+
+F8 = torch.float8_e4m3fn
 
 
 def able() -> bool:
@@ -22,8 +27,8 @@ def _keep(value, input_scale, q, scales, row, at, size, STATIC: tl.constexpr):  
     if STATIC:
         scale = tl.load(input_scale)
     else:
-        scale = tl.maximum(tl.max(tl.abs(wide)), 1e-12) / 448.0
-    tl.store(q + row * size + at, to_fp8(wide, scale), at < size)
+        scale = tl.maximum(tl.max(tl.abs(wide)), 1e-12) / (127.0 if q.dtype.element_ty == tl.int8 else 448.0)
+    tl.store(q + row * size + at, to_small(wide, scale, q.dtype.element_ty), at < size)
     tl.store(scales + row, scale)
 
 
@@ -53,9 +58,9 @@ def _silu_mul(gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK
     _keep(gated(gate_up, row, at, size), input_scale, q, scales, row, at, size, STATIC)
 
 
-def _empty(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _empty(x: Tensor, size: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """For the rows of x: numbers of 8 bits [T, size], and scales [T, 1]."""
-    q = torch.empty(len(x), size, dtype=torch.float8_e4m3fn, device=x.device)
+    q = torch.empty(len(x), size, dtype=kind, device=x.device)
     return q, torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
 
 
@@ -65,10 +70,10 @@ def _form(size: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(4, min(16, block // 512))}
 
 
-def quantize(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`quantize_fp8` of x [T, n], whose last dimension is contiguous."""
+def quantize(x: Tensor, input_scale: Tensor | None, kind: torch.dtype = F8) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` or `quantize_int8` of x [T, n], whose last dimension is contiguous."""
     size = x.shape[1]
-    q, scales = _empty(x, size)
+    q, scales = _empty(x, size, kind)
     _quantize[(len(x),)](
         x, input_scale, q, scales, size, x.stride(0), STATIC=input_scale is not None, **_form(size), **pdl()
     )
@@ -76,11 +81,11 @@ def quantize(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, input_scale: Tensor | None, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, input_scale: Tensor | None, eps: float, kind: torch.dtype = F8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_fp8` of `rows.norm`, and the sum."""
+    """`quantize` of `rows.norm`, and the sum."""
     size = x.shape[1]
-    q, scales = _empty(x, size)
+    q, scales = _empty(x, size, kind)
     total = x if residual is None else x.new_empty(x.shape)
     _norm[(len(x),)](
         x, residual, weight, input_scale, q, scales, total, size, x.stride(0), eps,
@@ -89,10 +94,10 @@ def norm(
     return q, scales, total
 
 
-def silu_mul(gate_up: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`quantize_fp8` of `rows.silu_mul`."""
+def silu_mul(gate_up: Tensor, input_scale: Tensor | None, kind: torch.dtype = F8) -> tuple[Tensor, Tensor]:
+    """`quantize` of `rows.silu_mul`."""
     size = gate_up.shape[1] // 2
-    q, scales = _empty(gate_up, size)
+    q, scales = _empty(gate_up, size, kind)
     _silu_mul[(len(gate_up),)](
         gate_up, input_scale, q, scales, size, STATIC=input_scale is not None, **_form(size), **pdl()
     )
@@ -111,14 +116,15 @@ def _tiles(
     theirs = q + row.to(tl.int64)[None, :] * columns + at[:, None]
     of_out = tl.load(scales + out, there, 0.0)
     wait_before(PDL)
-    sums = tl.zeros((N, M), tl.float32)
+    KIND: tl.constexpr = tl.int32 if q.dtype.element_ty == tl.int8 else tl.float32
+    sums = tl.zeros((N, M), KIND)
     for start in range(0, columns, K):
         inside = start + at < columns
         w = tl.load(ours + start, there[:, None] & inside[None, :], 0.0)
         values = tl.load(theirs + start, here[None, :] & inside[:, None], 0.0)
-        # The tensor core adds up with some 14 bits: its sums go into others of 32 at each turn.
-        sums = tl.dot(w, values, sums, max_num_imprecise_acc=K)
-    sums *= of_out[:, None] * tl.load(q_scales + row, here, 0.0)[None, :]
+        # Of float8 the tensor core adds up with some 14 bits: its sums go into others of 32 at each turn.
+        sums = tl.dot(w, values, sums, max_num_imprecise_acc=K, out_dtype=KIND)
+    sums = sums.to(tl.float32) * of_out.to(tl.float32)[:, None] * tl.load(q_scales + row, here, 0.0)[None, :]
     if BIAS:
         sums += tl.load(bias + out, there, 0.0).to(tl.float32)[:, None]
     target = y + row.to(tl.int64)[None, :] * outputs + out[:, None]
@@ -151,12 +157,14 @@ def _bulk(
     first = tl.program_id(0) // wide * BAND
     high = tl.minimum(tl.cdiv(rows, M) - first, BAND)
     top, left = (first + tl.program_id(0) % wide % high) * M, tl.program_id(0) % wide // high * N
-    sums = tl.zeros((M, N), tl.float32)
+    KIND: tl.constexpr = tl.int32 if q.dtype == tl.int8 else tl.float32
+    sums = tl.zeros((M, N), KIND)
     for start in range(0, columns, K):
-        sums = tl.dot(q.load([top, start]), weight.load([left, start]).T, sums)
+        sums = tl.dot(q.load([top, start]), weight.load([left, start]).T, sums, out_dtype=KIND)
     row, out = top + tl.arange(0, M), left + tl.arange(0, N)
     here, there = row < rows, out < outputs
-    sums *= tl.load(q_scales + row, here, 0.0)[:, None] * tl.load(scales + out, there, 0.0)[None, :]
+    of_out = tl.load(scales + out, there, 0.0).to(tl.float32)
+    sums = sums.to(tl.float32) * tl.load(q_scales + row, here, 0.0)[:, None] * of_out[None, :]
     if BIAS:
         sums += tl.load(bias + out, there, 0.0).to(tl.float32)[None, :]
     target = y + row.to(tl.int64)[:, None] * outputs + out[None, :]

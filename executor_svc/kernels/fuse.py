@@ -5,7 +5,7 @@ from collections import Counter
 import msgspec
 
 from engine.opset import FLOATS, OPERATORS, Operator, packed_inputs, quantizes_input
-from engine.program import Op, Program, TensorType, Value
+from engine.program import DType, Op, Program, TensorType, Value
 
 QUANTIZED = ("q", "scales")
 
@@ -16,15 +16,20 @@ DEVICE_OPERATORS = {
         uses_step=True,
     ),
     "linear_silu_mul": Operator(OPERATORS["linear"].inputs),
-    "quantize_fp8": Operator(("x", "input_scale?"), QUANTIZED),
-    "rms_norm_fp8": Operator(("x", "weight", "input_scale?"), QUANTIZED, {"eps": float}),
-    "add_rms_norm_fp8": Operator(("x", "residual", "weight", "input_scale?"), (*QUANTIZED, "sum"), {"eps": float}),
-    "silu_mul_fp8": Operator(("gate_up", "input_scale?"), QUANTIZED),
-    "product_fp8": Operator(("q", "q_scales", "weight", "scales", "bias?"), attrs={"dtype": int}),
 }
+for _kind in ("fp8", "int8"):
+    DEVICE_OPERATORS |= {
+        f"quantize_{_kind}": Operator(("x", "input_scale?"), QUANTIZED),
+        f"rms_norm_{_kind}": Operator(("x", "weight", "input_scale?"), QUANTIZED, {"eps": float}),
+        f"add_rms_norm_{_kind}": Operator(
+            ("x", "residual", "weight", "input_scale?"), (*QUANTIZED, "sum"), {"eps": float}
+        ),
+        f"silu_mul_{_kind}": Operator(("gate_up", "input_scale?"), QUANTIZED),
+        f"product_{_kind}": Operator(("q", "q_scales", "weight", "scales", "bias?"), attrs={"dtype": int}),
+    }
 """rope_attention: `rope` of q and of k, then `attention`. linear_silu_mul: `linear`, then `silu_mul`. product_fp8: `linear_fp8`
 of what `quantize_fp8` has made of its input, in dtype FLOATS[dtype]; another operator X, as X_fp8, leaves the quantized form of
-its first result alone."""
+its first result alone. X_int8 likewise."""
 
 
 def fuse(program: Program) -> Program:
@@ -69,41 +74,46 @@ def _linear_silu_mul(op: Op, makers: dict[str, Op]) -> tuple[tuple[Op, ...], Op]
 _PATTERNS = {"attention": _rope_attention, "silu_mul": _linear_silu_mul}
 
 
-def whole_rows(op: Op, program: Program) -> bool:
-    """Whether it is a `linear_fp8` that rounds its input, with a scale for each row of its weight."""
-    if op.op != "linear_fp8" or not quantizes_input(op.op, op.inputs, op.attrs):
-        return False
-    return (op.attrs["block_rows"], op.attrs["block_columns"]) == (1, program.weights[op.inputs[1]].shape[1])
+def rounds_to(op: Op | None, program: Program) -> str:
+    """Of a product that rounds its input and has a scale for each row of its weight, to what: "fp8" or "int8"; else ""."""
+    if op is None or op.op not in ("linear_fp8", "linear_int8") or not quantizes_input(op.op, op.inputs, op.attrs):
+        return ""
+    if op.op == "linear_int8":
+        return "int8"
+    blocks = (op.attrs["block_rows"], op.attrs["block_columns"])
+    return "fp8" if blocks == (1, program.weights[op.inputs[1]].shape[1]) else ""
 
 
 def _quantize_where_made(program: Program) -> Program:
-    """Each `linear_fp8` as a product of 8 bits, whose input is quantized once, by the operator that makes it where it can."""
+    """Each such product as one of 8 bits, whose input is quantized once, by the operator that makes it where it can."""
     readers = _readers(program)
     types = {value.name: value.type for op in program.ops for value in op.outputs}
     ops: list[Op] = []
-    made: set[tuple[str, str]] = set()  # values that are there in 8 bits, and by which scale
+    made: set[tuple[str, str, str]] = set()  # values that are there in 8 bits, of which kind, and by which scale
     for op in program.ops:
-        if whole_rows(op, program):
+        if kind := rounds_to(op, program):
             weight, scales, bias, by = packed_inputs(op.op, op.inputs)
             x = op.inputs[0]
-            if (x, by) not in made:
-                made.add((x, by))
-                ops.append(Op("quantize_fp8", (x, by), _quantized(x, by, types[x])))
-            q, q_scales = _names(x, by)
+            if (x, kind, by) not in made:
+                made.add((x, kind, by))
+                ops.append(Op(f"quantize_{kind}", (x, by), _quantized(x, kind, by, types[x])))
+            q, q_scales = _names(x, kind, by)
             attrs: dict[str, int | float | bool | list[int]] = {"dtype": FLOATS.index(op.outputs[0].type.dtype)}
-            ops.append(Op("product_fp8", (q, q_scales, weight, *scales, bias), op.outputs, attrs))
+            ops.append(Op(f"product_{kind}", (q, q_scales, weight, *scales, bias), op.outputs, attrs))
             continue
         if not op.outputs:  # it sends to another rank
             ops.append(op)
             continue
         y = op.outputs[0]
         wanted = {
-            _scale(reader) if reader and whole_rows(reader, program) else None for reader in readers.get(y.name, [])
+            (kind, _scale(reader)) if reader and (kind := rounds_to(reader, program)) else ("", "")
+            for reader in readers.get(y.name, [])
         }
-        if f"{op.op}_fp8" in DEVICE_OPERATORS and len(wanted) == 1 and (by := wanted.pop()) is not None:
-            made.add((y.name, by))
-            outputs = (*_quantized(y.name, by, y.type), *op.outputs[1:])
-            op = Op(f"{op.op}_fp8", (*op.inputs, by), outputs, op.attrs)
+        kind, by = wanted.pop() if len(wanted) == 1 else ("", "")
+        if kind and f"{op.op}_{kind}" in DEVICE_OPERATORS:
+            made.add((y.name, kind, by))
+            outputs = (*_quantized(y.name, kind, by, y.type), *op.outputs[1:])
+            op = Op(f"{op.op}_{kind}", (*op.inputs, by), outputs, op.attrs)
         ops.append(op)
     return msgspec.structs.replace(program, ops=tuple(ops))
 
@@ -112,13 +122,14 @@ def _scale(product: Op) -> str:
     return packed_inputs(product.op, product.inputs)[3]
 
 
-def _names(x: str, by: str) -> tuple[str, str]:
-    return f"{x} in 8 bits {by}", f"{x} scales {by}"
+def _names(x: str, kind: str, by: str) -> tuple[str, str]:
+    return f"{x} in {kind} {by}", f"{x} {kind} scales {by}"
 
 
-def _quantized(x: str, by: str, kind: TensorType) -> tuple[Value, Value]:
-    q, scales = _names(x, by)
-    return Value(q, TensorType("float8_e4m3fn", kind.shape)), Value(scales, TensorType("float32", (kind.shape[0], 1)))
+def _quantized(x: str, kind: str, by: str, whole: TensorType) -> tuple[Value, Value]:
+    q, scales = _names(x, kind, by)
+    dtype: DType = "int8" if kind == "int8" else "float8_e4m3fn"
+    return Value(q, TensorType(dtype, whole.shape)), Value(scales, TensorType("float32", (whole.shape[0], 1)))
 
 
 def _readers(program: Program) -> dict[str, list[Op | None]]:

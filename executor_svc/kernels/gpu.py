@@ -10,29 +10,36 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.ops import Step
+from engine.ops import REFERENCE, Step
 from engine.ops import rms_norm as reference_rms_norm
-from engine.opset import FLOATS
-from executor_svc.kernels import fp8, paged, prompt, rows, tactics
+from executor_svc.kernels import paged, prompt, rounded, rows, tactics
 from executor_svc.kernels.grouped import experts
-from executor_svc.kernels.tactics import RULE, Table
+from executor_svc.kernels.integers import Packed, takes
+from executor_svc.kernels.tactics import RULE, Product, Table
 
 __all__ = [
     "DeviceStep",
     "add_rms_norm",
     "attention",
     "add_rms_norm_fp8",
+    "add_rms_norm_int8",
     "experts",
     "linear",
+    "linear_int4",
+    "linear_int8",
     "linear_silu_mul",
     "product_fp8",
+    "product_int8",
     "quantize_fp8",
+    "quantize_int8",
     "rms_norm",
     "rms_norm_fp8",
+    "rms_norm_int8",
     "rope",
     "rope_attention",
     "silu_mul",
     "silu_mul_fp8",
+    "silu_mul_int8",
 ]
 
 Tiles = tuple[Tensor, Tensor]
@@ -110,6 +117,47 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, table: Table, kind
     return tactics.multiply(x, weight, bias, how, pair=kind == "pair")
 
 
+def linear_int4(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_size: int,
+    table: Table = RULE,
+) -> Tensor:
+    """By the tactic of its shape; groups that are no multiples of 32 are the reference's."""
+    packed = Packed(weight, scales, zeros, group_size)
+    if not takes(packed, x):
+        return REFERENCE["linear_int4"](x, weight, scales, zeros, bias, group_size=group_size)
+    return _multiply_packed(x, packed, bias, table)
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    *,
+    per_token: bool = False,
+    table: Table = RULE,
+) -> Tensor:
+    """By the tactic of its shape; `fuse` makes another operator of products that round their input."""
+    packed = Packed(weight, scales)
+    if input_scale is not None or per_token or not takes(packed, x):
+        return REFERENCE["linear_int8"](x, weight, scales, bias, input_scale, per_token=per_token)
+    return _multiply_packed(x, packed, bias, table)
+
+
+def _multiply_packed(x: Tensor, packed: Packed, bias: Tensor | None, table: Table) -> Tensor:
+    if not len(x):
+        return x.new_empty(0, len(packed.weight))
+    shape = Product(tactics.power(len(x)), len(packed.weight), packed.columns, packed.kind)
+    return tactics.multiply_packed(x.contiguous(), packed, bias, tactics.choose(shape, table))
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """One kernel; a weight of another dtype is the reference's."""
     if weight.dtype != x.dtype:
@@ -130,46 +178,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return rows.silu_mul(gate_up)
 
 
-def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As the reference says. The others here do it as they make x."""
-    return fp8.quantize(x, input_scale)
-
-
-def rms_norm_fp8(x: Tensor, weight: Tensor, input_scale: Tensor | None = None, *, eps: float) -> tuple[Tensor, Tensor]:
-    """`quantize_fp8` of `rms_norm`."""
-    if weight.dtype != x.dtype:
-        return fp8.quantize(rms_norm(x, weight, eps=eps), input_scale)
-    return fp8.norm(x, None, weight, input_scale, eps)[:2]
-
-
-def add_rms_norm_fp8(
-    x: Tensor, residual: Tensor, weight: Tensor, input_scale: Tensor | None = None, *, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_fp8` of the norm, and the sum."""
-    if weight.dtype != x.dtype:
-        y, total = add_rms_norm(x, residual, weight, eps=eps)
-        return *fp8.quantize(y, input_scale), total
-    return fp8.norm(x, residual, weight, input_scale, eps)
-
-
-def silu_mul_fp8(gate_up: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`quantize_fp8` of `silu_mul`."""
-    return fp8.silu_mul(gate_up, input_scale)
-
-
-def product_fp8(
-    q: Tensor,
-    q_scales: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dtype: int,
-    table: Table = RULE,
-) -> Tensor:
-    """`linear_fp8` of what is quantized, with a scale for each row of the weight, by the tactic of its shape."""
-    how = tactics.choose(tactics.shape_of(q, weight, "fp8"), table)
-    return tactics.multiply_fp8(q, q_scales, weight, scales, bias, getattr(torch, FLOATS[dtype]), how)
+quantize_fp8, rms_norm_fp8, add_rms_norm_fp8, silu_mul_fp8, product_fp8 = rounded.operators(torch.float8_e4m3fn, "fp8")
+quantize_int8, rms_norm_int8, add_rms_norm_int8, silu_mul_int8, product_int8 = rounded.operators(torch.int8, "w8a8")
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: bool) -> Tensor:
@@ -191,6 +201,7 @@ def attention(
     soft_cap: float = 0.0,
     k_scale: float = 0.0,
     v_scale: float = 0.0,
+    kv_int8: bool = False,  # noqa: ARG001  (the cache has it, too)
 ) -> Tensor:
     """Writes keys and values, then reads them: prompts in tiles, decodes split over the context."""
     here = DeviceStep.of(step)
@@ -218,6 +229,7 @@ def rope_attention(
     soft_cap: float = 0.0,
     k_scale: float = 0.0,
     v_scale: float = 0.0,
+    kv_int8: bool = False,  # noqa: ARG001
 ) -> Tensor:
     """`rope` of q and k, and `attention`: what is rotated goes straight into the cache."""
     here = DeviceStep.of(step)

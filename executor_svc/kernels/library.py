@@ -4,6 +4,7 @@ It is not linked with OpenMP, and uses the one that torch has brought: import to
 """
 
 import ctypes
+import functools
 import importlib.machinery
 import logging
 import os
@@ -28,6 +29,17 @@ class Linear(ctypes.Structure):
         *_fields(_INT, "type weight_type"),
         *_fields(_LONG, "rows inputs outputs stride"),
         *_fields(_POINTER, "x weight bias y order"),
+    ]
+
+
+class Packed(ctypes.Structure):
+    """`struct packed`."""
+
+    _fields_ = [
+        *_fields(_INT, "type bits scale_type round"),
+        *_fields(_LONG, "rows inputs depth outputs stride group"),
+        *_fields(_FLOAT, "input_scale"),
+        *_fields(_POINTER, "x scales bias weight zeros y"),
     ]
 
 
@@ -67,6 +79,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "pack": [_INT, _POINTER, _LONG, _LONG],
     "rows": [_INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER],
     "linear": [ctypes.POINTER(Linear)],
+    "packed": [ctypes.POINTER(Packed)],
     "norm": [ctypes.POINTER(Norm)],
     "activation": [_INT, _INT, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER],
     "experts": [ctypes.POINTER(Experts)],
@@ -75,6 +88,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 }
 
 
+@functools.cache
 def load() -> Any:
     """The library with its functions declared, or None."""
     if os.environ.get("ENGINEHOUSE_NATIVE") == "0":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.ops import Step
 from engine.program import Program
-from executor_svc.kernels import library
+from executor_svc.kernels import library, packed
 
 KEYS_PER_BLOCK = 16  # of the KV cache, as attention reads it
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -51,7 +51,10 @@ class Packed:
 
 
 def pack(program: Program, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The weights with those packed that linear operators, and beside them only embeddings, take; and experts' in pairs."""
+    """The weights with those packed that linear operators, and beside them only embeddings, take; experts' in pairs.
+
+    Beside them what `packed.py` packs.
+    """
     users: dict[str, set[tuple[str, int]]] = {name: {("output", 0)} for name in program.outputs}
     for op in program.ops:
         for position, name in enumerate(op.inputs):
@@ -69,7 +72,8 @@ def pack(program: Program, weights: dict[str, Tensor]) -> dict[str, Any]:
     for op in program.ops:
         if op.op == "experts" and not {*op.inputs[2:]} <= chosen:
             chosen -= {*op.inputs[2:]}
-    return {name: Packed(weight) if name in chosen else weight for name, weight in weights.items()}
+    found = {name: Packed(weight) if name in chosen else weight for name, weight in weights.items()}
+    return packed.pack(program, found)
 
 
 def _packable(weight: Tensor) -> bool:
@@ -258,6 +262,7 @@ def _attention(
 _OPERATORS = (
     *(_embedding, _linear, _rms_norm, _add_rms_norm, _head_rms_norm, _layer_norm, _add_layer_norm),
     *(_rope, _attention, _silu_mul, _gelu, _gelu_mul, _experts),
+    *packed.OPERATORS,
 )
 
 

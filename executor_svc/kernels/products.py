@@ -15,12 +15,16 @@ from executor_svc.kernels.rows import pdl, wait_before
 
 
 class Form(NamedTuple):
-    """Rows of the weight and columns of a block, stages and warps of a program of `thin`: bench/products.py tries them."""
+    """Rows of the weight and columns of a block, stages and warps of a program of `thin`: bench/products.py tries them.
+
+    Of packed weights also how many parts of the columns are summed side by side.
+    """
 
     n: int = 64
     k: int = 128
     stages: int = 5
     warps: int = 4
+    splits: int = 1
 
 
 @triton.jit

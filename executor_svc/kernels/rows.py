@@ -37,6 +37,18 @@ def to_fp8(value, scale):  # type: ignore[no-untyped-def]  # noqa: ANN001
 
 
 @triton.jit
+def to_small(value, scale, kind: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """In float8_e4m3fn, or `engine.ops.to_int8`."""
+    if kind == tl.int8:
+        exact = tl.div_rn(value.to(tl.float32), scale + tl.zeros_like(value).to(tl.float32))
+        # to an integer: 1.5 * 2^23 leaves no room behind the point
+        small = (tl.clamp(exact, -127.0, 127.0) + 12582912.0 - 12582912.0).to(tl.int8)
+    else:
+        small = to_fp8(value, scale)
+    return small
+
+
+@triton.jit
 def normed(x, residual, weight, total, row, at, size, stride, eps, ADD: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     """A row of `rms_norm`, or of `add_rms_norm`, whose sum it writes."""
     inside = at < size
@@ -144,7 +156,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, interleaved: boo
 @triton.jit
 def _write(
     k, v, slots, k_cache, v_cache, k_stride, v_stride, k_scale, v_scale, size,
-    FP8: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SMALL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -152,8 +164,11 @@ def _write(
     inside = at < size
     slot = tl.load(slots + token)
     keys, values = tl.load(k + token * k_stride + at, inside, 0.0), tl.load(v + token * v_stride + at, inside, 0.0)
-    if FP8:
-        keys, values = to_fp8(keys, k_scale), to_fp8(values, v_scale)
+    if SMALL:
+        keys, values = (
+            to_small(keys, k_scale, k_cache.dtype.element_ty),
+            to_small(values, v_scale, v_cache.dtype.element_ty),
+        )
     tl.store(k_cache + slot * size + at, keys, inside)
     tl.store(v_cache + slot * size + at, values, inside)
 
@@ -165,19 +180,19 @@ def write(
     size = k.shape[1]
     _write[(len(k), triton.cdiv(size, 1024))](
         k, v, slots, k_cache, v_cache, k.stride(0), v.stride(0), k_scale, v_scale, size,
-        FP8=k_scale != 0, BLOCK=1024, num_warps=4, **pdl(),
+        SMALL=k_scale != 0, BLOCK=1024, num_warps=4, **pdl(),
     )  # fmt: skip
 
 
 @triton.jit
 def _put(
     value, cache, kept, token, slot, heads, inside, scale,
-    G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr, KEEP: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr, KEEP: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     """Heads of a token into its row of the cache, and as they are there, in their own dtype, into a row of `kept`."""
     place = heads[:, None] * D + tl.arange(0, BLOCK)[None, :]
-    if FP8:
-        value = to_fp8(value, scale)
+    if SMALL:
+        value = to_small(value, scale, cache.dtype.element_ty)
     tl.store(cache + slot * G * D + place, value, inside)
     if KEEP:
         tl.store(kept + token * G * D + place, value.to(kept.dtype.element_ty), inside)
@@ -209,7 +224,7 @@ def _rope_write(
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     KEEP: tl.constexpr,
-    FP8: tl.constexpr,
+    SMALL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001
     wait_before(PDL)
@@ -230,13 +245,13 @@ def _rope_write(
         there = heads < G
         result = _turn(k + token * k_stride, heads, there, cos, sin, half, D, BLOCK, INTERLEAVED)
         inside = there[:, None] & (at < D)[None, :]
-        _put(result, k_cache, k_out, token, tl.load(slots + token), heads, inside, k_scale, G, D, BLOCK, FP8, KEEP)
+        _put(result, k_cache, k_out, token, tl.load(slots + token), heads, inside, k_scale, G, D, BLOCK, SMALL, KEEP)
     else:
         heads = (part - queries - keys) * HEADS + mine
         inside = (heads < G)[:, None] & (at < D)[None, :]
         value = tl.load(v + token * v_stride + heads[:, None] * D + at[None, :], inside, 0.0)
         slot = tl.load(slots + token)
-        _put(value, v_cache, v_out, token, slot, heads, inside, v_scale, G, D, BLOCK, FP8, KEEP and FP8)
+        _put(value, v_cache, v_out, token, slot, heads, inside, v_scale, G, D, BLOCK, SMALL, KEEP and SMALL)
 
 
 def rope_write(
@@ -256,6 +271,6 @@ def rope_write(
         q, k, v, cos, sin, slots, out, k_out, v_out, k_cache, v_cache, q.stride(0), k.stride(0), v.stride(0),
         k_scale, v_scale, cos.shape[-1],
         H=heads, G=groups, D=head_dim, BLOCK=triton.next_power_of_2(head_dim), HEADS=HEADS, INTERLEAVED=interleaved,
-        KEEP=keep, FP8=k_scale != 0, num_warps=4, **pdl(),
+        KEEP=keep, SMALL=k_scale != 0, num_warps=4, **pdl(),
     )  # fmt: skip
     return out, k_out, v_out

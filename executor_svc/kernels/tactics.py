@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from executor_svc.kernels import fp8, products, rows
+from executor_svc.kernels import fp8, integers, products, rows
+from executor_svc.kernels.integers import Packed
 from executor_svc.kernels.products import Form
 from executor_svc.kernels.target import capability
 
@@ -20,7 +21,8 @@ MOST_ROWS = 64  # with more, dense products take as long as their arithmetic, an
 class Product(NamedTuple):
     """A product: up to so many rows, a power of 2, with a weight [outputs, columns].
 
-    kind: "dense", "pair" (`silu_mul` of the product) or "fp8" (`product_fp8`).
+    kind: "dense", "pair" (`silu_mul` of the product), "fp8" (`product_fp8`), "w8a8" (`product_int8`), "int8" (`linear_int8`) or
+    "int4/" and the inputs that a tile may take at once (`linear_int4`).
     """
 
     rows: int
@@ -30,9 +32,10 @@ class Product(NamedTuple):
 
 
 class Tactic(NamedTuple):
-    """kernel: "library" (cuBLAS, or torch's for 8 bits).
+    """kernel: "library" (cuBLAS, or torch's for 8 bits; of integers with a matrix that is made of them).
 
-    For dense weights "gemv", of one row, by blocks of form.k columns, and "thin"; for those of 8 bits "tiles" and "bulk".
+    For dense weights "gemv", of one row, by blocks of form.k columns, and "thin"; for float8 "tiles" and "bulk"; for integers
+    "gemv" and "tiles".
     """
 
     kernel: str
@@ -40,6 +43,7 @@ class Tactic(NamedTuple):
 
 
 Table = dict[Product, Tactic]
+EIGHT = ("fp8", "w8a8")  # whose input is of 8 bits, too
 RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
 _BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
@@ -47,12 +51,21 @@ _BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
 
 def shape_of(x: Tensor, weight: Tensor, kind: str) -> Product:
     """Of a product with at least one row."""
-    return Product(1 << (len(x) - 1).bit_length(), *weight.shape, kind)
+    return Product(power(len(x)), *weight.shape, kind)
+
+
+def power(rows: int) -> int:
+    """The power of 2 that a table has these rows under."""
+    return 1 << (rows - 1).bit_length()
 
 
 def choose(shape: Product, table: Table) -> Tactic:
     """The table's, or the rule's."""
-    return table.get(shape) or (_rule_fp8(shape) if shape.kind == "fp8" else _rule(shape))
+    if found := table.get(shape):
+        return found
+    if shape.kind.startswith("int"):
+        return _rule_packed(shape)
+    return _rule_fp8(shape) if shape.kind in EIGHT else _rule(shape)
 
 
 def _rule(shape: Product) -> Tactic:
@@ -74,10 +87,32 @@ def _rule_fp8(shape: Product) -> Tactic:
     return Tactic("tiles", Form(k=128 if large else 256))
 
 
+def _rule_packed(shape: Product) -> Tactic:
+    if shape.rows > MOST_ROWS:
+        return LIBRARY
+    if shape.rows == 1 and shape.kind == "int8":
+        return Tactic("gemv", Form(16, 1024))
+    return Tactic("tiles", Form(64, 128, 5, 4, _splits(shape, 64)))
+
+
+def _splits(shape: Product, n: int) -> int:
+    """As many parts as bring four programs to each multiprocessor of an H100, of four tiles at least.
+
+    And so few that to write and read their sums takes at most a quarter of the time of reading a weight of 4 bits.
+    """
+    wanted, most = 4 * 132 * n // shape.outputs, min(shape.columns // 512, shape.columns // (64 * shape.rows))
+    return 1 << max(0, min(wanted, most, 8).bit_length() - 1)
+
+
 def candidates(shape: Product) -> list[Tactic]:
     """What could be fastest."""
     forms: list[tuple[str, Form]] = []
-    if shape.kind != "fp8":
+    if shape.kind.startswith("int"):
+        gemv = [Form(n, k) for n, k in ((4, 2048), (8, 1024), (16, 1024))] if shape.rows == 1 else []
+        few = [Form(n, 128, stages, 4, splits) for n, stages in ((32, 6), (64, 5)) for splits in (1, 2, 4, 8)]
+        tiles = few if shape.rows <= MOST_ROWS else []
+        return [LIBRARY, *(Tactic("gemv", form) for form in gemv), *(Tactic("tiles", form) for form in tiles)]
+    if shape.kind not in EIGHT:
         forms += [("gemv", Form(k=k)) for k in (1024, 2048) if shape.rows == 1]
         forms += [("thin", Form(k=k, stages=stages)) for k, stages in _BLOCKS]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
@@ -102,13 +137,14 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tactic: Tactic, *, 
 def multiply_fp8(
     q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype, tactic: Tactic
 ) -> Tensor:
-    """float8_e4m3fn [T, in] and [out, in], with a scale a row each ([T, 1] and [out, 1] float32) -> [T, out].
+    """float8_e4m3fn, or int8, [T, in] and [out, in], with a scale a row each ([T, 1] and [out, 1] float32) -> [T, out].
 
-    The library's product is rounded before a bias is added, the others' behind it.
+    Torch has no product of int8 that scales: for those `bulk` is the library. That of float8 is rounded before a bias is added,
+    the others' behind it.
     """
     kernel, form = tactic
     whole = not any(size % 16 for size in weight.shape)
-    if kernel == "library" and whole and capability() and dtype is torch.bfloat16:
+    if kernel == "library" and whole and capability() and dtype is torch.bfloat16 and q.dtype is torch.float8_e4m3fn:
         y = fp8.library(q, q_scales, weight, scales)
         return y if bias is None else y.add_(bias)
     if kernel in ("library", "bulk") and weight.shape[1] % 16 == 0:
@@ -117,6 +153,16 @@ def multiply_fp8(
             q, q_scales, weight, scales, bias, dtype, n=form.n, k=form.k, stages=form.stages, warps=form.warps
         )
     return fp8.tiles(q, q_scales, weight, scales, bias, dtype, n=form.n, k=form.k, stages=form.stages, warps=form.warps)
+
+
+def multiply_packed(x: Tensor, packed: Packed, bias: Tensor | None, tactic: Tactic) -> Tensor:
+    """linear of x [T, in] of 16 bits, contiguous, with a weight of integers."""
+    kernel, form = tactic
+    if kernel == "gemv" and len(x) == 1:
+        return integers.gemv(x, packed, bias, n=form.n, k=form.k, warps=form.warps)
+    if kernel == "library":
+        return F.linear(x, integers.expand(packed, x.dtype), bias)
+    return integers.tiles(x, packed, bias, n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits)
 
 
 def to_json(table: Table) -> bytes:

@@ -9,7 +9,18 @@ from torch import Tensor
 from engine.manifest import Limits
 from engine.program import Program
 from executor_svc.kernels import fp8, rows
-from executor_svc.kernels.tactics import MOST_ROWS, Product, Table, Tactic, candidates, multiply, multiply_fp8
+from executor_svc.kernels.integers import Packed, unit
+from executor_svc.kernels.tactics import (
+    EIGHT,
+    MOST_ROWS,
+    Product,
+    Table,
+    Tactic,
+    candidates,
+    multiply,
+    multiply_fp8,
+    multiply_packed,
+)
 
 F8 = torch.float8_e4m3fn
 _FLUSH = 400e6  # bytes of weights that a measurement goes through: more than the device's cache holds
@@ -28,23 +39,24 @@ def measure(
         dtype: of the product.
         alone: whether products follow one another, with nothing between them.
     """
-    small = product.kind == "fp8"
-    size = product.outputs * product.columns * (1 if small else dtype.itemsize)
-    weights = [
-        torch.randn(product.outputs, product.columns, device="cuda", dtype=dtype).to(F8 if small else dtype)
-        for _ in range(max(2, int(_FLUSH / size)))
-    ]
+    small = product.kind in EIGHT
+    first = _weight(product, dtype)
+    size = (first.weight if isinstance(first, Packed) else first).nbytes
+    weights = [first, *(_weight(product, dtype) for _ in range(max(2, int(_FLUSH / size)) - 1))]
     x = torch.randn(product.rows, product.columns, device="cuda", dtype=dtype)
     ones, scales = x.new_ones(product.columns), torch.rand(product.outputs, 1, device="cuda")
 
     def made() -> tuple[Tensor, Tensor]:
         """The product's input, and its scales where there are any."""
-        return fp8.quantize(x, None) if small else (rows.norm(x, None, ones, 1e-5)[0], scales)
+        kind = torch.int8 if product.kind == "w8a8" else F8
+        return fp8.quantize(x, None, kind) if small else (rows.norm(x, None, ones, 1e-5)[0], scales)
 
     kept = made()
 
-    def run(weight: Tensor, tactic: Tactic) -> Tensor:
+    def run(weight: Any, tactic: Tactic) -> Tensor:
         given, of_rows = kept if alone else made()
+        if isinstance(weight, Packed):
+            return multiply_packed(given, weight, None, tactic)
         if small:
             return multiply_fp8(given, of_rows, weight, scales, None, dtype, tactic)
         return multiply(given, weight, None, tactic, pair=product.kind == "pair")
@@ -57,6 +69,22 @@ def measure(
             if type(error).__name__ != "OutOfResources":
                 raise
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def _weight(product: Product, dtype: torch.dtype) -> Any:
+    """Any one of the product's kind."""
+    shape, kind = (product.outputs, product.columns), product.kind
+    if kind in ("dense", "pair", "fp8"):
+        return torch.randn(shape, device="cuda", dtype=dtype).to(F8 if kind == "fp8" else dtype)
+    codes = torch.randint(
+        0, 256, (shape[0], shape[1] // (2 if kind.startswith("int4") else 1)), dtype=torch.uint8, device="cuda"
+    )
+    if kind == "w8a8":
+        return codes.view(torch.int8)
+    if kind == "int8":
+        return Packed(codes.view(torch.int8), torch.rand(shape[0], device="cuda"))
+    group = int(kind.removeprefix("int4/"))
+    return Packed(codes, torch.rand(shape[0], -(-shape[1] // group), device="cuda").to(dtype), None, group)
 
 
 def timed(function: Callable[[Any], Tensor], sets: list[Any]) -> float:
@@ -79,8 +107,15 @@ def timed(function: Callable[[Any], Tensor], sets: list[Any]) -> float:
     return 1e3 * sorted(times)[3] / len(sets)
 
 
-_KINDS = {"linear": "dense", "linear_silu_mul": "pair", "product_fp8": "fp8"}
-_WEIGHTS = {"linear": 1, "linear_silu_mul": 1, "product_fp8": 2}
+_KINDS = {
+    "linear": "dense",
+    "linear_silu_mul": "pair",
+    "product_fp8": "fp8",
+    "product_int8": "w8a8",
+    "linear_int4": "int4",
+    "linear_int8": "int8",
+}
+_WEIGHTS = {"linear": 1, "linear_silu_mul": 1, "product_fp8": 2, "product_int8": 2, "linear_int4": 1, "linear_int8": 1}
 
 
 def shapes(program: Program, limits: Limits) -> dict[Product, str]:
@@ -91,9 +126,13 @@ def shapes(program: Program, limits: Limits) -> dict[Product, str]:
         if weight is None or weight.dtype == "float32":
             continue
         kind, dtype = _KINDS[op.op], op.outputs[0].type.dtype
-        most = limits.max_num_tokens if kind == "fp8" else min(MOST_ROWS, limits.max_num_tokens)
+        outputs, columns = map(int, weight.shape)
+        if kind == "int4":
+            columns *= 2
+            kind = f"int4/{unit(int(op.attrs['group_size']), columns)}"  # type: ignore[arg-type]
+        most = min(limits.max_num_tokens if kind in EIGHT else MOST_ROWS, limits.max_num_tokens)
         for power in range((most - 1).bit_length() + 1):
-            found[Product(1 << power, int(weight.shape[0]), int(weight.shape[1]), kind)] = dtype
+            found[Product(1 << power, outputs, columns, kind)] = dtype
     return found
 
 

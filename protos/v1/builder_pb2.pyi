@@ -102,6 +102,9 @@ class BuildSpec(_message.Message):
     KV_CACHE_DTYPE_FIELD_NUMBER: _builtins.int
     TP_SIZE_FIELD_NUMBER: _builtins.int
     PP_SIZE_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    WEIGHT_STREAMING_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     """A directory or .gguf file under the builder's checkpoint root, "hf://ORG/NAME[/FILE.gguf][@REVISION]" of the Hugging Face
     hub, or what OfferCheckpoint gave.
@@ -122,8 +125,16 @@ class BuildSpec(_message.Message):
     """[1] ranks that each layer is divided among"""
     pp_size: _builtins.int
     """[1] groups of ranks that the layers are divided among"""
+    backend: _builtins.str
+    """["torch"] what runs the engine; or "tensorrt", for the builder's own GPU, or "tensorrt_rtx", for target.compute_capability"""
+    weight_streaming: _builtins.bool
+    """a plan of TensorRT may keep its weights in main memory"""
     @_builtins.property
     def target(self) -> Global___Target: ...
+    @_builtins.property
+    def quantization(self) -> Global___Quantization:
+        """to quantize the weights; by default they are taken as they are"""
+
     def __init__(
         self,
         *,
@@ -137,10 +148,13 @@ class BuildSpec(_message.Message):
         kv_cache_dtype: _builtins.str = ...,
         tp_size: _builtins.int | None = ...,
         pp_size: _builtins.int | None = ...,
+        quantization: Global___Quantization | None = ...,
+        backend: _builtins.str = ...,
+        weight_streaming: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "target", b"target", "tp_size", b"tp_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "quantization", b"quantization", "target", b"target", "tp_size", b"tp_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "kv_cache_dtype", b"kv_cache_dtype", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "target", b"target", "tp_size", b"tp_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size", "_max_num_tokens", b"_max_num_tokens", "_max_seq_len", b"_max_seq_len", "_pp_size", b"_pp_size", "_tp_size", b"_tp_size", "backend", b"backend", "checkpoint", b"checkpoint", "dtype", b"dtype", "dummy_weights", b"dummy_weights", "kv_cache_dtype", b"kv_cache_dtype", "max_batch_size", b"max_batch_size", "max_num_tokens", b"max_num_tokens", "max_seq_len", b"max_seq_len", "pp_size", b"pp_size", "quantization", b"quantization", "target", b"target", "tp_size", b"tp_size", "weight_streaming", b"weight_streaming"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_batch_size: _TypeAlias = _typing.Literal["max_batch_size"]  # noqa: Y015
     _WhichOneofArgType__max_batch_size: _TypeAlias = _typing.Literal["_max_batch_size", b"_max_batch_size"]  # noqa: Y015
@@ -164,6 +178,85 @@ class BuildSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tp_size) -> _WhichOneofReturnType__tp_size | None: ...
 
 Global___BuildSpec: _TypeAlias = BuildSpec  # noqa: Y015
+
+@_typing.final
+class Quantization(_message.Message):
+    """How weights, activations and the KV cache are quantized, by the names of TensorRT-LLM's QuantConfig and CalibConfig."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANT_ALGO_FIELD_NUMBER: _builtins.int
+    KV_CACHE_QUANT_ALGO_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    HAS_ZERO_POINT_FIELD_NUMBER: _builtins.int
+    SMOOTHQUANT_VAL_FIELD_NUMBER: _builtins.int
+    EXCLUDE_MODULES_FIELD_NUMBER: _builtins.int
+    QUANTIZE_LM_HEAD_FIELD_NUMBER: _builtins.int
+    CALIB_DATASET_FIELD_NUMBER: _builtins.int
+    CALIB_SAMPLES_FIELD_NUMBER: _builtins.int
+    CALIB_MAX_SEQ_LENGTH_FIELD_NUMBER: _builtins.int
+    RANDOM_SEED_FIELD_NUMBER: _builtins.int
+    quant_algo: _builtins.str
+    """"W8A16", "W4A16", "W4A16_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W8A8_SQ_PER_CHANNEL" """
+    kv_cache_quant_algo: _builtins.str
+    """"INT8" or "FP8"; empty for the dtype of activations"""
+    group_size: _builtins.int
+    """[128] inputs of int4 weights that share a scale"""
+    has_zero_point: _builtins.bool
+    smoothquant_val: _builtins.float
+    """[0.5]"""
+    quantize_lm_head: _builtins.bool
+    calib_dataset: _builtins.str
+    """A text or .jsonl file, or a directory of them, under the builder's checkpoint root; empty for the text that it brings."""
+    calib_samples: _builtins.int
+    """[128] sequences"""
+    calib_max_seq_length: _builtins.int
+    """[512] tokens of each"""
+    random_seed: _builtins.int
+    """[1234]"""
+    @_builtins.property
+    def exclude_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        quant_algo: _builtins.str = ...,
+        kv_cache_quant_algo: _builtins.str = ...,
+        group_size: _builtins.int | None = ...,
+        has_zero_point: _builtins.bool = ...,
+        smoothquant_val: _builtins.float | None = ...,
+        exclude_modules: _abc.Iterable[_builtins.str] | None = ...,
+        quantize_lm_head: _builtins.bool = ...,
+        calib_dataset: _builtins.str = ...,
+        calib_samples: _builtins.int | None = ...,
+        calib_max_seq_length: _builtins.int | None = ...,
+        random_seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_calib_max_seq_length", b"_calib_max_seq_length", "_calib_samples", b"_calib_samples", "_group_size", b"_group_size", "_random_seed", b"_random_seed", "_smoothquant_val", b"_smoothquant_val", "calib_max_seq_length", b"calib_max_seq_length", "calib_samples", b"calib_samples", "group_size", b"group_size", "random_seed", b"random_seed", "smoothquant_val", b"smoothquant_val"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_calib_max_seq_length", b"_calib_max_seq_length", "_calib_samples", b"_calib_samples", "_group_size", b"_group_size", "_random_seed", b"_random_seed", "_smoothquant_val", b"_smoothquant_val", "calib_dataset", b"calib_dataset", "calib_max_seq_length", b"calib_max_seq_length", "calib_samples", b"calib_samples", "exclude_modules", b"exclude_modules", "group_size", b"group_size", "has_zero_point", b"has_zero_point", "kv_cache_quant_algo", b"kv_cache_quant_algo", "quant_algo", b"quant_algo", "quantize_lm_head", b"quantize_lm_head", "random_seed", b"random_seed", "smoothquant_val", b"smoothquant_val"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__calib_max_seq_length: _TypeAlias = _typing.Literal["calib_max_seq_length"]  # noqa: Y015
+    _WhichOneofArgType__calib_max_seq_length: _TypeAlias = _typing.Literal["_calib_max_seq_length", b"_calib_max_seq_length"]  # noqa: Y015
+    _WhichOneofReturnType__calib_samples: _TypeAlias = _typing.Literal["calib_samples"]  # noqa: Y015
+    _WhichOneofArgType__calib_samples: _TypeAlias = _typing.Literal["_calib_samples", b"_calib_samples"]  # noqa: Y015
+    _WhichOneofReturnType__group_size: _TypeAlias = _typing.Literal["group_size"]  # noqa: Y015
+    _WhichOneofArgType__group_size: _TypeAlias = _typing.Literal["_group_size", b"_group_size"]  # noqa: Y015
+    _WhichOneofReturnType__random_seed: _TypeAlias = _typing.Literal["random_seed"]  # noqa: Y015
+    _WhichOneofArgType__random_seed: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed"]  # noqa: Y015
+    _WhichOneofReturnType__smoothquant_val: _TypeAlias = _typing.Literal["smoothquant_val"]  # noqa: Y015
+    _WhichOneofArgType__smoothquant_val: _TypeAlias = _typing.Literal["_smoothquant_val", b"_smoothquant_val"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calib_max_seq_length) -> _WhichOneofReturnType__calib_max_seq_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calib_samples) -> _WhichOneofReturnType__calib_samples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__group_size) -> _WhichOneofReturnType__group_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__random_seed) -> _WhichOneofReturnType__random_seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__smoothquant_val) -> _WhichOneofReturnType__smoothquant_val | None: ...
+
+Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
 
 @_typing.final
 class SubmitBuildRequest(_message.Message):
@@ -316,7 +409,7 @@ class BuildProgress(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """"download", "checkpoint", "program", "weights", "upload", "publish" """
+    """"download", "checkpoint", "quantize", "program", "weights", "plan", "upload", "publish" """
     done: _builtins.int
     total: _builtins.int
     unit: _builtins.str

@@ -10,8 +10,8 @@ import torch
 from families_harness import watch
 from quantized_writers import save_quantized
 
+from executor_svc.loop import scheduler_config
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine, run_ahead
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.ops import REFERENCE, Step, quantize_fp8, to_fp8
 from executor_svc.core import Sampling, Sequence
+from executor_svc.loop import scheduler_config
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.running import make_engine, run_ahead, shortfall
 
 pytestmark = [

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 from executor_svc.core import Sampling, Sequence
+from executor_svc.loop import scheduler_config
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
 from tests.running import make_engine, run_ahead, watch_logits
 

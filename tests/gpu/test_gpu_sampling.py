@@ -9,9 +9,9 @@ import torch
 
 from executor_svc.core import Sampling, Scheduled, Sequence
 from executor_svc.draw import draw
+from executor_svc.loop import scheduler_config
 from executor_svc.sampler import uniform
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.gpu.test_torch_runner import DEMO, prompts
 from tests.running import Engine, make_engine, run_ahead
 

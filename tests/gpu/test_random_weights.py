@@ -12,7 +12,7 @@ from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from tests.running import Engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

@@ -13,7 +13,7 @@ from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
 from engine.trust import Trust
 from executor_svc.loader import begin_load, load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from tests.conftest import save_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -30,7 +30,8 @@ from executor_svc.core import Sampling, Sequence
 from executor_svc.kernel_archive import adopt_from, unpack
 from executor_svc.loader import begin_load
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config, this_node
+from executor_svc.loop import scheduler_config
+from executor_svc.node import this_node
 from tests.running import run_ahead
 
 store, engine, trusted = DirectoryStore(sys.argv[1]), sys.argv[2], Trust(native=sys.argv[3] == "trusted")

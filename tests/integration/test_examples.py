@@ -1,6 +1,7 @@
 """The scripts in examples/, as they are called, and each snippet of the documents that the API comes from, with our import."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def run(*command: str, cwd: Path) -> str:
 def test_run_examples(home: Home) -> None:
     said = run(str(ROOT / "examples" / "high_level" / "run_examples.sh"), str(DEMO), cwd=home.root)
     tasks = dict(part.split("\n", 1) for part in said.split("== ")[1:])
-    assert len(tasks) == 7
+    assert len(tasks) == 8
     whole = " heavens, in the clouds of the earth"
     assert tasks["run_llm_generate"].startswith(f"{PROMPT} -> {whole}")
     streamed, awaited = tasks["run_llm_generate_async_example"].splitlines()
@@ -46,6 +47,7 @@ def test_run_examples(home: Home) -> None:
     assert tasks["run_llm_without_tokenizer"].startswith("[32, 200, 34")
     assert len(tasks["run_llm_with_sampling"].splitlines()) == 3
     assert "total_kv_blocks=256" in tasks["run_llm_with_kv_cache_config"]
+    assert tasks["run_llm_with_quantization"].startswith(" heavens")
 
 
 def test_low_level(home: Home) -> None:
@@ -54,6 +56,17 @@ def test_low_level(home: Home) -> None:
     said = run(*command, cwd=home.root)
     assert f"{PROMPT!r} -> ' heavens, in the clouds of the earth" in said
     assert run(*command, cwd=home.root) == said  # out of the directory
+
+
+def test_low_level_quantized(home: Home) -> None:
+    script = str(ROOT / "examples" / "low_level" / "llama_quantize.py")
+    command = [sys.executable, script, "--hf_model_dir", str(DEMO), "--cache_dir", "awq", "--calib_batches", "8"]
+    said = run(*command, cwd=home.root)
+    assert f"{PROMPT!r} -> ' heavens" in said
+    assert json.loads((home.root / "awq" / "checkpoint" / "config.json").read_text())["quantization"] == {
+        "quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None, "group_size": 128, "has_zero_point": False, "exclude_modules": [],
+    }  # fmt: skip
+    assert run(*command, cwd=home.root) == said  # from the checkpoint
 
 
 def test_low_level_on_several_ranks(home: Home) -> None:
@@ -100,12 +113,17 @@ def test_basic_usage_and_the_engine_as_a_model(home: Home, capsys: pytest.Captur
         assert isinstance(both, list) and [output.text[:6] for output in both] == ["In the", "And it"]
 
 
-def test_quantization_is_described_and_refused(home: Home) -> None:
+def test_quantization_is_described_and_done(home: Home) -> None:
     config = ModelConfig(model_dir=DEMO)
     config.quant_config.init_from_description(quantize_weights=True, use_int4_weights=True, per_group=True)
     assert config.quant_config.asked.quant_algo == "W4A16_AWQ"
-    with pytest.raises(NotImplementedError, match="asks for W4A16_AWQ: this release quantizes nothing"):
+    config.quant_config.quantize_lm_head = True
+    with pytest.raises(NotImplementedError, match="quantize_lm_head: .*demo-model is its embedding"):
         LLM(config)
+    config = ModelConfig(model_dir=DEMO)
+    config.quant_config.init_from_description(quantize_weights=True)
+    with LLM(config) as llm:
+        assert str(llm.generate([PROMPT])[0].text).startswith(" heavens, in the clouds of the earth")
     for flags, algo, cache in (
         ({"quantize_weights": True}, "W8A16", None),
         ({"quantize_weights": True, "use_int4_weights": True}, "W4A16", None),

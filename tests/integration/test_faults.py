@@ -25,7 +25,6 @@ from protos.v1 import builder_pb2, builder_pb2_grpc, executor_pb2, executor_pb2_
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
 from tests.conftest import small_file_system
 from tests.integration.services import service
-from tests.memory import tree
 from tests.seaweed import SeaweedFS
 
 STREAMS = 24
@@ -88,33 +87,6 @@ def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     store = open_store(str(tmp_path_factory.mktemp("faults") / "store"))
     registry.set_name(store, "tiny", build(checkpoint, store=store).manifest.engine_id)
     yield store
-
-
-@pytest.mark.parametrize("victim", ["front", "worker"])
-async def test_streams_of_a_killed_executor_end_in_time_and_the_model_comes_back(
-    tiny: Store, tmp_path: Path, victim: str
-) -> None:
-    arguments = ("--store", tiny.url, "--engine", "tiny")
-    with service("executor_svc", tmp_path / "executor.log", *arguments) as executor:
-        address = ("--store", tiny.url, "--executor", executor.address)
-        with service("gateway", tmp_path / "gateway.log", *address) as front:
-            async with grpc.aio.insecure_channel(front.address) as channel:
-                gateway = gateway_pb2_grpc.GatewayStub(channel)
-                await ready(gateway)
-                pid = executor.process.pid if victim == "front" else tree(executor.process.pid)[1]
-                for seconds, error in await under_load(gateway, [pid], grace=10):
-                    assert (error.code, seconds < 2) == (14, True), (seconds, error.message)
-                    assert error.reason in ("EXECUTOR_LOST", "ENGINE_LOST")
-                if victim == "front":
-                    executor.process.wait()
-                    error = (await asyncio.wait_for(end_of(gateway.Generate(request(1)), []), 5))[1]
-                    assert (error.code, error.reason) == (14, "ENGINE_NOT_READY")
-                    with service("executor_svc", tmp_path / "again.log", *arguments, port=executor.address):
-                        await ready(gateway)
-                        assert [part async for part in gateway.Generate(request(1, 5))][-1].HasField("finish")
-                else:
-                    await ready(gateway)
-                    assert [part async for part in gateway.Generate(request(1, 5))][-1].HasField("finish")
 
 
 async def test_a_killed_gateway_loses_its_streams_alone(tiny: Store, tmp_path: Path) -> None:

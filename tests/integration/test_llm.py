@@ -225,7 +225,7 @@ def test_what_an_llm_cannot_be_made_of(engine_dir: Path, tmp_path: Path) -> None
     for options, error, words in (
         ({"tensor_parallel_size": 2}, ValueError, "tp_size is 2, but engine [0-9a-f]{12} was built for 1"),
         ({"pipeline_parallel_size": 0}, ValueError, "pipeline_parallel_size is 0"),
-        ({"quant_config": QuantConfig("FP8")}, NotImplementedError, "asks for FP8"),
+        ({"quant_config": QuantConfig("W4A8_AWQ")}, NotImplementedError, "W4A8_AWQ: it is not made here"),
         ({"device": "tpu"}, ValueError, "device 'tpu'"),
         ({"kv_cache_config": {"max_tokens": 5}}, ValueError, "give a KvCacheConfig"),
         ({"device": "cuda"}, ValueError, "was built for 'cpu'"),

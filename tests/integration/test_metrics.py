@@ -100,7 +100,7 @@ def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         engine_id = build(builder, checkpoint)
         assert build(builder, checkpoint) == engine_id  # found
         executor = start("executor_svc", "--engine", "tiny")
-        gateway = start("gateway", "--executor", executor.address)
+        gateway = start("gateway", "--executor", executor.address, "--failover-patience", "0")
         yield Cluster(builder, executor, gateway, engine_id)
 
 

@@ -1,5 +1,6 @@
 """A family against transformers: the same logits through the program, the same tokens through scheduler and runner."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,23 +25,36 @@ class Reference(Protocol):
     def generate(self, input_ids: Tensor, **settings: Any) -> Tensor: ...
 
 
+def torch_engine(checkpoint: Path, store: Path, **options: Any) -> Engine:
+    """Built, loaded and run by TorchRunner."""
+    return Engine(make_engine(checkpoint, store, **options))
+
+
 def check_family(
-    checkpoint: Path, reference: Reference, tmp_path: Path, lengths: tuple[int, ...] = (1, 70, 33), **options: Any
+    checkpoint: Path,
+    reference: Reference,
+    tmp_path: Path,
+    lengths: tuple[int, ...] = (1, 70, 33),
+    *,
+    make: Callable[..., Engine] = torch_engine,
+    new_tokens: int = NEW_TOKENS,
+    **options: Any,
 ) -> None:
     """Ragged prompts in chunks of at most 64 tokens: every row's logits within 1e-4 of the reference's, then its greedy tokens.
 
     Args:
         lengths: of the prompts.
+        make: makes what runs a checkpoint, as `torch_engine` does.
+        new_tokens: of each continuation.
         options: of the build; the reference lies on its device.
     """
-    loaded = make_engine(checkpoint, tmp_path / "store", **{"max_num_tokens": 64, **options})
-    device = loaded.manifest.fingerprint.device
+    engine = make(checkpoint, tmp_path / "store", **{"max_num_tokens": 64, **options})
+    device = engine.device
     torch.manual_seed(3)
     prompts = [torch.randint(2, VOCAB_SIZE, (length,)).tolist() for length in lengths]
     sequences = [
-        Sequence(0, row, list(prompt), len(prompt), NEW_TOKENS, Sampling(0.0)) for row, prompt in enumerate(prompts)
+        Sequence(0, row, list(prompt), len(prompt), new_tokens, Sampling(0.0)) for row, prompt in enumerate(prompts)
     ]
-    engine = Engine(loaded)
     rows = watch(engine)
     engine.run(sequences)
     for sequence, prompt in zip(sequences, prompts, strict=True):
@@ -48,7 +62,7 @@ def check_family(
             wanted = reference(torch.tensor([prompt], device=device)).logits[0].float()
         found = torch.stack([rows[sequence.handle, position] for position in range(len(prompt))])
         assert (found - wanted).abs().max() < 1e-4, f"{len(prompt)} tokens: {(found - wanted).abs().max():.2e}"
-        assert sequence.token_ids == continuation(reference, prompt, device)
+        assert sequence.token_ids == continuation(reference, prompt, device, new_tokens)
 
 
 def reference_of(checkpoint: Path, attention: str = "eager") -> Reference:
@@ -93,13 +107,15 @@ def watch(engine: Engine) -> dict[tuple[int, int], Tensor]:
     return rows
 
 
-def continuation(reference: Reference, prompt: list[int], device: str = "cpu") -> list[int]:
+def continuation(
+    reference: Reference, prompt: list[int], device: str = "cpu", new_tokens: int = NEW_TOKENS
+) -> list[int]:
     """The prompt and its greedy continuation by transformers."""
     ids = torch.tensor([prompt], device=device)
     text = reference.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,

@@ -16,6 +16,7 @@ from engine import token_table
 from engine.directory import DirectoryStore
 from engine.errors import EnginehouseError
 from gateway.admission import DEFAULT_LIMITS, Limits
+from gateway.failover import Failover
 from gateway.router import Router
 from gateway.server import Gateway
 from protos.access import EVERYBODY, Access
@@ -105,8 +106,13 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    path: Path, executors: int = 1, limits: Limits = DEFAULT_LIMITS, access: Access = EVERYBODY
+    path: Path,
+    executors: int = 1,
+    limits: Limits = DEFAULT_LIMITS,
+    access: Access = EVERYBODY,
+    patience: float = 30,
 ) -> AsyncIterator[Cluster]:
+    """`patience`: of requests that have lost their executor."""
     store = DirectoryStore(path)
     engine_id = publish(store, "demo")
     mocks = [MockExecutor(engine_id) for _ in range(executors)]
@@ -114,7 +120,7 @@ async def cluster(
         await mock.start()
     made = Cluster(store, engine_id, mocks)
     server = grpc.aio.server(interceptors=[ErrorInterceptor(access=access)])
-    made.gateway = Gateway(store, made.router, limits=limits)
+    made.gateway = Gateway(store, made.router, limits=limits, failover=Failover(made.router, patience))
     add_GatewayServicer_to_server(made.gateway, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

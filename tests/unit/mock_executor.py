@@ -37,6 +37,8 @@ class MockExecutor(ExecutorServicer):
         self.cancels: asyncio.Queue[int] = asyncio.Queue()
         self.streams = 0
         self.status_fails: grpc.StatusCode | None = None
+        self.answers = asyncio.Event()  # until it is cleared
+        self.answers.set()
         self._steps: asyncio.Queue[StepOutput | grpc.StatusCode] = asyncio.Queue()
         self._server: grpc.aio.Server | None = None
         self.port = 0
@@ -61,6 +63,7 @@ class MockExecutor(ExecutorServicer):
             await self._server.stop(None)
 
     async def GetStatus(self, request: GetStatusRequest, context: Any) -> ExecutorStatus:
+        await self.answers.wait()
         if self.status_fails:
             await context.abort(self.status_fails, "the test says so")
         engines = [

@@ -17,9 +17,9 @@ from executor_svc.core import Sampling, Sequence
 from executor_svc.cuda_runner import CudaRunner
 from executor_svc.frames import FrameSocket
 from executor_svc.loader import begin_load
+from executor_svc.loop import scheduler_config
 from executor_svc.meeting import meet
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.running import run_ahead
 
 BLOCKS = 7  # of which one sequence may need 3: they do not all have room at once

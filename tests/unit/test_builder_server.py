@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from builder_harness import child, ends, publish, real_child, state
 
 from builder_svc.__main__ import parse
 from builder_svc.build_config import BuildConfig
-from builder_svc.checkpoint.sources import find_checkpoint
+from builder_svc.checkpoint.sources import find_checkpoint, find_text
 from builder_svc.jobs import Jobs
-from builder_svc.process import BuildProcess
+from builder_svc.process import BuildProcess, BuildRequest
+from builder_svc.quant_config import CalibConfig, QuantAlgo, QuantConfig
 from builder_svc.server import BuilderServicer, read_options
 from engine import registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError, InvalidArgument, NotFound, PermissionDenied
 from engine.store import Store
+from enginehouse.commands.build import Choices
 from protos import rpc
 from protos.v1.builder_pb2 import (
     DEVICE_KIND_CUDA,
@@ -33,6 +36,7 @@ from protos.v1.builder_pb2 import (
     GetBuildRequest,
     ListBuildsRequest,
     ListModelNamesRequest,
+    Quantization,
     SetModelNameRequest,
     SubmitBuildRequest,
     Target,
@@ -114,10 +118,53 @@ def test_options_as_given():
     assert read_options(spec) == BuildConfig("bfloat16", "cuda", "9.0", **sizes, kv_cache_dtype="fp8")
 
 
+def test_a_backend_of_plans_is_for_gpus():
+    spec = BuildSpec(backend="tensorrt_rtx", target=Target(compute_capability="12.0"), weight_streaming=True)
+    wanted = BuildConfig(device="cuda", compute_capability="12.0", backend="tensorrt_rtx", weight_streaming=True)
+    assert read_options(spec) == wanted
+    assert (
+        Choices(device="cuda", compute_capability="12.0", backend="tensorrt_rtx").spec("demo").backend == "tensorrt_rtx"
+    )
+
+
+def test_how_to_quantize_as_given():
+    asked = Quantization(
+        quant_algo="W4A16_AWQ", kv_cache_quant_algo="INT8", group_size=64, has_zero_point=True, exclude_modules=["lm_head"],
+        calib_dataset="texts", calib_samples=16, random_seed=0,
+    )  # fmt: skip
+    options = read_options(BuildSpec(quantization=asked))
+    assert options.quant_config == QuantConfig(
+        QuantAlgo.W4A16_AWQ, QuantAlgo.INT8, 64, has_zero_point=True, exclude_modules=["lm_head"]
+    )
+    assert options.calib_config == CalibConfig(calib_dataset="texts", calib_batches=16, random_seed=0)
+    request = BuildRequest("demo", options=options)
+    assert msgspec.json.decode(msgspec.json.encode(request), type=BuildRequest) == request
+    assert read_options(BuildSpec(quantization=Quantization(quant_algo="FP8"))).calib_config == CalibConfig()
+
+
+def test_calibration_text_is_taken_from_the_checkpoint_root_alone(tmp_path: Path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "text.txt").write_text("text")
+    (tmp_path / "other.txt").write_text("text")
+    assert find_text(tmp_path / "root", "text.txt") == tmp_path / "root" / "text.txt"
+    for path in ("../other.txt", str(tmp_path / "other.txt")):
+        with pytest.raises(PermissionDenied, match="is outside of"):
+            find_text(tmp_path / "root", path)
+    with pytest.raises(NotFound, match="nothing of that name"):
+        find_text(tmp_path / "root", "other.txt")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        (BuildSpec(quantization=Quantization(quant_algo="W3A5")), "quant_algo is 'W3A5': choose one of"),
+        (BuildSpec(quantization=Quantization()), "give its quant_algo or kv_cache_quant_algo"),
+        (BuildSpec(quantization=Quantization(quant_algo="W4A16", group_size=48)), "group_size is 48"),
+        (BuildSpec(quantization=Quantization(quant_algo="FP8", calib_samples=0)), "calib_batches is 0"),
         (BuildSpec(dtype="int3"), "'int3'"),
+        (BuildSpec(backend="onnx"), "backend 'onnx': choose one of torch, tensorrt, tensorrt_rtx"),
+        (BuildSpec(backend="tensorrt_rtx"), "needs a target: choose one of sm75"),
+        (BuildSpec(weight_streaming=True), "weight_streaming needs backend tensorrt"),
         (BuildSpec(kv_cache_dtype="int8"), "kv_cache_dtype 'int8': choose one of auto, fp8"),
         (BuildSpec(max_batch_size=0), "max_batch_size is 0"),
         (BuildSpec(max_seq_len=0), "max_seq_len is 0"),
@@ -296,7 +343,8 @@ SERVICE = """
 import json, sys
 from protos import rpc
 from builder_svc import __main__ as service
-from builder_svc.process import BuildProcess
+from builder_svc.process import BuildProcess, BuildRequest
+from builder_svc.quant_config import CalibConfig, QuantAlgo, QuantConfig
 command = json.loads(sys.argv[1])
 service.BuildProcess = lambda **options: BuildProcess(**options, **({"command": command} if command else {}))
 sys.exit(rpc.main("builder", service.run(service.parse(sys.argv[2:]))))

@@ -42,6 +42,7 @@ from protos.v1.builder_pb2 import (
     BuildSpec,
     ListBuildsResponse,
     OfferCheckpointResponse,
+    Quantization,
 )
 from protos.v1.builder_pb2_grpc import BuilderServicer, add_BuilderServicer_to_server
 from protos.v1.common_pb2 import (
@@ -652,11 +653,24 @@ def test_build_by_a_builder(builder: MockBuilder, tmp_path: Path, monkeypatch: p
     assert (spec.kv_cache_dtype, spec.tp_size, spec.pp_size) == ("fp8", 2, 3)
     assert not any(spec.HasField(name) for name in ("max_batch_size", "max_seq_len", "max_num_tokens"))
 
-    told = json.loads(enginehouse("build", "./elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json").stdout)
+    assert not spec.HasField("quantization")
+
+    told = json.loads(
+        enginehouse(
+            "build", "./elsewhere/x", "--name", "n", "--max-seq-len", "9", "--json", "--quant", "w4a16_awq", "--group-size", "64",
+            "--kv-cache-quant", "INT8", "--exclude", "*.o_proj", "--exclude", "lm_head", "--calib-data", "t", "--calib-samples",
+            "9",
+        ).stdout
+    )  # fmt: skip
     assert (told["name"], told["engine_id"], told["reused"]) == ("n", "ef" * 32, False)
     spec = builder.requests[1].spec
     assert (spec.checkpoint, spec.target.device, spec.max_seq_len) == ("./elsewhere/x", DEVICE_KIND_CPU, 9)
     assert not spec.HasField("tp_size") and not spec.HasField("pp_size")
+    assert spec.quantization == Quantization(
+        quant_algo="W4A16_AWQ", kv_cache_quant_algo="INT8", group_size=64, exclude_modules=["*.o_proj", "lm_head"],
+        calib_dataset="t", calib_samples=9,
+    )  # fmt: skip
+    assert "say how to quantize" in enginehouse("build", "x", "--group-size", "64").stderr
 
 
 def test_a_build_that_fails(builder: MockBuilder) -> None:

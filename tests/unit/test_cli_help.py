@@ -120,11 +120,13 @@ def typed(line: str) -> Result:
     return CliRunner().invoke(main, shlex.split(line))
 
 
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 JSON = {
     "up": None,  # its own test, below
     "load": "load $ENGINE --executor $ADDRESS",
     "unload": "unload $ENGINE --executor $ADDRESS",
     "build": "build here --name new",
+    "quantize": "quantize $DEMO --output made --quant W8A16",
     "builds ls": "builds ls",
     "builds logs": "builds logs build-1",
     "builds cancel": "builds cancel build-1",
@@ -192,7 +194,14 @@ def test_json_of_every_command(
         for name in ("spare", "demo", "other", "built"):
             assert typed(f"models rm {name}").exit_code == 0
     line = JSON[path] or ""
-    named = {"$ENGINE": engine, "$KEY": key, "$NEW": tmp_path / "new.key", "$API_KEYS": keys, "$API_ID": api_key}
+    named = {
+        "$ENGINE": engine,
+        "$KEY": key,
+        "$NEW": tmp_path / "new.key",
+        "$API_KEYS": keys,
+        "$API_ID": api_key,
+        "$DEMO": DEMO,
+    }
     for name, value in named.items():
         line = line.replace(name, str(value))
     result = CliRunner().invoke(

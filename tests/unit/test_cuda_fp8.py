@@ -20,8 +20,8 @@ from engine.ops import REFERENCE, Step, quantize_fp8
 from executor_svc.core import Sampling, Sequence
 from executor_svc.kernel_archive import unpack
 from executor_svc.loader import LoadedEngine
+from executor_svc.loop import scheduler_config
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
 from tests.running import load_into_main_memory, run_ahead, shortfall
 

@@ -7,8 +7,8 @@ import pytest
 from engine.manifest import Limits
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import LoadedEngine
+from executor_svc.loop import scheduler_config
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine, run_ahead
 

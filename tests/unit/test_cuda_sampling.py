@@ -15,9 +15,9 @@ from executor_svc.core import Sampling, Scheduled, Sequence
 from executor_svc.draw import draw
 from executor_svc.guides import Guides
 from executor_svc.loader import LoadedEngine
+from executor_svc.loop import scheduler_config
 from executor_svc.sampler import answer, uniform
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import scheduler_config
 from tests.conftest import save_checkpoint
 from tests.guided import guided
 from tests.running import Engine, make_engine, run_ahead

@@ -34,7 +34,7 @@ from enginehouse.upload import find_files
 from executor_svc import random_weights
 from executor_svc.core import Sampling, Sequence
 from executor_svc.loader import load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from protos.v1.builder_pb2 import BuildSpec
 from protos.v1.common_pb2 import StoppingCriteria, TokenIds
 from protos.v1.gateway_pb2 import DetokenizeRequest, ListModelsRequest, TokenizeRequest

@@ -15,8 +15,9 @@ async def test_an_executor_that_says_so_gets_nothing_new_and_ends_what_it_has(
 ) -> None:
     monkeypatch.setattr("gateway.link._POLL_INTERVAL", 60.0)
     async with cluster(tmp_path, executors=2) as c:
-        first, second = c.executors
         begun = c.generate()
+        await eventually(lambda: any(executor.submits.qsize() for executor in c.executors), 60)
+        first, second = sorted(c.executors, key=lambda executor: -executor.submits.qsize())
         submit = await first.submitted()
         first.send(StepOutput(draining=True))
         await eventually(lambda: c.router.ready(c.engine_id) == 1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ async def test_a_removed_name_is_not_found_and_given_again_it_goes_on(
 
 
 async def test_a_name_that_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.models._NAME_TTL", 0.1)
+    monkeypatch.setattr("gateway.models._NAME_TTL", 600.0)
     store = DirectoryStore(tmp_path)
     models = Models(store, lambda _: 1)
     first = publish(store, "demo")
@@ -95,7 +96,8 @@ async def test_a_name_that_changes_is_noticed(tmp_path: Path, monkeypatch: pytes
     second = publish(store, "other", template=None)
     registry.set_name(store, "demo", second)
     assert (await models.get("demo")).engine_id == first
-    await asyncio.sleep(0.15)
+    now = time.monotonic()
+    monkeypatch.setattr("gateway.cache.time.monotonic", lambda: now + 601)
     renewed = await models.get("demo")
     assert (renewed.engine_id, renewed.has_chat_template) == (second, False)
 

@@ -22,6 +22,8 @@ from engine.program import Op, Program, TensorType, Value
 from executor_svc import kernels
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import native
+from executor_svc.kernels.expand import expand
+from executor_svc.kernels.packed import Words
 
 BLOCK_SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -84,6 +86,29 @@ def attend(operator: Implementation, tensors: list[Tensor], attrs: dict[str, Any
     return torch.cat(outputs)
 
 
+def int4_case(
+    draw: st.DrawFn, rows: int, size: int, outputs: int, dtype: torch.dtype
+) -> tuple[list[Any], dict[str, Any]]:
+    """Groups of all sizes that stay packed; the last may be short, or the only one."""
+    columns, group = 2 * size, draw(st.sampled_from([8, 32, 64, 128, 200]))
+    shape = (outputs, -(-columns // group))
+    scales = torch.rand(shape).to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    zeros = draw(st.sampled_from([None, torch.randint(0, 16, shape, dtype=torch.uint8)]))
+    weight = torch.randint(0, 256, (outputs, size), dtype=torch.uint8)
+    bias = draw(st.sampled_from([None, torch.randn(outputs, dtype=dtype)]))
+    return [torch.randn(rows, columns, dtype=dtype), weight, scales, zeros, bias], {"group_size": group}
+
+
+def int8_case(draw: st.DrawFn, x: Tensor, outputs: int) -> tuple[list[Any], dict[str, Any]]:
+    """Activations as they are, by token, or by a scale that cuts some off."""
+    weight = torch.randint(-128, 128, (outputs, x.shape[1]), dtype=torch.int8)
+    scales = torch.rand(outputs).to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    bias = draw(st.sampled_from([None, torch.randn(outputs, dtype=x.dtype)]))
+    kind = draw(st.sampled_from(["weights", "token", "tensor"]))
+    tensors = [x, weight, scales, bias, *([torch.tensor([0.02])] if kind == "tensor" else [])]
+    return tensors, {"per_token": kind == "token"}
+
+
 @st.composite
 def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -112,6 +137,8 @@ def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
     made: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "embedding": ([torch.randint(0, outputs, (rows,), dtype=torch.int32), matrix], {}),
         "linear": ([x, matrix, draw(st.sampled_from([None, bias]))], {}),
+        "linear_int4": int4_case(draw, rows, size, outputs, dtype),
+        "linear_int8": int8_case(draw, x, outputs),
         "rms_norm": ([x, norm[0]], {"eps": 1e-5}),
         "add_rms_norm": ([x, y, norm[0]], {"eps": 1e-5}),
         "layer_norm": ([x + 3, *norm], {"eps": 1e-5}),
@@ -159,6 +186,9 @@ def test_implementation_agrees_with_the_reference(kind: str, op: str) -> None:
         if kind == "native":
             packed = {"linear": [1], "embedding": [1], "experts": [2, 3]}.get(op, [])
             tensors = [native.Packed(part.clone()) if at in packed else part for at, part in enumerate(tensors)]
+            if op in ("linear_int4", "linear_int8"):
+                scaled = tensors[2:4] if op == "linear_int4" else tensors[2:3]
+                tensors[1] = Words(tensors[1].clone(), *scaled, group_size=attrs.get("group_size", 0))
         compare(wanted, implementation(*tensors, **attrs))
 
     agree()
@@ -172,6 +202,26 @@ def test_a_row_of_a_native_product_does_not_depend_on_the_others(dtype: torch.dt
     together = linear(x, weight)
     for rows in (1, 2, 7, 13, 40):
         assert torch.equal(linear(x[:rows], weight), together[:rows])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("op", "attrs"), [("linear_int4", {"group_size": 32}), ("linear_int8", {}), ("linear_int8", {"per_token": True})]
+)
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others(
+    op: str, attrs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Few rows are computed in registers, many on panels that are unpacked; integers of many inputs are exact in either."""
+    weight, scales, x = torch.randint(0, 256, (80, 2100), dtype=torch.uint8), torch.rand(80, 1), torch.randn(40, 2100)
+    if op == "linear_int4":
+        weight, scales = weight[:, :1050].contiguous(), torch.rand(80, 66)
+    zeros = [torch.randint(0, 16, (80, 66), dtype=torch.uint8)] if op == "linear_int4" else []
+    words = Words(weight if zeros else weight.view(torch.int8), scales, *zeros, group_size=attrs.get("group_size", 0))
+    others = [None] * (1 + len(zeros))
+    together = NATIVE[op](x.to(dtype), words, *others, **attrs)
+    for rows in (1, 2, 5, 7, 13, 40):
+        assert torch.equal(NATIVE[op](x[:rows].to(dtype), words, *others, **attrs), together[:rows])
 
 
 @needs_native
@@ -294,6 +344,16 @@ def test_without_the_native_operators_torch_serves() -> None:
     assert run.stdout.startswith("False <function attention at "), run.stderr
 
 
+WORDS = (
+    {
+        4: Words(torch.zeros(3, 16, dtype=torch.uint8), torch.ones(3, 1), group_size=32),
+        8: Words(torch.zeros(3, 32, dtype=torch.int8), torch.ones(3)),
+    }
+    if native.available
+    else {}
+)
+
+
 def bad_experts(top_k: int = 2, **changed: Any) -> None:
     given = {"x": torch.ones(2, 32), "logits": torch.ones(2, 4), "gate_up": None, "down": None} | changed
     if given["gate_up"] is None:
@@ -336,6 +396,11 @@ def bad_attention(alibi: Tensor) -> None:
         lambda packed: NATIVE["gelu"](torch.ones(8), tanh=True),
         lambda packed: NATIVE["gelu_mul"](torch.ones(2, 7), tanh=False),
         lambda packed: NATIVE["silu_mul"](torch.ones(2, 7)),
+        lambda packed: NATIVE["linear_int4"](torch.ones(2, 32), WORDS[8], None, group_size=32),
+        lambda packed: NATIVE["linear_int4"](torch.ones(2, 24), WORDS[4], None, group_size=32),
+        lambda packed: NATIVE["linear_int4"](torch.ones(2, 32), WORDS[4], None, None, torch.ones(2), group_size=32),
+        lambda packed: NATIVE["linear_int8"](torch.ones(32), WORDS[8], None),
+        lambda packed: NATIVE["linear_int8"](torch.ones(2, 32), WORDS[4], None),
         lambda packed: bad_experts(x=torch.ones(2, 16)),
         lambda packed: bad_experts(x=torch.ones(2, 32, dtype=torch.float16)),
         lambda packed: bad_experts(logits=torch.ones(2, 5)),
@@ -380,7 +445,7 @@ PACKED_CASES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", PACKED_CASES)
 def test_packed_products_by_their_formulas_in_float64(op: str, dtype: torch.dtype) -> None:
-    """The reference, and the linear over the matrix that the CPU makes of it at load."""
+    """The reference, the CPU's product over packed words, and the linear over a matrix that it makes at load of what has none."""
     torch.manual_seed(0)
     attrs, (rows, columns) = PACKED_CASES[op]
     rows_of, columns_of = torch.arange(rows), torch.arange(columns)
@@ -415,7 +480,15 @@ def test_packed_products_by_their_formulas_in_float64(op: str, dtype: torch.dtyp
     program.validate()
     assert program.parameters() == {"weight": rows * columns, "bias": rows, "kept": 2} | dict.fromkeys(names[1:], 0)
     assert kernels.unpack("cuda", program, held) == (program, held)
-    plain, dense = kernels.unpack("cpu", program, held)
+    if native.available and op != "linear_fp8":  # it stays, and is multiplied with where its words lie
+        assert kernels.unpack("cpu", program, held) == (program, held)
+        prepared = kernels.prepare("cpu", program, {name: tensor.clone() for name, tensor in held.items()})
+        step = Step([], [], torch.zeros(0, 0), torch.zeros(0), [], [])
+        (found,) = Interpreter(program, prepared, kernels.implementations("cpu")).run({"x": x}, step)
+        assert isinstance(prepared["weight"], Words)
+        close = x.double() @ exact.T + bias.double()
+        assert (found.double() - close).norm() <= (1e-6 if dtype is torch.float32 else 2.5e-3) * close.norm()
+    plain, dense = expand(program, held, set())
     plain.validate()
     assert [op.op for op in plain.ops] == ["linear"] and set(dense) == set(plain.weights) == {"weight", "bias"}
     assert torch.equal(dense["weight"], exact.float().to(dtype)) and plain.weights["weight"].dtype == kind.dtype

@@ -19,9 +19,9 @@ import executor_svc.prompt_rows as prompt_rows
 from executor_svc.core import Batch, Logprobs, PromptTold, Sampled, Sampling, SchedulerConfig, Sequence
 from executor_svc.frames import FrameSocket
 from executor_svc.loader import LoadedEngine
+from executor_svc.loop import Worker
 from executor_svc.runner import TorchRunner
 from executor_svc.scheduler import Scheduler
-from executor_svc.worker import Worker
 from protos.v1 import common_pb2 as common
 from protos.v1.executor_pb2 import Cancel, StepOutput, Submit
 from protos.v1.worker_pb2 import ClientGone, FromWorker, ToWorker

@@ -28,9 +28,9 @@ from enginehouse.cli import main
 from enginehouse.model_shape import of_checkpoint, of_engine
 from executor_svc.core import Sampling, Sequence
 from executor_svc.interpreter import Interpreter
-from executor_svc.kernels import unpack
+from executor_svc.kernels.expand import expand
 from executor_svc.loader import LoadedEngine, load_engine
-from executor_svc.worker import this_node
+from executor_svc.node import this_node
 from tests.conftest import save_checkpoint
 from tests.running import Engine, make_engine
 
@@ -192,7 +192,7 @@ def test_equals_the_dequantized_weights(
     wanted = logits(dense, dense.program, stacked(weights, dense))
     assert (logits(loaded, loaded.program, loaded.weights) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
-    program, expanded = unpack("cpu", loaded.program, loaded.weights)
+    program, expanded = expand(loaded.program, loaded.weights, set())
     assert not {op.op for op in program.ops} & set(PACKED)
     for ours, tensor in stacked(weights, dense).items():
         torch.testing.assert_close(expanded[ours], tensor, rtol=1e-6, atol=0)
@@ -287,7 +287,7 @@ def test_rows_that_lie_together_by_head(
     names = replace(llama.NAMES, qkv=("self_attn.qkv",), heads_together=True)
     monkeypatch.setattr(llama, "NAMES", names)
     loaded = load(tmp_path / "checkpoint", tmp_path)
-    _, expanded = unpack("cpu", loaded.program, loaded.weights)
+    _, expanded = expand(loaded.program, loaded.weights, set())
     queries, keys, values = (
         [*range(32), *range(64, 96)],
         [*range(32, 48), *range(96, 112)],

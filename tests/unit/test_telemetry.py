@@ -16,6 +16,7 @@ from builder_svc.telemetry import Telemetry as BuilderTelemetry
 from engine.errors import NotFound, Unavailable
 from executor_svc.telemetry import Telemetry as ExecutorTelemetry
 from gateway.admission import DEFAULT_LIMITS, Admission
+from gateway.failover import Failover
 from gateway.router import Router
 from gateway.telemetry import Telemetry as GatewayTelemetry
 from protos import rpc
@@ -175,7 +176,7 @@ async def test_the_page_lists_every_metric_of_every_service_as_it_is() -> None:
     BuilderTelemetry(metrics).watch(SimpleNamespace(num_running=0, num_queued=0))  # type: ignore[arg-type]
     ExecutorTelemetry(metrics, lambda: [])
     router = Router(["127.0.0.1:1"])
-    GatewayTelemetry(metrics, router)
+    GatewayTelemetry(metrics, router, Failover(router))
     with metrics.served("gateway", "127.0.0.1", 0):  # which adds what tells of the service as such
         pass
     there = {family.name: (family.kind, family.labels) for family in metrics.families}

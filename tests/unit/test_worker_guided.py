@@ -16,9 +16,9 @@ from engine.token_table import TokenTable
 from executor_svc.core import Batch, Sampled
 from executor_svc.frames import FrameSocket, frame
 from executor_svc.guides import Guides
+from executor_svc.loop import Worker
 from executor_svc.runner import Capabilities
 from executor_svc.sampler import answer
-from executor_svc.worker import Worker
 from protos.v1.common_pb2 import FinishReason
 from protos.v1.executor_pb2 import Cancel, StepOutput, Submit
 from protos.v1.worker_pb2 import ClientGone, FromWorker, ToWorker

@@ -12,8 +12,8 @@ from engine.manifest import Limits, Manifest, ModelFacts, Parallelism
 from executor_svc.core import Batch, Sampled
 from executor_svc.frames import FrameSocket, frame
 from executor_svc.launch import Spares
+from executor_svc.loop import Worker
 from executor_svc.runner import Capabilities
-from executor_svc.worker import Worker
 from protos.v1.executor_pb2 import StepOutput, Submit
 from protos.v1.worker_pb2 import FromWorker, ToWorker
 

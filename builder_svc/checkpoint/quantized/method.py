@@ -35,7 +35,7 @@ class Method:
 
     def planned(self, module: str) -> Scheme | None:
         """How a module is stored as far as the config alone tells. The tensors of a checkpoint know better."""
-        return None if any(_names(pattern, module) for pattern in self.excluded) else self.scheme(module)
+        return None if any(names_module(pattern, module) for pattern in self.excluded) else self.scheme(module)
 
 
 def compiled(config: Fields, pattern: str) -> re.Pattern[str]:
@@ -59,7 +59,8 @@ def texts(config: Fields, field: str) -> list[str]:
     return found
 
 
-def _names(pattern: str, module: str) -> bool:
+def names_module(pattern: str, module: str) -> bool:
+    """Whether a config means a module by this: in whole, by its first or last names, or with *."""
     return f".{pattern}." in f".{module}." or fnmatchcase(module, pattern)
 
 

@@ -73,7 +73,7 @@ def resolve(checkpoint: Tensors, sources: Mapping[str, Source], device: str) -> 
             found[ours] = source
             continue
         linear, layers[ours] = ours.removesuffix(".weight"), modules
-        chosen = _on(device, _form(ours, source, modules, checkpoint))
+        chosen = on_device(device, _form(ours, source, modules, checkpoint))
         source = replace(source, transposed=False)  # which a dense one might be
         if isinstance(chosen, str):
             dequantized[linear], found[ours] = chosen, source
@@ -104,7 +104,7 @@ def planned(
     for linear, count in columns.items():
         source = sources[f"{linear}.weight"]
         modules = [name.removesuffix(".weight") for name in source.names]
-        chosen = _on(device, _together([method.planned(module) for module in modules], lambda _: dtype, count))
+        chosen = on_device(device, _together([method.planned(module) for module in modules], lambda _: dtype, count))
         if not isinstance(chosen, str):
             packed[linear] = chosen
     return Resolved(None, {}, packed, facts=_facts(method, packed, {}))
@@ -114,12 +114,12 @@ def _facts(method: Method, packed: Mapping[str, Packed], dequantized: Mapping[st
     return {
         "method": method.name,
         **method.facts,
-        "packed": _in_ranges({name: str(form) for name, form in packed.items()}),
-        "dequantized": _in_ranges(dequantized),
+        "packed": in_ranges({name: str(form) for name, form in packed.items()}),
+        "dequantized": in_ranges(dequantized),
     }
 
 
-def _on(device: str, form: Packed | str) -> Packed | str:
+def on_device(device: str, form: Packed | str) -> Packed | str:
     """The CPU multiplies with matrices of floats (`executor_svc/kernels/expand.py`): there, activations stay as they are."""
     return replace(form, activations="") if isinstance(form, Fp8) and device == "cpu" else form
 
@@ -170,14 +170,14 @@ def _together(schemes: Sequence[Scheme | None], dtype: Callable[[int], str], col
 
 def _warn(checkpoint: QuantizedCheckpoint, dequantized: Mapping[str, str]) -> None:
     for reason in dict.fromkeys(dequantized.values()):
-        names = _in_ranges({name: found for name, found in dequantized.items() if found == reason})
+        names = in_ranges({name: found for name, found in dequantized.items() if found == reason})
         log.warning(
             "%s: dequantized, since %s: %s. The engine holds these weights in its own dtype, and is larger by that",
             checkpoint.path, reason, ", ".join(names),
         )  # fmt: skip
 
 
-def _in_ranges(texts: Mapping[str, str]) -> dict[str, str]:
+def in_ranges(texts: Mapping[str, str]) -> dict[str, str]:
     """The same with layers that are told alike together: layers.0-3,7.mlp.down."""
     numbers: dict[tuple[str, str], list[int]] = {}
     for name, text in texts.items():

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "product.h"
+#include "packed.h"
 #include "rows.h"
 
 #include "experts.h"

@@ -15,6 +15,7 @@
 enum { FP32 = 0, BF16 = 1 };
 enum { SILU = 0, GELU = 1, GELU_TANH = 2 };
 enum { PANEL = 32, KEYS = 16, CHUNK = 128, QUERY_ROWS = 48, CACHE = 512 << 10, AHEAD = 8 << 10 };
+enum { EXACT = 1024 }; /* products of two integers of 8 bits, whose sum float32 still holds exactly */
 enum { ALONE = 1 << 14 }; /* elements up to which one thread is quicker than two */
 enum { EACH = 128 }; /* rows of an expert, on average, that are computed at a time: they pay for reading its weights once more */
 
@@ -28,6 +29,18 @@ struct linear {
     const void *x, *weight, *bias;
     void *y;
     const int32_t *order; /* which row of x each row of the product is made of; 0: the rows as they come */
+};
+
+/* A product whose weight is packed: each word of 32 bits has so many inputs of an output as fit in, the first in its lowest bits.
+ * Words lie in panels as floats do, [outputs / 32][depth][32] and [depth][outputs % 32]; so do scales and zeros, by group. */
+struct packed {
+    int type, bits, scale_type, round; /* of x, bias and y; of a weight; of scales; whether x is rounded to 8 bits, too */
+    long rows, inputs, depth, outputs, stride, group; /* depth: words of an output; group: inputs that share a scale of 4 bits */
+    float input_scale; /* by which x is rounded; 0: by each row's own */
+    const void *x, *scales, *bias;
+    const uint32_t *weight;
+    const uint8_t *zeros; /* 0: all of them 8 */
+    void *y;
 };
 
 struct norm {
@@ -92,6 +105,18 @@ INLINE float through(int type, float value) {
     return scalar(BF16, &half, 0);
 }
 
+/* Scratch memory of a thread, which stays: two pieces of it. */
+static float *scratch(int number, size_t count) {
+    static _Thread_local float *buffer[2];
+    static _Thread_local size_t size[2];
+    if (count > size[number]) {
+        free(buffer[number]);
+        size[number] = count + count / 4;
+        if (posix_memalign((void **)&buffer[number], 64, size[number] * sizeof(float))) abort();
+    }
+    return buffer[number];
+}
+
 #define SPLAT_4(x) {x, x, x, x}
 #define SPLAT_8(x) {x, x, x, x, x, x, x, x}
 #define SPLAT_16(x) {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}
@@ -148,25 +173,13 @@ static int level(void) {
 #define CALL(f, ...) f##_plain(__VA_ARGS__)
 #endif
 
-/* Scratch memory of a thread, which stays. */
-static float *scratch(size_t count) {
-    static _Thread_local float *buffer;
-    static _Thread_local size_t size;
-    if (count > size) {
-        free(buffer);
-        size = count + count / 4;
-        if (posix_memalign((void **)&buffer, 64, size * sizeof(float))) abort();
-    }
-    return buffer;
-}
-
 /* Rows [outputs][inputs] -> panels, in place. */
 void enginehouse_pack(int type, void *weight, long outputs, long inputs) {
 #pragma omp parallel for schedule(dynamic)
     for (long first = 0; first < outputs; first += PANEL) {
         long columns = outputs - first < PANEL ? outputs - first : PANEL;
         size_t bytes = (size_t)columns * inputs * SIZE(type);
-        char *panel = (char *)weight + first * inputs * SIZE(type), *copy = (char *)scratch(bytes / 4 + 1);
+        char *panel = (char *)weight + first * inputs * SIZE(type), *copy = (char *)scratch(0, bytes / 4 + 1);
         memcpy(copy, panel, bytes);
         for (long i = 0; i < inputs; i++)
             for (long c = 0; c < columns; c++) {
@@ -190,7 +203,11 @@ void enginehouse_rows(int type, const void *weight, long outputs, long inputs, c
 }
 
 void enginehouse_linear(const struct linear *a) {
-    if (a->rows && a->outputs) CALL(linear, a, scratch((size_t)a->rows * a->inputs));
+    if (a->rows && a->outputs) CALL(linear, a, scratch(0, (size_t)a->rows * a->inputs));
+}
+
+void enginehouse_packed(const struct packed *a) {
+    if (a->rows && a->outputs) CALL(packed_linear, a, scratch(0, (size_t)a->rows * (a->depth * (32 / a->bits) + 1)));
 }
 
 void enginehouse_norm(const struct norm *a) { CALL(norm, a); }
@@ -231,7 +248,7 @@ void enginehouse_experts(const struct experts *a) {
         uintptr_t bytes = 0;
         part.tokens = a->tokens - first < most ? a->tokens - first : most;
         carve_experts(&part, &bytes); /* counts them */
-        uintptr_t memory = (uintptr_t)scratch(bytes / sizeof(float));
+        uintptr_t memory = (uintptr_t)scratch(0, bytes / sizeof(float));
         struct experts_memory pieces = carve_experts(&part, &memory);
         part.x = (const char *)a->x + first * a->stride * SIZE(a->type);
         part.y = (char *)a->y + first * a->hidden * SIZE(a->type);
@@ -270,7 +287,7 @@ void enginehouse_attention(const struct attention *a) {
                     }
             }
         }
-        float *own = scratch(room);
+        float *own = scratch(0, room);
 #pragma omp for schedule(dynamic) nowait
         for (long item = 0; item < items * a->groups; item++) {
             long left = item / a->groups, sequence = 0, count;
