@@ -319,13 +319,13 @@ async def test_a_request_that_executors_refuse(tmp_path: Path) -> None:
             http.executor.begin(submit.handle)
             for text in texts:
                 http.executor.tokens(submit.handle, ids(text))
-            http.executor.fail(submit.handle, ResourceExhausted("too much", reason="QUEUE_FULL", retry_after=2.2))
+            http.executor.fail(submit.handle, ResourceExhausted("too much", reason="NO_ROOM", retry_after=2.2))
 
         call: Any = asyncio.create_task(http.openai.completions.create(**ASK, stream=True))
         await refuse()
         with pytest.raises(openai.RateLimitError) as caught:
             await call
-        assert caught.value.code == "QUEUE_FULL" and caught.value.response.headers["retry-after"] == "2"
+        assert caught.value.code == "NO_ROOM" and caught.value.response.headers["retry-after"] == "2"
 
         call = asyncio.create_task(http.openai.completions.create(**ASK, stream=True))
         refusing = asyncio.create_task(refuse("hel", "lo"))
