@@ -39,6 +39,7 @@ class LocalCluster:
         builder: the same.
         executors: one host:port each.
         metrics: URLs by service, if they were asked for.
+        http: URL of the gateway's HTTP API and page, if it was asked for.
         security: certificates and keys.
 
     Example:
@@ -61,8 +62,10 @@ class LocalCluster:
         port: int = 0,
         metrics: bool = False,
         security: ClusterSecurity = _OPEN,
+        http_port: int | None = None,
     ) -> None:
-        """`port` is the gateway's; 0 takes a free one, as all other services do. With `metrics` each has a port for them."""
+        """`port` is the gateway's; 0 takes a free one, as all other services do. With `metrics` each has a port for them; with
+        `http_port` the gateway answers HTTP, too."""
         self.home = home
         self.store = open_store(store or home.store).url
         self.gateway = self.builder = ""
@@ -70,7 +73,8 @@ class LocalCluster:
         self.count = executors
         self.security = security
         self._host = host
-        self._port = port
+        self._port, self._http_port = port, http_port
+        self.http = ""
         self.metrics: dict[str, str] = {}
         self._options = ["--metrics-port", "0"] if metrics else []
         self._stages: list[list[ServiceProcess]] = []  # in the order in which they are stopped
@@ -85,6 +89,8 @@ class LocalCluster:
         self._lock = self.home.lock()
         try:
             check_port(self._host, self._port)
+            if self._http_port is not None:
+                check_port(self._host, self._http_port, "--http-port")
             self._warden = Warden(keep_open=self._lock.fileno())
         except BaseException:
             self._lock.close()
@@ -137,12 +143,23 @@ class LocalCluster:
                 service.kill()
 
     async def _start(self) -> None:
-        """All services at once: the executors' ports are chosen here, so that the gateway need not wait for them."""
-        self.executors = [f"{_LOOPBACK}:{port}" for port in free_ports(self.count)]
+        """All services at once: the others' ports are chosen here, so that the gateway need not wait for them."""
+        *ports, builder_port = free_ports(self.count + 1)
+        self.executors = [f"{_LOOPBACK}:{port}" for port in ports]
+        builder_address = f"{_LOOPBACK}:{builder_port}"
         builder = self._service(
             "builder",
             "builder_svc",
-            ["--checkpoint-root", "/", "--work-dir", str(self.home.work), "--host", _LOOPBACK, "--port", "0"],
+            [
+                "--checkpoint-root",
+                "/",
+                "--work-dir",
+                str(self.home.work),
+                "--host",
+                _LOOPBACK,
+                "--port",
+                str(builder_port),
+            ],
         )
         executors = [
             self._service(
@@ -153,8 +170,11 @@ class LocalCluster:
             for number, address in enumerate(self.executors, 1)
         ]
         known = [part for address in self.executors for part in ("--executor", address)]
+        http = [] if self._http_port is None else ["--http-port", str(self._http_port)]
+        if http and not self.security.certs:  # else the builder obeys clients alone
+            http += ["--builder", builder_address]
         gateway = self._service(
-            "gateway", "gateway", [*known, *_DRAIN, "--host", self._host, "--port", str(self._port)]
+            "gateway", "gateway", [*known, *_DRAIN, "--host", self._host, "--port", str(self._port), *http]
         )
         environment = without_credentials(service_environment())
         self._stages = [[gateway], executors, [builder]]
@@ -163,6 +183,7 @@ class LocalCluster:
             await service.start(environment, self._warden)
         await self.guard(self._listening(services))
         self.builder, self.gateway = builder.address, gateway.address.replace("0.0.0.0:", f"{_LOOPBACK}:")
+        self.http = gateway.http.replace("//0.0.0.0:", f"//{_LOOPBACK}:")
         self.metrics = {service.name: service.metrics for service in services if service.metrics}
         state = ClusterState(
             pid=os.getpid(),
@@ -172,6 +193,7 @@ class LocalCluster:
             store=self.store,
             pids={service.name: service.pid for service in services},
             metrics=self.metrics,
+            http=self.http,
         )
         self.home.state_file.write_bytes(msgspec.json.format(msgspec.json.encode(state)))
 
@@ -204,7 +226,7 @@ class LocalCluster:
             self._lock.close()
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, option: str = "--port") -> None:
     """Raises Unavailable when the port cannot be listened on; sooner and in better words than the gateway's log would."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -213,7 +235,7 @@ def check_port(host: str, port: int) -> None:
     except OSError as error:
         what = "it is taken" if error.errno == errno.EADDRINUSE else error.strerror
         raise Unavailable(
-            f"cannot listen on {host} port {port}: {what}; choose another port with --port (0 for any that is free)",
+            f"cannot listen on {host} port {port}: {what}; choose another port with {option} (0 for any that is free)",
             reason="PORT_TAKEN",
         ) from None
 

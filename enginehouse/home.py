@@ -20,13 +20,14 @@ import msgspec
 from engine.errors import FailedPrecondition
 
 DEFAULT_PORT = 8400
+DEFAULT_HTTP_PORT = 8480
 DEFAULT_GATEWAY = f"127.0.0.1:{DEFAULT_PORT}"
 
 
 class ClusterState(msgspec.Struct, frozen=True):
     """What cluster.json says: addresses are host:port as a client on this machine reaches them, pids are by service.
 
-    So are the URLs of metrics, if there are any.
+    So are the URLs of metrics, and of the gateway's HTTP API, if there are any.
     """
 
     pid: int
@@ -36,6 +37,7 @@ class ClusterState(msgspec.Struct, frozen=True):
     store: str
     pids: dict[str, int]
     metrics: dict[str, str] = {}
+    http: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from enginehouse.warden import Warden, signal_group
 
 _LISTENING = re.compile(rb"^enginehouse \w+ listening on (\S+:\d+)\s*$", re.MULTILINE)
 _METRICS = re.compile(rb"^enginehouse \w+ metrics on (http://\S+)\s*$", re.MULTILINE)
+_HTTP = re.compile(rb"^enginehouse \w+ http on (https?://\S+)\s*$", re.MULTILINE)
 _LAST_LINES = 12
 _STOP_GRACE = 10.0  # seconds between SIGTERM and SIGKILL; a service gives its running calls 5 of them (see cluster.py)
 
@@ -30,12 +31,13 @@ class ServiceProcess:
         log: what it has printed since it was started.
         address: host:port, once it listens.
         metrics: URL of its metrics, once it listens, if it was started with --metrics-port.
+        http: the same of --http-port.
     """
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], log: Path) -> None:
         self.name = name
         self.log = log
-        self.address = self.metrics = ""
+        self.address = self.metrics = self.http = ""
         self._command = [sys.executable, "-m", module, *arguments]
         self._process: asyncio.subprocess.Process | None = None
 
@@ -65,6 +67,8 @@ class ServiceProcess:
         self.address = found[1].decode()
         if metrics := _METRICS.search(said):  # said before
             self.metrics = metrics[1].decode()
+        if http := _HTTP.search(said):
+            self.http = http[1].decode()
 
     async def ended(self) -> None:
         """Returns when the process has ended."""

@@ -35,6 +35,12 @@ class _UpCommand(click.Command):
     show_default=True,
     help="The gateway's port; 0 takes a free one.",
 )
+@click.option(
+    "--http-port",
+    type=click.IntRange(min=0, max=65535),
+    help="Of OpenAI's HTTP API and a page; 0 takes a free one.  [default: 8480, or a free one with --port 0]",
+)
+@click.option("--no-http", is_flag=True, help="Answer no HTTP.")
 @click.option("--store", metavar="URL", help="Where engines are kept.  [default: store/ in the data folder]")
 @click.option("--metrics", is_flag=True, help="Give each service a port for Prometheus, and say where.")
 @click.option(
@@ -50,6 +56,8 @@ def up(
     executors: int,
     host: str,
     port: int,
+    http_port: int | None,
+    no_http: bool,
     store: str | None,
     metrics: bool,
     certs: Path | None,
@@ -68,8 +76,12 @@ def up(
     """
     from enginehouse.cluster_security import ClusterSecurity
     from enginehouse.commands import up as body
-    from enginehouse.home import Home
+    from enginehouse.home import DEFAULT_HTTP_PORT, Home
 
+    if no_http and http_port is not None:
+        raise click.UsageError("--http-port and --no-http exclude each other")
+    if http_port is None and not no_http:
+        http_port = DEFAULT_HTTP_PORT if port else 0
     if as_json and command:
         raise click.UsageError("--json and a COMMAND exclude each other: stdout is the command's")
     status = body.run(
@@ -83,6 +95,7 @@ def up(
         as_json=as_json,
         metrics=metrics,
         security=ClusterSecurity(certs, api_keys),
+        http_port=http_port,
     )
     click.get_current_context().exit(status)
 

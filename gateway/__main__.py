@@ -3,6 +3,8 @@
 import argparse
 import functools
 import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import uvloop
 
@@ -17,8 +19,8 @@ from protos.access import Access
 from protos.calls import Calls
 from protos.dial import Credentials
 from protos.metrics import Metrics
-from protos.options import add_client_options, add_drain, add_options
-from protos.rpc import main, serve
+from protos.options import add_client_options, add_drain, add_options, port
+from protos.rpc import Beside, main, serve
 from protos.v1.gateway_pb2_grpc import add_GatewayServicer_to_server
 
 _PATIENCE = 5.0  # seconds that a request waits for a store that is away, if what it needs is not known yet
@@ -70,7 +72,15 @@ def _arguments() -> argparse.Namespace:
         ("--max-streams-per-connection", 1000, "calls at a time on one connection; a client holds more of them back"),
     ):
         parser.add_argument(option, type=_count, default=default, metavar="N", help=f"{meaning} [%(default)s]")
+    parser.add_argument(
+        "--http-port",
+        type=port,
+        metavar="PORT",
+        help="answer OpenAI's HTTP API there, on the same host, and show a page at /; 0 takes a free one [no HTTP]",
+    )
+    parser.add_argument("--builder", type=_address, metavar="HOST:PORT", help="whose builds the page shows [none]")
     add_client_options(parser, "executor")
+    add_client_options(parser, "builder")
     parser.add_argument(
         "--failover-patience",
         default=PATIENCE,
@@ -86,13 +96,7 @@ def _arguments() -> argparse.Namespace:
 
 async def _run(arguments: argparse.Namespace) -> None:
     access = Access.of("gateway", arguments)
-    credentials = Credentials.of(
-        arguments.executor_tls_cert,
-        arguments.executor_tls_key,
-        arguments.executor_tls_ca,
-        arguments.executor_api_key_file,
-        "--executor-tls",
-    )
+    credentials = _credentials(arguments, "executor")
     router = Router(arguments.executor, link=functools.partial(Link, credentials=credentials))
     tracing.configure("gateway", arguments.traces)
     metrics = Metrics()
@@ -102,20 +106,54 @@ async def _run(arguments: argparse.Namespace) -> None:
     gateway = Gateway(open_store(arguments.store, _PATIENCE), router, metrics, limits, failover)
     router.start()
     with metrics.served("gateway", arguments.host, arguments.metrics_port):
-        await serve(
-            "gateway",
-            lambda server: add_GatewayServicer_to_server(gateway, server),
-            arguments.host,
-            arguments.port,
-            on_stop=router.stop,
-            grace=arguments.drain_seconds,
-            calls=Calls(metrics),
-            access=access,
-            limits=(
-                ("grpc.max_receive_message_length", arguments.max_message_bytes),
-                ("grpc.max_concurrent_streams", arguments.max_streams_per_connection),
-            ),
-        )
+        async with _http(gateway, access, arguments) as beside:
+            await serve(
+                "gateway",
+                lambda server: add_GatewayServicer_to_server(gateway, server),
+                arguments.host,
+                arguments.port,
+                on_stop=router.stop,
+                grace=arguments.drain_seconds,
+                calls=Calls(metrics),
+                access=access,
+                limits=(
+                    ("grpc.max_receive_message_length", arguments.max_message_bytes),
+                    ("grpc.max_concurrent_streams", arguments.max_streams_per_connection),
+                ),
+                beside=beside,
+            )
+
+
+@asynccontextmanager
+async def _http(gateway: Gateway, access: Access, arguments: argparse.Namespace) -> AsyncIterator[Sequence[Beside]]:
+    """The HTTP server, if one is wanted."""
+    if arguments.http_port is None:
+        yield ()
+        return
+    from gateway.http.app import application  # with libraries that nothing else needs
+    from gateway.http.endpoint import Surroundings
+    from gateway.http.listener import Listener
+    from gateway.http.status import Status
+
+    around = Surroundings(access, arguments.max_message_bytes)
+    status = Status(gateway, arguments.builder, _credentials(arguments, "builder"))
+    app = application(gateway, around, status)
+    listener = Listener(app, around, arguments.host, arguments.http_port, arguments.drain_seconds)
+    print(f"enginehouse gateway http on {listener.url}", flush=True)
+    listener.start()
+    try:
+        yield (listener,)
+    finally:
+        await listener.stop()
+        await status.close()
+
+
+def _credentials(arguments: argparse.Namespace, of: str) -> Credentials:
+    """As `add_client_options` reads them."""
+    cert, key, ca, secret = (
+        getattr(arguments, f"{of}_{name}") for name in ("tls_cert", "tls_key", "tls_ca", "api_key_file")
+    )
+    return Credentials.of(cert, key, ca, secret, f"--{of}-tls")
 
 
 if __name__ == "__main__":

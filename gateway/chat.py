@@ -1,7 +1,7 @@
 """A conversation as the model's own template writes it; templates come with engines and are not trusted."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -28,8 +28,16 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise _broken(error) from error
 
-    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt, up to where the assistant speaks or to the end of the last message.
+
+        Args:
+            tools: functions that the model may call, each {"type": "function", "function": {...}}.
 
         Raises:
             InvalidArgument: the template refuses this conversation.
@@ -38,7 +46,7 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=messages,
-                tools=None,
+                tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,

@@ -127,3 +127,10 @@ def _bytes(token: str) -> bytes:
         return bytes([_ALPHABET[char] for char in token])
     except KeyError:
         return token.encode()
+
+
+def piece_bytes(token: str) -> bytes:
+    """The bytes of a token by itself in sentencepiece's vocabularies, where U+2581 is a space and <0x0A> a byte."""
+    if _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import grpc
@@ -80,6 +80,11 @@ class Link:
     def num_requests(self) -> int:
         """Requests of this gateway that it works on."""
         return len(self._inboxes)
+
+    @property
+    def loads(self) -> Mapping[str, EngineLoad]:
+        """Of the engines that are ready there, by id."""
+        return self._loads
 
     def view(self, engine_id: str) -> View:
         """The executor as it is now. Own requests count from the moment they are sent, others' with its next report."""

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -13,6 +13,7 @@ from engine.store import Store
 from gateway.admission import DEFAULT_LIMITS, Admission, Grant, Limits
 from gateway.failover import Failover
 from gateway.generation import Generation, begin
+from gateway.link import Link
 from gateway.models import Model, Models
 from gateway.prompt import prompt_ids, skip_special
 from gateway.router import Router
@@ -103,6 +104,12 @@ class Gateway(GatewayServicer):
         grant.follow(generation.usage)
         return model, generation
 
+    async def served(self, name: str) -> tuple[Model, Tokenizer]:
+        """A model that the caller may use. Raises NotFound, PermissionDenied."""
+        caller().check_model(name)
+        model = await self._models.get(name)
+        return model, await self._models.tokenizer(model.engine_id)
+
     async def Tokenize(self, request: wire.TokenizeRequest, _context: Context) -> wire.TokenizeResponse:
         check_prompt(request, self._max_prompt_bytes)
         caller().check_model(request.model)
@@ -124,9 +131,15 @@ class Gateway(GatewayServicer):
 
     async def ListModels(self, _request: wire.ListModelsRequest, _context: Context) -> wire.ListModelsResponse:
         models = [model for model in await self._models.list() if caller().allows(model.name)]
-        return wire.ListModelsResponse(models=[self._describe(model) for model in models])
+        return wire.ListModelsResponse(models=[self.describe(model) for model in models])
 
-    def _describe(self, model: Model) -> wire.Model:
+    @property
+    def links(self) -> Sequence[Link]:
+        """To the executors."""
+        return self._router.links
+
+    def describe(self, model: Model) -> wire.Model:
+        """As ListModels tells it."""
         return wire.Model(
             name=model.name,
             engine_id=model.engine_id,

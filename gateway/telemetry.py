@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -62,6 +63,10 @@ class Telemetry:
             "gateway_completion_tokens_total", "Tokens of the completions, as usage tells them.", "model"
         )
         self.open = 0
+        self.tokens = 0  # of completions, as they go out
+        self.first_tokens: deque[tuple[float, float]] = deque(
+            maxlen=1000
+        )  # when the latest came, and seconds they took
         metrics.gauge("gateway_streams_open", "Generate calls under way.", lambda: {(): self.open})
         metrics.gauge(
             "gateway_executor_connected",
@@ -163,6 +168,7 @@ class Record:
         new = usage.completion_tokens - self._completion
         if new > 0:
             now = time.monotonic()
+            self._telemetry.tokens += new
             self._completion = usage.completion_tokens
             last = self._last.get(index)
             if last is not None:
@@ -170,6 +176,7 @@ class Record:
             if not self._first:
                 self._first, self._prompt, self._cached = now, usage.prompt_tokens, usage.cached_tokens
                 self._telemetry.first_token.of(self._model).observe(now - self._began)
+                self._telemetry.first_tokens.append((now, now - self._began))
             self._last[index] = now
         if response.HasField("finish"):
             self._finishes[index] = _FINISHES.get(response.finish.reason, FinishReason.Name(response.finish.reason))

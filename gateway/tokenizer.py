@@ -1,14 +1,15 @@
 """An engine's tokenizer: text and conversations to token ids, token ids to text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import tokenizers
 
 from engine.errors import FailedPrecondition
 from gateway.chat import ChatTemplate
-from gateway.detokenize import ByteLevelDetokenizer, Detokenizer, Silent, TokenBytes, WindowDetokenizer
+from gateway.detokenize import ByteLevelDetokenizer, Detokenizer, Silent, TokenBytes, WindowDetokenizer, piece_bytes
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True):
@@ -69,18 +70,33 @@ class Tokenizer:
         """Token ids of a text, with or without such as a beginning-of-sequence token."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """A conversation as text, up to where the assistant speaks; encode it without special tokens.
+
+        Args:
+            tools: as `ChatTemplate.render` takes them.
 
         Raises:
             FailedPrecondition: the model has no chat template, or a broken one.
             InvalidArgument: the template refuses this conversation.
         """
-        return self._chat_template.render(messages)
+        return self._chat_template.render(messages, tools=tools)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids by themselves."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token by itself; half a character where the vocabulary's tokens are bytes."""
+        if self._bytes:
+            return self._bytes[False][token_id]
+        return piece_bytes(self._tokenizer.id_to_token(token_id) or "")
+
+    @property
+    def tool_call_tag(self) -> str | None:
+        """How the model's template has tools called: "tool_call" for <tool_call>{...}</tool_call>, as Hermes and Qwen do; None
+        for one that is not known, or knows of no tools."""
+        return "tool_call" if "<tool_call>" in (self._config.chat_template or "") else None
 
     def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
         """For tokens that continue a prompt."""
@@ -109,13 +125,22 @@ class NoTokenizer(Tokenizer):
         """Raises FailedPrecondition."""
         raise self._missing("send the prompt as token ids, and no bad words")
 
-    def render(self, messages: Sequence[dict[str, str]], *_: bool) -> str:  # noqa: ARG002
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:  # noqa: ARG002
         """Raises FailedPrecondition."""
         raise self._missing("send the prompt as token ids")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:  # noqa: ARG002
         """Raises FailedPrecondition."""
         raise self._missing("its token ids have no text")
+
+    def token_bytes(self, token_id: int) -> bytes:  # noqa: ARG002
+        """None."""
+        return b""
+
+    @property
+    def tool_call_tag(self) -> str | None:
+        """None."""
+        return None
 
     def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer:  # noqa: ARG002
         """Gives no text."""

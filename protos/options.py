@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What every service's command line has beside its own."""
     parser.add_argument(
         "--metrics-port",
-        type=_port,
+        type=port,
         metavar="PORT",
         help="answer Prometheus there, on the same host, at /metrics; 0 takes a free one [no metrics]",
     )
@@ -89,7 +89,8 @@ def _seconds(text: str) -> float:
     return found
 
 
-def _port(text: str) -> int:
+def port(text: str) -> int:
+    """Of an option that takes a port."""
     if not (text.isascii() and text.isdigit() and int(text) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r} is no port: give 0 to 65535")
     return int(text)

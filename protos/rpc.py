@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -196,6 +196,16 @@ def _reader(handler: Any) -> Callable[[Any], Any]:
     return each if handler.request_streaming else read
 
 
+class Beside(Protocol):
+    """Another server of the same process, which ends with the service."""
+
+    async def stop(self) -> None:
+        """Takes no more requests, and returns when those that run have ended."""
+
+    def cut(self, error: EnginehouseError) -> None:
+        """Ends those that run, with this error."""
+
+
 async def serve(
     service: str,
     register: Callable[[grpc.aio.Server], None],
@@ -208,6 +218,7 @@ async def serve(
     calls: Calls | None = None,
     access: Access = EVERYBODY,
     limits: Sequence[tuple[str, int]] = (),
+    beside: Sequence[Beside] = (),
 ) -> None:
     """Serves until SIGTERM or SIGINT, then stops taking calls, lets running ones end within `grace` seconds, and returns.
 
@@ -224,6 +235,7 @@ async def serve(
         calls: what counts them.
         access: who may call.
         limits: gRPC's options for the server, beside those that all services have.
+        beside: what serves already, and stops when this does.
 
     Raises:
         Unavailable: the port cannot be bound.
@@ -262,16 +274,17 @@ async def serve(
         await checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     if before_stop:
         await _within(None, stop, asyncio.ensure_future(before_stop()))
-    ended = asyncio.ensure_future(server.stop(grace + _LAST_MOMENTS))
+    ended = asyncio.gather(server.stop(grace + _LAST_MOMENTS), *(other.stop() for other in beside))
     await _within(grace, stop, asyncio.shield(ended))
-    interceptor.cut(
-        Unavailable(f"the {service} was stopped before the call had ended: send it again", reason="SERVICE_STOPPED")
-    )
+    error = Unavailable(f"the {service} was stopped before the call had ended: send it again", reason="SERVICE_STOPPED")
+    interceptor.cut(error)
+    for other in beside:
+        other.cut(error)
     await ended
     await on_stop()
 
 
-async def _within(seconds: float | None, stop: asyncio.Event, work: "asyncio.Future[None]") -> None:
+async def _within(seconds: float | None, stop: asyncio.Event, work: "asyncio.Future[Any]") -> None:
     """Waits for some work, at most so many seconds and until `stop` is set; then it is cancelled."""
     signalled = asyncio.ensure_future(stop.wait())
     either: list[asyncio.Future[Any]] = [work, signalled]

@@ -15,6 +15,8 @@ from engine.errors import FailedPrecondition, InvalidArgument
 from protos.watched import Watched
 
 if TYPE_CHECKING:
+    import ssl
+
     import grpc
     from cryptography import x509
 
@@ -101,6 +103,31 @@ class ServerTls:
             self._fetch,  # type: ignore[arg-type]  # may give None
             require_client_authentication=self.asks,
         )
+
+    def context(self) -> "ssl.SSLContext":
+        """The same for a server that is not grpc's."""
+        import ssl
+
+        files, version = self._files, self._pems.version
+        if not (files.cert and files.key):
+            raise InvalidArgument("a server needs --tls-cert and --tls-key", reason="TLS_INCOMPLETE")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(files.cert, files.key)
+        if files.ca:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(files.ca)
+        newest = {version: context}
+
+        def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            self._pems.get()
+            if self._pems.version not in newest:
+                newest.clear()
+                newest[self._pems.version] = self.context()
+            connection.context = newest[self._pems.version]
+
+        context.sni_callback = choose
+        return context
 
     def _fetch(self) -> "grpc.ServerCertificateConfiguration | None":
         """Called before each handshake, in a thread of grpc's; None leaves everything as it was."""

@@ -63,6 +63,7 @@ def run(
     as_json: bool = False,
     metrics: bool = False,
     security: ClusterSecurity,
+    http_port: int | None = None,
 ) -> int:
     """Runs the cluster; returns the exit status. With `as_json` a line on stdout says where it is when it serves."""
     security.check()
@@ -71,7 +72,14 @@ def run(
     if twice := {name for name in names if names.count(name) > 1}:
         raise InvalidArgument(f"two models are called {min(twice)!r}: name one with NAME=CHECKPOINT")
     cluster = LocalCluster(
-        home, store=store, executors=executors, host=host, port=port, metrics=metrics, security=security
+        home,
+        store=store,
+        executors=executors,
+        host=host,
+        port=port,
+        metrics=metrics,
+        security=security,
+        http_port=http_port,
     )
     for model in wanted:
         if model.checkpoint is None:
@@ -171,12 +179,15 @@ class _Up:
             "data": str(cluster.home.root),
             "pid": os.getpid(),
             "metrics": cluster.metrics,
+            "http": cluster.http,
             "models": [{"name": model.name, "engine_id": model.engine_id} for model in served],
         }
 
     def _say_what_next(self, served: Sequence[Model]) -> None:
         cluster, say = self._cluster, self._console.print
         say(f"  gateway    {cluster.gateway}")
+        if cluster.http:
+            say(f"  page       {cluster.http}/  (and OpenAI's API at {cluster.http}/v1)")
         say(f"  builder    {cluster.builder}")
         say(f"  executors  {', '.join(cluster.executors)}")
         say(f"  logs       {cluster.home.logs}")

@@ -1,7 +1,7 @@
 """A tokenizer of the caller's own: any object with encode and decode."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.errors import FailedPrecondition, InvalidArgument
@@ -34,7 +34,16 @@ class GivenTokenizer(Tokenizer):
         found = self._encode(text, **options)
         return [int(token) for token in getattr(found, "ids", found)]
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def token_bytes(self, token_id: int) -> bytes:
+        """What its decode says of one."""
+        return self.decode([token_id], False).encode()
+
+    @property
+    def tool_call_tag(self) -> str | None:
+        """None: nothing is known of its template."""
+        return None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """Its apply_chat_template. Raises FailedPrecondition if it has none."""
         apply = getattr(self.given, "apply_chat_template", None)
         if apply is None:
@@ -42,7 +51,8 @@ class GivenTokenizer(Tokenizer):
                 "the tokenizer that was given has no apply_chat_template: give text or token ids instead of a conversation",
                 reason="CHAT_TEMPLATE_MISSING",
             )
-        return str(apply(list(messages), tokenize=False, add_generation_prompt=True))
+        offered = {"tools": list(tools)} if tools else {}
+        return str(apply(list(messages), tokenize=False, add_generation_prompt=True, **offered))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Its decode, which is told of special tokens if it wants to know."""

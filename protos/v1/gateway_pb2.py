@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import common_pb2 as protos_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/v1/gateway.proto\x12\x0e\x65nginehouse.v1\x1a\x16protos/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\x04\x43hat\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.enginehouse.v1.ChatMessage\"\xf7\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x18.enginehouse.v1.TokenIds\x12\"\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x14.enginehouse.v1.Chat\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.enginehouse.v1.SamplingParams\x12\x32\n\x08stopping\x18\x06 \x01(\x0b\x32 .enginehouse.v1.StoppingCriteria\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\t \x01(\x08H\x02\x88\x01\x01\x12\x10\n\x08priority\x18\n \x01(\x05\x12-\n\x06output\x18\x0b \x01(\x0b\x32\x1d.enginehouse.v1.OutputOptions\x12\x0e\n\x01n\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\r \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x0e \x01(\x08\x12\x11\n\tbad_words\x18\x0f \x03(\t\x12/\n\x0b\x62\x65\x61m_search\x18\x10 \x01(\x0b\x32\x1a.enginehouse.v1.BeamSearch\x12\x37\n\x0fguided_decoding\x18Z \x01(\x0b\x32\x1e.enginehouse.v1.GuidedDecodingB\x07\n\x05_textB\x15\n\x13_add_special_tokensB\x16\n\x14_skip_special_tokensB\x04\n\x02_nB\n\n\x08_best_of\"\xab\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x05usage\x18\x03 \x01(\x0b\x32\x15.enginehouse.v1.Usage\x12*\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x1a.enginehouse.v1.FinishInfo\x12\r\n\x05index\x18\x05 \x01(\r\x12*\n\x08logprobs\x18\x06 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\x12\x31\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\x12\x1f\n\x12\x63umulative_logprob\x18\x08 \x01(\x02H\x00\x88\x01\x01\x42\x15\n\x13_cumulative_logprob\"\x98\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.enginehouse.v1.Chat\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05_textB\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.enginehouse.v1.Model\"\x9c\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x17\n\x0fready_executors\x18\x03 \x01(\r\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x12\n\nvocab_size\x18\x07 \x01(\r2\xd3\x02\n\x07Gateway\x12O\n\x08Generate\x12\x1f.enginehouse.v1.GenerateRequest\x1a .enginehouse.v1.GenerateResponse0\x01\x12M\n\x08Tokenize\x12\x1f.enginehouse.v1.TokenizeRequest\x1a .enginehouse.v1.TokenizeResponse\x12S\n\nDetokenize\x12!.enginehouse.v1.DetokenizeRequest\x1a\".enginehouse.v1.DetokenizeResponse\x12S\n\nListModels\x12!.enginehouse.v1.ListModelsRequest\x1a\".enginehouse.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/v1/gateway.proto\x12\x0e\x65nginehouse.v1\x1a\x16protos/v1/common.proto\"~\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12,\n\ntool_calls\x18\x64 \x03(\x0b\x32\x18.enginehouse.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x65 \x01(\t\x12\x0c\n\x04name\x18\x66 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"Z\n\x04\x43hat\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.enginehouse.v1.ChatMessage\x12#\n\x05tools\x18\x64 \x03(\x0b\x32\x14.enginehouse.v1.Tool\"\xf7\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x18.enginehouse.v1.TokenIds\x12\"\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x14.enginehouse.v1.Chat\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.enginehouse.v1.SamplingParams\x12\x32\n\x08stopping\x18\x06 \x01(\x0b\x32 .enginehouse.v1.StoppingCriteria\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\t \x01(\x08H\x02\x88\x01\x01\x12\x10\n\x08priority\x18\n \x01(\x05\x12-\n\x06output\x18\x0b \x01(\x0b\x32\x1d.enginehouse.v1.OutputOptions\x12\x0e\n\x01n\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\r \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x0e \x01(\x08\x12\x11\n\tbad_words\x18\x0f \x03(\t\x12/\n\x0b\x62\x65\x61m_search\x18\x10 \x01(\x0b\x32\x1a.enginehouse.v1.BeamSearch\x12\x37\n\x0fguided_decoding\x18Z \x01(\x0b\x32\x1e.enginehouse.v1.GuidedDecodingB\x07\n\x05_textB\x15\n\x13_add_special_tokensB\x16\n\x14_skip_special_tokensB\x04\n\x02_nB\n\n\x08_best_of\"\xab\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x05usage\x18\x03 \x01(\x0b\x32\x15.enginehouse.v1.Usage\x12*\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x1a.enginehouse.v1.FinishInfo\x12\r\n\x05index\x18\x05 \x01(\r\x12*\n\x08logprobs\x18\x06 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\x12\x31\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32\x18.enginehouse.v1.Logprobs\x12\x1f\n\x12\x63umulative_logprob\x18\x08 \x01(\x02H\x00\x88\x01\x01\x42\x15\n\x13_cumulative_logprob\"\x98\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.enginehouse.v1.Chat\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05_textB\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.enginehouse.v1.Model\"\x9c\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x17\n\x0fready_executors\x18\x03 \x01(\r\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x12\n\nvocab_size\x18\x07 \x01(\r2\xd3\x02\n\x07Gateway\x12O\n\x08Generate\x12\x1f.enginehouse.v1.GenerateRequest\x1a .enginehouse.v1.GenerateResponse0\x01\x12M\n\x08Tokenize\x12\x1f.enginehouse.v1.TokenizeRequest\x1a .enginehouse.v1.TokenizeResponse\x12S\n\nDetokenize\x12!.enginehouse.v1.DetokenizeRequest\x1a\".enginehouse.v1.DetokenizeResponse\x12S\n\nListModels\x12!.enginehouse.v1.ListModelsRequest\x1a\".enginehouse.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,27 +33,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.v1.gateway_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHATMESSAGE']._serialized_start=67
-  _globals['_CHATMESSAGE']._serialized_end=111
-  _globals['_CHAT']._serialized_start=113
-  _globals['_CHAT']._serialized_end=166
-  _globals['_GENERATEREQUEST']._serialized_start=169
-  _globals['_GENERATEREQUEST']._serialized_end=800
-  _globals['_GENERATERESPONSE']._serialized_start=803
-  _globals['_GENERATERESPONSE']._serialized_end=1102
-  _globals['_TOKENIZEREQUEST']._serialized_start=1105
-  _globals['_TOKENIZEREQUEST']._serialized_end=1257
-  _globals['_TOKENIZERESPONSE']._serialized_start=1259
-  _globals['_TOKENIZERESPONSE']._serialized_end=1296
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1298
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1409
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1411
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1445
-  _globals['_LISTMODELSREQUEST']._serialized_start=1447
-  _globals['_LISTMODELSREQUEST']._serialized_end=1466
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1468
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1527
-  _globals['_MODEL']._serialized_start=1530
-  _globals['_MODEL']._serialized_end=1686
-  _globals['_GATEWAY']._serialized_start=1689
-  _globals['_GATEWAY']._serialized_end=2028
+  _globals['_CHATMESSAGE']._serialized_end=193
+  _globals['_TOOLCALL']._serialized_start=195
+  _globals['_TOOLCALL']._serialized_end=250
+  _globals['_TOOL']._serialized_start=252
+  _globals['_TOOL']._serialized_end=313
+  _globals['_CHAT']._serialized_start=315
+  _globals['_CHAT']._serialized_end=405
+  _globals['_GENERATEREQUEST']._serialized_start=408
+  _globals['_GENERATEREQUEST']._serialized_end=1039
+  _globals['_GENERATERESPONSE']._serialized_start=1042
+  _globals['_GENERATERESPONSE']._serialized_end=1341
+  _globals['_TOKENIZEREQUEST']._serialized_start=1344
+  _globals['_TOKENIZEREQUEST']._serialized_end=1496
+  _globals['_TOKENIZERESPONSE']._serialized_start=1498
+  _globals['_TOKENIZERESPONSE']._serialized_end=1535
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1537
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1648
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1650
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1684
+  _globals['_LISTMODELSREQUEST']._serialized_start=1686
+  _globals['_LISTMODELSREQUEST']._serialized_end=1705
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1707
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1766
+  _globals['_MODEL']._serialized_start=1769
+  _globals['_MODEL']._serialized_end=1925
+  _globals['_GATEWAY']._serialized_start=1928
+  _globals['_GATEWAY']._serialized_end=2267
 # @@protoc_insertion_point(module_scope)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 @dataclass
 class Service:
-    """A running service; `metrics` is the URL of its metrics, if it was started with --metrics-port."""
+    """A running service; `metrics` and `http` are its URLs, if it was started with --metrics-port and --http-port."""
 
     name: str
     process: subprocess.Popen[str]
     address: str
     log: Path
     metrics: str = ""
+    http: str = ""
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Ends it; its exit status."""
@@ -61,11 +62,13 @@ def service(
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=everything)
     assert process.stdout is not None
     try:
-        line, metrics = process.stdout.readline(), ""
+        line, metrics, http = process.stdout.readline(), "", ""
         if " metrics on " in line:
             metrics, line = line.split()[-1], process.stdout.readline()
+        if " http on " in line:
+            http, line = line.split()[-1], process.stdout.readline()
         assert " listening on " in line, f"{package} did not start: {log.read_text()}"
-        yield Service(package, process, line.split()[-1], log, metrics)
+        yield Service(package, process, line.split()[-1], log, metrics, http)
     finally:
         process.terminate()
         try:

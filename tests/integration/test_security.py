@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import openai
 import pytest
 
 from engine.errors import EnginehouseError, PermissionDenied, Unauthenticated, Unavailable
@@ -154,6 +156,29 @@ def test_a_tenant_sees_and_uses_its_models_alone(cluster: Secured) -> None:
     with LLM.connect(cluster.state.gateway, "demo", api_key=operator, tls_ca=ca) as llm:
         made = llm.generate("In the beginning", SamplingParams(max_tokens=4))
         assert len(made.outputs[0].token_ids) == 4
+
+
+def test_http_asks_for_the_same_keys_over_the_same_tls(cluster: Secured) -> None:
+    assert cluster.state.http.startswith("https://127.0.0.1:")
+    trusted = ssl.create_default_context(cafile=f"{cluster.certs}/ca.pem")
+
+    def client(key: str) -> openai.OpenAI:
+        http = openai.DefaultHttpxClient(verify=trusted)
+        return openai.OpenAI(base_url=f"{cluster.state.http}/v1", api_key=key, http_client=http, max_retries=0)
+
+    operator, guest = cluster.secrets
+    with client(operator) as known:
+        assert [model.id for model in known.models.list()] == ["demo"]
+        assert known.completions.create(model="demo", prompt="And God", max_tokens=4).usage is not None
+    with client(guest) as known:
+        assert [model.id for model in known.models.list()] == []
+        with pytest.raises(openai.PermissionDeniedError, match="may not use model 'demo'"):
+            known.completions.create(model="demo", prompt="And God", max_tokens=4)
+    with client("eh_wrong") as unknown, pytest.raises(openai.AuthenticationError):
+        unknown.models.list()
+    with client(operator) as known:  # who opens the page has no key yet
+        assert known._client.get(f"{cluster.state.http}/").status_code == 200
+        assert known._client.get(f"{cluster.state.http}/status").status_code == 401
 
 
 def test_what_is_too_large_or_asks_how_the_service_looks_is_refused(cluster: Secured) -> None:

@@ -180,6 +180,8 @@ def run(service: str) -> None:
     parser.add_argument("--checkpoint-root")
     parser.add_argument("--work-dir")
     parser.add_argument("--drain-seconds")
+    parser.add_argument("--http-port")
+    parser.add_argument("--builder")
     arguments = parser.parse_args()
     if told("silent", service):
         print("a line that says nothing", flush=True)
