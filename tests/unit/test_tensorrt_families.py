@@ -14,6 +14,7 @@ from test_families import CASES as LLAMAS
 from test_families_experts import CASES as EXPERTS
 from test_families_gpt import CASES as GPTS
 from test_families_wide import CASES as WIDE
+from test_shards import CASES as DIVIDED
 from torch import Tensor
 
 from builder_svc.build_config import BuildConfig
@@ -129,7 +130,18 @@ class Led(Group):
 )
 def test_two_ranks_equal_one(family: str, target: Any, tmp_path: Path) -> None:
     """Rank 0's scheduler and runner lead; collectives go by the metadata that the layers have."""
-    checkpoint, store = save_checkpoint(tmp_path / "checkpoint", family, vocab_size=323), tmp_path / "store"
+    check_two_ranks(save_checkpoint(tmp_path / "checkpoint", family, vocab_size=323), target, tmp_path)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("case", sorted(DIVIDED))
+def test_two_ranks_of_others_equal_one(case: str, tmp_path: Path) -> None:
+    family, changes = DIVIDED[case]
+    check_two_ranks(save_checkpoint(tmp_path / "checkpoint", family, **changes), PADDED, tmp_path)
+
+
+def check_two_ranks(checkpoint: Path, target: Any, tmp_path: Path) -> None:
+    store = tmp_path / "store"
     alone = TensorRTEngine(make_engine(checkpoint, store, prepared=False, **OPTIONS), target)
     wanted, work = listen(alone.runner), prompts()
     alone.run(work)
