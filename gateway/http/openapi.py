@@ -111,6 +111,7 @@ def _generation(summary: str, schema: dict[str, Any], kind: str, content: str) -
         "description": "The request is larger than --max-message-bytes",
         **_error_content(),
     }
+    operation["responses"]["415"] = {"description": "The content type is not application/json", **_error_content()}
     return operation
 
 

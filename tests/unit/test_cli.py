@@ -81,12 +81,13 @@ class MockGateway(GatewayServicer):
 
     def Generate(self, request: Any, context: Any) -> Iterator[GenerateResponse]:
         self.requests.append(request)
-        for reply in self.replies.get_nowait():
+        replies = self.replies.get_nowait()
+        if "wait" in replies:  # now: whoever cancels behind the first reply may do so before we go on
+            context.add_callback(lambda: self.cancelled.put(True))
+        for reply in replies:
             if isinstance(reply, EnginehouseError):
                 abort(context, reply)
             elif reply == "wait":
-                if not context.add_callback(lambda: self.cancelled.put(True)):  # it has ended already
-                    self.cancelled.put(True)
                 while context.is_active():
                     time.sleep(0.01)
             else:
