@@ -82,16 +82,18 @@ class MockGateway(GatewayServicer):
     def Generate(self, request: Any, context: Any) -> Iterator[GenerateResponse]:
         self.requests.append(request)
         replies = self.replies.get_nowait()
-        if "wait" in replies:  # now: whoever cancels behind the first reply may do so before we go on
-            context.add_callback(lambda: self.cancelled.put(True))
-        for reply in replies:
-            if isinstance(reply, EnginehouseError):
-                abort(context, reply)
-            elif reply == "wait":
-                while context.is_active():
-                    time.sleep(0.01)
-            else:
-                yield reply
+        try:
+            for reply in replies:
+                if isinstance(reply, EnginehouseError):
+                    abort(context, reply)
+                elif reply == "wait":
+                    while context.is_active():
+                        time.sleep(0.01)
+                else:
+                    yield reply
+        finally:  # also if the call is cancelled behind a reply, and never goes on here
+            if "wait" in replies:
+                self.cancelled.put(True)
 
     def Tokenize(self, request: Any, context: Any) -> TokenizeResponse:
         return TokenizeResponse(token_ids=[0, *map(len, request.text.split())])
