@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import math
+import os
 import random
 import re
+import subprocess
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -91,14 +93,16 @@ class Fleet:
         self._store, self._folder = store, folder
         self._stack = ExitStack()
 
-    def add_executor(self, port: str = "0", drain: float = 20) -> Service:
+    def add_executor(self, *more: str, port: str = "0", drain: float = 20, within: Sequence[str] = ()) -> Service:
+        """`more`: arguments of the executor; `within` as `service` takes it."""
         log = self._folder / f"executor-{len(self.executors)}.log"
         made = self._stack.enter_context(
             service(
                 "executor_svc",
                 log,
-                *("--store", self._store, "--engine", "tiny", "--drain-seconds", f"{drain}"),
+                *("--store", self._store, "--engine", "tiny", "--drain-seconds", f"{drain}", *more),
                 port=port,
+                within=within,
             )
         )
         self.executors.append(made)
@@ -172,6 +176,41 @@ async def fleet(
             yield made
     finally:
         made.close()
+
+
+class Elsewhere:
+    """A network namespace with a cable to this one, for a process of another machine.
+
+    Attributes:
+        within: the command by which a program runs there.
+        address: its own there.
+    """
+
+    address = "10.78.0.2"
+
+    def __init__(self, stack: ExitStack) -> None:
+        """Raises OSError or CalledProcessError where none may be made."""
+        self._name = f"eh{os.getpid()}"
+        self.within = ("ip", "netns", "exec", self._name)
+        _ip("netns", "add", self._name)
+        stack.callback(_ip, "netns", "del", self._name)  # and the cable with it
+        _ip("link", "add", self._name, "type", "veth", "peer", "name", "cable", "netns", self._name)
+        _ip("addr", "add", "10.78.0.1/24", "dev", self._name)
+        _ip("link", "set", self._name, "up")
+        _ip("-n", self._name, "addr", "add", f"{self.address}/24", "dev", "cable")
+        for device in ("lo", "cable"):
+            _ip("-n", self._name, "link", "set", device, "up")
+
+    def cut(self) -> None:
+        """Nothing comes through any more, and nobody is told."""
+        _ip("-n", self._name, "link", "set", "cable", "down")
+
+    def mend(self) -> None:
+        _ip("-n", self._name, "link", "set", "cable", "up")
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 class Valve:

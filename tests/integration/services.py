@@ -34,6 +34,7 @@ def service(
     *arguments: str,
     port: str = "0",
     program: Sequence[str] = (),
+    within: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     alone: bool = False,
     extras: Sequence[str] = (),
@@ -45,6 +46,7 @@ def service(
     Args:
         port: or HOST:PORT of one that ran before.
         program: Python's arguments instead of `-m package`.
+        within: a command that becomes the one behind it, such as `ip netns exec NAME`.
         environment: added to this process' own.
         alone: the environment is all that it gets.
         extras: that it sees beside its own.
@@ -57,7 +59,7 @@ def service(
         "PYTHONSAFEPATH": "1",
         "ENGINEHOUSE_ONLY": ",".join((package.removesuffix("_svc"), *extras)),
     }
-    command = [sys.executable, *(program or ("-m", package)), "--port", port.rpartition(":")[2], *arguments]
+    command = [*within, sys.executable, *(program or ("-m", package)), "--port", port.rpartition(":")[2], *arguments]
     with log.open("a") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=everything)
     assert process.stdout is not None

@@ -5,9 +5,10 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import grpc
@@ -18,7 +19,7 @@ from engine import registry
 from engine.backends import open_store
 from protos.rpc import from_rpc_error
 from protos.v1 import gateway_pb2_grpc
-from tests.integration.fleet import Fleet, Stream, Valve, fleet, follow, leaves_no_files, request
+from tests.integration.fleet import Elsewhere, Fleet, Stream, Valve, fleet, follow, leaves_no_files, request
 from tests.memory import tree
 from tests.seaweed import SeaweedFS
 
@@ -135,6 +136,29 @@ async def test_half_open_connections_are_left_within_seconds(store: str, tmp_pat
         valves[0].shut()
         await end_alike(made, tasks)
         valves[0].reopen()
+        await made.ready(2)
+        await made.settled()
+
+
+@pytest.mark.drill
+async def test_a_cable_that_is_cut_is_noticed_within_seconds(store: str, tmp_path: Path) -> None:
+    """Between two network namespaces: connections stay half-open on both sides, by the kernel's own rules."""
+    async with AsyncExitStack() as stack:
+        try:
+            elsewhere = Elsewhere(stack.enter_context(ExitStack()))
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespace can be made here: {error}")
+        made = Fleet(store, tmp_path)
+        stack.callback(made.close)
+        there = made.add_executor("--host", elsewhere.address, "--insecure", within=elsewhere.within)
+        made.add_gateway([there.address, made.add_executor().address])
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(made.gateway.address))
+        made.stub = gateway_pb2_grpc.GatewayStub(channel)
+        await made.ready(2)
+        _, tasks = await begun(made)
+        elsewhere.cut()
+        await end_alike(made, tasks)
+        elsewhere.mend()
         await made.ready(2)
         await made.settled()
 
