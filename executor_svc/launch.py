@@ -9,6 +9,11 @@ from typing import IO, NamedTuple
 
 WORKER = ("-m", "executor_svc.worker")
 
+# Threads that wait for each other by spinning take the cores from whom they wait for, as soon as anything else runs:
+# measured on two busy cores, a model of 5 million parameters, 9 tokens/s spinning and 110 not. But to fall asleep between
+# two operators costs a quarter of a step of half a billion parameters (bench/LOG.md): so they spin for some 50 us first.
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+
 
 class Launched(NamedTuple):
     """A worker's process and the front's end of the socket between them; it waits to be told its engine."""
@@ -71,13 +76,8 @@ class Spares:
                     [*self._command, "--fd", str(theirs.fileno()), *self._arguments],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    # Threads that wait for each other by spinning take the cores from whom they wait for, as soon as
-                    # anything else runs: measured on two busy cores, a model of 5 million parameters, 9 tokens/s
-                    # spinning and 110 not. But to fall asleep between two operators costs a quarter of a step of half a
-                    # billion parameters (bench/LOG.md): so they spin for some 50 us first.
                     env={
-                        "OMP_WAIT_POLICY": "PASSIVE",
-                        "GOMP_SPINCOUNT": "20000",
+                        **THREADS,
                         "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink needs rights that containers often have not
                         **(self._environment or os.environ),
                     },

@@ -2,7 +2,8 @@
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -141,14 +142,25 @@ def test_two_ranks_of_others_equal_one(case: str, tmp_path: Path) -> None:
 
 
 def check_two_ranks(checkpoint: Path, target: Any, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    alone = TensorRTEngine(make_engine(checkpoint, store, prepared=False, **OPTIONS), target)
-    wanted, work = listen(alone.runner), prompts()
+    alone = TensorRTEngine(make_engine(checkpoint, tmp_path / "store", prepared=False, **OPTIONS), target)
+    wanted, work, again = listen(alone.runner), prompts(), prompts()
     alone.run(work)
+    with led_by_rank_0(alone, checkpoint, target, tmp_path):
+        found = listen(alone.runner)
+        alone.run(again)
+    assert [one.token_ids for one in again] == [one.token_ids for one in work]
+    assert len(found) == len(wanted)
+    assert max((one - other).abs().max() for one, other in zip(found, wanted, strict=True) if len(one)) < 1e-4
 
-    stage, plans, directory = Stage(2), Queue[bytes | None](), DirectoryStore(store)
-    two = build(checkpoint, BuildConfig(device="cpu", tp_size=2, **OPTIONS), store=directory)
-    ranks = [begin_load(directory, two.engine_id, this_node("cpu"), which=lambda _, r=rank: r) for rank in range(2)]
+
+@contextmanager
+def led_by_rank_0(
+    engine: TensorRTEngine, checkpoint: Path, target: Any, tmp_path: Path, **options: Any
+) -> Iterator[None]:
+    """Makes the engine's runner the first of two ranks'; the second follows in a thread."""
+    stage, plans, store = Stage(2), Queue[bytes | None](), DirectoryStore(tmp_path / "store")
+    two = build(checkpoint, BuildConfig(device="cpu", tp_size=2, **OPTIONS, **options), store=store)
+    ranks = [begin_load(store, two.engine_id, this_node("cpu"), which=lambda _, r=rank: r) for rank in range(2)]
     for part in ranks:
         part.arriving.close()
 
@@ -172,15 +184,34 @@ def check_two_ranks(checkpoint: Path, target: Any, tmp_path: Path) -> None:
         while (plan := plans.get()) is not None:
             runners[1].follow(plan)
 
-    alone.runner, alone.scheduler = runners[0], Scheduler(scheduler_config(runners[0], ranks[0].manifest))
-    found, again = listen(runners[0]), prompts()
+    engine.runner, engine.scheduler = runners[0], Scheduler(scheduler_config(runners[0], ranks[0].manifest))
     follower = threading.Thread(target=follow)
     follower.start()
     try:
-        alone.run(again)
+        yield
     finally:
         plans.put(None)
         follower.join()
-    assert [one.token_ids for one in again] == [one.token_ids for one in work]
-    assert len(found) == len(wanted)
-    assert max((one - other).abs().max() for one, other in zip(found, wanted, strict=True) if len(one)) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 0.013), ("bfloat16", 0.11)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_llama_in_each_precision(dtype: str, tolerance: float, ranks: int, tmp_path: Path) -> None:
+    """Against transformers in float32 with the weights rounded: logits of about 5, from a width of 512."""
+    checkpoint = save_checkpoint(
+        tmp_path / "checkpoint", vocab_size=2000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,
+        num_attention_heads=8, initializer_range=0.05, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    )  # fmt: skip
+    exact: Any = copy.deepcopy(reference_of(checkpoint)).to(getattr(torch, dtype)).float()
+    tokens = [[5, 17, 900, 33, 2, 71, 8, 9, 10, 11, 400], [3, 1999, 7], [44, 45, 46, 47, 48, 49]]
+    work = [Sequence(0, row, list(ids), len(ids), 5, Sampling(0.0)) for row, ids in enumerate(tokens)]
+    engine = TensorRTEngine(make_engine(checkpoint, tmp_path / "store", prepared=False, dtype=dtype, **OPTIONS), PADDED)
+    with led_by_rank_0(engine, checkpoint, PADDED, tmp_path, dtype=dtype) if ranks == 2 else nullcontext():
+        steps = listen(engine.runner)
+        engine.run(work)
+    found = torch.stack(steps[:5], 1).float()  # of a prompt and four decodes
+    for row, (sequence, prompt) in enumerate(zip(work, tokens, strict=True)):
+        with torch.inference_mode():
+            wanted = exact(torch.tensor([sequence.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
+        assert 3 < wanted.abs().max() < 8
+        assert (found[row] - wanted).abs().max() <= tolerance
