@@ -1,9 +1,9 @@
 """Where a completion stands in its grammar, and which tokens may come next.
 
-A mask is a row of bits, which the sampler puts over the logits (sampler.py, processors.py). Most take a microsecond, when what the
-matcher knows of the text has just been in the caches: less than to hand them to another thread. So a mask is computed as soon as the
-token before it is accepted. One of a guide whose masks take longer is begun when a batch is started, and is there when the batch's
-logits are; all of a batch's are one call then, without the interpreter's lock.
+A mask is a row of bits, which the sampler puts over the logits (sampler.py, processors.py). Most take a microsecond, right behind the
+token before them, while what the matcher knows of the text is in the caches: less than to hand them to another thread. So that is
+when they are computed. Those of a guide whose masks take longer are begun when a batch is started, and are there when its logits
+are; all of a batch's are one call then, without the interpreter's lock.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from executor_svc.core import Sequence
 from executor_svc.grammar_trial import too_complex
 
 _QUICK = 20e-6  # seconds that a mask may take which is computed at once
-# A slow mask counts as much as so many quick ones that make up for it; so many slow ones, and masks are left to `fill`, of which each
-# counts as a quick one: then one is tried again.
+# So many quick masks make up for a slow one. A guide whose masks were too slow leaves them to `fill`; each of these counts as a quick
+# one, so that now and then one is computed at once again.
 _SLOW, _TOO_SLOW = 16, 32
 
 
@@ -31,7 +31,7 @@ class Guide:
         error: why it cannot go on; then every token is allowed, and none of them counts.
         begun: that the next token's mask is being computed beside the loop. ready: that it has been.
         mask, address: its bits, uint8 [at least vocab_size / 8], from the lowest of the first byte on, in whole words of 32 bits;
-            and where they lie.
+            and where they lie. num_bits: how many they are, at least vocab_size.
         ends, stops: bits of the tokens that end the completion; whether any of them is text.
     """
 
@@ -65,6 +65,7 @@ class Guide:
         self._end_byte, self._end_bit = vocab_size >> 3, 1 << (vocab_size & 7)
         self.mask = np.frombuffer(self._bytes, dtype=np.uint8)
         self.address: int = self.mask.ctypes.data
+        self.num_bits = 8 * len(self._none)
         self._slow = 0
         # Called for every token: bound once.
         self._consume, self._is_stopped = matcher.consume_token, matcher.is_stopped
@@ -112,7 +113,7 @@ class Guide:
         return False
 
     def finish(self) -> None:
-        """Completes a mask that has been computed: with what ends the text where it may end, without stop ids where it need not."""
+        """Completes a mask that has been computed: adds what ends the text where it may end, takes stop ids where it may go on."""
         at_end = self._bytes[self._end_byte] & self._end_bit
         if at_end or self.stops or self._bytes == self._none:
             self._finish(at_end)

@@ -91,8 +91,8 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
     """
     biased: _Pairs = []
     banned: _Pairs = []
-    masks = [0] * len(sequences)  # where they lie
-    allowed: dict[int, np.ndarray] = {}  # their bits, where those are looked at or are not the guide's own
+    masks, bits = [0] * len(sequences), 0  # where they lie; how many bits each has
+    allowed: dict[int, np.ndarray] = {}  # what lies there, if that is looked at or is not the guide's own
     native = choose.serves(logits)
     held: _Pairs = []
     biases: list[np.ndarray] = []
@@ -103,7 +103,7 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
         guide = sequence.guide
         if not sampling.edits and not sequence.min_tokens:
             if guide is not None:
-                masks[row] = guide.bits()
+                masks[row], bits = guide.bits(), guide.num_bits
                 if not native:
                     allowed[row] = guide.mask
             continue
@@ -115,7 +115,7 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
             biases.append(edits.biases)
         bans = edits.banned(sequence, position)
         if guide is not None:
-            masks[row], allowed[row] = guide.bits(), guide.mask
+            masks[row], bits, allowed[row] = guide.bits(), guide.num_bits, guide.mask
             if bans:
                 allowed[row] = _without(guide.mask, bans)
                 masks[row] = allowed[row].ctypes.data
@@ -134,8 +134,8 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
         logits[at] += torch.from_numpy(np.concatenate(biases)).to(device)
     if banned:
         logits[_pairs(banned, device)] = float("-inf")
-    if native and any(masks):
-        choose.forbid(logits, masks)
+    if native and bits:
+        choose.forbid(logits, masks, bits)
     elif allowed:
         logits[list(allowed)] += _masks(np.array(list(allowed.values())), logits.shape[-1], device)
     if held:

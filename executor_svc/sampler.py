@@ -84,18 +84,18 @@ def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> S
     """
     others = [row for row, sequence in enumerate(sequences) if not sequence.plain]
     ways: dict[_Way, list[int]] = {}
-    masks = [0] * len(sequences)
+    masks, bits = [0] * len(sequences), 0
     native = choose.serves(logits)
     for row in others:
         sequence = sequences[row]
         if native and sequence.masked:
-            masks[row] = sequence.guide.bits()
+            masks[row], bits = sequence.guide.bits(), sequence.guide.num_bits
         elif way := _way(sequence, positions[row]):
             ways.setdefault(way, []).append(row)
     if len(sequences) == sum(map(len, ways.values())):
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     else:
-        tokens = choose.best(logits, masks) if native else logits.argmax(-1)
+        tokens = choose.best(logits, masks, bits) if native else logits.argmax(-1)
     told: dict[int, Logprobs] = {}
     for way, all_rows in ways.items():
         for rows in slices(all_rows, logits.shape[-1]):

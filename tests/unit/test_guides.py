@@ -2,7 +2,8 @@
 
 import random
 import select
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from engine.token_table import TokenTable
 from executor_svc.core import Batch, Reason, Sampled, Sampling, Scheduled, SchedulerConfig, Sequence
 from executor_svc.grammars import vocabulary
 from executor_svc.guides import Guides
-from executor_svc.processors import _masks
+from executor_svc.kernels import choose
+from executor_svc.processors import _masks, edit
 from executor_svc.sampler import sample
 from executor_svc.scheduler import Scheduler
 from protos.v1.common_pb2 import GuidedDecoding
@@ -99,10 +101,57 @@ def test_masks_are_the_bits() -> None:
         assert _masks(bits, count, torch.device("cpu")).tolist() == wanted
 
 
+def test_what_a_greedy_token_costs(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of the matcher for the token and one for the next mask; whether it is the end is asked where it may be; no float masks."""
+    monkeypatch.setattr("executor_svc.guide._QUICK", 60)
+    monkeypatch.setattr("executor_svc.sampler.edit", None if choose.serves(torch.zeros(1, 1)) else edit)
+    monkeypatch.setattr(guides, "_masks", None)
+    run = [guided(request(sampling=Sampling(0.0)), guides, regex="[a-c]{200}") for _ in range(32)]
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any) -> Any:
+            calls[name] += 1
+            return call(*arguments)
+
+        return count
+
+    for sequence in run:
+        sequence.guide.bits()
+        for name in ("_consume", "_compute", "_is_stopped"):
+            setattr(sequence.guide, name, counted(name, getattr(sequence.guide, name)))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        guides.prepare(Batch(step, tuple(Scheduled(sequence, 0, 1, True) for sequence in run)))
+        logits = torch.randn(len(run), len(TABLE.tokens), generator=generator)
+        for sequence, token in zip(run, sample(logits, run, [1] * len(run)).token_ids, strict=True):
+            assert not sequence.guide.accept(token)
+    assert calls == {"_consume": 20 * len(run), "_compute": 20 * len(run)}
+
+
+def test_masks_that_take_long_are_left_to_the_thread(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of them: now and then one is tried again, and when they are quick, they are computed at once again."""
+    one = guided(request(), guides, regex="a{1,500}").guide
+
+    def computed_at_once(tokens: int) -> int:
+        return sum(not one.accept(ord("a")) and one.ready for _ in range(tokens))
+
+    monkeypatch.setattr("executor_svc.guide._QUICK", -1)
+    assert computed_at_once(100) < 10
+    monkeypatch.setattr("executor_svc.guide._QUICK", 60)
+    computed_at_once(100)
+    assert computed_at_once(100) == 100
+
+
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.0), Sampling(), Sampling(1.0, 3, 0.9, min_p=0.1), Sampling(repetition_penalty=3)]
 )
-def test_only_allowed_tokens_are_chosen_beside_free_rows(guides: Guides, sampling: Sampling) -> None:
+def test_only_allowed_tokens_are_chosen_beside_free_rows(
+    guides: Guides, sampling: Sampling, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(choose, "_library", None)
     free, held = request(sampling=sampling), guided(request(sampling=sampling), guides, regex="[pqr]")
     logits = torch.randn(40, len(TABLE.tokens), generator=torch.Generator().manual_seed(0)) * 4
     logits[:, ord("q")] = -50.0
