@@ -1,9 +1,9 @@
 """Where a completion stands in its grammar, and which tokens may come next.
 
-A mask is a row of bits, which the sampler puts over the logits (sampler.py, processors.py). Most take a microsecond, right behind the
-token before them, while what the matcher knows of the text is in the caches: less than to hand them to another thread. So that is
-when they are computed. Those of a guide whose masks take longer are begun when a batch is started, and are there when its logits
-are; all of a batch's are one call then, without the interpreter's lock.
+A mask is a row of bits, which the sampler puts over the logits (sampler.py, processors.py). Most take a microsecond, right behind
+the token before them, while what the matcher knows of the text is in the caches: less than to hand them to another thread. So
+that is when they are computed. Those of a guide whose masks take longer are begun when a batch is started, and are there when its
+logits are; all of a batch's are one call then, without the interpreter's lock.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from executor_svc.core import Sequence
 from executor_svc.grammar_trial import too_complex
 
 _QUICK = 20e-6  # seconds that a mask may take which is computed at once
-# So many quick masks make up for a slow one. A guide whose masks were too slow leaves them to `fill`; each of these counts as a quick
-# one, so that now and then one is computed at once again.
+# So many quick masks make up for a slow one. A guide whose masks were too slow leaves them to `fill`; each of these counts as a
+# quick one, so that now and then one is computed at once again.
 _SLOW, _TOO_SLOW = 16, 32
 
 
@@ -113,7 +113,7 @@ class Guide:
         return False
 
     def finish(self) -> None:
-        """Completes a mask that has been computed: adds what ends the text where it may end, takes stop ids where it may go on."""
+        """Completes a computed mask: adds what ends the text where it may end, takes stop ids away where it may go on."""
         at_end = self._bytes[self._end_byte] & self._end_bit
         if at_end or self.stops or self._bytes == self._none:
             self._finish(at_end)

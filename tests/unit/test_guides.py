@@ -102,7 +102,7 @@ def test_masks_are_the_bits() -> None:
 
 
 def test_what_a_greedy_token_costs(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of the matcher for the token and one for the next mask; whether it is the end is asked where it may be; no float masks."""
+    """A call of the matcher for the token, one for the next mask, none for the end where the text cannot end; no float masks."""
     monkeypatch.setattr("executor_svc.guide._QUICK", 60)
     monkeypatch.setattr("executor_svc.sampler.edit", None if choose.serves(torch.zeros(1, 1)) else edit)
     monkeypatch.setattr(guides, "_masks", None)
