@@ -5,9 +5,10 @@
     torchrun --nproc-per-node 2 -m bench.gpu --tp 2 ...
 
 Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
-Dummy weights, on this device; without a GPU on the CPU, to try the program itself. Names of results begin with `fp8_`, `int4_` or `int8_` where products are packed; `kv_` follows
-where the KV cache is of 8 bits; those of several GPUs with tp or pp and how many; those of another batch size than 256 end with
-it. `mixed_s` is of 1024 requests, or of as many as are asked for, which its name then has. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
+Dummy weights, on this device; where there is no GPU on the CPU, to try the program itself. Names of results begin with `fp8_`,
+`int4_` or `int8_` where products are packed; `kv_` follows where the KV cache is of 8 bits; those of several GPUs with tp or pp
+and how many; those of another batch size than 256 end with it. `mixed_s` is of 1024 requests, or of as many as are asked for,
+which its name then has. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
 """
 
 import argparse
