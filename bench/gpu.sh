@@ -3,15 +3,16 @@
 #   bench/gpu.sh OUT [MODEL.gguf] [timed|checks|ranks|more ...]
 # Of two GPUs the first is timed while the second is tested, each with half of the cores; then both run engines of two ranks; then
 # comes the rest. MODEL.gguf (Qwen2.5-Coder-0.5B) is quantized in all forms, and answers questions.
-# OUT gets a log of each command, its JSON, and in OUT/summary a line at its end: name, exit status, seconds. What has ended with 0 is
-# not run again: the same command goes on where it was cut off. $COMMIT is told in results where git knows none.
-# Exit status: 0 if all that was run has ended with 0.
+# OUT gets a log of each command, its JSON, and in OUT/summary a line at its end: name, exit status, seconds. What has a line is not
+# run again: the same command goes on where it was cut off. $COMMIT is told in results where git knows none.
+# Exit status: 0 if all in OUT/summary have ended with 0.
 set -u
 cd "$(dirname "$0")/.."
-out=$(realpath -m "$1") model= parts= python=${PYTHON:-python3}
+out=$(realpath -m "${1:?"give a directory for the results"}") || exit 2
+model= parts= python=${PYTHON:-python3}
 shift
 for argument; do
-  case $argument in *.gguf) model=$(realpath "$argument") ;; *) parts="$parts $argument" ;; esac
+  case $argument in *.gguf) model=$(realpath -m "$argument") ;; *) parts="$parts $argument" ;; esac
 done
 parts=" ${parts:-timed checks ranks more} "
 mkdir -p "$out" && touch "$out/summary"
@@ -24,10 +25,10 @@ print(torch.cuda.device_count())') || exit 2
 { nvidia-smi; nvidia-smi topo -m; nproc; free -g; df -h "$out" "${TMPDIR:-/tmp}"; "$python" -m pip list; } >"$out/machine" 2>&1
 [ "$gpus" -gt 0 ] || { echo "torch finds no GPU here" >&2; exit 2; }
 
-run() {  # NAME SECONDS COMMAND ...
+run() {  # NAME SECONDS COMMAND ...: at most so many seconds, whatever comes of it
   local name=$1 limit=$2 began=$SECONDS status
   shift 2
-  grep -q "^$name 0 " "$out/summary" && return
+  grep -q "^$name " "$out/summary" && return
   timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1
   status=$?
   echo "$name $status $((SECONDS - began))" | tee -a "$out/summary"
@@ -48,6 +49,8 @@ ranks_of() {  # NAME SECONDS ARGUMENTS OF bench.gpu ...
 of_8b=bench/models/llama-3.1-8b
 one_gpu() { bench bf16 300 gpu --tune --profile 1 8 64 256 0; }
 
+quantized() { [ ! -f "$model" ] || bench quantize 900 quantize "$model" --tokens 50000; }
+
 timed() {
   one_gpu
   bench fp8 240 gpu --tune --model $of_8b-fp8
@@ -65,7 +68,7 @@ checks() {
   {
     run sanitize 300 bench/sanitize.sh
     run racecheck 300 bench/sanitize.sh racecheck
-    [ -z "$model" ] || bench quantize 900 quantize "$model" --tokens 50000
+    quantized
   } &
   wait
 }
@@ -80,12 +83,14 @@ ranks() {
 }
 
 more() {
-  [ -z "$model" ] || bench real 200 real "$model"
+  CUDA_VISIBLE_DEVICES=$((gpus - 1)) quantized &  # where the model came too late to be tested with the rest
+  [ ! -f "$model" ] || bench real 200 real "$model"
   bench sampling 120 sampling
   bench products_packed 300 products --kind int4 int8 w8a8
   bench start_fp8 300 start --model $of_8b-fp8
   bench products 300 products --kind fp8 dense
   bench attention 300 attention
+  wait
 }
 
 on() {  # GPU PART: alone there, where the part was asked for
@@ -106,4 +111,4 @@ else
   (on 0 checks)
 fi
 (on 0 more)
-! grep -qv '^[^ ]* 0 ' "$out/summary"
+! grep -qv '^[^ ]* 0 ' "$out/summary"  # is there a line of another status?
