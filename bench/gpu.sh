@@ -3,8 +3,8 @@
 #   bench/gpu.sh OUT [MODEL.gguf] [timed|checks|ranks|more ...]
 # Of two GPUs the first is timed while the second is tested, each with half of the cores; then both run engines of two ranks; then
 # comes the rest. MODEL.gguf (Qwen2.5-Coder-0.5B) is quantized in all forms, and answers questions.
-# OUT gets a log of each command, its JSON, and in OUT/summary a line at its end: name, exit status, seconds. What has a line is not
-# run again: the same command goes on where it was cut off. $COMMIT is told in results where git knows none.
+# OUT gets a log of each command, its JSON, and in OUT/summary a line at its end: name, exit status, seconds. What has a line is
+# not run again: the same command goes on where it was cut off. $COMMIT is told in results where git knows none.
 # Exit status: 0 if all in OUT/summary have ended with 0.
 set -u
 cd "$(dirname "$0")/.."
@@ -16,7 +16,8 @@ for argument; do
 done
 parts=" ${parts:-timed checks ranks more} "
 mkdir -p "$out" && touch "$out/summary"
-export PYTHONUNBUFFERED=1 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1  # multicast needs rights that containers often have not
+export PYTHONUNBUFFERED=1
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1  # multicast needs rights that containers often have not
 gpus=$("$python" -c '
 import bench.gpu_grpc, bench.gpu_load, bench.quantize, bench.real, executor_svc.compile, executor_svc.server, executor_svc.worker
 import importlib.metadata, torch
@@ -64,7 +65,8 @@ timed() {
 
 checks() {
   bench load 780 gpu_load --minutes 10 --kv-blocks 600 &
-  run tests 900 "$python" -m pytest tests/gpu --ignore tests/gpu/test_gpu_ranks.py -n 4 -rfE --durations 20 --junitxml "$out/tests.xml" &
+  run tests 900 "$python" -m pytest tests/gpu --ignore tests/gpu/test_gpu_ranks.py -n 4 -rfE --durations 20 \
+    --junitxml "$out/tests.xml" &
   {
     run sanitize 300 bench/sanitize.sh
     run racecheck 300 bench/sanitize.sh racecheck
