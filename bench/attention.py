@@ -9,7 +9,6 @@ is checked against torch's SDPA.
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.serving import save
 from executor_svc.kernels import paged, prompt
 from executor_svc.kernels.paged import Form
 from executor_svc.kernels.tuning import timed
@@ -188,11 +188,11 @@ def main() -> None:
         for case, (rows, length) in DECODES.items():
             decodes(table, case, rows, length, torch.bfloat16)
             decodes(table, f"{case}, fp8", rows, length, torch.float8_e4m3fn)
+            save(arguments.out, table.found)
     if arguments.only != "decodes":
         for case, lengths in PROMPTS.items():
             prompts(table, case, lengths)
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), **table.found}, indent=1) + "\n")
+            save(arguments.out, table.found)
 
 
 if __name__ == "__main__":

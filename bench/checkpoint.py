@@ -43,12 +43,13 @@ def make(directory: Path, gigabytes: float) -> None:
     layers = max(1, round((gigabytes * 1e9 - 4 * hidden * vocab) / per_layer))
     shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,), "lm_head": (vocab, hidden)}
     shapes |= {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
+    noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values()) + len(shapes), dtype=torch.bfloat16)
     groups: list[dict[str, torch.Tensor]] = [{}]
     where = {}
-    for name, shape in shapes.items():
+    for number, (name, shape) in enumerate(shapes.items()):  # each begins elsewhere: no two tensors are the same
         if sum(tensor.nbytes for tensor in groups[-1].values()) > 9e8:
             groups.append({})
-        groups[-1][f"{name}.weight"] = torch.randn(shape, dtype=torch.bfloat16)
+        groups[-1][f"{name}.weight"] = noise[number : number + torch.Size(shape).numel()].view(shape).clone()
         where[f"{name}.weight"] = f"model-{len(groups):05d}.safetensors"
     directory.mkdir()
     for number, group in enumerate(groups, 1):

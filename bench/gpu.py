@@ -1,13 +1,14 @@
 """How fast a GPU serves: time to the first token, a decode step at several batch sizes, and mixed requests.
 
     python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8|-int4|-int8]] [--kv-cache-dtype fp8|int8] [--batch 256] [--tune]
-        [--out FILE.json] [--only WORKLOAD ...] [--profile ROWS ...]
+        [--out FILE.json] [--only WORKLOAD ...] [--requests 1024] [--profile ROWS ...]
     torchrun --nproc-per-node 2 -m bench.gpu --tp 2 ...
 
 Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
-Dummy weights, on this device. Names of results begin with `fp8_`, `int4_` or `int8_` where products are packed; `kv_` follows
-where the KV cache is of 8 bits; those of several GPUs with tp or pp and how many; those of another batch size than 256 end with
-it. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
+Dummy weights, on this device; where there is no GPU on the CPU, to try the program itself. Names of results begin with `fp8_`,
+`int4_` or `int8_` where products are packed; `kv_` follows where the KV cache is of 8 bits; those of several GPUs with tp or pp
+and how many; those of another batch size than 256 end with it. `mixed_s` is of 1024 requests, or of as many as are asked for,
+which its name then has. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
 """
 
 import argparse
@@ -25,12 +26,14 @@ from typing import Any
 import torch
 
 from bench.products import read_speed
-from bench.serving import build_dummy, load, run, save
+from bench.serving import build_dummy, facts, load, run, save
 from engine.errors import Unavailable
 from executor_svc.core import Batch, Sampling, Sequence
 from executor_svc.frames import FrameSocket
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKLOADS = ("ttft_ms_128", "ttft_ms_4096", "itl_ms_b1", "itl_ms_b8", "itl_ms_b64", "itl_ms_b256", "mixed_s")
+REQUESTS = 1024  # of mixed_s
 # vLLM 0.26, the floor and what we mean to reach, on one H100; by the prefix of a result's name
 TABLES = {
     "": ((11.5, 104.7, 6.60, 6.87, 7.77, 12.68, 35.4), (6, 90, 5.05, 5.2, 5.8, 10.3, 26), (8, 98, 5.5, 5.8, 7.1, 11.6, 30)),
@@ -50,7 +53,7 @@ class Bench:
         self, store: Path, model: Path, kv_cache_dtype: str, batch: int, tuned: bool, *, tp: int = 1, pp: int = 1
     ) -> None:
         sizes = {"max_batch_size": batch, "max_seq_len": 8192, "max_num_tokens": 8192, "tp_size": tp, "pp_size": pp}
-        engine = build_dummy(model, store, device="cuda", kv_cache_dtype=kv_cache_dtype, **sizes)
+        engine = build_dummy(model, store, device=DEVICE, kv_cache_dtype=kv_cache_dtype, **sizes)
         self.loaded = load(store, engine, tuned=tuned)
         self.group = self.loaded.group
         self.prefix = _prefix(self.loaded.manifest.quantization)
@@ -70,7 +73,8 @@ class Bench:
         made = []
         for prompt, tokens in lengths:
             self.serial += 1
-            ids = torch.randint(0, 120000, (prompt,), generator=torch.Generator().manual_seed(self.serial)).tolist()
+            most = min(120000, self.loaded.manifest.model.vocab_size)
+            ids = torch.randint(0, most, (prompt,), generator=torch.Generator().manual_seed(self.serial)).tolist()
             made.append(Sequence(0, self.serial, ids, prompt, tokens, Sampling(0.0), salt=b"%d" % self.serial))
         return made
 
@@ -92,10 +96,10 @@ class Bench:
         self.run(self.requests(lengths))
         return statistics.median(self.run(self.requests(lengths)) for _ in range(rounds))
 
-    def measure(self, name: str) -> float:
+    def measure(self, name: str, requests: int) -> float:
         if name == "mixed_s":
             draw = random.Random(1)
-            lengths = [(draw.randint(32, 1024), draw.randint(32, 512)) for _ in range(1024)]
+            lengths = [(draw.randint(32, 1024), draw.randint(32, 512)) for _ in range(requests)]
             self.run(self.requests(lengths[:64]))
             found = self.run(self.requests(lengths))
             for kind, times in self.steps.items():
@@ -132,6 +136,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="requests that run at once")
     parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="of mixed_s")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
     parser.add_argument("--tp", type=int, default=1, help="GPUs that each layer is divided among")
     parser.add_argument("--pp", type=int, default=1, help="groups of GPUs that the layers are divided among")
@@ -141,30 +146,34 @@ def main() -> None:
 
 
 def measure(store: Path, arguments: argparse.Namespace) -> None:
-    """Builds, loads, measures and prints."""
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    speed = read_speed() / 1e3
+    """Builds, loads, measures and prints; what is measured is written at once, in case the next one is cut off."""
+    speed = 0.0
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        speed = read_speed() / 1e3
     parallel = {"tp": arguments.tp, "pp": arguments.pp}
     bench = Bench(store, arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune, **parallel)
     if bench.group.rank:
         bench.follow()
         os._exit(0)  # as a worker does
+    size = round(bench.loaded.weight_bytes / 1e9, 3)
     print(
-        f"{torch.cuda.get_device_name()}, reading at {speed:.0f} GB/s, {bench.loaded.weight_bytes / 1e9:.2f} GB, "
+        f"{facts()['device']}, reading at {speed:.0f} GB/s, {size:.2f} GB, "
         f"{bench.loaded.runner.capabilities.num_blocks} blocks; the other columns are of an H100"
     )
-    found: dict[str, float] = {"read_gb_s": round(speed)}
+    found: dict[str, Any] = {"model": arguments.model.name, "read_gb_s": round(speed), "weights_gb": size}
     columns = [dict(zip(WORKLOADS, column, strict=False)) for column in TABLES.get(bench.prefix, ())]
     print(f"{'':20}{'ours':>9}{'vLLM':>9}{'floor':>9}{'aim':>9}")
     for workload in arguments.only:
-        name = bench.prefix + workload + bench.suffix
-        found[name] = round(bench.measure(workload), 3)
-        others = [column.get(workload) for column in columns]
+        whole = arguments.requests == REQUESTS or workload != "mixed_s"
+        name = bench.prefix + (workload if whole else f"mixed{arguments.requests}_s") + bench.suffix
+        found[name] = round(bench.measure(workload, arguments.requests), 3)
+        others = [column.get(workload) if whole else None for column in columns]
         told = "".join(f"{'-' if other is None else format(other, '.2f'):>9}" for other in others)
         print(f"{name:20}{found[name]:9.2f}{told}", flush=True)
+        save(arguments.out, found)
     for rows in arguments.profile:
         bench.profile(rows)
-    save(arguments.out, found)
     sys.stdout.flush()
     if bench.group.size > 1:
         os._exit(0)

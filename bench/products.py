@@ -8,11 +8,11 @@ the same product of bfloat16, by its rule, where packed ones are never to be slo
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
+from bench.serving import save
 from executor_svc.kernels import tactics
 from executor_svc.kernels.tactics import Product, Tactic
 from executor_svc.kernels.tuning import measure, timed
@@ -80,8 +80,7 @@ def main() -> None:
                 told[f"{kind} {name} {rows}"] = {"floor": round(floor, 1)} | {
                     name_of(tactic): round(us, 1) for tactic, us in found.items()
                 }
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "us": told}, indent=1) + "\n")
+            save(arguments.out, {"us": told})
 
 
 if __name__ == "__main__":

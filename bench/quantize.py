@@ -8,7 +8,6 @@ hold, or if there are not enough tokens.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.serving import save
 from builder_svc.auto import open_model
 from builder_svc.causal_lm import CausalLM
 from builder_svc.quant_config import CalibConfig, QuantConfig
@@ -121,6 +121,8 @@ def main() -> None:
     if before.tokens < arguments.tokens:
         print(f"the text has no more than {before.tokens} tokens, {arguments.tokens} were asked for")
     results: dict[str, dict[str, Any]] = {}
+    told = {"checkpoint": arguments.checkpoint.name, "device": where, "tokens": before.tokens, "bytes": size}
+    told |= {"perplexity": before.value, "calibration_samples": calib.samples, "forms": results}
     failed = before.tokens < arguments.tokens
     for name in names:
         with tempfile.TemporaryDirectory() as directory:
@@ -138,10 +140,7 @@ def main() -> None:
             f"{found['quantize_seconds']:.0f} s to quantize, {found['measure_seconds']:.0f} s to measure{verdict}",
             flush=True,
         )
-    if arguments.out:
-        facts = {"checkpoint": str(arguments.checkpoint.name), "device": where, "tokens": before.tokens, "bytes": size}
-        told = {**facts, "perplexity": before.value, "calibration_samples": calib.samples, "forms": results}
-        arguments.out.write_text(json.dumps(told, indent=1) + "\n")
+        save(arguments.out, told)
     sys.exit(failed)
 
 

@@ -9,19 +9,17 @@ the host, which waits for the tokens. Medians. The settings of each column are i
 
 import argparse
 import functools
-import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.serving import save
 from executor_svc import sampler
 from executor_svc.core import Sampling, Scheduled, Sequence
 from executor_svc.cuda_layout import draws
@@ -115,17 +113,7 @@ def main() -> None:
                     print(
                         f"{rows:5} {name:14}{one['gpu_ms']:9.3f}{one['host_ms']:9.3f}{one['draw_ms']:9.3f}", flush=True
                     )
-    if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        facts = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(),
-            "commit": commit,
-            "torch": torch.__version__,
-            "vocab": arguments.vocab,
-            "dtype": arguments.dtype,
-        }
-        arguments.out.write_text(json.dumps(facts | {"measured": found}, indent=1) + "\n")
+                save(arguments.out, {"vocab": arguments.vocab, "dtype": arguments.dtype, "measured": found})
 
 
 if __name__ == "__main__":

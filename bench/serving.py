@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,11 +120,13 @@ def run(loaded: Loaded, work: list[Sequence], ended: Callable[[Batch], None] = l
 
 def facts() -> dict[str, str]:
     """Date, device, commit and torch's version; the commit is $COMMIT where git knows none."""
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = ""
+    with suppress(OSError):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": asked.stdout.strip() or os.environ.get("COMMIT", "unknown"),
+        "commit": commit or os.environ.get("COMMIT", "unknown"),
         "torch": torch.__version__,
     }
 

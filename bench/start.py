@@ -1,13 +1,15 @@
 """How long a start takes: from `python -m executor_svc` to the first token of a stored engine, none of it in the page cache.
 
-    python -m bench.start [--model bench/models/llama-3.1-8b] [--dir DIR] [--out FILE.json]
+    python -m bench.start [--model bench/models/llama-3.1-8b] [--read-ahead] [--rounds 1] [--dir DIR] [--out FILE.json]
 
 The engine has random weights in real files (about as many bytes as the model: DIR needs a little more). It is started with its
-compiled kernels and, with an empty cache of Triton's, without them. The plain parallel read of the same files is the floor.
+compiled kernels and, with an empty cache of Triton's, without them; with --read-ahead a third time, with its kernels, while
+another process reads the files into the page cache. The plain parallel read of the same files is the floor. Each phase's end is
+told, in seconds from the executor's start: its worker has imported torch; the first weights are asked for; all are there; the
+runner is ready; the engine is loaded; the port is open; the token has come.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -15,9 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ import grpc
 import msgspec
 import torch
 
+from bench.read_ahead import READERS, read_all
+from bench.serving import save
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from builder_svc.weights import write_weights
 from engine import blobs, registry
 from engine.directory import DirectoryStore
-from engine.manifest import CHUNK_SIZE, Manifest, engine_id
+from engine.manifest import Manifest, engine_id
 from executor_svc.loader import load_engine
 from executor_svc.node import this_node
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
@@ -38,8 +40,10 @@ from protos.v1.executor_pb2 import Submit
 from protos.v1.executor_pb2_grpc import ExecutorStub
 
 PROMPT = 128  # tokens
-READERS = 16
-_LOADED = re.compile(r"MB loaded in ([\d.]+) s \(weights ([\d.]+) s, runner ([\d.]+) s\)")
+PHASES = ("imports", "asked", "weights", "runner", "loaded", "listening", "start")
+_LOADED = re.compile(
+    r"MB loaded in ([\d.]+) s \(weights from ([\d.]+) to ([\d.]+) s, runner ([\d.]+) s\) .* waited (-?[\d.]+) s"
+)
 
 
 def make_engine(model: Path, device: str, root: Path) -> tuple[DirectoryStore, Manifest]:
@@ -81,26 +85,14 @@ def forget(root: Path) -> str:
     return "the engine's files"
 
 
-def read_all(paths: list[Path]) -> float:
-    """Seconds in which all of the files are read, in parallel, and nothing is done with them."""
-    own = threading.local()
-
-    def read(path: Path, offset: int) -> None:
-        if not hasattr(own, "buffer"):
-            own.buffer = bytearray(CHUNK_SIZE)
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            file.readinto(own.buffer)
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(READERS) as pool:
-        chunks = [pool.submit(read, path, at) for path in paths for at in range(0, path.stat().st_size, CHUNK_SIZE)]
-        for chunk in chunks:
-            chunk.result()
-    return time.perf_counter() - began
+def weight_files(store: DirectoryStore, manifest: Manifest) -> list[Path]:
+    """Of all ranks."""
+    return [store.root / blobs.blob_key(file.digest) for rank in manifest.ranks for file in rank.weights]
 
 
-def start(store: DirectoryStore, manifest: Manifest, device: str, trusted: bool, cache: Path) -> dict[str, Any]:
+def start(
+    store: DirectoryStore, manifest: Manifest, device: str, trusted: bool, cache: Path, *, read_ahead: bool = False
+) -> dict[str, Any]:
     """Starts an executor and asks it for a token; seconds from the process' start to the end of each phase."""
     submit = Submit(
         engine_id=manifest.engine_id,
@@ -119,15 +111,19 @@ def start(store: DirectoryStore, manifest: Manifest, device: str, trusted: bool,
         stderr=subprocess.PIPE,
         text=True,
     )
+    ahead = None
+    if read_ahead:
+        ahead = subprocess.Popen([sys.executable, "-m", "bench.read_ahead", *map(str, weight_files(store, manifest))])
     found: dict[str, Any] = {}
 
     def follow() -> None:
         for line in process.stderr or ():
             lines.append(line)
             if match := _LOADED.search(line):
-                loaded, weights, runner = map(float, match.groups())
-                up = time.perf_counter() - began - loaded
-                found.update(process_s=up, weights_s=up + weights, runner_s=up + runner, loaded_s=up + loaded)
+                loaded, asked, weights, runner, waited = map(float, match.groups())
+                told = time.perf_counter() - began - loaded
+                ends = (told - waited, told + asked, told + weights, told + runner, told + loaded)
+                found.update({f"{phase}_s": end for phase, end in zip(PHASES, ends, strict=False)})
 
     follower = threading.Thread(target=follow)
     follower.start()
@@ -148,6 +144,8 @@ def start(store: DirectoryStore, manifest: Manifest, device: str, trusted: bool,
         process.terminate()
         process.wait(60)
         follower.join()
+        if ahead:
+            ahead.wait(60)
     print("".join(f"    {line}" for line in lines), end="", flush=True)
     found["compiled"] = len(
         [*cache.glob("*/*.cubin"), *cache.glob("*/*.so")]
@@ -162,6 +160,7 @@ def main() -> None:
         "--dir", type=Path, help="on the disk that is to be measured; by default the system's for temporary files"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--read-ahead", action="store_true", help="also start while another process reads the weights")
     parser.add_argument("--rounds", type=int, default=1, help="of each way to start")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -177,40 +176,29 @@ def main() -> None:
             f"{size / 1e9:.2f} GB and {kernels / 1e3:.0f} kB of kernels made in {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        runs: dict[str, list[dict[str, Any]]] = {"with_kernels": [], "without_kernels": []}
+        ways = {"with_kernels": (True, False), "read_ahead": (True, True), "without_kernels": (False, False)}
+        if not arguments.read_ahead:
+            del ways["read_ahead"]
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        forget(root)
+        read_s = read_all(weight_files(store, manifest))
+        found: dict[str, Any] = {"model": arguments.model.name, "bytes": size, "read_s": round(read_s, 3), "ways": runs}
         for number in range(arguments.rounds):
-            for name, made in runs.items():
+            for name, (trusted, read_ahead) in ways.items():
                 cache = root / f"{name}-{number}"
                 cache.mkdir()
-                dropped = forget(root)
-                print(f"  {name}, without {dropped}")
-                made.append(start(store, manifest, arguments.device, name == "with_kernels", cache))
-        forget(root)
-        paths = [root / "store" / blobs.blob_key(file.digest) for file in manifest.ranks[0].weights]
-        read_s = read_all(paths)
-    print(
-        f"\n{'seconds to':18}{'process':>9}{'weights':>9}{'runner':>9}{'loaded':>9}{'listening':>11}{'token':>9}{'compiled':>10}"
-    )
+                found["dropped"] = forget(root)
+                print(f"  {name}, without {found['dropped']}")
+                run = start(store, manifest, arguments.device, trusted, cache, read_ahead=read_ahead)
+                runs[name].append(run)
+                found["start_s"] = min(run["start_s"] for run in runs["with_kernels"])
+                save(arguments.out, found)
+    print(f"\n{'seconds to':18}" + "".join(f"{phase:>10}" for phase in (*PHASES, "compiled")))
     for name, made in runs.items():
         for run in made:
-            phases = "".join(
-                f"{run.get(phase + '_s', float('nan')):9.2f}" for phase in ("process", "weights", "runner", "loaded")
-            )
-            print(f"{name:18}{phases}{run['listening_s']:11.2f}{run['start_s']:9.2f}{run['compiled']:10}")
+            ends = "".join(f"{run.get(phase + '_s', float('nan')):10.2f}" for phase in PHASES)
+            print(f"{name:18}{ends}{run['compiled']:10}")
     print(f"reading the weights alone, {READERS} at a time: {read_s:.2f} s, {size / read_s / 1e9:.2f} GB/s")
-    if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        facts = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            "commit": commit,
-            "torch": torch.__version__,
-            "bytes": size,
-            "dropped": dropped,
-            "read_s": round(read_s, 3),
-            "start_s": min(run["start_s"] for run in runs["with_kernels"]),
-        }
-        arguments.out.write_text(json.dumps(facts | runs, indent=1) + "\n")
 
 
 if __name__ == "__main__":

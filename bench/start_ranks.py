@@ -6,16 +6,12 @@ From `python -m executor_svc` to the first token; none of the files is in the pa
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 from bench.checkpoint import make
+from bench.serving import save
 from bench.start import forget, start
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
@@ -73,19 +69,8 @@ def main() -> None:
     print(
         f"one rank of {bytes_of_rank['alone'] / 1e9:.2f} GB alone: {found['alone']:.2f} s; {later:+.2f} s, held to {LATER}"
     )
-    if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        facts = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            "commit": commit,
-            "torch": torch.__version__,
-            "tp": arguments.tp,
-            "pp": arguments.pp,
-            "bytes_of_the_largest_rank": bytes_of_rank,
-            "start_s": found,
-        }
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+    facts = {"tp": arguments.tp, "pp": arguments.pp, "bytes_of_the_largest_rank": bytes_of_rank, "start_s": found}
+    save(arguments.out, facts)
     if later > LATER:
         raise SystemExit(f"an engine of {ranks} ranks starts {later:.1f} s later than one rank alone")
 

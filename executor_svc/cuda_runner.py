@@ -238,11 +238,11 @@ class CudaRunner:
         return logits, self._choose(logits[: len(samples)], sampling_rows), moved
 
     def _replay(self, graph: Graph, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        if len(rest := layout.updates[graph.shape.updates :]):  # a sequence that comes back brings many blocks
-            put(self._tables, self._column(rest.reshape(-1)))
         columns = graph.shape.fill(layout)
-        pinned = self._host.pin(columns, random)
-        moved = pinned[len(columns) :].to(self._device, non_blocking=True)
+        rest = layout.updates[graph.shape.updates :].reshape(-1)  # a sequence that comes back brings many blocks
+        pinned = self._host.pin(columns, random, rest)
+        moved, updates = pinned[len(columns) :].to(self._device, non_blocking=True).split([len(random), len(rest)])
+        put(self._tables, updates)
         return *graph.run(pinned[: len(columns)]), moved
 
     def _sample(self, logits: Tensor, sampled: Tensor, random: Tensor, *, limited: bool) -> None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def main() -> int:
     logs.add_options(parser)
     tracing.add_options(parser)
     arguments = parser.parse_args()
+    arguments.imports = _age()
     logs.configure("executor", arguments)
     for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when the end is; it closes the socket
         signal.signal(number, signal.SIG_IGN)
@@ -82,6 +84,15 @@ def main() -> int:
     return status
 
 
+def _age() -> float:
+    """Seconds since this process was started; 0 where the system does not tell."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return 0.0
+
+
 def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     while not (messages := front.receive(None)):
         pass
@@ -89,8 +100,8 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     join = first.join if first.HasField("join") else None
     engine_id = join.engine_id if join else first.load_engine.engine_id
     kv_memory = (join or first.load_engine).kv_memory_bytes or arguments.kv_memory
-    began = time.monotonic()
-    arrived = 0.0  # seconds until the weights were there
+    began, waited = time.monotonic(), _age() - arguments.imports
+    asked = arrived = 0.0  # seconds until the first of the weights was asked for, and the last was there
 
     def progress(done: int, total: int) -> None:
         nonlocal arrived
@@ -108,13 +119,14 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
     group = ALONE
 
     def place(manifest: Manifest) -> int:
-        nonlocal group
+        nonlocal group, asked
         rank, machines = (join.rank, join.world_size // join.local_world_size) if join else (0, first.machines or 1)
         budget.check(manifest, weights(store, manifest, arguments.device, rank, machines), kv_memory)
         if join or len(manifest.ranks) > 1:
             from executor_svc.meeting import find_place  # here, because most engines have one rank
 
             group = find_place(front, manifest, arguments.device, join, machines, first.host or "127.0.0.1")
+        asked = time.monotonic() - began
         return group.rank
 
     loaded = begin_load(store, engine_id, node, progress, trust, place)
@@ -157,8 +169,9 @@ def _serve(front: FrameSocket, arguments: argparse.Namespace) -> None:
         ready = time.monotonic() - began
     gc.freeze()  # a collection, which stops the loop, need not look through all of torch each time
     log.info(
-        "engine %s: %.1f MB loaded in %.2f s (weights %.2f s, runner %.2f s)",
-        *(engine_id[:12], size / 1e6, time.monotonic() - began, arrived, ready),
+        "engine %s: %.1f MB loaded in %.2f s (weights from %.2f to %.2f s, runner %.2f s) by a worker that took %.2f s to start "
+        "and then waited %.2f s",
+        *(engine_id[:12], size / 1e6, time.monotonic() - began, asked, arrived, ready, arguments.imports, waited),
     )
     if group.rank:
         group.follow(front, runner)

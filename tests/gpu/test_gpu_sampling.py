@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from executor_svc.core import Sampling, Scheduled, Sequence
+from executor_svc.core import Batch, Sampling, Scheduled, Sequence
 from executor_svc.draw import draw
 from executor_svc.loop import scheduler_config
 from executor_svc.sampler import uniform
@@ -131,5 +131,15 @@ def test_the_runner_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     Engine(loaded).run(expected)
     monkeypatch.setattr(cuda_runner, "answer", refuse)
     runner = cuda_runner.CudaRunner(loaded.program, loaded.weights, loaded.manifest.limits)
+    start = runner.start
+
+    def watched(batch: Batch) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            start(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(runner, "start", watched)
     run_ahead(runner, Scheduler(scheduler_config(runner, loaded.manifest)), found)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
