@@ -21,7 +21,7 @@ import urllib3
 
 from tests.deployment import README, ROOT, Service, chain, context, image, seconds, services
 from tests.integration import services as processes
-from tests.seaweed import SeaweedFS, free_ports
+from tests.seaweed import SeaweedFS
 
 ONLY = Path(processes.__file__).parent / "only_extra"
 UP = services({"OMP_NUM_THREADS": "1"})  # the model is small, and the tests' machine, too
@@ -32,7 +32,7 @@ class Store(SeaweedFS):
 
     def __init__(self, definition: Service) -> None:
         super().__init__(bucket="")  # the options make one
-        self.ports.update(zip(("admin", "admin.grpc"), free_ports(2), strict=True))
+        self._choose_ports("admin", "admin.grpc")
         self.definition = definition
 
     def start(self) -> None:
