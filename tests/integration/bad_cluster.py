@@ -140,7 +140,7 @@ def services(checkpoint: Path, root: Path) -> Iterator[Cluster]:
                 *("--checkpoint-root", str(root / "checkpoints"), "--work-dir", str(root / "work"), "--jobs", "2"),
             )
         )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not gateway.ListModels(ListModelsRequest()).models[0].ready_executors:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -153,6 +153,6 @@ def serves(cluster: Cluster) -> None:
     """A good request is answered, by the gateway and by the executor."""
     stopping = StoppingCriteria(max_tokens=4, ignore_eos=True)
     request = GenerateRequest(model="tiny", text="In the beginning", stopping=stopping)
-    assert sum(len(part.token_ids) for part in cluster.gateway.Generate(request, timeout=20)) == 4
-    parts = cluster.executor.Generate(cluster.submit(), timeout=20)
+    assert sum(len(part.token_ids) for part in cluster.gateway.Generate(request, timeout=60)) == 4
+    parts = cluster.executor.Generate(cluster.submit(), timeout=60)
     assert sum(len(part.token_ids) for part in parts) == 4

@@ -83,7 +83,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     missing = r"of 2 ranks, these have not come to 127.0.0.1:\d+ within 1 s: 1;"
     with listen("127.0.0.1") as server, pytest.raises(Unavailable, match=missing) as caught:
         meet(MANIFEST, "cpu", 1, place(0, server.getsockname()[1]), server)
-    assert caught.value.reason == "RANK_MISSING" and time.monotonic() - began < 10
+    assert caught.value.reason == "RANK_MISSING" and time.monotonic() - began < 30
 
 
 def test_a_rank_that_does_not_find_the_first_says_where_it_has_looked() -> None:
@@ -93,7 +93,7 @@ def test_a_rank_that_does_not_find_the_first_says_where_it_has_looked() -> None:
         port = silent.getsockname()[1]
         with pytest.raises(Unavailable, match=f"rank 1 of 2 has not found rank 0 within 1 s.* at 127.0.0.1:{port}"):
             meet(MANIFEST, "cpu", 1, place(1, port))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 def test_ranks_of_different_engines_do_not_run_together() -> None:

@@ -107,7 +107,7 @@ def test_a_result_that_is_late_goes_on() -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="request 1 has not ended within 0.05 s"):
         result.result(timeout=0.05)
-    assert time.monotonic() - began < 2 and not result.done()
+    assert time.monotonic() - began < 30 and not result.done()
     for _ in range(50):
         with pytest.raises(TimeoutError):
             result.result(timeout=0)
