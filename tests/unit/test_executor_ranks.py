@@ -155,13 +155,13 @@ def test_the_first_rank_asks_for_the_others() -> None:
     ours, theirs = socket.socketpair()
     with ours, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(find_place, FrameSocket(theirs), MANIFEST, "cpu", None)
-        (message,) = FrameSocket(ours).receive(10)
+        (message,) = FrameSocket(ours).receive(60)
         told = FromWorker.FromString(message)
         assert told.ranks == 2
         with pytest.raises(OSError, match="in use"):  # nobody can take the port before the others have come
             socket.create_server(("127.0.0.1", told.port))
         ours.shutdown(socket.SHUT_RDWR)
-        assert isinstance(asked.exception(timeout=10), ConnectionError), "it waits for no front that is gone"
+        assert isinstance(asked.exception(timeout=60), ConnectionError), "it waits for no front that is gone"
         theirs.close()
 
 

@@ -176,7 +176,7 @@ async def test_a_clients_cancel_reaches_the_executor(tmp_path: Path) -> None:
 
 async def test_a_deadline_cancels(tmp_path: Path) -> None:
     async with cluster(tmp_path) as c:
-        call = c.generate(timeout=0.3)
+        call = c.generate(timeout=1.0)
         handle = (await c.executor.submitted()).handle
         assert (await failure(call)).code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
         assert await c.executor.cancelled() == handle
