@@ -116,7 +116,9 @@ class Fleet:
         """Where the one was that has ended, if there was one."""
         executors = [word for address in addresses for word in ("--executor", address)]
         more = ("--store", self._store, "--metrics-port", "0", *executors, *arguments)
-        self.gateway = self._stack.enter_context(service("gateway", self._folder / "gateway.log", *more, port=self._gateways))
+        self.gateway = self._stack.enter_context(
+            service("gateway", self._folder / "gateway.log", *more, port=self._gateways)
+        )
 
     async def ready(self, count: int) -> None:
         """Returns when the gateway sees so many executors with the model."""

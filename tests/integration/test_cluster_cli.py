@@ -114,7 +114,17 @@ def test_a_running_cluster(data: Path) -> None:
         assert [(model["name"], model["ready_executors"]) for model in served] == [("again", 2), ("demo", 2)]
 
         generate = subprocess.Popen(
-            [*ENGINEHOUSE, "generate", "And God said", "--model", "demo", "--max-tokens", "2000", *GREEDY, "--ignore-eos"],
+            [
+                *ENGINEHOUSE,
+                "generate",
+                "And God said",
+                "--model",
+                "demo",
+                "--max-tokens",
+                "2000",
+                *GREEDY,
+                "--ignore-eos",
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(data),

@@ -208,7 +208,9 @@ async def test_a_handle_that_is_in_use_ends_the_stream(running: Running, stub: E
     commands.append(pb.Command(submit=running.submit(5, handle=2, engine_id="0" * 64)))
     call = aiter(stub.Run(iter(commands)))
     with standing(running.worker()):
-        assert [item.handle for item in (await anext(call)).failed] == [2]  # the front has told the worker of the others
+        assert [item.handle for item in (await anext(call)).failed] == [
+            2
+        ]  # the front has told the worker of the others
     error = await error_of(call)
     assert (error.code, error.reason) == (3, "HANDLE_IN_USE")
     assert (await load(stub)).running == 0

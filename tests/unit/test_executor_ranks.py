@@ -21,6 +21,7 @@ from engine.directory import DirectoryStore
 from engine.errors import FailedPrecondition, Unavailable
 from engine.fingerprint import Fingerprint, Node
 from engine.manifest import FileRef, Limits, Manifest, ModelFacts, Parallelism, Rank
+from enginehouse.cluster import hold_ports
 from executor_svc import meeting
 from executor_svc.frames import FrameSocket
 from executor_svc.loader import begin_load, load_engine
@@ -41,12 +42,6 @@ MANIFEST = Manifest(
 )  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
-
-
 def place(rank: int, port: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
@@ -56,7 +51,7 @@ def both(*manifests: Manifest) -> list[BaseException | None]:
     with listen("127.0.0.1") as server, ThreadPoolExecutor(2) as pool:
         port = server.getsockname()[1]
         met = [
-            pool.submit(meet, manifest, "cpu", 20, place(rank, port), None if rank else server)
+            pool.submit(meet, manifest, "cpu", 60, place(rank, port), None if rank else server)
             for rank, manifest in enumerate(manifests)
         ]
         return [made.exception(timeout=60) for made in met]
@@ -198,21 +193,25 @@ def test_the_runner_for_cuda_gives_the_plain_runners_tokens(tp: int, pp: int, tm
     Engine(make_engine(checkpoint, tmp_path / "store", **limits)).run(expected)
     options = BuildConfig(tp_size=tp, pp_size=pp, **limits)
     engine_id = build(checkpoint, options, store=DirectoryStore(tmp_path / "store")).manifest.engine_id
-    port = free_port()
+    (held,) = hold_ports(1)
     command = [sys.executable, "-m", "tests.unit.rank_harness", str(tmp_path / "store"), engine_id]
     ranks = [
         subprocess.Popen(
-            command, env={**os.environ, **place(rank, port)}, stdout=None if rank else subprocess.PIPE, text=True
+            command,
+            env={**os.environ, **place(rank, held.getsockname()[1])},
+            stdout=None if rank else subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
     try:
-        told, _ = ranks[0].communicate(timeout=60)
+        told, _ = ranks[0].communicate(timeout=300)
         assert [rank.wait(60) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
+        held.close()
     assert json.loads(told) == [one.token_ids for one in expected]
 
 
@@ -229,7 +228,7 @@ def test_ranks_that_torchrun_starts(tmp_path: Path) -> None:
         [sys.executable, "-m", *torchrun, "-m", "tests.unit.rank_harness", str(tmp_path / "store"), engine_id],
         stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     assert json.loads(done.stdout) == [one.token_ids for one in expected]
