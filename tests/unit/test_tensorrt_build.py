@@ -276,7 +276,8 @@ def test_a_signal_ends_it_in_the_middle(tmp_path: Path) -> None:
 
 @pytest.mark.drill
 def test_a_large_model_becomes_a_network_soon_and_without_copies() -> None:
-    """Llama 8B in under 60 s of the processor, with under 4 GB beside its weights, which nobody has written: memory that is copied would count."""
+    """Llama 8B in under 60 s of the processor, with under 4 GB beside its weights, which nobody has written: memory that is
+    copied would count."""
     chosen = BuildConfig(device="cuda", dtype="bfloat16", dummy_weights=True, max_seq_len=8192)
     model = read_model(Path(__file__).parents[2] / "bench/models/llama-3.1-8b", chosen)
     program = make_rank(model, Mapping()).program
