@@ -76,7 +76,7 @@ async def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
         given = await c.executor.submitted()
         assert given.sampling == SamplingParams(seed=7, top_k=3)
         assert given.stopping == StoppingCriteria(max_tokens=9, stop_token_ids=[8], ignore_eos=True)
-        assert 29 < given.timeout.ToTimedelta().total_seconds() < 31
+        assert 10 < given.timeout.ToTimedelta().total_seconds() < 31
         assert given.handle != submit.handle
         for call in (first, second):
             call.cancel()
