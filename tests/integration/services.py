@@ -79,3 +79,13 @@ def service(
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+@contextlib.contextmanager
+def standing(pid: int) -> Iterator[None]:
+    """A process that stands still: what it would do, it does after the block."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

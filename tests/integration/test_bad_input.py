@@ -36,6 +36,7 @@ from protos.v1.gateway_pb2 import (
 )
 from tests.conftest import VOCAB_SIZE
 from tests.integration.bad_cluster import MAX_BATCH_SIZE, MAX_SEQ_LEN, MAX_WAITING, Cluster, failed, serves, services
+from tests.integration.services import standing
 
 MOST = 2**32 - 1
 nan, inf = float("nan"), float("inf")
@@ -204,8 +205,11 @@ def test_what_is_no_message(cluster: Cluster) -> None:
 def test_too_many_requests_are_refused_with_a_time_to_come_back(cluster: Cluster) -> None:
     long = stopping(max_tokens=200, ignore_eos=True)
     submits = [cluster.submit(**long) for _ in range(MAX_BATCH_SIZE + MAX_WAITING + 1)]
-    outputs = run(cluster, submits)
-    failures = {item.handle: item.failure for output in outputs for item in output.failed}
+    behind = cluster.submit(engine_id="0" * 64)  # which the front refuses, when it has told the worker of the others
+    call = cluster.executor.Run(iter([Command(submit=submit) for submit in (*submits, behind)]), timeout=60)
+    with standing(cluster.worker):
+        assert [item.handle for item in next(call).failed] == [behind.handle]
+    failures = {item.handle: item.failure for output in call for item in output.failed}
     assert list(failures) == [submits[-1].handle], "the last one, and no other"
     refusal = failures[submits[-1].handle]
     assert (refusal.code, refusal.reason) == (8, "QUEUE_FULL")

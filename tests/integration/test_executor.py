@@ -1,7 +1,6 @@
 """One executor process by itself: what the gateway relies on."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import time
@@ -21,7 +20,7 @@ from protos.rpc import from_rpc_error
 from protos.v1 import executor_pb2 as pb
 from protos.v1.common_pb2 import FinishReason, SamplingParams, StoppingCriteria
 from protos.v1.executor_pb2_grpc import ExecutorStub
-from tests.integration.services import Service, service
+from tests.integration.services import Service, service, standing
 
 
 @dataclass
@@ -69,16 +68,6 @@ async def stub(running: Running) -> AsyncIterator[ExecutorStub]:
 
 async def generate(stub: ExecutorStub, submit: pb.Submit) -> list[int]:
     return [token async for output in stub.Generate(submit) for token in output.token_ids]
-
-
-@contextlib.contextmanager
-def standing(pid: int) -> Iterator[None]:
-    """A process that stands still: what it would do, it does after the block."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 async def ready(stub: ExecutorStub) -> None:
