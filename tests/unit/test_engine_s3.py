@@ -490,7 +490,7 @@ def test_an_upload_resumes_what_a_killed_process_left(
     steps: list[int] = []
     through(proxy, seaweed, prefix).upload("blobs/x", path, lambda done, _: steps.append(done))
     assert 0 < proxy.sent < size - kept + MIB
-    assert kept < steps[0] and proxy.sent > size - max(steps)
+    assert steps[0] > kept
     assert s3.read("blobs/x") == path.read_bytes()
     assert s3.discard_partial(0) == 0
 
