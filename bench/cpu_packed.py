@@ -1,12 +1,13 @@
 """Tokens a second of packed weights on this machine's CPU, beside the same model's in float32 and bfloat16.
 
-    python -m bench.cpu_packed [--model bench/models/qwen2.5-0.5b] [--repeats 3] [--tokens 64] [--only FORM ...] [--out FILE.json]
+    python -m bench.cpu_packed [--model bench/models/qwen2.5-0.5b] [--repeats 3] [--tokens 64] [--only FORM ...] [--gguf FILE]
+        [--out FILE.json]
 
 Dummy weights: speeds do not depend on their values. Decode is of one request and of 8 at once, greedy, behind prompts of 32;
 prefill is of 512 tokens. Activations are float32, but of bfloat16's form. Packed forms have the head in 8 bits, as Q4_K_M files
-have it in 6 to 8. MB are those that a token reads. All run by turns in one process, whose threads wait as a worker's do, and medians
-are compared. The exit status is 1
-where a bound does not hold: int4 decodes at least twice as fast as float32, and no packed form is slower than it.
+have it in 6 to 8. MB are those that a token reads. All run by turns in one process, whose threads wait as a worker's do, and
+medians are compared; with --gguf llama.cpp is beside them (`pip install llama-cpp-python`), one request at a time. The exit
+status is 1 where a bound does not hold: int4 decodes at least twice as fast as float32, and no packed form is slower than it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from bench.cpu import LlamaCpp, prompts
 from bench.serving import build_dummy, save
 from engine.directory import DirectoryStore
 from engine.program import Program
@@ -111,22 +113,40 @@ class Contestant:
         return time.perf_counter() - began
 
 
+class LlamaCppContestant:
+    """llama.cpp with a GGUF file of the same model; 8 requests one after another."""
+
+    def __init__(self, file: Path) -> None:
+        self._model, self.bytes, self._serial = LlamaCpp(file), file.stat().st_size, 0
+
+    def seconds(self, count: int, prompt: int, tokens: int) -> float:
+        """That so many requests take."""
+        self._serial += 1
+        ids = prompts(count, prompt, self._serial)
+        began = time.perf_counter()
+        self._model.generate(ids, tokens)
+        return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("bench/models/qwen2.5-0.5b"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--only", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--gguf", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not THREADS.items() <= os.environ.items():  # read when torch is loaded, which it is by now
         os.execve(sys.executable, [sys.executable, "-m", "bench.cpu_packed", *sys.argv[1:]], {**os.environ, **THREADS})
     tokens = arguments.tokens
     with tempfile.TemporaryDirectory() as directory:
-        made = {
+        made: dict[str, Contestant | LlamaCppContestant] = {
             name: Contestant(arguments.model, FORMS[name], Path(directory) / str(number))
             for number, name in enumerate(arguments.only)
         }
+        if arguments.gguf:
+            made[f"llama.cpp, {arguments.gguf.stem[-6:]}"] = LlamaCppContestant(arguments.gguf)
         measured: dict[str, dict[str, list[float]]] = {
             name: {kind: [] for kind in ("alone", "8 at once", "prefill")} for name in made
         }
@@ -157,9 +177,9 @@ def main() -> None:
     failed = []
     for name, found in medians.items():
         whole = medians.get("float32")
-        if whole and found["alone"] < BOUNDS.get(name, 1.0) * whole["alone"]:
+        if whole and name in FORMS and found["alone"] < BOUNDS.get(name, 1.0) * whole["alone"]:
             failed.append(f"{name} decodes {found['alone'] / whole['alone']:.2f} times as fast as float32")
-        if whole and FORMS[name].weights and found["prefill"] < PREFILL * whole["prefill"]:
+        if whole and name in FORMS and FORMS[name].weights and found["prefill"] < PREFILL * whole["prefill"]:
             failed.append(f"{name} takes {whole['prefill'] / found['prefill']:.2f} times as long to the first token")
     print("\n".join(failed) or "all bounds hold")
     raise SystemExit(bool(failed))

@@ -1,23 +1,26 @@
 """What guided output costs: llguidance beside xgrammar, and guided rows beside free ones in a batch.
 
-    python -m bench.guided libraries [--tokenizer FILE.json] [--tokens 64]
-    python -m bench.guided decode [CHECKPOINT] [--batch 32] [--tokens 128] [--rounds 9]
+    python -m bench.guided libraries [--tokenizer FILE.json] [--tokens 256] [--out FILE.json]
+    python -m bench.guided decode [CHECKPOINT] [--batch 32] [--tokens 128] [--rounds 9] [--out FILE.json]
 
 `libraries`: over the vocabulary of a tokenizer.json (by default the demo model's), random texts that a grammar allows are
 followed. Milliseconds: of compiling, and of a mask (median, 99 of 100); masks of 32 texts in one call, by 1 and by 2 threads; and
 how long another Python thread was kept from running meanwhile. xgrammar is left out where it is not installed; it brings torch,
-transformers, pydantic and triton, so try it in an environment of its own: pip install xgrammar.
+transformers, pydantic and triton, so keep it out of this environment: pip install --target DIR --no-deps xgrammar apache-tvm-ffi,
+and DIR in PYTHONPATH.
 
 `decode`: seconds of generating with and without a grammar that never ends, greedy and at temperature 1, by turns; exit status 1
-where guided decoding is slower by more than 5%. Medians of the ratio of two neighbouring rounds.
+where guided decoding is slower by more than 5%. Medians of the ratio of two neighbouring rounds. Threads wait as a worker's do.
 """
 
 import argparse
 import functools
 import importlib
 import json
+import os
 import random
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +39,7 @@ from engine.token_table import TokenTable
 from executor_svc.core import Sampling, Sequence
 from executor_svc.grammars import Grammar, compile_grammar, vocabulary
 from executor_svc.guides import Guides
+from executor_svc.launch import THREADS
 from tests.guided import guided
 from tests.running import Engine, make_engine
 
@@ -198,7 +202,8 @@ def in_batches(library: Library, texts: list[Text], threads: int) -> float:
     return statistics.median(times)
 
 
-def libraries(tokenizer: Path, tokens: int) -> None:
+def libraries(tokenizer: Path, tokens: int) -> dict[str, Any]:
+    """By library and grammar: milliseconds."""
     data = tokenizer.read_bytes()
     vocab = json.loads(data)
     size = 1 + max([*vocab["model"]["vocab"].values(), *(token["id"] for token in vocab["added_tokens"])])
@@ -215,6 +220,7 @@ def libraries(tokenizer: Path, tokens: int) -> None:
     print(
         f"{'':12}{'':12}{'vocab':>9}{'compile':>9}{'mask':>9}{'p99':>9}{'32, 1 th':>9}{'32, 2 th':>9}{'blocked':>9}   ms"
     )
+    found: dict[str, Any] = {"tokens": size}
     for name, make in makers.items():
         took, library = timed(functools.partial(make, table))
         for grammar, (kind, text) in GRAMMARS.items():
@@ -227,17 +233,21 @@ def libraries(tokenizer: Path, tokens: int) -> None:
             p99 = sorted(times)[int(0.99 * len(times))]
             row = [took, compiling, statistics.median(times), p99, *batches, 1e3 * ticks.longest]
             print(f"{name:12}{grammar:12}" + "".join(f"{value:9.3f}" for value in row), flush=True)
+            names = ("vocabulary", "compile", "mask", "mask_p99", "masks_32_by_1", "masks_32_by_2", "blocked")
+            found.setdefault(name, {})[grammar] = dict(zip(names, (round(value, 4) for value in row), strict=True))
+    return found
 
 
-def decode(checkpoint: Path, batch: int, tokens: int, rounds: int) -> bool:
-    """Whether guided decoding is as fast as it should be."""
+def decode(checkpoint: Path, batch: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    """By temperature: milliseconds a step without and with a grammar, and the ratio."""
+    found = {}
     with tempfile.TemporaryDirectory() as directory:
         loaded = make_engine(checkpoint, Path(directory), max_batch_size=batch, max_seq_len=tokens + 16)
         file = loaded.manifest.token_table
         if file is None:
             raise SystemExit(f"{checkpoint}: its tokens have no bytes of their own")
         guides = Guides(TokenTable.from_bytes(blobs.read(DirectoryStore(Path(directory)), file)))
-        engine, good = Engine(loaded, guides=guides), True
+        engine = Engine(loaded, guides=guides)
 
         def run(temperature: float, held: bool) -> float:
             work = [
@@ -258,14 +268,16 @@ def decode(checkpoint: Path, batch: int, tokens: int, rounds: int) -> bool:
                     if number:
                         (held if kind else free).append(took)
             ratio = statistics.median(one / other for one, other in zip(held, free, strict=True))
-            good &= ratio <= BOUND
+            step, guided_step = (statistics.median(times) / tokens for times in (free, held))
             print(
-                f"temperature {temperature:g}, batch {batch}: {statistics.median(free) / tokens:.3f} ms a step, guided "
-                f"{statistics.median(held) / tokens:.3f}, {ratio:.3f} times (bound {BOUND})",
+                f"temperature {temperature:g}, batch {batch}: {step:.3f} ms a step, guided {guided_step:.3f}, "
+                f"{ratio:.3f} times (bound {BOUND})",
                 flush=True,
             )
+            columns = {"free_ms": step, "guided_ms": guided_step, "ratio": ratio}
+            found[f"temperature {temperature:g}"] = {name: round(value, 4) for name, value in columns.items()}
         guides.close()
-    return good
+    return found
 
 
 def main() -> None:
@@ -273,20 +285,29 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     one = parts.add_parser("libraries")
     one.add_argument("--tokenizer", type=Path, default=DEMO / "tokenizer.json")
-    one.add_argument("--tokens", type=int, default=64)
+    one.add_argument("--tokens", type=int, default=256)
     other = parts.add_parser("decode")
     other.add_argument("checkpoint", type=Path, nargs="?", default=DEMO)
     other.add_argument("--batch", type=int, default=32)
     other.add_argument("--tokens", type=int, default=128)
     other.add_argument("--rounds", type=int, default=9)
     other.add_argument("--threads", type=int, help="of torch")
+    for part in (one, other):
+        part.add_argument("--out", type=Path, help="where the numbers are written, as JSON")
     arguments = parser.parse_args()
+    found: dict[str, Any]
     if arguments.part == "libraries":
-        libraries(arguments.tokenizer, arguments.tokens)
-        return
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if not decode(arguments.checkpoint, arguments.batch, arguments.tokens, arguments.rounds):
+        found, good = libraries(arguments.tokenizer, arguments.tokens), True
+    else:
+        if not THREADS.items() <= os.environ.items():  # read when torch is loaded, which it is by now
+            os.execve(sys.executable, [sys.executable, "-m", "bench.guided", *sys.argv[1:]], {**os.environ, **THREADS})
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        found = decode(arguments.checkpoint, arguments.batch, arguments.tokens, arguments.rounds)
+        good = all(columns["ratio"] <= BOUND for columns in found.values())
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    if not good:
         raise SystemExit(1)
 
 

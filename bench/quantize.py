@@ -45,6 +45,7 @@ class Form:
 FORMS = {
     "int8": Form({"quant_algo": "W8A16"}, most=0.002),
     "int4": Form({"quant_algo": "W4A16"}),
+    "int4 gptq": Form({"quant_algo": "W4A16_GPTQ"}),
     "int4 awq": Form({"quant_algo": "W4A16_AWQ"}, half_of="int4"),
     "int4 g32": Form({"quant_algo": "W4A16", "group_size": 32}),
     "int4 awq g32": Form({"quant_algo": "W4A16_AWQ", "group_size": 32}),

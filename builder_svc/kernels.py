@@ -95,7 +95,7 @@ def _compile(program: bytes, limits: Limits, options: BuildConfig, directory: Pa
             measured = ["--tactics", str(table)]
         except Internal as error:  # no memory left beside an executor, for one
             log.warning("kernels are chosen by a rule and not by measuring: %s", error)
-    for_gpu = ["--compute-capability", options.compute_capability]
+    for_gpu = ["--compute-capability", options.compute_capability, "--tp-size", str(options.tp_size)]
     if not (name := _run("compile", [*of, *for_gpu, *measured, "--out", str(path)])):
         return []
     hasher = Hasher()

@@ -7,15 +7,16 @@ from typing import Any
 
 from engine.errors import InvalidArgument, Unimplemented
 
-RECIPE_VERSION = 2  # raised when the same inputs give other quantized weights than before
+RECIPE_VERSION = 3  # raised when the same inputs give other quantized weights than before
 
 
 class QuantAlgo(StrEnum):
     """An algorithm: bits of weights (W) and activations (A), and how they are found.
 
-    W8A16 and W4A16 round weights to nearest; W4A16_AWQ scales and clips them before, by what activations are. FP8 has a scale
-    for all activations of a linear, FP8_PER_CHANNEL_PER_TOKEN one for each token. W8A8_SQ_PER_CHANNEL is SmoothQuant.
-    INT8 and FP8 are for KV caches. The others are read from checkpoints that come so, and are not made here.
+    W8A16 and W4A16 round weights to nearest; W4A16_GPTQ so that they make up for each other's errors; W4A16_AWQ scales and clips
+    them before, by what activations are. FP8 has a scale for all activations of a linear, FP8_PER_CHANNEL_PER_TOKEN one for each
+    token. W8A8_SQ_PER_CHANNEL is SmoothQuant. INT8 and FP8 are for KV caches. W4A8_AWQ is read from checkpoints that come so, and
+    not made here.
 
     Example:
         >>> from enginehouse import QuantAlgo
@@ -37,6 +38,7 @@ class QuantAlgo(StrEnum):
 ALGORITHMS = (
     QuantAlgo.W8A16,
     QuantAlgo.W4A16,
+    QuantAlgo.W4A16_GPTQ,
     QuantAlgo.W4A16_AWQ,
     QuantAlgo.FP8,
     QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN,
@@ -44,7 +46,7 @@ ALGORITHMS = (
 )
 """Those that are made here, of weights."""
 KV_ALGORITHMS = (QuantAlgo.INT8, QuantAlgo.FP8)
-INT4 = (QuantAlgo.W4A16, QuantAlgo.W4A16_AWQ)
+INT4 = (QuantAlgo.W4A16, QuantAlgo.W4A16_GPTQ, QuantAlgo.W4A16_AWQ)
 GROUP_SIZES = (32, 64, 128)
 
 

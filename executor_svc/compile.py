@@ -36,6 +36,7 @@ from executor_svc.group import Group
 from executor_svc.kernel_archive import archive_name, pack
 from executor_svc.kernels.paged import SPLITS_FOR
 from executor_svc.kernels.tactics import RULE, Table, from_json
+from executor_svc.peer_memory import BYTES
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +65,16 @@ class StandIn:
 class Absent(Group):
     """The other ranks of a program that is one's of several, where there are shapes and no values."""
 
-    def __init__(self, program: Program) -> None:
-        columns = {value.name: int(value.type.shape[-1]) for op in program.ops for value in op.outputs}
-        gathered = next((op for op in program.ops if op.op == "all_gather"), None)
-        tp_size = columns[gathered.outputs[0].name] // columns[gathered.inputs[0]] if gathered else 1
+    def __init__(self, program: Program, tp_size: int, shared: int) -> None:
         pp_size = 2 if any(op.op in ("send", "recv") for op in program.ops) else 1
         super().__init__(mapping=Parallelism(tp_size * pp_size, tp_size, pp_size))
+        self._shared = shared
+
+    def most_shared(self) -> int:
+        return self._shared
+
+    def share(self, size: int, fill: int) -> list[int] | None:  # noqa: ARG002
+        return [rank << 40 for rank in range(1, self.tp_size + 1)]
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x.new_empty(len(x), x.shape[1] * self.tp_size)
@@ -86,7 +91,7 @@ def _compile_only(kernel: JITFunction, grid: Any) -> Any:
     return lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
 
 
-def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, table: Table) -> int:
+def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, table: Table, tp_size: int = 1) -> int:
     """Compiles what a runner of the program may launch; how many kernels those are.
 
     It changes this process: from then on no kernel is launched.
@@ -95,6 +100,7 @@ def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, ta
         arch: the compute capability, 90 for 9.0.
         cache: the directory that Triton puts them into.
         table: tactics of products.
+        tp_size: ranks of the program's tensor-parallel group.
     """
     knobs.cache.dir = str(cache)
     driver.set_active(StandIn(arch))
@@ -103,12 +109,15 @@ def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, ta
         name: torch.empty(tuple(map(int, declared.shape)), dtype=getattr(torch, declared.dtype), device="meta")
         for name, declared in program.weights.items()
     }
-    runner = CudaRunner(program, weights, limits, kv_memory=1 << 40, table=table, device="meta", group=Absent(program))
+    make = functools.partial(CudaRunner, program, weights, limits, kv_memory=1 << 40, table=table, device="meta")
+    runner = make(group=Absent(program, tp_size, BYTES if tp_size > 1 else 0))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         with triton.AsyncCompileMode(pool, ignore_errors=True) as found, torch.inference_mode():
             for graph in runner.graphs:
                 graph.compute()
             runner.walk(steps(limits))
+            if tp_size > 1:  # where ranks cannot share memory
+                make(group=Absent(program, tp_size, 0)).walk([trial(1)])
         kernels = []
         for kernel in found.future_kernels.values():
             if error := kernel.future.exception():
@@ -180,6 +189,7 @@ def main() -> int:
     parser.add_argument("program", type=Path, help="program.json of the engine")
     parser.add_argument("--limits", required=True, help="the engine's limits, as in its manifest")
     parser.add_argument("--compute-capability", required=True, help="of the GPU, such as 9.0")
+    parser.add_argument("--tp-size", type=int, default=1, help="ranks that each layer is divided among [1]")
     parser.add_argument("--tactics", type=Path, help="table of `executor_svc.tune`; by default there is a rule")
     parser.add_argument("--out", type=Path, required=True, help="the archive")
     arguments = parser.parse_args()
@@ -194,7 +204,7 @@ def main() -> int:
     limits = msgspec.json.decode(arguments.limits, type=Limits)
     table = from_json(arguments.tactics.read_bytes()) if arguments.tactics else RULE
     with tempfile.TemporaryDirectory(prefix="enginehouse-compile-") as cache:
-        compile_kernels(program, limits, arch, Path(cache), table)
+        compile_kernels(program, limits, arch, Path(cache), table, arguments.tp_size)
         arguments.out.write_bytes(pack(Path(cache), table))
     print(archive_name(arguments.compute_capability))
     return 0

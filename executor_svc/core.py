@@ -220,6 +220,12 @@ class Sequence:
         """Whether nothing but the most probable token is wanted, by the logits as they are."""
         return self.sampling.temperature == 0 and self.unedited and not self.min_tokens
 
+    @cached_property
+    def masked(self) -> bool:
+        """Whether the most probable token is wanted of those that its guide allows, by the logits as they are."""
+        edited = self.sampling.edits or bool(self.min_tokens) or bool(self.candidates)
+        return self.guide is not None and self.sampling.temperature == 0 and not edited
+
     @property
     def tells_prompt(self) -> bool:
         """Whether log-probabilities of its prompt are wanted that no runner has been asked for."""

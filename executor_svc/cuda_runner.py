@@ -32,6 +32,7 @@ from executor_svc.kernels.sample import sample
 from executor_svc.kernels.stage import choose, keep, put, stage
 from executor_svc.kernels.tactics import RULE, Table
 from executor_svc.kernels.target import roomy
+from executor_svc.peers import open_buffers, summing
 from executor_svc.plans import unpack
 from executor_svc.rope_lengths import rope_lengths
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
@@ -98,7 +99,10 @@ class CudaRunner:
         operators = bind(implementations("gpu"), group)
         for name in ("linear", "linear_silu_mul", "linear_int4", "linear_int8", "product_fp8", "product_int8"):
             operators[name] = functools.partial(operators[name], table=table)
-        fused = fuse(program)
+        buffers = open_buffers(program, group, self._device)
+        if buffers:
+            operators |= summing(buffers, group)
+        fused = fuse(program, sums=buffers is not None)
         self._interpreter = Interpreter(fused, weights, operators)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         # one block more takes the keys of rows that only fill a graph up

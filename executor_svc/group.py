@@ -63,6 +63,21 @@ class Group:
         """The address of the tensor-parallel group's ncclComm_t, for what runs collectives by itself."""
         raise Internal("a rank that is alone has no communicator")
 
+    def most_shared(self) -> int:
+        """Bytes of a message, at most, that ranks sum by themselves, through memory that they share; 0 where they do not."""
+        return 0
+
+    def share(self, size: int, fill: int) -> list[int] | None:  # noqa: ARG002
+        """Memory on each rank of the tensor-parallel group that all of them read and write, until they end.
+
+        Args:
+            size: bytes, a multiple of 4. fill: 32 bits that all of it has at first.
+
+        Returns:
+            The addresses in this process, by rank of the group; None, on all ranks, where there is no way.
+        """
+        return None
+
     def from_leader(self, values: Tensor) -> Tensor:
         """Rank 0's values, to be called by its tensor-parallel group: the others' are overwritten."""
         return values

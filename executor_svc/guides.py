@@ -1,4 +1,4 @@
-"""Guided output in a worker: grammars compiled beside the loop, and masks of allowed tokens computed while a step runs.
+"""Guided output in a worker: grammars compiled beside the loop, and masks of allowed tokens for every step.
 
 A sequence has a `Guide` (guide.py): a matcher that follows its tokens.
 """
@@ -124,14 +124,18 @@ class Guides:
         return overdue
 
     def prepare(self, batch: Batch) -> None:
-        """Begins to compute the masks of the tokens that a batch will sample."""
-        if not self._known:  # nobody has ever been guided: a step costs nothing
+        """Begins to compute the masks of the tokens that a batch will sample, where they are not there."""
+        if self._threads is None or not self._known:  # nobody has ever been guided: a step costs nothing
             return
-        guides = [item.sequence.guide for item in batch.items if item.samples and item.sequence.guide is not None]
+        guides = [
+            item.sequence.guide
+            for item in batch.items
+            if item.samples and item.sequence.guide is not None and not item.sequence.guide.ready
+        ]
         if guides:
-            mask = self._masks.submit(fill, guides, self._threads)
+            begun = self._masks.submit(fill, guides, self._threads)
             for guide in guides:
-                guide.mask = mask
+                guide.begun = begun
 
     def close(self) -> None:
         """Ends the threads and their processes."""

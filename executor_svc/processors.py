@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from executor_svc.core import Sequence
+from executor_svc.kernels import choose
 
 _Pairs = list[tuple[int, np.ndarray]]  # rows, and tokens of each
 
@@ -90,7 +91,9 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
     """
     biased: _Pairs = []
     banned: _Pairs = []
-    guided: _Pairs = []
+    masks, bits = [0] * len(sequences), 0  # where they lie; how many bits each has
+    allowed: dict[int, np.ndarray] = {}  # what lies there, if that is looked at or is not the guide's own
+    native = choose.serves(logits)
     held: _Pairs = []
     biases: list[np.ndarray] = []
     counts: list[np.ndarray] = []
@@ -100,7 +103,9 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
         guide = sequence.guide
         if not sampling.edits and not sequence.min_tokens:
             if guide is not None:
-                guided.append((row, guide.allowed()))
+                masks[row], bits = guide.bits(), guide.num_bits
+                if not native:
+                    allowed[row] = guide.mask
             continue
         if sequence.edits is None:
             sequence.edits = Edits(sequence)
@@ -110,7 +115,10 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
             biases.append(edits.biases)
         bans = edits.banned(sequence, position)
         if guide is not None:
-            guided.append((row, _without(guide.allowed(), bans)))
+            masks[row], bits, allowed[row] = guide.bits(), guide.num_bits, guide.mask
+            if bans:
+                allowed[row] = _without(guide.mask, bans)
+                masks[row] = allowed[row].ctypes.data
         elif bans:
             tokens = np.unique(bans)
             if len(tokens) < logits.shape[-1]:  # bans that leave nothing are not kept: a token must be given
@@ -126,13 +134,10 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
         logits[at] += torch.from_numpy(np.concatenate(biases)).to(device)
     if banned:
         logits[_pairs(banned, device)] = float("-inf")
-    if guided:
-        rows = [row for row, _ in guided]
-        masks = _masks(np.array([bits for _, bits in guided]), logits.shape[-1], device)
-        if len(rows) == len(logits):
-            logits += masks
-        else:
-            logits[rows] += masks
+    if native and bits:
+        choose.forbid(logits, masks, bits)
+    elif allowed:
+        logits[list(allowed)] += _masks(np.array(list(allowed.values())), logits.shape[-1], device)
     if held:
         at = _pairs(held, device)
         lengths = [len(tokens) for _, tokens in held]
@@ -147,27 +152,18 @@ def edit(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> Non
 
 def _without(allowed: np.ndarray, bans: list[int]) -> np.ndarray:
     """Bits of allowed tokens less those that are banned, unless nothing is left."""
-    if not bans:
-        return allowed
     left, tokens = allowed.copy(), np.unique(bans)
     np.bitwise_and.at(left, tokens >> 3, ~(1 << (tokens & 7)).astype(np.uint8))
     return left if left.any() else allowed
 
 
-def _masks(allowed: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:
+def _masks(bits: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:
     """uint8 [N, bytes], a bit a token from the lowest on -> 0 where it is set, -inf where it is not: float32 [N, vocab_size].
 
-    To look up eight at a time and to add them is many times quicker than to mask.
+    To look up eight at a time and to add them is many times quicker than to mask. Bits are soon on the device.
     """
-    if device.type == "cpu":
-        masks = torch.from_numpy(_OF_BYTE.take(allowed, axis=0))
-    else:  # bits are soon there
-        masks = _look_up(torch.from_numpy(allowed).to(device))
-    return masks.view(len(allowed), -1)[:, :vocab_size]
-
-
-def _look_up(allowed: Tensor) -> Tensor:
-    return torch.from_numpy(_OF_BYTE).to(allowed.device).index_select(0, allowed.flatten().int())
+    index = torch.from_numpy(bits).to(device).flatten().int()
+    return torch.from_numpy(_OF_BYTE).to(device).index_select(0, index).view(len(bits), -1)[:, :vocab_size]
 
 
 def _pairs(parts: _Pairs, device: torch.device) -> tuple[Tensor, Tensor]:

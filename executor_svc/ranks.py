@@ -4,6 +4,7 @@ Tensors go through torch.distributed: NCCL between GPUs, gloo between CPUs. Plan
 each other rank, which may wait for the next one as long as nobody asks anything, and sees at once when rank 0 has ended.
 """
 
+import logging
 import os
 import secrets
 import select
@@ -24,7 +25,10 @@ from engine.program import Program
 from executor_svc.frames import FrameSocket
 from executor_svc.group import Follower, Group
 from executor_svc.network import interface_towards, listen
+from executor_svc.peer_memory import PeerMemory, most_bytes, peer_memory
 from executor_svc.plans import pack
+
+log = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(minutes=30)  # that one waits for another which computes or loads; of one that has ended it hears
 _CONNECT = 30.0  # seconds for the sockets of the plans
@@ -54,8 +58,8 @@ class Ranks(Group):
         store.set_timeout(_PATIENCE)
         if interface := interface_towards(address):  # gloo would look for its own host's name, and take that address
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        backend = "nccl" if self._on_gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=self.size, timeout=_PATIENCE)
+        self._backend = "nccl" if self._on_gpu else "gloo"
+        dist.init_process_group(self._backend, store=store, rank=rank, world_size=self.size, timeout=_PATIENCE)
         # Every rank makes every group, in the same order, as torch wants it.
         firsts = range(0, self.size, self.tp_size)
         groups = [dist.new_group(list(range(first, first + self.tp_size)), timeout=_PATIENCE) for first in firsts]
@@ -66,6 +70,7 @@ class Ranks(Group):
         self._home = dist.new_group([0, self._end], timeout=_PATIENCE) if self.pp_size > 1 else None
         self._sent: deque[tuple[Any, Tensor]] = deque()  # on the way, the oldest first
         self._vocab_size = 0
+        self._shared: list[PeerMemory | None] = []  # kept
         self.least(0)  # connects, which takes memory of a GPU's
         self.all_reduce(torch.zeros(1, device=self._device))
         if self._home is not None and rank in (0, self._end):
@@ -132,6 +137,36 @@ class Ranks(Group):
         if not self._on_gpu:
             raise FailedPrecondition("ranks on CPUs have no NCCL communicator", reason="RANKS_UNSUPPORTED")
         return int(self._tp._get_backend(self._device)._comm_ptr())
+
+    def most_shared(self) -> int:
+        """Raises InvalidArgument: the environment's variable is no number, or too large."""
+        if self.tp_size == 1 or self.here % self.tp_size:  # a group has ranks on other machines
+            return 0
+        return self.least(most_bytes())
+
+    def share(self, size: int, fill: int) -> list[int] | None:
+        failure = "another rank has none"
+        memory, handle, addresses = None, b"", list[int]()
+        try:
+            memory = peer_memory(self._on_gpu, size, fill)
+            handle = memory.handle
+        except Exception as error:  # whatever it is: NCCL serves
+            failure = str(error)
+        handles = [b""] * self.tp_size
+        dist.all_gather_object(handles, handle, self._tp)  # by then the memory is filled
+        try:
+            if memory and all(handles):
+                own = self.rank - self._first
+                addresses = [
+                    memory.address if place == own else memory.reach(other) for place, other in enumerate(handles)
+                ]
+        except Exception as error:
+            failure = str(error)
+        if self.least(len(addresses)):
+            self._shared.append(memory)
+            return addresses
+        log.warning("ranks have no memory in common, and sum by %s: %s", self._backend, failure)
+        return None
 
     def from_leader(self, values: Tensor) -> Tensor:
         dist.broadcast(values, self._first, self._tp)

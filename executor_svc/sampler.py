@@ -19,6 +19,7 @@ from torch import Tensor
 
 from executor_svc.core import Batch, Logprobs, Sampled, Sequence
 from executor_svc.draw import draw
+from executor_svc.kernels import choose
 from executor_svc.logprobs import best, log_probabilities, of_prompts, slices
 from executor_svc.processors import edit
 
@@ -82,14 +83,19 @@ def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> S
         positions: of the tokens that are chosen, counted from the sequence's first token.
     """
     others = [row for row, sequence in enumerate(sequences) if not sequence.plain]
-    if not others:
-        return Sampled(logits.argmax(-1).tolist())
     ways: dict[_Way, list[int]] = {}
+    masks, bits = [0] * len(sequences), 0
+    native = choose.serves(logits)
     for row in others:
-        if way := _way(sequences[row], positions[row]):
+        sequence = sequences[row]
+        if native and sequence.masked:
+            masks[row], bits = sequence.guide.bits(), sequence.guide.num_bits
+        elif way := _way(sequence, positions[row]):
             ways.setdefault(way, []).append(row)
-    as_they_are = len(sequences) > sum(map(len, ways.values()))
-    tokens = logits.argmax(-1) if as_they_are else torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if len(sequences) == sum(map(len, ways.values())):
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    else:
+        tokens = choose.best(logits, masks, bits) if native else logits.argmax(-1)
     told: dict[int, Logprobs] = {}
     for way, all_rows in ways.items():
         for rows in slices(all_rows, logits.shape[-1]):

@@ -3,7 +3,8 @@
 Weights whose inputs are large matter most. Before rounding, each input channel's weights are multiplied by a scale and the input
 is divided by it: s = mean|x| ^ alpha, the alpha being the one of a grid by which a sample's outputs change least. Then groups are
 clipped, where that makes their part of the outputs better. Queries' and keys' rows are not clipped: their products would double
-the error. Beyond the paper, each group's scale is at last that of least squares for its codes.
+the error. Beyond the paper, each group's scale is that of least squares for its codes, and weights are rounded with feedback, as
+GPTQ does (`gptq.py`).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from builder_svc.models.packed import Int4
+from builder_svc.quantize.gptq import Feedback
 from builder_svc.quantize.inputs import Inputs
 from builder_svc.quantize.rounding import grouped, int4_rounded, int4_scales, pack_int4, stored
 from builder_svc.quantize.sites import Rows
@@ -59,12 +61,15 @@ def pack_clipped(weight: Tensor, form: Int4, inputs: Inputs, scale: Tensor, kept
         inputs, scale: of what it reads, unscaled, and the scale.
         kept: the first rows, which are not clipped.
     """
-    products = inputs.group_products(form.group_size or weight.shape[1], scale)
+    whole, size = inputs.scaled_products(scale), form.group_size or weight.shape[1]
+    feedback = Feedback(whole)
+    products = whole.view(-1, size, len(whole) // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     pieces = []
     for start in range(0, len(weight), _ROWS):
         piece = weight[start : start + _ROWS]
         unclipped = torch.arange(start, start + len(piece), device=weight.device) < kept
-        pieces.append(pack_int4(piece, form, *_best(piece, form, products, unclipped)))
+        scales, zeros = _best(piece, form, products, unclipped)
+        pieces.append(pack_int4(feedback.rounded(piece, form, scales, zeros), form, scales, zeros))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 

@@ -74,19 +74,22 @@ class Stream:
         names = [*dict(layer.named_parameters()), *dict(layer.named_buffers())]
         return {name: self._weight(f"layers.{number}.{name}") for name in names}
 
-    def pass_layer(self, number: int, tensors: dict[str, Tensor], watch: Sequence[str] = ()) -> dict[str, Inputs]:
+    def pass_layer(
+        self, number: int, tensors: dict[str, Tensor], watch: Sequence[str] = (), with_products: bool = False
+    ) -> dict[str, Inputs]:
         """Takes the stream through a layer.
 
         Args:
             tensors: of `layer_tensors`; not changed.
             watch: linears whose inputs are to be looked at, by their names in the layer.
+            with_products: as of `Inputs`.
 
         Returns:
             What was seen, by linear.
         """
         layer: Layer = self.decoder.layers[str(number)]
         layer.load_state_dict(tensors, assign=True)
-        seen = {name: Inputs(self.ids.numel()) for name in watch}
+        seen = {name: Inputs(self.ids.numel(), with_products) for name in watch}
         hooks = [
             layer.get_submodule(name).register_forward_pre_hook(lambda _, args, into=into: into.add(args[0]))
             for name, into in seen.items()
@@ -109,10 +112,10 @@ class Stream:
             name: self._weight(name) for name in self.decoder.declared() if name.startswith(("final_norm", "lm_head"))
         }
 
-    def head_inputs(self, tensors: dict[str, Tensor]) -> Inputs:
+    def head_inputs(self, tensors: dict[str, Tensor], with_products: bool = False) -> Inputs:
         """What the head reads."""
         self.decoder.load_state_dict(tensors, strict=False, assign=True)
-        seen = Inputs(self.ids.numel())
+        seen = Inputs(self.ids.numel(), with_products)
         with torch.no_grad(), computed(self._compute):
             for span, _ in self._spans():
                 seen.add(self.decoder.final_norm(self.hidden[span].flatten(0, 1))[0])

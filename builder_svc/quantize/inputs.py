@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 ROWS = 512
-"""Tokens whose inputs are kept whole, of all places of all sequences: what a search measures its candidates by."""
+"""Tokens whose inputs are kept whole, of all places of all sequences."""
+_SUMMED = 16384  # tokens of whose inputs the products are summed
+_NARROW = 2048  # channels, up to which these products cost less than they tell
 
 
 class Inputs:
@@ -16,12 +18,16 @@ class Inputs:
         tokens: all that are coming.
         mean: of absolute values, float32 [channels].
         largest: absolute value, float32 [channels].
+        products: of every two channels, summed over a sample of tokens, float32 [channels, channels], if they are asked for.
     """
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, with_products: bool = False) -> None:
         self.tokens = tokens
         # By chance, since sequences of one length have their first tokens, which are like no others, at one distance.
-        self._chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))[:ROWS].sort().values
+        chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))
+        self._chosen = chosen[:ROWS].sort().values
+        self._summed = chosen[: _SUMMED if with_products else 0].sort().values
+        self.products = torch.zeros(1)
         self._seen = 0
         self._sum, self.largest = torch.zeros(1), torch.zeros(1)
         self._kept: list[Tensor] = []
@@ -31,9 +37,15 @@ class Inputs:
         size = x.abs()
         self._sum = self._sum.to(x.device) + size.sum(0)
         self.largest = torch.maximum(self.largest.to(x.device), size.amax(0))
-        here = self._chosen[(self._chosen >= self._seen) & (self._chosen < self._seen + len(x))]
-        self._kept.append(x[(here - self._seen).to(x.device)])
+        self._kept.append(self._of(self._chosen, x))
+        if len(self._summed):
+            some = self._of(self._summed, x)
+            self.products = self.products.to(x.device) + some.T @ some
         self._seen += len(x)
+
+    def _of(self, chosen: Tensor, x: Tensor) -> Tensor:
+        here = chosen[(chosen >= self._seen) & (chosen < self._seen + len(x))]
+        return x[(here - self._seen).to(x.device)]
 
     @property
     def mean(self) -> Tensor:
@@ -44,23 +56,18 @@ class Inputs:
         """float32 [at most ROWS, channels]."""
         return torch.cat(self._kept)
 
-    @cached_property
-    def _products(self) -> Tensor:
-        return self.rows.T @ self.rows
-
     def loss(self, error: Tensor, scale: Tensor) -> Tensor:
-        """The sum of squares by which outputs change with an error of the weight, a number.
+        """The sum of squares by which a sample's outputs change with an error of the weight, a number; needs products.
 
         Args:
             error: [out, channels], of a weight that reads this input over the scale.
             scale: [channels].
         """
         error = error / scale
-        if len(self.rows) < error.shape[1]:
+        if error.shape[1] > _NARROW:
             return (error @ self.rows.T).square().sum()
-        return ((error @ self._products) * error).sum()
+        return ((error @ self.products) * error).sum()
 
-    def group_products(self, size: int, scale: Tensor) -> Tensor:
-        """The products of channels within each group of the scaled input, float32 [groups, size, size]."""
-        rows = (self.rows / scale).view(len(self.rows), -1, size).transpose(0, 1)
-        return rows.transpose(1, 2) @ rows
+    def scaled_products(self, scale: Tensor) -> Tensor:
+        """`products` of the input over the scale [channels]."""
+        return self.products / scale / scale[:, None]

@@ -16,7 +16,7 @@ from builder_svc.models.decoder import Decoder
 from builder_svc.models.packed import Int4, Packed
 from builder_svc.pretrained import PretrainedConfig
 from builder_svc.quant_config import QuantAlgo
-from builder_svc.quantize import awq, smoothquant
+from builder_svc.quantize import awq, gptq, smoothquant
 from builder_svc.quantize.forward import Read, Stream, compute_device
 from builder_svc.quantize.inputs import Inputs
 from builder_svc.quantize.plan import Plan
@@ -95,6 +95,7 @@ class _Work:
         self._stream: Stream | None = None
         self._at, self._tensors = -1, dict[str, Tensor]()
         count = len(self.config.layers)
+        self._products = plan.quant_config.quant_algo in (QuantAlgo.W4A16_AWQ, QuantAlgo.W4A16_GPTQ)
         self._steps = count + ("lm_head" in plan.packed)
 
     def parts(self, name: str) -> Iterable[Tensor]:
@@ -124,7 +125,7 @@ class _Work:
             seen: dict[str, Inputs] = {}
         else:
             tensors = stream.layer_tensors(number)
-            seen = stream.pass_layer(number, tensors, [name for name in watched.values() if name])
+            seen = stream.pass_layer(number, tensors, [name for name in watched.values() if name], self._products)
         inputs = {site: seen[name] for site, name in watched.items() if name in seen}
         made, scales = self._quantized(prefix, sites, tensors, packed, inputs)
         if stream and self.plan.quant_config.kv_cache_quant_algo:
@@ -145,7 +146,7 @@ class _Work:
             if name.startswith(("final_norm", "lm_head"))
         ]
         tensors = {name: self._float(name) for name in names}
-        inputs = {HEAD: stream.head_inputs(tensors)} if stream else {}
+        inputs = {HEAD: stream.head_inputs(tensors, self._products)} if stream else {}
         return self._quantized("", [HEAD], tensors, {"lm_head": self.plan.packed["lm_head"]}, inputs)[0]
 
     def _streaming(self) -> Stream | None:
@@ -201,16 +202,12 @@ class _Work:
     def _packed(
         self, name: str, weight: Tensor, form: Packed, seen: Inputs | None, scale: Tensor | None
     ) -> dict[str, Tensor]:
-        if (
-            isinstance(form, Int4)
-            and self.plan.quant_config.quant_algo is QuantAlgo.W4A16_AWQ
-            and seen
-            and scale is not None
-        ):
-            number = self._at
+        if isinstance(form, Int4) and self._products and seen and scale is not None:
+            if self.plan.quant_config.quant_algo is QuantAlgo.W4A16_GPTQ:
+                return gptq.pack(weight, form, seen)
             kept = 0
             if name == "attention.qkv":
-                queries, keys, _ = self.config.layers[number].attention.qkv_sizes
+                queries, keys, _ = self.config.layers[self._at].attention.qkv_sizes
                 kept = queries + keys
             return awq.pack_clipped(weight, form, seen, scale, kept)
         found = pack(weight, form)

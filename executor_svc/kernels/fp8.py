@@ -21,7 +21,7 @@ def able() -> bool:
 
 
 @triton.jit
-def _keep(value, input_scale, q, scales, row, at, size, STATIC: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def keep(value, input_scale, q, scales, row, at, size, STATIC: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     """Writes a whole row in 8 bits, and its scale."""
     wide = value.to(tl.float32)
     if STATIC:
@@ -37,7 +37,7 @@ def _quantize(x, input_scale, q, scales, size, stride, STATIC: tl.constexpr, BLO
     wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     value = tl.load(x + row * stride + at, at < size, 0.0)
-    _keep(value, input_scale, q, scales, row, at, size, STATIC)
+    keep(value, input_scale, q, scales, row, at, size, STATIC)
 
 
 @triton.jit
@@ -48,14 +48,14 @@ def _norm(
     wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     value = normed(x, residual, weight, total, row, at, size, stride, eps, ADD)
-    _keep(value, input_scale, q, scales, row, at, size, STATIC)
+    keep(value, input_scale, q, scales, row, at, size, STATIC)
 
 
 @triton.jit
 def _silu_mul(gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    _keep(gated(gate_up, row, at, size), input_scale, q, scales, row, at, size, STATIC)
+    keep(gated(gate_up, row, at, size), input_scale, q, scales, row, at, size, STATIC)
 
 
 def _empty(x: Tensor, size: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
 """Operators that a device has beside the set's own, and programs that use them: what stands side by side is one kernel."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from engine.opset import FLOATS, OPERATORS, Operator, packed_inputs, quantizes_input
 from engine.program import DType, Op, Program, TensorType, Value
+
+_Pattern = Callable[[Op, dict[str, Op]], tuple[tuple[Op, ...], Op]]
 
 QUANTIZED = ("q", "scales")
 
@@ -16,28 +19,35 @@ DEVICE_OPERATORS = {
         uses_step=True,
     ),
     "linear_silu_mul": Operator(OPERATORS["linear"].inputs),
+    "all_reduce_add_rms_norm": OPERATORS["add_rms_norm"],
 }
 for _kind in ("fp8", "int8"):
     DEVICE_OPERATORS |= {
         f"quantize_{_kind}": Operator(("x", "input_scale?"), QUANTIZED),
         f"rms_norm_{_kind}": Operator(("x", "weight", "input_scale?"), QUANTIZED, {"eps": float}),
-        f"add_rms_norm_{_kind}": Operator(
-            ("x", "residual", "weight", "input_scale?"), (*QUANTIZED, "sum"), {"eps": float}
+        **dict.fromkeys(
+            (f"add_rms_norm_{_kind}", f"all_reduce_add_rms_norm_{_kind}"),
+            Operator(("x", "residual", "weight", "input_scale?"), (*QUANTIZED, "sum"), {"eps": float}),
         ),
         f"silu_mul_{_kind}": Operator(("gate_up", "input_scale?"), QUANTIZED),
         f"product_{_kind}": Operator(("q", "q_scales", "weight", "scales", "bias?"), attrs={"dtype": int}),
     }
-"""rope_attention: `rope` of q and of k, then `attention`. linear_silu_mul: `linear`, then `silu_mul`. product_fp8: `linear_fp8`
+"""rope_attention: `rope` of q and of k, then `attention`. linear_silu_mul: `linear`, then `silu_mul`.
+all_reduce_add_rms_norm: `all_reduce`, then `add_rms_norm` of the sum and the residual. product_fp8: `linear_fp8`
 of what `quantize_fp8` has made of its input, in dtype FLOATS[dtype]; another operator X, as X_fp8, leaves the quantized form of
 its first result alone. X_int8 likewise."""
 
 
-def fuse(program: Program) -> Program:
-    """The program in the device's operators, where it has what they stand for."""
-    return _quantize_where_made(_draw_in(program))
+def fuse(program: Program, *, sums: bool = False) -> Program:
+    """The program in the device's operators, where it has what they stand for.
+
+    Args:
+        sums: whether there are those that sum over the tensor-parallel group.
+    """
+    return _quantize_where_made(_draw_in(program, _SUMS if sums else _PATTERNS))
 
 
-def _draw_in(program: Program) -> Program:
+def _draw_in(program: Program, patterns: Mapping[str, _Pattern]) -> Program:
     """Operators whose results nobody else reads, drawn into the one that does."""
     readers = Counter(name for op in program.ops for name in op.inputs)
     readers.update(program.outputs)
@@ -45,7 +55,7 @@ def _draw_in(program: Program) -> Program:
     gone: set[int] = set()
     ops = []
     for op in program.ops:
-        drawn_in, fused = _PATTERNS.get(op.op, _as_it_is)(op, makers)
+        drawn_in, fused = patterns.get(op.op, _as_it_is)(op, makers)
         gone |= {id(one) for one in drawn_in}
         ops.append((op, fused))
     return msgspec.structs.replace(program, ops=tuple(fused for op, fused in ops if id(op) not in gone))
@@ -71,7 +81,16 @@ def _linear_silu_mul(op: Op, makers: dict[str, Op]) -> tuple[tuple[Op, ...], Op]
     return (product,), msgspec.structs.replace(op, op="linear_silu_mul", inputs=product.inputs)
 
 
-_PATTERNS = {"attention": _rope_attention, "silu_mul": _linear_silu_mul}
+def _all_reduce_add_rms_norm(op: Op, makers: dict[str, Op]) -> tuple[tuple[Op, ...], Op]:
+    total = makers.get(op.inputs[0])
+    if total is None or total.op != "all_reduce":
+        return (), op
+    inputs = (*total.inputs, *op.inputs[1:])
+    return (total,), msgspec.structs.replace(op, op="all_reduce_add_rms_norm", inputs=inputs)
+
+
+_PATTERNS: dict[str, _Pattern] = {"attention": _rope_attention, "silu_mul": _linear_silu_mul}
+_SUMS: dict[str, _Pattern] = {**_PATTERNS, "add_rms_norm": _all_reduce_add_rms_norm}
 
 
 def rounds_to(op: Op | None, program: Program) -> str:

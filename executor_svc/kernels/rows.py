@@ -49,6 +49,14 @@ def to_small(value, scale, kind: tl.constexpr):  # type: ignore[no-untyped-def] 
 
 
 @triton.jit
+def scaled(value, factors, size, eps):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """A whole row of `rms_norm`, whose weight is `factors`."""
+    wide = value.to(tl.float32)
+    wide *= tl.rsqrt(tl.sum(wide * wide) / size + eps)
+    return (factors * wide.to(factors.dtype)).to(value.dtype)
+
+
+@triton.jit
 def normed(x, residual, weight, total, row, at, size, stride, eps, ADD: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     """A row of `rms_norm`, or of `add_rms_norm`, whose sum it writes."""
     inside = at < size
@@ -56,10 +64,7 @@ def normed(x, residual, weight, total, row, at, size, stride, eps, ADD: tl.const
     if ADD:
         value += tl.load(residual + row * size + at, inside, 0.0)  # rounded to the dtype of x, as the reference does
         tl.store(total + row * size + at, value, inside)
-    wide = value.to(tl.float32)
-    wide *= tl.rsqrt(tl.sum(wide * wide) / size + eps)
-    scales = tl.load(weight + at, inside, 0.0)
-    return (scales * wide.to(scales.dtype)).to(value.dtype)
+    return scaled(value, tl.load(weight + at, inside, 0.0), size, eps)
 
 
 @triton.jit

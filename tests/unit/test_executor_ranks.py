@@ -186,7 +186,7 @@ def test_a_rank_reads_its_own_weights_alone(checkpoint: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_the_runner_for_cuda_gives_the_plain_runners_tokens(tp: int, pp: int, tmp_path: Path) -> None:
-    """Each rank a process, with Triton's interpreter and gloo."""
+    """Each rank a process, with Triton's interpreter and gloo, which sums what has more than 3 rows."""
     checkpoint = save_checkpoint(tmp_path / "tiny", num_hidden_layers=pp)
     limits = {"max_seq_len": 48, "max_batch_size": 4, "max_num_tokens": 24}
     expected = sequences()
@@ -195,10 +195,11 @@ def test_the_runner_for_cuda_gives_the_plain_runners_tokens(tp: int, pp: int, tm
     engine_id = build(checkpoint, options, store=DirectoryStore(tmp_path / "store")).manifest.engine_id
     (held,) = hold_ports(1)
     command = [sys.executable, "-m", "tests.unit.rank_harness", str(tmp_path / "store"), engine_id]
+    environment = {**os.environ, "ENGINEHOUSE_ALL_REDUCE_BYTES": str(3 * 48 * 4)}
     ranks = [
         subprocess.Popen(
             command,
-            env={**os.environ, **place(rank, held.getsockname()[1])},
+            env={**environment, **place(rank, held.getsockname()[1])},
             stdout=None if rank else subprocess.PIPE,
             text=True,
         )

@@ -2,7 +2,8 @@
 
 import random
 import select
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from engine.token_table import TokenTable
 from executor_svc.core import Batch, Reason, Sampled, Sampling, Scheduled, SchedulerConfig, Sequence
 from executor_svc.grammars import vocabulary
 from executor_svc.guides import Guides
-from executor_svc.processors import _look_up, _masks
+from executor_svc.kernels import choose
+from executor_svc.processors import _masks, edit
 from executor_svc.sampler import sample
 from executor_svc.scheduler import Scheduler
 from protos.v1.common_pb2 import GuidedDecoding
@@ -37,7 +39,8 @@ def request(prompt: str = "x", **fields: Any) -> Sequence:
 
 
 def allowed(sequence: Sequence) -> list[int]:
-    bits = np.unpackbits(sequence.guide.allowed(), count=len(TABLE.tokens), bitorder="little")
+    sequence.guide.bits()
+    bits = np.unpackbits(sequence.guide.mask, count=len(TABLE.tokens), bitorder="little")
     return np.nonzero(bits)[0].tolist()
 
 
@@ -72,15 +75,20 @@ def test_ends_are_those_of_the_request(guides: Guides) -> None:
     assert allowed(none) == [ord("a")]
 
 
-def test_masks_that_were_begun_with_a_batch_are_the_same(guides: Guides) -> None:
+def test_masks_that_were_begun_with_a_batch_are_the_same(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [b'{"a": ', b"{", b'{"b": [1,', b'{"c": "\xc3']
     run, again = ([guided(request(), guides, json_object=True) for _ in texts] for _ in range(2))
-    for sequence, other, text in zip(run, again, texts, strict=True):
-        assert not follow(sequence, text) and not follow(other, text)
+    monkeypatch.setattr("executor_svc.guide._TOO_SLOW", -1000)
+    for sequence, text in zip(run, texts, strict=True):
+        assert not follow(sequence, text)
+    monkeypatch.undo()
+    monkeypatch.setattr("executor_svc.guide._QUICK", 60)
+    for sequence, text in zip(again, texts, strict=True):
+        assert not follow(sequence, text)
     items = [Scheduled(sequence, 0, 1, True) for sequence in run]
     guides.prepare(Batch(1, (*items, Scheduled(request(), 0, 1, True), Scheduled(again[0], 0, 1, False))))
-    assert again[0].guide.mask is None
-    assert all(sequence.guide.mask is not None for sequence in run)
+    assert all(sequence.guide.begun is None and sequence.guide.ready for sequence in again)
+    assert all(sequence.guide.begun is not None for sequence in run)
     assert [allowed(sequence) for sequence in run] == [allowed(sequence) for sequence in again]
 
 
@@ -91,13 +99,59 @@ def test_masks_are_the_bits() -> None:
             [0.0 if row[token >> 3] >> (token & 7) & 1 else -np.inf for token in range(count)] for row in bits.tolist()
         ]
         assert _masks(bits, count, torch.device("cpu")).tolist() == wanted
-    assert torch.equal(_look_up(torch.from_numpy(bits)).view(3, 64), _masks(bits, 64, torch.device("cpu")))
 
 
+def test_what_a_greedy_token_costs(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of the matcher for the token, one for the next mask, none for the end where the text cannot end; no float masks."""
+    monkeypatch.setattr("executor_svc.guide._QUICK", 60)
+    monkeypatch.setattr("executor_svc.sampler.edit", None if choose.serves(torch.zeros(1, 1)) else edit)
+    monkeypatch.setattr(guides, "_masks", None)
+    run = [guided(request(sampling=Sampling(0.0)), guides, regex="[a-c]{200}") for _ in range(32)]
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any) -> Any:
+            calls[name] += 1
+            return call(*arguments)
+
+        return count
+
+    for sequence in run:
+        sequence.guide.bits()
+        for name in ("_consume", "_compute", "_is_stopped"):
+            setattr(sequence.guide, name, counted(name, getattr(sequence.guide, name)))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        guides.prepare(Batch(step, tuple(Scheduled(sequence, 0, 1, True) for sequence in run)))
+        logits = torch.randn(len(run), len(TABLE.tokens), generator=generator)
+        for sequence, token in zip(run, sample(logits, run, [1] * len(run)).token_ids, strict=True):
+            assert not sequence.guide.accept(token)
+    assert calls == {"_consume": 20 * len(run), "_compute": 20 * len(run)}
+
+
+def test_masks_that_take_long_are_left_to_the_thread(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of them: now and then one is tried again, and when they are quick, they are computed at once again."""
+    one = guided(request(), guides, regex="a{1,500}").guide
+
+    def computed_at_once(tokens: int) -> int:
+        return sum(not one.accept(ord("a")) and one.ready for _ in range(tokens))
+
+    monkeypatch.setattr("executor_svc.guide._QUICK", -1)
+    assert computed_at_once(100) < 10
+    monkeypatch.setattr("executor_svc.guide._QUICK", 60)
+    computed_at_once(100)
+    assert computed_at_once(100) == 100
+
+
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.0), Sampling(), Sampling(1.0, 3, 0.9, min_p=0.1), Sampling(repetition_penalty=3)]
 )
-def test_only_allowed_tokens_are_chosen_beside_free_rows(guides: Guides, sampling: Sampling) -> None:
+def test_only_allowed_tokens_are_chosen_beside_free_rows(
+    guides: Guides, sampling: Sampling, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(choose, "_library", None)
     free, held = request(sampling=sampling), guided(request(sampling=sampling), guides, regex="[pqr]")
     logits = torch.randn(40, len(TABLE.tokens), generator=torch.Generator().manual_seed(0)) * 4
     logits[:, ord("q")] = -50.0
@@ -236,8 +290,8 @@ def test_a_vocabulary_is_made_for_the_first_grammar_and_once(monkeypatch: pytest
 
 def test_who_waits_beyond_the_deadline_waits_no_more(guides: Guides) -> None:
     late, patient, endless = request(deadline=5.0), request(deadline=50.0), request()
-    for sequence in (late, patient, endless):
-        assert not guides.begin(sequence, GuidedDecoding(regex=f"[a-z]{{{len(sequence.token_ids) + 2}}}"))
+    for number, sequence in enumerate((late, patient, endless)):
+        assert not guides.begin(sequence, GuidedDecoding(regex=f"[a-z]{{{number + 3}}}"))
     assert guides.take_overdue(4.0) == [] and guides.take_overdue(5.0) == [late]
     assert guides.num_pending == 2 and not guides.forget(late)
     while guides.num_pending:

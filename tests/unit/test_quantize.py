@@ -14,7 +14,7 @@ from builder_svc.auto import open_model
 from builder_svc.causal_lm import CausalLM
 from builder_svc.models.packed import Fp8, Int4, Int8
 from builder_svc.pipeline import build, build_identity, read_model
-from builder_svc.quantize import awq, smoothquant
+from builder_svc.quantize import awq, gptq, smoothquant
 from builder_svc.quantize.forward import Stream, compute_device
 from builder_svc.quantize.inputs import ROWS, Inputs
 from builder_svc.quantize.measure import perplexity
@@ -152,7 +152,7 @@ def outliers(rows: int = 512) -> Tensor:
 
 
 def seen(x: Tensor) -> Inputs:
-    inputs = Inputs(len(x))
+    inputs = Inputs(len(x), with_products=True)
     for start in range(0, len(x), 100):
         inputs.add(x[start : start + 100])
     return inputs
@@ -193,10 +193,30 @@ def test_awq_loses_less_than_rounding_to_nearest(zeros: bool) -> None:
     assert clipped < lost(kept, none) < nearest
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("columns", [64, 320])
+def test_columns_make_up_for_each_other(columns: int, zeros: bool) -> None:
+    """Of inputs that go together: 320 are more than are rounded at a time. Codes stay those of the scales that were chosen."""
+    made = torch.Generator().manual_seed(2)
+    common = torch.randn(columns // 4, columns, generator=made)
+    x = torch.randn(600, len(common), generator=made) @ common + 0.1 * torch.randn(600, columns, generator=made)
+    weight, form = torch.randn(40, columns, generator=made), Int4(32, zeros, "float16")
+    lost = [
+        float((x @ (unpacked(tensors, form, columns) - weight).T).square().sum())
+        for tensors in (pack(weight, form), gptq.pack(weight, form, seen(x)))
+    ]
+    assert lost[1] < 0.4 * lost[0]
+    scales, middles = int4_scales(weight, form)
+    rounded = gptq.Feedback(seen(x).products).rounded(weight, form, scales, middles)
+    torch.testing.assert_close(unpacked(gptq.pack(weight, form, seen(x)), form, columns), rounded)
+    alone = gptq.Feedback(torch.eye(columns)).rounded(weight, form, scales, middles)
+    torch.testing.assert_close(alone, unpacked(pack(weight, form), form, columns))  # nothing goes together
+
+
 def test_awq_loses_less_in_every_layer_on_text_that_it_has_not_seen(tmp_path: Path) -> None:
     """Of a trained model, whole layers: scales are folded, heads share their values, and what was fitted holds elsewhere."""
     made, calib = {}, CalibConfig(calib_batches=16, calib_max_seq_length=256)
-    for algo in ("W4A16", "W4A16_AWQ"):
+    for algo in ("W4A16", "W4A16_GPTQ", "W4A16_AWQ"):
         made[algo] = quantized(DEMO_MODEL, tmp_path / algo, calib, quant_algo=algo, group_size=64)
     dense = open_model(DEMO_MODEL)
     ids = Tokens(read_text(HELD_OUT), dense.tokenizer().files()).sequences(256, 12)
@@ -211,8 +231,8 @@ def test_awq_loses_less_in_every_layer_on_text_that_it_has_not_seen(tmp_path: Pa
             stream.hidden.copy_(before)
             stream.pass_layer(number, stream.layer_tensors(number))
         right = streams["dense"].hidden
-        nearest, awq_ = (float((streams[name].hidden - right).square().sum()) for name in made)
-        assert awq_ < 0.9 * nearest, (number, awq_ / nearest)
+        nearest, fed_back, both = (float((streams[name].hidden - right).square().sum()) for name in made)
+        assert fed_back < nearest and both < 0.85 * nearest, (number, fed_back / nearest, both / nearest)
 
 
 def test_smoothquant_moves_outliers_into_the_weights() -> None:

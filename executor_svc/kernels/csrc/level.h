@@ -7,6 +7,7 @@
 #include "product.h"
 #include "packed.h"
 #include "rows.h"
+#include "choose.h"
 
 #include "experts.h"
 

@@ -262,6 +262,15 @@ void enginehouse_rope(int type, const void *x, long stride, long rows, long head
     CALL(rope, type, x, stride, rows, heads, dim, cosines, sines, half, interleaved, y);
 }
 
+/* `masks` has an address for each row, or 0. */
+void enginehouse_best(const float *logits, long stride, long rows, long size, const uint8_t *const *masks, int64_t *tokens) {
+    CALL(best, logits, stride, rows, size, masks, tokens);
+}
+
+void enginehouse_forbid(float *logits, long stride, long rows, long size, const uint8_t *const *masks) {
+    CALL(forbid, logits, stride, rows, size, masks);
+}
+
 /* Writes the new keys and values, then lets every query see what it may. */
 void enginehouse_attention(const struct attention *a) {
     long heads = a->heads / a->groups, span = QUERY_ROWS / heads < 1 ? 1 : QUERY_ROWS / heads, rows = span * heads;
