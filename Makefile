@@ -17,8 +17,9 @@ test: $(VENV)/.ready
 drills: $(VENV)/.ready
 	$(BIN)/python -m pytest -m drill $(PARALLEL)
 
-# Another seed sends other messages.
+# Another seed sends other messages; hypothesis tries other examples every time.
 fuzz: $(VENV)/.ready
+	$(BIN)/python -m pytest --hypothesis-profile=default $$(grep -l "import given" tests/unit/*.py)
 	FUZZ_MESSAGES=1000000 FUZZ_SEED=$(or $(FUZZ_SEED),1) $(BIN)/python -m pytest tests/unit/test_fuzz.py
 
 check: $(VENV)/.ready

@@ -144,7 +144,16 @@ class LocalCluster:
 
     async def _start(self) -> None:
         """All services at once: the others' ports are chosen here, so that the gateway need not wait for them."""
-        *ports, builder_port = free_ports(self.count + 1)
+        held = hold_ports(self.count + 1)
+        try:
+            await self._start_on([port.getsockname()[1] for port in held])
+        finally:
+            for port in held:
+                port.close()
+
+    async def _start_on(self, ports: list[int]) -> None:
+        """`ports`: of the executors and the builder."""
+        *ports, builder_port = ports
         self.executors = [f"{_LOOPBACK}:{port}" for port in ports]
         builder_address = f"{_LOOPBACK}:{builder_port}"
         builder = self._service(
@@ -240,10 +249,14 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
         ) from None
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nothing listens on, all different; somebody may still take one before it is used."""
-    probes = [socket.create_server((_LOOPBACK, 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+def hold_ports(count: int) -> list[socket.socket]:
+    """Free ports of 127.0.0.1, all different: sockets that are bound to them and do not listen.
+
+    Until a socket is closed, nobody is given its port who asks for any, neither to listen nor to connect from. A server that
+    is told the port and sets SO_REUSEADDR, as servers do, can listen there nevertheless: so Linux has it.
+    """
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((_LOOPBACK, 0))
+    return held

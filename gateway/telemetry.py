@@ -244,7 +244,7 @@ def observed(generate: Generate) -> Generate:
     """Of the gateway's Generate: keeps a record of each call."""
 
     async def call(self: Any, request: GenerateRequest, context: Any) -> AsyncIterator[GenerateResponse]:
-        record = Record(self.telemetry, context.invocation_metadata() or ())
+        began, record = time.monotonic(), Record(self.telemetry, context.invocation_metadata() or ())
         _record.set(record)
         error: BaseException | None = None
         try:
@@ -258,7 +258,8 @@ def observed(generate: Generate) -> Generate:
             error = raised
             raise
         finally:
-            record.ended(status(error, context), error.reason if isinstance(error, EnginehouseError) else "")
+            code = status(error, context, time.monotonic() - began)
+            record.ended(code, error.reason if isinstance(error, EnginehouseError) else "")
 
     return cast(Generate, functools.wraps(generate)(call))
 

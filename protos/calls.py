@@ -19,9 +19,9 @@ _POLLED = ("grpc.health.v1.Health/", "enginehouse.v1.Executor/GetStatus")  # so 
 
 log = logging.getLogger(__name__)
 
-_EARLY = (
-    0.02  # seconds by which a client gives up before the server's clock says so: the deadline it sends is rounded up
-)
+# By how much a client may give up before the server's clock says so: gRPC rounds the time that it sends up by a hundredth at
+# most, and the server counts from when it arrives.
+_ROUNDED, _ON_THE_WAY = 0.01, 0.02  # of the call's time; seconds
 
 
 class Calls:
@@ -79,7 +79,7 @@ class Call:
     ) -> None:
         """Does not rely on the task's context: a generator that nobody finishes is closed in another."""
         seconds = time.monotonic() - self._began
-        code = status(error, self._context)
+        code = status(error, self._context, seconds)
         self._calls.ended(self._method, code, seconds)
         level = logging.DEBUG if code == "OK" and self._method.startswith(_POLLED) else logging.INFO
         if log.isEnabledFor(level):
@@ -88,13 +88,13 @@ class Call:
             log.log(level, "%s %s", name, code, extra=logs.fields(**{"request_id": self._request_id, **fields}))
 
 
-def status(error: BaseException | None, context: Any) -> str:
-    """The name of the gRPC status with which a handler's end by this error, or without one, ends its call."""
+def status(error: BaseException | None, context: Any, seconds: float) -> str:
+    """The name of the gRPC status with which a handler's end by this error, or without one, ends its call after so long."""
     if error is None:
         return grpc.StatusCode.OK.name
     if isinstance(error, asyncio.CancelledError | GeneratorExit):  # the client has left, or its time is over
         remaining = context.time_remaining()
-        late = remaining is not None and remaining <= _EARLY
+        late = remaining is not None and remaining <= _ROUNDED * (seconds + remaining) + _ON_THE_WAY
         return (grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED).name
     if isinstance(error, grpc.aio.AbortError):
         code = context.code()

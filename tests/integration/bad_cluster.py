@@ -32,13 +32,18 @@ from protos.v1.gateway_pb2 import (
 )
 from protos.v1.gateway_pb2_grpc import GatewayStub
 from tests.integration.services import Service, service
+from tests.memory import tree
 
 MAX_SEQ_LEN, MAX_BATCH_SIZE, MAX_WAITING = 256, 2, 2
 
 
 @dataclass
 class Cluster:
-    """The three services over one store. Of its engines "tiny" is loaded, and the others, by what is wrong, are not."""
+    """The three services over one store. Of its engines "tiny" is loaded, and the others, by what is wrong, are not.
+
+    Attributes:
+        worker: the process that runs the engine.
+    """
 
     root: Path
     store: Store
@@ -47,6 +52,7 @@ class Cluster:
     executor: ExecutorStub
     gateway: GatewayStub
     engine_id: str
+    worker: int
     others: dict[str, Manifest]
     handles: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -127,10 +133,12 @@ def services(checkpoint: Path, root: Path) -> Iterator[Cluster]:
                 service(package, root / f"{package}.log", "--store", store.url, *arguments)
             )
             addresses.append(started.address)
+            pids.append(started.process.pid)
             channels[package] = stack.enter_context(grpc.insecure_channel(started.address))
             return channels[package]
 
         addresses: list[str] = []
+        pids: list[int] = []
         channels: dict[str, grpc.Channel] = {}
         executor = ExecutorStub(start("executor_svc", "--engine", "tiny", "--max-waiting", str(MAX_WAITING)))
         gateway = GatewayStub(start("gateway", "--executor", addresses[0]))
@@ -140,11 +148,12 @@ def services(checkpoint: Path, root: Path) -> Iterator[Cluster]:
                 *("--checkpoint-root", str(root / "checkpoints"), "--work-dir", str(root / "work"), "--jobs", "2"),
             )
         )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not gateway.ListModels(ListModelsRequest()).models[0].ready_executors:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        made_cluster = Cluster(root, store, channels, builder, executor, gateway, tiny.engine_id, others)
+        worker = tree(pids[0])[1]
+        made_cluster = Cluster(root, store, channels, builder, executor, gateway, tiny.engine_id, worker, others)
         yield made_cluster
         serves(made_cluster)  # after all of it
 
@@ -153,6 +162,6 @@ def serves(cluster: Cluster) -> None:
     """A good request is answered, by the gateway and by the executor."""
     stopping = StoppingCriteria(max_tokens=4, ignore_eos=True)
     request = GenerateRequest(model="tiny", text="In the beginning", stopping=stopping)
-    assert sum(len(part.token_ids) for part in cluster.gateway.Generate(request, timeout=20)) == 4
-    parts = cluster.executor.Generate(cluster.submit(), timeout=20)
+    assert sum(len(part.token_ids) for part in cluster.gateway.Generate(request, timeout=60)) == 4
+    parts = cluster.executor.Generate(cluster.submit(), timeout=60)
     assert sum(len(part.token_ids) for part in parts) == 4

@@ -15,7 +15,7 @@ from executor_svc.launch import WORKER
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 PROMPT = "In the beginning God created the"
 IDS = [0, 1082, 261, 2178, 411, 1859, 285, 261]
-LONG = SamplingParams(max_tokens=480, ignore_eos=True)
+LONG = SamplingParams(max_tokens=2000, ignore_eos=True)  # seconds: who cancels it comes before its end
 
 
 def text(llm: LLM, prompt: Any = PROMPT, **options: Any) -> str:
@@ -36,7 +36,7 @@ def workers(parent: int) -> list[int]:
     return found
 
 
-def gone(pids: Sequence[int], seconds: float = 5) -> bool:
+def gone(pids: Sequence[int], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while any(Path(f"/proc/{pid}").exists() and "Z" not in _state(pid) for pid in pids):
         if time.monotonic() > deadline:

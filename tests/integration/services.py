@@ -44,7 +44,7 @@ def service(
     It sees only what its own extra installs.
 
     Args:
-        port: or HOST:PORT of one that ran before.
+        port: that it listens on; 0 takes a free one.
         program: Python's arguments instead of `-m package`.
         within: a command that becomes the one behind it, such as `ip netns exec NAME`.
         environment: added to this process' own.
@@ -59,7 +59,7 @@ def service(
         "PYTHONSAFEPATH": "1",
         "ENGINEHOUSE_ONLY": ",".join((package.removesuffix("_svc"), *extras)),
     }
-    command = [*within, sys.executable, *(program or ("-m", package)), "--port", port.rpartition(":")[2], *arguments]
+    command = [*within, sys.executable, *(program or ("-m", package)), "--port", port, *arguments]
     with log.open("a") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=everything)
     assert process.stdout is not None
@@ -79,3 +79,13 @@ def service(
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+@contextlib.contextmanager
+def standing(pid: int) -> Iterator[None]:
+    """A process that stands still: what it would do, it does after the block."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

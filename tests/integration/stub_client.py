@@ -64,7 +64,7 @@ def main(builder_address, executor_addresses, gateway_address, checkpoint):
         found["loaded"] = [progress[-1].bytes_done == progress[-1].bytes_total, progress[-1].engine.engine_id == engine]
 
     model = None
-    for _ in range(100):
+    for _ in range(600):
         model = gateway.ListModels(gateway_pb2.ListModelsRequest()).models[0]
         if model.ready_executors == len(executors):
             break

@@ -21,7 +21,7 @@ import urllib3
 
 from tests.deployment import README, ROOT, Service, chain, context, image, seconds, services
 from tests.integration import services as processes
-from tests.seaweed import SeaweedFS, free_ports
+from tests.seaweed import SeaweedFS
 
 ONLY = Path(processes.__file__).parent / "only_extra"
 UP = services({"OMP_NUM_THREADS": "1"})  # the model is small, and the tests' machine, too
@@ -32,7 +32,7 @@ class Store(SeaweedFS):
 
     def __init__(self, definition: Service) -> None:
         super().__init__(bucket="")  # the options make one
-        self.ports.update(zip(("admin", "admin.grpc"), free_ports(2), strict=True))
+        self._choose_ports("admin", "admin.grpc")
         self.definition = definition
 
     def start(self) -> None:
@@ -140,7 +140,7 @@ class Cluster:
             env={**self.environment(name), **only},
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
         )
         assert done.returncode in (0, 1), done.stderr
         assert (done.returncode == 0) == (done.stdout == "SERVING\n"), done.stdout
@@ -167,7 +167,7 @@ def commands(section: str) -> list[list[str]]:
 def type_in(cluster: Cluster, command: list[str], environment: Mapping[str, str]) -> str:
     arguments = [sys.executable, "-m", "enginehouse", *map(cluster.here, command[1:])]
     done = subprocess.run(
-        arguments, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        arguments, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, (command, done.stderr, *(log.read_text() for log in cluster.directory.glob("*.log")))
     return done.stdout + done.stderr
@@ -255,7 +255,7 @@ def test_the_gateway_runs_from_what_its_build_stage_makes(tmp_path: Path) -> Non
         assert "metrics on" in process.stdout.readline()
         address = process.stdout.readline().split()[-1]
         probe = [python, *found.health[1:3], address, *found.health[4:]]
-        assert subprocess.run(probe, cwd=tmp_path, env=dict(each.environment), timeout=20).returncode == 0
+        assert subprocess.run(probe, cwd=tmp_path, env=dict(each.environment), timeout=60).returncode == 0
         process.terminate()
         assert process.wait(60) == 0
     finally:

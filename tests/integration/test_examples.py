@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*command: str, cwd: Path) -> str:
     environment = {**service_environment(), "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout

@@ -75,7 +75,7 @@ def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(stub: builder_pb2_grpc.BuilderStub, checkpoint: str, max_seq_len: int | None = None) -> str:
     spec = builder_pb2.BuildSpec(checkpoint=checkpoint, max_seq_len=max_seq_len)
-    return stub.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec, model="model"), timeout=30).build_id
+    return stub.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec, model="model"), timeout=60).build_id
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:
@@ -135,7 +135,7 @@ def test_a_builder_killed_in_any_phase_loses_nothing(bucket: SeaweedFS, medium: 
         ):
             stub = builder_pb2_grpc.BuilderStub(grpc.insecure_channel(victim.address))
             build_id = submit(stub, f"upload://{others.id}" if others.files else medium.name)
-            for event in stub.WatchBuild(builder_pb2.WatchBuildRequest(build_id=build_id), timeout=100):
+            for event in stub.WatchBuild(builder_pb2.WatchBuildRequest(build_id=build_id), timeout=200):
                 assert not event.state.HasField("ended"), event.state
                 step = event.progress
                 if (
@@ -153,14 +153,14 @@ def test_a_builder_killed_in_any_phase_loses_nothing(bucket: SeaweedFS, medium: 
             stub = builder_pb2_grpc.BuilderStub(grpc.insecure_channel(survivor.address))
             taken = 0.0
             with turn:
-                for event in stub.WatchBuild(builder_pb2.WatchBuildRequest(build_id=build_id), timeout=150):
+                for event in stub.WatchBuild(builder_pb2.WatchBuildRequest(build_id=build_id), timeout=200):
                     if (
                         event.state.attempt == 2 and not taken
                     ):  # by the builder's clock: we may have waited for our turn
                         taken = event.time.ToNanoseconds() / 1e9 - killed
             assert builder_pb2.BuildState.Name(event.state.state) == "BUILD_STATE_SUCCEEDED", event.state
             assert (event.state.engine_id, event.state.attempt) == (expected, 2)
-            until(lambda: not list(store.list("queue/")), 10)
+            until(lambda: not list(store.list("queue/")), 60)
         check_whole(store, expected, others.files)
         return taken
 
@@ -198,7 +198,7 @@ def test_a_store_that_is_away_for_half_a_minute_costs_neither_a_build_nor_a_load
         assert away, "the upload was over before the store was stopped"
         away.join()
         assert event.state.attempt == 1
-        until(lambda: not list(store.list("queue/")), 10)
+        until(lambda: not list(store.list("queue/")), 60)
     check_whole(store, event.state.engine_id)
 
     with service("executor_svc", tmp_path / "executor.log", "--store", store.url) as executor:

@@ -20,6 +20,7 @@ from engine.backends import open_store
 from engine.blobs import blob_key
 from engine.errors import DataLoss, EnginehouseError
 from engine.store import Store
+from enginehouse.cluster import hold_ports
 from protos.rpc import from_rpc_error
 from protos.v1 import builder_pb2, builder_pb2_grpc, executor_pb2, executor_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria, TokenIds
@@ -71,7 +72,7 @@ async def under_load(
     """How many streams end when these processes are killed while tokens flow; seconds after the kill, and the status."""
     started: list[int] = []
     ends = [asyncio.create_task(end_of(gateway.Generate(request(number)), started)) for number in range(STREAMS)]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while len(started) < 2 * STREAMS:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     killed = time.monotonic()
@@ -90,10 +91,12 @@ def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 async def test_a_killed_gateway_loses_its_streams_alone(tiny: Store, tmp_path: Path) -> None:
-    with service("executor_svc", tmp_path / "executor.log", "--store", tiny.url, "--engine", "tiny") as executor:
+    (held,) = hold_ports(1)
+    port = str(held.getsockname()[1])
+    with held, service("executor_svc", tmp_path / "executor.log", "--store", tiny.url, "--engine", "tiny") as executor:
         arguments = ("--store", tiny.url, "--executor", executor.address)
         with (
-            service("gateway", tmp_path / "gateway.log", *arguments) as victim,
+            service("gateway", tmp_path / "gateway.log", *arguments, port=port) as victim,
             service("gateway", tmp_path / "other.log", *arguments) as survivor,
         ):
             async with (
@@ -109,8 +112,8 @@ async def test_a_killed_gateway_loses_its_streams_alone(tiny: Store, tmp_path: P
                     return [token async for part in other.Generate(request(99, 100)) for token in part.token_ids]
 
                 through = asyncio.create_task(undisturbed())
-                for seconds, error in await under_load(gateway, [victim.process.pid], grace=10):
-                    assert (error.code, seconds < 2) == (14, True), (seconds, error.message)
+                for seconds, error in await under_load(gateway, [victim.process.pid], grace=60):
+                    assert (error.code, seconds < 30) == (14, True), (seconds, error.message)
                 assert await through == [token for part in alone for token in part.token_ids]
                 calls = executor_pb2_grpc.ExecutorStub(direct)
                 async with asyncio.timeout(60):
@@ -120,7 +123,7 @@ async def test_a_killed_gateway_loses_its_streams_alone(tiny: Store, tmp_path: P
                             break
                         await asyncio.sleep(0.05)
                 victim.process.wait()
-                with service("gateway", tmp_path / "again.log", *arguments, port=victim.address):
+                with service("gateway", tmp_path / "again.log", *arguments, port=port):
                     await ready(gateway)
                     assert [part async for part in gateway.Generate(request(1, 5))][-1].HasField("finish")
 
@@ -138,7 +141,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def run_build(stub: builder_pb2_grpc.BuilderStub, checkpoint: Path, model: str = "tiny") -> builder_pb2.Build:
     """The build as it ends."""
     spec = builder_pb2.BuildSpec(checkpoint=checkpoint.name)
-    submitted = stub.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec, model=model), timeout=20)
+    submitted = stub.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec, model=model), timeout=60)
     *_, last = stub.WatchBuild(builder_pb2.WatchBuildRequest(build_id=submitted.build_id), timeout=120)
     return last.state
 
@@ -184,12 +187,12 @@ def test_damage_in_the_bucket_is_never_loaded(bucket: SeaweedFS, checkpoint: Pat
         error = from_rpc_error(caught.value)
         assert error.code == (5 if damage == "gone" else DataLoss.code), error.message
         assert bad.ranks[0].weights[0].digest[:12] in error.message
-        status = stub.GetStatus(executor_pb2.GetStatusRequest(), timeout=5)
+        status = stub.GetStatus(executor_pb2.GetStatusRequest(), timeout=60)
         assert [engine.engine_id for engine in status.engines] == [good.engine_id]
         submit = executor_pb2.Submit(
             engine_id=good.engine_id, token_ids=[5, 6], stopping=StoppingCriteria(max_tokens=5, ignore_eos=True)
         )
-        assert sum(len(part.token_ids) for part in stub.Generate(submit, timeout=30)) == 5
+        assert sum(len(part.token_ids) for part in stub.Generate(submit, timeout=60)) == 5
 
 
 def two_options() -> "list[object]":
@@ -214,9 +217,9 @@ def test_services_with_wrong_credentials_say_so(bucket: SeaweedFS, checkpoint: P
         calls = executor_pb2_grpc.ExecutorStub(grpc.insecure_channel(executor.address))
         gateway = gateway_pb2_grpc.GatewayStub(grpc.insecure_channel(front.address))
         for attempt in (
-            lambda: builds.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec), timeout=20),
-            lambda: list(calls.LoadEngine(executor_pb2.LoadEngineRequest(model="tiny"), timeout=20)),
-            lambda: list(gateway.Generate(gateway_pb2.GenerateRequest(model="tiny", text="x"), timeout=20)),
+            lambda: builds.SubmitBuild(builder_pb2.SubmitBuildRequest(spec=spec), timeout=60),
+            lambda: list(calls.LoadEngine(executor_pb2.LoadEngineRequest(model="tiny"), timeout=60)),
+            lambda: list(gateway.Generate(gateway_pb2.GenerateRequest(model="tiny", text="x"), timeout=60)),
         ):
             with pytest.raises(grpc.RpcError) as caught:
                 attempt()
@@ -280,19 +283,19 @@ async def test_a_store_that_is_away_stops_nothing_that_is_served(
                     await asyncio.sleep(2.5)  # what the gateway knows of the name is old now
                     began = time.monotonic()
                     assert [part async for part in gateway.Generate(request(1, 5))][-1].HasField("finish")
-                    assert time.monotonic() - began < 2
+                    assert time.monotonic() - began < 5  # for so long it would wait for what it does not know
                     began = time.monotonic()
                     submit = builder_pb2.SubmitBuildRequest(spec=builder_pb2.BuildSpec(checkpoint=checkpoint.name))
                     with pytest.raises(grpc.aio.AioRpcError) as caught:
                         await builds.SubmitBuild(submit, timeout=60)
                     error = from_rpc_error(caught.value)
                     assert (error.code, error.reason) == (14, "STORE_UNAVAILABLE") and bucket.endpoint in error.message
-                    assert time.monotonic() - began < 25
+                    assert time.monotonic() - began < 50  # its patience is 10 s, and that of a build 60
                     unknown = gateway_pb2.GenerateRequest(model="unknown", text="x")
-                    _, error = await asyncio.wait_for(end_of(gateway.Generate(unknown), []), 25)
+                    _, error = await asyncio.wait_for(end_of(gateway.Generate(unknown), []), 60)
                     assert error.code == 14
                 finally:
                     bucket.start()
                 await builds.SubmitBuild(submit, timeout=60)
-                _, error = await asyncio.wait_for(end_of(gateway.Generate(unknown), []), 25)
+                _, error = await asyncio.wait_for(end_of(gateway.Generate(unknown), []), 60)
                 assert error.code == 5 and "tiny" in error.message

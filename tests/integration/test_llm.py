@@ -97,10 +97,10 @@ def test_guided_output(llm: LLM) -> None:
 
 
 def test_streaming_in_a_script_adds_up(llm: LLM) -> None:
-    result = llm.generate_async(PROMPT, SamplingParams(max_tokens=40), streaming=True)
+    result = llm.generate_async(PROMPT, LONG, streaming=True)
     outputs = list(result)
-    assert len(outputs) > 1
-    whole = llm.generate(PROMPT, SamplingParams(max_tokens=40)).outputs[0]
+    assert len(outputs) > 1  # steps that the reader is too slow for come as one, but hardly so many
+    whole = llm.generate(PROMPT, LONG).outputs[0]
     assert "".join(output.outputs[0].text_diff for output in outputs) == whole.text
     assert (
         sum((output.outputs[0].token_ids_diff for output in outputs), [])
@@ -108,7 +108,7 @@ def test_streaming_in_a_script_adds_up(llm: LLM) -> None:
         == outputs[-1].outputs[0].token_ids
     )
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-    (once,) = llm.generate_async(PROMPT, SamplingParams(max_tokens=40))
+    (once,) = llm.generate_async(PROMPT, LONG)
     assert once.outputs[0].text == whole.text
 
 
@@ -149,7 +149,7 @@ def test_from_many_threads(llm: LLM) -> None:
 
 
 def idle(llm: LLM) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         stats = llm.get_stats()
         if (stats.running, stats.waiting, stats.free_kv_blocks) == (0, 0, stats.total_kv_blocks):
@@ -165,12 +165,15 @@ def test_cancel_frees_the_engine(llm: LLM) -> None:
         time.sleep(0.01)
     for result in results:
         result.cancel()
+    assert [result.result().outputs[0].finish_reason for result in results] == ["cancelled"] * 8
+    assert results[0].result().outputs[0].length < 2000
+    assert idle(llm)
     whole = llm.generate_async(PROMPT, LONG)
-    time.sleep(0.2)
+    while not llm.get_stats().running:  # told with its first token
+        time.sleep(0.01)
     whole.cancel()
-    assert [result.result().outputs[0].finish_reason for result in (*results, whole)] == ["cancelled"] * 9
-    assert 0 < whole.result().outputs[0].length < 480  # what has come so far
-    assert results[0].result().outputs[0].length < 480
+    assert whole.result().outputs[0].finish_reason == "cancelled"
+    assert 0 < whole.result().outputs[0].length < 2000  # what has come so far
     assert idle(llm)
 
 
@@ -181,7 +184,7 @@ def test_results_that_nobody_holds_are_cancelled(llm: LLM) -> None:
     del result
     gc.collect()
     assert idle(llm)
-    assert llm.get_stats().completion_tokens - before < 400
+    assert llm.get_stats().completion_tokens - before < 1800
 
 
 # Wrong input
@@ -337,7 +340,7 @@ def test_a_repository_of_the_hub(engine_dir: Path, tmp_path: Path) -> None:
             **hub_server.environment(hub.url, tmp_path / "hub"),
             ENGINEHOUSE_HOME=str(tmp_path / "home"),
         )
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
         source = "hf://org/demo@main"
         said = " heavens, in the"
@@ -401,7 +404,7 @@ def test_a_terminal_shows_how_far_it_is(engine_dir: Path, shown: bool) -> None:
         while data := os.read(ours, 4096):
             said += data
     os.close(ours)
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     assert process.returncode == 0
     assert [word in said for word in (b"load", b"generate")] == [shown, shown]
 

@@ -39,7 +39,7 @@ def test_a_worker_that_dies_raises_in_every_waiting_call(engine_dir: Path) -> No
         with pytest.raises(Unavailable):
             list(streamed)
         thread.join()
-        assert len(errors) == 1 and time.monotonic() - killed < 2
+        assert len(errors) == 1 and time.monotonic() - killed < 30
         with pytest.raises(Unavailable, match="has ended by SIGKILL"):
             executor.generate(IDS)
 
@@ -68,7 +68,7 @@ def test_forgotten_it_ends_with_its_last_reference(engine_dir: Path) -> None:
     (worker,) = (pid for pid in workers(os.getpid()) if _is_of(made, pid))
     del made
     gc.collect()
-    assert result.result(10).outputs[0].length == 4  # what is under way keeps it
+    assert result.result(60).outputs[0].length == 4  # what is under way keeps it
     del result
     gc.collect()
     assert gone([worker])
@@ -130,13 +130,15 @@ def test_ctrl_c_ends_it_at_once_and_leaves_no_process(engine_dir: Path, when: st
     process.stdout.readline()
     if when == "generating":
         process.stdout.readline()
-    time.sleep(0.5)
-    below = workers(process.pid)
+    while not (below := workers(process.pid)):
+        assert process.poll() is None
+        time.sleep(0.02)
     assert len(below) == 1
+    time.sleep(0.5)  # anywhere within
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker gets it, too
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30
     assert process.returncode == -signal.SIGINT and err.rstrip().endswith("KeyboardInterrupt")
     assert gone(below)
 
@@ -162,6 +164,6 @@ def test_after_shutdown_it_says_so(engine_dir: Path) -> None:
     made.shutdown()
     made.shutdown()
     with pytest.raises(Unavailable, match="was shut down"):
-        pending.result(5)
+        pending.result(60)
     with pytest.raises(Unavailable, match="was shut down"):
         made.generate(PROMPT)

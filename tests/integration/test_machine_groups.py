@@ -13,13 +13,13 @@ from tests.integration.llm_harness import gone, workers
 from tests.integration.machines import (
     LIMITS,
     WITHIN,
+    begun,
     kill,
     loaded,
     lost,
     one_rank,
     ready,
     says,
-    submit,
     tokens,
     where_to_join,
 )
@@ -43,8 +43,7 @@ async def test_a_machine_that_is_killed_ends_the_group_which_comes_back_with_it(
                 ranks = [*workers(leader.process.pid), *workers(member.process.pid)]
                 assert len(ranks) == 2, "each has one"
                 assert await tokens(stub, engine_id) == expected
-                call = aiter(stub.Generate(submit(engine_id)))
-                await anext(call)
+                call = await begun(stub, engine_id)
                 killed = time.monotonic()
                 kill(member)
                 await lost(call)

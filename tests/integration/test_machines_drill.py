@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from engine.directory import DirectoryStore
+from enginehouse.cluster import hold_ports
 from executor_svc.group_options import PORT
 from protos.v1 import executor_pb2 as pb
 from protos.v1.executor_pb2_grpc import ExecutorStub
@@ -25,13 +25,13 @@ from tests.integration.llm_harness import gone, workers
 from tests.integration.machines import (
     LIMITS,
     WITHIN,
+    begun,
     kill,
     loaded,
     lost,
     one_rank,
     ready,
     says,
-    submit,
     tokens,
     where_to_join,
 )
@@ -73,8 +73,7 @@ async def test_the_end_of_a_rank_elsewhere_and_of_the_machine_that_leads(checkpo
             assert await tokens(stub, engine_id) == expected
             for victim in (member, leader):
                 ranks = [*workers(leader.process.pid), *workers(member.process.pid)]
-                call = aiter(stub.Generate(submit(engine_id)))
-                await anext(call)
+                call = await begun(stub, engine_id)
                 killed = time.monotonic()
                 os.kill(workers(victim.process.pid)[1], signal.SIGKILL)
                 await lost(call)
@@ -176,12 +175,11 @@ def running(command: list[str], log: Path) -> Iterator[None]:
 async def test_machines_that_torchrun_starts(checkpoint: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     expected, engine_id = one_rank(checkpoint, store), engine(checkpoint, store, 2, 1)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (held,) = hold_ports(1)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
-    where = ("--master-addr", "127.0.0.1", "--master-port", str(port))
+    where = ("--master-addr", "127.0.0.1", "--master-port", str(held.getsockname()[1]))
     ours = ("-m", "executor_svc", "--store", str(store), "--port", "0", "--join-timeout", "60")
-    with contextlib.ExitStack() as stack:
+    with held, contextlib.ExitStack() as stack:
         logs = [tmp_path / "log0", tmp_path / "log1"]
         for rank, log in enumerate(logs):
             stack.enter_context(running([*torchrun, "--node-rank", str(rank), *where, *ours], log))

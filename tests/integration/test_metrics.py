@@ -331,7 +331,7 @@ async def test_counters_do_not_go_back_when_a_worker_dies(cluster: Cluster, stub
     failed = f"enginehouse_executor_requests_failed_total{{engine={cluster.engine},reason=ENGINE_LOST}}"
     assert 0 < after[failed] <= lost
     await changed(cluster.executor, f"enginehouse_executor_engine_load_seconds_count{label}", 2)
-    deadline = time.monotonic() + 10  # until the gateway has noticed
+    deadline = time.monotonic() + 60  # until the gateway has noticed
     while True:
         try:
             await generate(stub, max_tokens=6)
@@ -339,9 +339,9 @@ async def test_counters_do_not_go_back_when_a_worker_dies(cluster: Cluster, stub
         except grpc.aio.AioRpcError:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.1)
-    await asyncio.sleep(0.2)
-    after = scrape(cluster.executor)
-    assert after[tokens] >= before[tokens] + 6
+    async with asyncio.timeout(60):  # the worker tells what it has counted a moment later
+        while (after := scrape(cluster.executor))[tokens] < before[tokens] + 6:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
     for name, value in before.items():
         if name.startswith("enginehouse_executor_") and "_total{" in name or "_bucket{" in name:
             assert after[name] >= value, name
@@ -360,7 +360,7 @@ def test_up_says_where_its_services_have_them(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "enginehouse", "up", "--port", "0", "--metrics", "--", sys.executable, "-c", FETCH]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ENGINEHOUSE_")}
     environment = kept | {"ENGINEHOUSE_HOME": str(tmp_path), "ENGINEHOUSE_LOG_FORMAT": "json"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     texts = json.loads(done.stdout)
     assert texts.keys() == {"builder", "executor-1", "gateway"}

@@ -58,7 +58,7 @@ def test_every_command(tmp_path: Path) -> None:
             command = command.replace("enginehouse ", f"{sys.executable} -m enginehouse ", 1)
             command = command.replace("python -m protos", f"{sys.executable} -m protos")
             done = subprocess.run(
-                ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+                ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
             )
             assert done.returncode == 0, (line, done.stdout, done.stderr)
         said = subprocess.run(

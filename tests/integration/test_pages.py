@@ -51,7 +51,7 @@ class Reader:
         for usual, place in self.places.items():
             here = here.replace(usual, place)
         done = subprocess.run(
-            ["bash", "-ec", here], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=240
+            ["bash", "-ec", here], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout

@@ -55,7 +55,7 @@ def test_all_of_its_python_in_one_program(folder: Path, environment: dict[str, s
     assert len(PYTHON) > 6 and sum(GATEWAY in block for block in PYTHON) == 1
     program = "".join(PYTHON).replace(GATEWAY, cluster)
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -75,7 +75,7 @@ def test_its_command_that_generates(folder: Path, environment: dict[str, str], c
     (generate,) = (command for command in COMMANDS if command.startswith("enginehouse generate"))
     done = subprocess.run(
         [sys.executable, "-m", *shlex.split(generate), "--gateway", cluster, "--max-tokens", "4", "--temperature", "0"],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=60,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0 and "of the first day" in done.stdout
     assert [command for command in COMMANDS if command.split()[0] not in ("pip", "enginehouse")] == []
@@ -133,7 +133,7 @@ def test_errors_are_the_gateways_own_words(llm: LLM, cluster: str) -> None:
     began = time.monotonic()
     with pytest.raises(Unavailable, match="no gateway answers at 127.0.0.1:1"):
         LLM.connect("127.0.0.1:1", "demo")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 def test_without_text_and_after_the_end(cluster: str) -> None:
@@ -145,4 +145,4 @@ def test_without_text_and_after_the_end(cluster: str) -> None:
         pending = bare.generate_async([0], SamplingParams(max_tokens=2000, ignore_eos=True))
     with pytest.raises(Unavailable, match="was shut down"):
         bare.generate([0])
-    assert pending.result(5).outputs[0].finish_reason == "cancelled"
+    assert pending.result(60).outputs[0].finish_reason == "cancelled"

@@ -120,7 +120,7 @@ async def answers(running: Running, stub: ExecutorStub, name: str) -> list[Told]
     await loaded(stub, engine_id)
     async with asyncio.timeout(60):
         found = await asyncio.gather(*(told(stub, submit) for submit in submits(engine_id)))
-    for _ in range(40):  # the worker tells what it has counted when it is idle
+    for _ in range(1200):  # the worker tells what it has counted when it is idle
         if running.preemptions(engine_id):
             break
         await asyncio.sleep(0.05)
@@ -151,16 +151,16 @@ async def test_a_rank_that_dies_ends_the_streams_and_all_come_back(
     await loaded(stub, engine_id)
     before = running.workers()
     submit = submits(engine_id)[0]
-    call = aiter(stub.Generate(submit))
-    await anext(call)
+    first, *_, last = (aiter(stub.Generate(submit)) for _ in range(20))  # the last waits for blocks
+    await anext(first)
     killed = time.monotonic()
     os.kill(before[rank], signal.SIGKILL)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in call:
+        async for _ in last:
             pass
     error = from_rpc_error(caught.value)
     assert (error.code, error.reason) == (14, "ENGINE_LOST") and "has ended" in error.message
-    assert time.monotonic() - killed < 5
+    assert time.monotonic() - killed < 30
     assert not set(before) & set(running.workers()), "the others have ended with it"
     async with asyncio.timeout(60):
         while True:

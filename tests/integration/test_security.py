@@ -27,6 +27,7 @@ from enginehouse.client import BuilderClient, ExecutorClient, GatewayClient
 from enginehouse.credentials import Given, find
 from enginehouse.home import ClusterState, Home
 from protos.rpc import CHANNEL_OPTIONS
+from protos.v1 import common_pb2 as pb
 from protos.v1.gateway_pb2 import TokenizeRequest
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
@@ -140,7 +141,8 @@ def test_a_tenant_sees_and_uses_its_models_alone(cluster: Secured) -> None:
     async def ask(key: str) -> tuple[list[str], str]:
         async with GatewayClient(cluster.state.gateway, api_key=key, tls_ca=ca) as gateway:
             names = [model.name for model in await gateway.models()]
-            texts = [response.text async for response in gateway.generate("demo", "In the beginning")]
+            greedy = {"sampling": pb.SamplingParams(temperature=0), "stopping": pb.StoppingCriteria(max_tokens=8)}
+            texts = [response.text async for response in gateway.generate("demo", "In the beginning", **greedy)]
             return names, "".join(texts)
 
     names, text = asyncio.run(ask(operator))

@@ -86,7 +86,7 @@ class Signed:
 
 def enginehouse(*arguments: str) -> str:
     command = [sys.executable, "-m", "enginehouse", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 async def build(builder: Service, seen: Seen) -> Build:

@@ -57,7 +57,7 @@ def request(kind: int, max_tokens: int) -> gateway_pb2.GenerateRequest:
 
 async def settled(executor: executor_pb2_grpc.ExecutorStub) -> executor_pb2.EngineLoad:
     """The engine's load once nothing runs."""
-    for _ in range(200):
+    for _ in range(1200):
         load = (await executor.GetStatus(executor_pb2.GetStatusRequest())).engines[0].load
         if not load.running and not load.waiting:
             break
@@ -72,7 +72,7 @@ async def soak(executor_address: str, gateway_address: str, count: int, at_once:
         grpc.aio.insecure_channel(executor_address) as direct,
     ):
         gateway, executor = gateway_pb2_grpc.GatewayStub(channel), executor_pb2_grpc.ExecutorStub(direct)
-        for _ in range(100):
+        for _ in range(600):
             if (await gateway.ListModels(gateway_pb2.ListModelsRequest())).models[0].ready_executors:
                 break
             await asyncio.sleep(0.1)

@@ -209,7 +209,7 @@ async def test_a_builder_that_is_killed_goes_on(cluster: Cluster, large: Path, n
 async def test_a_builder_that_stays_away(cluster: Cluster, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload_module, "DELAYS", (0.05, 0.05))
     relay = cluster.relay
-    async with relay.serve() as address, asyncio.timeout(30), BuilderClient(address) as builder:
+    async with relay.serve() as address, asyncio.timeout(60), BuilderClient(address) as builder:
         relay.limit = BREAK
         uploading = asyncio.create_task(builder.upload(large))
         await cluster.reached()

@@ -49,7 +49,7 @@ def test_from_checkpoint_to_streamed_tokens(checkpoint: Path, stubs: Path, tmp_p
             env={**os.environ, "PYTHONPATH": str(stubs), "PYTHONSAFEPATH": "1"},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
         )
         assert done.returncode == 0, done.stderr
         for running in (gateway, *executors, builder):

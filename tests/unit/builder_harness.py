@@ -74,7 +74,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-async def ends(pid: int, seconds: float = 20) -> bool:
+async def ends(pid: int, seconds: float = 50) -> bool:
     """Whether a process that is not our child ends in time."""
     for _ in range(int(seconds / 0.02)):
         if not is_running(pid):

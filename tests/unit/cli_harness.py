@@ -115,11 +115,11 @@ def serving(store: Store) -> Iterator[tuple[str, TimedGateway]]:
         await server.start()
         return server, address, gateway
 
-    server, address, gateway = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    server, address, gateway = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
     try:
         yield address, gateway
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -1,12 +1,14 @@
 """An Executor that records what it is told and says what the test has it say."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 
 from engine.errors import EnginehouseError
+from enginehouse.cluster import hold_ports
 from protos.access import Access
 from protos.rpc import ErrorInterceptor, to_failure
 from protos.v1.common_pb2 import FINISH_REASON_STOP, FinishInfo, Hypothesis, Logprobs
@@ -41,7 +43,9 @@ class MockExecutor(ExecutorServicer):
         self.answers.set()
         self._steps: asyncio.Queue[StepOutput | grpc.StatusCode] = asyncio.Queue()
         self._server: grpc.aio.Server | None = None
-        self.port = 0
+        (held,) = hold_ports(1)  # for as long as it may start again
+        weakref.finalize(self, held.close)
+        self.port = held.getsockname()[1]
 
     @property
     def address(self) -> str:
@@ -53,9 +57,9 @@ class MockExecutor(ExecutorServicer):
         self._server = grpc.aio.server(interceptors=guards, options=[("grpc.so_reuseport", 0)])
         add_ExecutorServicer_to_server(self, self._server)
         if access and access.server:
-            self.port = self._server.add_secure_port(self.address, access.server.credentials())
+            self._server.add_secure_port(self.address, access.server.credentials())
         else:
-            self.port = self._server.add_insecure_port(self.address)
+            self._server.add_insecure_port(self.address)
         await self._server.start()
 
     async def stop(self) -> None:

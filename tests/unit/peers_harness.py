@@ -16,13 +16,14 @@ from torch import Tensor
 
 from engine.manifest import Parallelism
 from engine.ops import add_rms_norm
+from enginehouse.cluster import hold_ports
 from executor_svc.group import Group
 from executor_svc.kernels import fp8
 from executor_svc.kernels.reduce import EMPTY, Buffers, all_reduce, all_reduce_norm, all_reduce_norm_small
 from executor_svc.meeting import meet
 from executor_svc.peers import make_buffers
 from executor_svc.ranks import Ranks
-from tests.unit.test_executor_ranks import MANIFEST, RANK, free_port
+from tests.unit.test_executor_ranks import MANIFEST, RANK
 
 ROWS = 5
 SIZES = [(torch.float32, 48), (torch.float16, 1000), (torch.bfloat16, 4096)]  # the interpreter adds nothing in bfloat16
@@ -31,7 +32,8 @@ EPS = 1e-5
 
 def run_ranks(ranks: int, module: Sequence[str], patience: float = 300) -> list[str]:
     """What a module prints that runs as each of the ranks, in processes that are given so many seconds."""
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    (held,) = hold_ports(1)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
     told |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     places = [{**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     command = [sys.executable, "-m", *module]
@@ -42,6 +44,7 @@ def run_ranks(ranks: int, module: Sequence[str], patience: float = 300) -> list[
         for rank in running:
             rank.kill()
             rank.wait()
+        held.close()
 
 
 def given(rank: int, rows: int, columns: int, dtype: torch.dtype, turn: int) -> Tensor:

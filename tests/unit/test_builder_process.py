@@ -218,7 +218,7 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(work_dir: 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert 0.3 <= time.monotonic() - began < 20
+        assert 0.3 <= time.monotonic() - began < 50
     assert not is_running(int((tmp_path / "pid").read_text()))
 
 
@@ -246,7 +246,7 @@ async def test_what_a_child_started_ends_with_it(work_dir: Path, tmp_path: Path,
     async with running(BuildProcess(child(body), work_dir=work_dir)) as task:
         if how == "cancelled":
             task.cancel()
-        await asyncio.wait([task], timeout=20)
+        await asyncio.wait([task], timeout=50)
         assert task.done()
         assert task.cancelled() or task.exception() or task.result()
     assert await ends(int((tmp_path / "pid").read_text()))
@@ -260,7 +260,7 @@ async def test_a_daemon_that_holds_the_pipes_does_not_hold_the_job(work_dir: Pat
     began = time.monotonic()
     error = await failure(BuildProcess(child(body), work_dir=work_dir).run(REQUEST, Steps()))
     assert "ended with status 1" in error.message
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 35  # it sleeps for 40 s
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
@@ -302,7 +302,8 @@ async def test_the_real_child_fails(work_dir: Path, build: str, code: int, reaso
 
 def test_the_real_child_leaves_no_traceback_when_it_is_ended_at_its_exit():
     build = (
-        "import atexit\natexit.register(time.sleep, 60)\nprint('a line', flush=True)\nreturn Result('0' * 64, False)"
+        "import atexit\natexit.register(lambda: (os.write(2, b'at its exit\\n'), time.sleep(60)))\n"
+        "print('a line', flush=True)\nreturn Result('0' * 64, False)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(real_child(build), **pipes) as process:
@@ -310,10 +311,10 @@ def test_the_real_child_leaves_no_traceback_when_it_is_ended_at_its_exit():
         process.stdin.write(msgspec.json.encode(REQUEST) + b"\n")
         process.stdin.flush()
         assert b'"result"' in process.stdout.readline()
-        time.sleep(0.5)  # it is at its exit now
+        assert [process.stderr.readline() for _ in range(2)] == [b"a line\n", b"at its exit\n"]
         process.terminate()
         process.wait(60)
-        assert process.stderr.read() == b"a line\n"
+        assert process.stderr.read() == b""
 
 
 async def test_the_real_child_cleans_up_when_it_is_cancelled(work_dir: Path, tmp_path: Path):

@@ -334,7 +334,7 @@ def test_the_service_imports_no_torch():
 
 def test_a_root_that_is_not_there(tmp_path: Path):
     command = [sys.executable, "-m", "builder_svc", "--store", tmp_path, "--checkpoint-root", tmp_path / "no"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (1, f"builder: --checkpoint-root {tmp_path / 'no'} is no directory\n")
 
 

@@ -280,7 +280,7 @@ def download(text: str, url: str, home: Path, *words: str, **more: str) -> dict[
         env={**environment, **hub_server.environment(url, home, **more)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -140,18 +140,18 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 
 def test_what_is_measured_is_what_the_gateway_did(gateway: TimedGateway) -> None:
-    gateway.first, gateway.gap, gateway.step = 0.06, 0.04, 2
+    gateway.first, gateway.gap, gateway.step = 0.3, 0.2, 2  # long, beside what a busy machine adds
     out = told("--requests", "12", "--concurrency", "4", "--warmup", "1", "--seed", "5")
     (point,) = out["points"]
     assert (point["completed"], point["failed"], point["output_tokens"]) == (12, 0, 60)
     assert (point["prompt_tokens"], point["cached_tokens"], gateway.most) == (240, 0, 4)
     measured = gateway.ttft[1:]  # after the warm-up, whose later messages are two
-    assert point["ttft"]["median"] == pytest.approx(statistics.median(measured), abs=0.02)
+    assert point["ttft"]["median"] == pytest.approx(statistics.median(measured), abs=0.1)
     per_token = [gap / 2 for gap in gateway.gaps[2:]]
-    assert point["inter_token_latency"]["median"] == pytest.approx(statistics.median(per_token), abs=0.005)
-    assert point["end_to_end"]["mean"] == pytest.approx((sum(measured) + sum(gateway.gaps[2:])) / 12, abs=0.03)
+    assert point["inter_token_latency"]["median"] == pytest.approx(statistics.median(per_token), abs=0.03)
+    assert point["end_to_end"]["mean"] == pytest.approx((sum(measured) + sum(gateway.gaps[2:])) / 12, abs=0.2)
     assert point["output_tokens_per_second"] == pytest.approx(60 / point["seconds"])
-    assert 3 * (0.06 + 2 * 0.04) <= point["seconds"] < 2
+    assert 3 * (0.3 + 2 * 0.2) <= point["seconds"] < 30
     assert (point["concurrency"], point["rate"], point["interrupted"]) == (4, None, False)
     assert (out["model"], out["settings"]["seed"], out["settings"]["input_len"]) == ("demo", 5, "20")
     prompts = {tuple(request.token_ids.ids) for request in gateway.requests}
@@ -179,11 +179,11 @@ def test_a_sweep_prints_tables_and_writes_json_and_a_picture(gateway: TimedGatew
 
 
 def test_requests_at_a_rate_do_not_wait_for_others(gateway: TimedGateway) -> None:
-    gateway.first = 0.15
+    gateway.first = 0.5
     (point,) = told("--requests", "20", "--rate", "100", "--output-len", "1", "--warmup", "0", "--seed", "1")["points"]
     assert (point["completed"], point["rate"], point["concurrency"]) == (20, 100, None)
-    assert gateway.most > 5  # 15 come in the time that the first one takes
-    assert point["seconds"] < 2
+    assert gateway.most > 5  # all come in the time that the first one takes
+    assert point["seconds"] < 5  # half of what they would take one after the other
 
 
 def test_failures_are_counted_with_their_reasons(gateway: TimedGateway) -> None:
@@ -209,7 +209,7 @@ def test_ctrl_c_shows_what_has_been_measured_and_cancels_the_rest(gateway: Timed
     command = [sys.executable, "-m", "enginehouse", "bench", "--requests", "9", "--concurrency", "3", "--warmup", "0"]
     command += ["--input-len", "20", "--output-len", "5", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while gateway.now < 3 or len(gateway.requests) < 6:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, NotFound
 from enginehouse.cli import main
-from enginehouse.cluster import free_ports
+from enginehouse.cluster import hold_ports
 from enginehouse.commands.up import Wanted
 from enginehouse.home import DEFAULT_GATEWAY, ClusterState, Home, gateway_address
 from enginehouse.process import service_environment
@@ -416,5 +416,13 @@ def test_service_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made["PYTHONSAFEPATH"] == "1"
 
 
-def test_free_ports_differ() -> None:
-    assert len(set(free_ports(20))) == 20
+def test_held_ports_are_given_to_who_is_told_them_alone() -> None:
+    held = hold_ports(20)
+    ports = [one.getsockname()[1] for one in held]
+    assert len(set(ports)) == 20
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", ports[0]))
+    with socket.create_server(("127.0.0.1", ports[0])):  # sets SO_REUSEADDR
+        socket.create_connection(("127.0.0.1", ports[0])).close()
+    for one in held:
+        one.close()

@@ -106,7 +106,7 @@ def test_an_upload_that_waited_does_not_write_to_what_was_made_meanwhile(directo
                 second.result(timeout=0.2)
             partial.rename(made)  # the first upload is done
             before = made.read_bytes()
-        second.result(timeout=10)
+        second.result(timeout=60)
     assert directory.read("blobs/x") == large_file.read_bytes()
     assert made.read_bytes() == before
 

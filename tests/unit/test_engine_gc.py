@@ -322,7 +322,7 @@ BUILD_STOPS = [
 def test_a_build_that_begins_while_a_sweep_stands_anywhere_loses_nothing(
     root: Path, stop: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeps, "_DEAD", 20.0)
+    monkeypatch.setattr(sweeps, "_DEAD", 60.0)
     paused = Pausing(root, at(*stop))
     with ThreadPoolExecutor(2) as pool:
         sweep = pool.submit(collect, paused)
@@ -330,8 +330,8 @@ def test_a_build_that_begins_while_a_sweep_stands_anywhere_loses_nothing(
         building = pool.submit(build, DirectoryStore(root))
         time.sleep(0.15)  # the build may end, or wait for the sweep
         paused.go_on.set()
-        built = building.result(20)
-        sweep.result(20)
+        built = building.result(50)
+        sweep.result(50)
     assert registry.missing_files(DirectoryStore(root), built) == []
 
 
@@ -344,7 +344,7 @@ def test_a_build_that_stands_anywhere_loses_nothing_to_a_whole_sweep(root: Path,
         assert paused.reached.wait(60)
         collect(DirectoryStore(root))
         paused.go_on.set()
-        built = building.result(20)
+        built = building.result(50)
     assert registry.missing_files(DirectoryStore(root), built) == []
     assert collect(DirectoryStore(root)).deleted.count == 0
 
@@ -355,7 +355,7 @@ def test_a_build_that_stands_anywhere_loses_nothing_to_a_whole_sweep(root: Path,
 def test_both_stand_and_the_build_ends_first(
     root: Path, sweep_stop: tuple[str, str], build_stop: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeps, "_DEAD", 20.0)
+    monkeypatch.setattr(sweeps, "_DEAD", 60.0)
     build_store, sweep_store = Pausing(root, at(*build_stop)), Pausing(root, at(*sweep_stop))
     with ThreadPoolExecutor(2) as pool:
         building = pool.submit(build, build_store)
@@ -365,8 +365,8 @@ def test_both_stand_and_the_build_ends_first(
         build_store.go_on.set()
         time.sleep(0.1)
         sweep_store.go_on.set()
-        sweep.result(20)
-        built = building.result(20)
+        sweep.result(50)
+        built = building.result(50)
     assert registry.missing_files(DirectoryStore(root), built) == []
 
 
@@ -379,7 +379,7 @@ def test_without_a_pin_the_same_build_loses_its_blobs(root: Path) -> None:
         assert paused.reached.wait(60)
         collect(DirectoryStore(root))
         paused.go_on.set()
-        built = building.result(20)
+        built = building.result(50)
     assert len(registry.missing_files(DirectoryStore(root), built)) == 3
 
 
@@ -471,7 +471,7 @@ def test_an_engine_that_is_restored_has_its_files(root: Path) -> None:
 def test_no_manifest_is_taken_from_under_a_sweep_that_has_read_the_pins(
     root: Path, stop: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeps, "_DEAD", 20.0)
+    monkeypatch.setattr(sweeps, "_DEAD", 60.0)
     store = DirectoryStore(root)
     engine = publish(store).engine_id
     paused = Pausing(root, at(*stop))
@@ -482,8 +482,8 @@ def test_no_manifest_is_taken_from_under_a_sweep_that_has_read_the_pins(
         time.sleep(0.15)
         assert registry.engine_ids(store) == [engine]
         paused.go_on.set()
-        sweep.result(20)
-        removing.result(20)
+        sweep.result(50)
+        removing.result(50)
     assert registry.engine_ids(store) == []
 
 
@@ -493,7 +493,7 @@ def test_an_engine_with_a_name_is_refused_without_waiting_for_a_sweep(store: Sto
     began = time.monotonic()
     with pytest.raises(FailedPrecondition, match="has the name demo"):
         inventory.remove_engine(store, manifest().engine_id)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_an_engine_that_is_restored_without_its_files_is_told(root: Path) -> None:
@@ -535,7 +535,8 @@ def test_a_marker_that_does_not_change_is_no_dead_sweep_before_its_deletes_have_
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_second_sweep_is_refused_while_the_first_is_alive(store: Store) -> None:
+def test_a_second_sweep_is_refused_while_the_first_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "_DEAD", 60.0)
     with sweeping(store) as first:
         for _ in range(2):
             with pytest.raises(FailedPrecondition, match="another garbage collection runs") as caught:
@@ -549,7 +550,7 @@ def test_a_second_sweep_is_refused_while_the_first_is_alive(store: Store) -> Non
 
 @pytest.mark.usefixtures("quick")
 def test_of_sweeps_that_start_at_once_one_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "_DEAD", 20.0)
+    monkeypatch.setattr(sweeps, "_DEAD", 60.0)
     gate, inside, most, lock = threading.Barrier(6), 0, 0, threading.Lock()
 
     def sweep(_: int) -> bool:
@@ -581,7 +582,7 @@ def test_a_killed_sweep_stops_nobody_for_long(store: Store, running: str) -> Non
     began = time.monotonic()
     with pinned(store, []):
         waited = time.monotonic() - began
-    assert sweeps._DEAD <= waited < 20
+    assert sweeps._DEAD <= waited < 50
     assert collect(store).deleted.count == 3
     assert keys(store) == []
 
@@ -602,13 +603,14 @@ def test_a_sweep_whose_process_is_killed(store: Store, root: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_build_waits_for_a_sweep_that_lives(store: Store) -> None:
+def test_a_build_waits_for_a_sweep_that_lives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "_DEAD", 3.0)  # a hundred beats: on a busy machine some come late
     with ThreadPoolExecutor(1) as pool:
         with sweeping(store):
             building = pool.submit(build, store)
             time.sleep(1.5 * sweeps._DEAD)
             assert not building.done()
-        building.result(20)
+        building.result(50)
 
 
 @pytest.mark.usefixtures("old")
@@ -623,7 +625,7 @@ def test_a_sweep_that_cannot_tell_that_it_is_alive_deletes_nothing(root: Path, m
         now[0] += 10.5
         store.go_on.set()
         with pytest.raises(Unavailable) as caught:
-            sweep.result(20)
+            sweep.result(50)
     assert caught.value.reason == "SWEEP_LOST"
     assert len(keys(store, "blobs/")) == 3
 

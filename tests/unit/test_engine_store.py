@@ -70,7 +70,7 @@ def test_of_8_racing_processes_one_creates(store: Store):
         assert racer.stdin
         racer.stdin.write("\n")
         racer.stdin.flush()
-    won = [racer.communicate(timeout=30)[0].strip("[]\n").split(", ") for racer in racers]
+    won = [racer.communicate(timeout=60)[0].strip("[]\n").split(", ") for racer in racers]
     for turn, results in enumerate(zip(*won, strict=True)):
         assert results.count("True") == 1
         assert store.read(f"race/{turn}").decode() == str(results.index("True"))

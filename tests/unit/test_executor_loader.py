@@ -75,7 +75,7 @@ def test_an_executor_passes_its_trust_on_to_its_workers(checkpoint: Path, tmp_pa
     engine = build(checkpoint, store=store).manifest.engine_id
     command = [sys.executable, "-m", "executor_svc", "--store", store.url, "--engine", engine, "--port", "0"]
     command += ["--trusted-keys", str(tmp_path / "trusted.pem")]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert refused.returncode == 1
     assert f"executor: engine {engine[:12]} is not signed by a trusted key" in refused.stderr
     signing.sign(store, engine, private)
@@ -88,7 +88,7 @@ def test_an_executor_passes_its_trust_on_to_its_workers(checkpoint: Path, tmp_pa
 
 def test_a_bad_key_file_is_told_at_the_start(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "executor_svc", "--store", tmp_path, "--trusted-keys", tmp_path / "no.pem"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert (done.returncode, done.stderr) == (
         1,
         f"executor: key file {tmp_path / 'no.pem'} is not readable (No such file or directory)\n",

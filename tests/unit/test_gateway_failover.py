@@ -265,7 +265,7 @@ async def test_a_request_waits_for_its_only_executor_to_come_back(tmp_path: Path
 
 async def test_a_deadline_holds_while_nobody_can_go_on(tmp_path: Path) -> None:
     async with cluster(tmp_path) as c:
-        call = c.generate(timeout=1.0)
+        call = c.generate(timeout=2.0)
         await c.executor.submitted()
         lose_engine(c.executor, c.engine_id)
         assert (await failure(call)).code == 4
@@ -344,19 +344,19 @@ async def test_a_connection_that_is_lost_under_many_streams_is_one_failure(tmp_p
 
 async def test_an_executor_that_says_nothing_any_more_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.link._POLL_INTERVAL", 0.05)
-    monkeypatch.setattr("gateway.link._STATUS_TIMEOUT", 0.5)
+    monkeypatch.setattr("gateway.link._STATUS_TIMEOUT", 2.0)
     async with cluster(tmp_path, executors=2) as c:
         call = c.generate()
         first, submit = await next_submit(c)
         first.answers.clear()
-        for _ in range(30):  # as long as steps come, somebody is there
+        for _ in range(60):  # as long as steps come, somebody is there
             first.tokens(submit.handle, [5])
             assert list((await call.read()).token_ids) == [5]
             await asyncio.sleep(0.05)
         await c.ready(1)
         assert first.streams == 1 and all(executor.submits.empty() for executor in c.executors)
         second, again = await next_submit(c)
-        assert second is not first and list(again.resume_token_ids) == [5] * 30
+        assert second is not first and list(again.resume_token_ids) == [5] * 60
         second.tokens(again.handle, [6], LENGTH)
         assert (await collect(call))[1] == [6]
         first.answers.set()
@@ -390,7 +390,7 @@ async def test_nothing_is_left_of_streams_that_moved(tmp_path: Path) -> None:
             assert not any(+link._inboxes.queued_tokens for link in c.router.links)
             await asyncio.sleep(0.3)
             tasks.append(len(asyncio.all_tasks()))
-        assert tasks[-1] < tasks[0] + 4  # of six connections that were lost meanwhile
+        await eventually(lambda: len(asyncio.all_tasks()) < tasks[0] + 4)  # six connections were lost meanwhile
 
 
 def test_a_circuit() -> None:

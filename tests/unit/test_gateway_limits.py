@@ -79,7 +79,7 @@ async def test_a_place_comes_back_however_a_call_ends(tenants: Tenants) -> None:
         await tenants.cluster.executor.submitted()
         cancelled.cancel()
         await eventually(lambda: tenants.running == 0)
-    error = await failure(tenants.generate("narrow", timeout=0.2))
+    error = await failure(tenants.generate("narrow", timeout=1.0))
     assert error.code == 4
     await tenants.cluster.executor.submitted()
     await eventually(lambda: tenants.running == 0)

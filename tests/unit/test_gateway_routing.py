@@ -261,9 +261,14 @@ async def test_an_executor_that_does_not_answer_gets_nothing_new(tmp_path: Path,
 async def test_a_link_to_nobody_waits(caplog) -> None:
     link = Link("127.0.0.1:1")
     task = asyncio.create_task(link.run())
+
+    def told() -> int:
+        return len([record for record in caplog.records if "127.0.0.1:1" in record.message])
+
+    await eventually(lambda: told() > 0)
     await asyncio.sleep(0.5)
     assert not task.done() and not link.view("x").connected
-    assert len([record for record in caplog.records if "127.0.0.1:1" in record.message]) == 1  # told once
+    assert told() == 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
@@ -271,8 +276,6 @@ async def test_a_link_to_nobody_waits(caplog) -> None:
 async def test_the_process_starts_before_its_executors_and_ends_on_sigterm(tmp_path: Path) -> None:
     engine_id = publish(DirectoryStore(tmp_path), "demo")
     executor = MockExecutor(engine_id)
-    await executor.start()
-    await executor.stop()  # its port is free now, and known
     arguments = ["--store", str(tmp_path), "--executor", executor.address, "--port", "0"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "gateway", *arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -281,7 +284,7 @@ async def test_the_process_starts_before_its_executors_and_ends_on_sigterm(tmp_p
     line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
     assert line.startswith("enginehouse gateway listening on 127.0.0.1:")
     await executor.start()
-    await eventually(lambda: executor.streams == 1, 10)
+    await eventually(lambda: executor.streams == 1)
     process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.wait(), 60) == 0
     await executor.stop()

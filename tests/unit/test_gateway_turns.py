@@ -10,6 +10,13 @@ from gateway.turns import Turns
 from protos.v1.common_pb2 import FINISH_REASON_LENGTH, FinishInfo
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long this process has to wait for a processor, no turn is over before its write."""
+    monkeypatch.setattr(Turns, "PATIENCE", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_few_write_at_a_time_in_order() -> None:
     turns, writing, order = Turns(), 0, []
 
@@ -42,6 +49,7 @@ async def test_a_write_that_does_not_end_stops_nobody_for_long() -> None:
     assert turns._free._value == Turns.WIDTH
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_first_write_stands_in_no_line() -> None:
     turns = Turns()
     held = [turns.turn() for _ in range(Turns.WIDTH)]
@@ -57,6 +65,7 @@ async def test_a_first_write_stands_in_no_line() -> None:
     assert turns._free._value == Turns.WIDTH
 
 
+@pytest.mark.usefixtures("patient")
 async def test_one_that_leaves_the_line_takes_no_turn() -> None:
     turns = Turns()
     held = [turns.turn() for _ in range(Turns.WIDTH)]

@@ -107,7 +107,7 @@ def test_a_result_that_is_late_goes_on() -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="request 1 has not ended within 0.05 s"):
         result.result(timeout=0.05)
-    assert time.monotonic() - began < 2 and not result.done()
+    assert time.monotonic() - began < 30 and not result.done()
     for _ in range(50):
         with pytest.raises(TimeoutError):
             result.result(timeout=0)
@@ -190,7 +190,7 @@ async def test_a_task_that_is_cancelled_while_it_waits_leaves_the_result_whole()
 def test_many_threads_wait_for_one_result() -> None:
     stream, result = made()
     found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(result.result(5).outputs[0].text)) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(result.result(60).outputs[0].text)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for number in range(100):

@@ -141,7 +141,7 @@ async def test_a_place_is_given_once(leader: Machines, member: Callable[..., Mem
     await first.join(0)
     assert "all 3 machines of the group are there" in (await refusal(member())).message
     await first.close()
-    await member(place=1).join(5)  # as soon as it is free
+    await member(place=1).join(60)  # as soon as it is free
 
 
 async def test_a_stranger_is_hung_up_on(leader: Machines, member: Callable[..., Member]) -> None:

@@ -221,7 +221,7 @@ class Front:
 
     def steps(self) -> Iterator[StepOutput]:
         """What the clients are told, until nothing comes any more for as long as a test waits."""
-        while messages := self.frames.receive(20):
+        while messages := self.frames.receive(60):
             for data in messages:
                 message = FromWorker.FromString(data)
                 if message.HasField("step_output"):

@@ -24,7 +24,7 @@ Config.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 def build(config: Path, site: Path) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     command = [*MKDOCS, "--config-file", str(config), "--site-dir", str(site)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def in_nav(entry: Any) -> list[str]:

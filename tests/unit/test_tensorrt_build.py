@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -241,8 +242,9 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stopping() -> Iterator[None]:
+def stopping(heard: threading.Event) -> Iterator[None]:
     def stop(*_: object) -> None:
+        heard.set()
         raise Stopped
 
     before = signal.signal(signal.SIGUSR1, stop)
@@ -254,7 +256,7 @@ def stopping() -> Iterator[None]:
 
 def test_a_signal_ends_it_in_the_middle(tmp_path: Path) -> None:
     """TensorRT is in a thread of its own and stops at a step; the main one goes on only then."""
-    steps = list[int]()
+    steps, heard = list[int](), threading.Event()
     build_plan(embedding(64, 32), RTX, SM120, tmp_path / "whole", progress=steps.append)
     whole = len(steps)
     steps.clear()
@@ -264,16 +266,18 @@ def test_a_signal_ends_it_in_the_middle(tmp_path: Path) -> None:
         if step == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
         if step >= 5:
-            time.sleep(0.05)  # the main thread hears of it meanwhile
+            heard.wait(60)  # the main thread, which then asks TensorRT to stop
+            time.sleep(0.05)
 
-    with stopping(), pytest.raises(Stopped):
+    with stopping(heard), pytest.raises(Stopped):
         build_plan(embedding(64, 32), RTX, SM120, tmp_path / "plan", progress=kill)
     assert 5 <= len(steps) < whole
 
 
 @pytest.mark.drill
 def test_a_large_model_becomes_a_network_soon_and_without_copies() -> None:
-    """Llama 8B in under 60 s, with under 4 GB beside its weights, which nobody has written: memory that is copied would count."""
+    """Llama 8B in under 60 s of the processor, with under 4 GB beside its weights, which nobody has written: memory that is
+    copied would count."""
     chosen = BuildConfig(device="cuda", dtype="bfloat16", dummy_weights=True, max_seq_len=8192)
     model = read_model(Path(__file__).parents[2] / "bench/models/llama-3.1-8b", chosen)
     program = make_rank(model, Mapping()).program
@@ -281,9 +285,9 @@ def test_a_large_model_becomes_a_network_soon_and_without_copies() -> None:
         name: torch.empty(type.shape, dtype=getattr(torch, type.dtype)) for name, type in program.weights.items()
     }
     weights |= {name: torch.ones_like(tensor) for name, tensor in weights.items() if tensor.dtype == torch.float32}
-    before, began = anonymous(), time.monotonic()
+    before, began = anonymous(), time.process_time()
     lowered = lower(program, weights, RTX, SM120, model.limits)
-    assert time.monotonic() - began < 60
+    assert time.process_time() - began < 60
     assert anonymous() - before < 4 * 1024**3
     assert lowered.summary()["layers"]["ATTENTION_INPUT"] == 32
     assert sum(tensor.nbytes for tensor in lowered.constants.values()) > 16e9

@@ -126,7 +126,7 @@ def in_spool(spool: Path) -> int:
 
 async def arrived(spool: Path, size: int) -> None:
     """Returns when so much of the weights is in the spool."""
-    for _ in range(1000):
+    for _ in range(6000):
         if in_spool(spool) >= size:
             return
         await asyncio.sleep(0.01)
@@ -231,7 +231,7 @@ async def test_files_come_while_offers_wait_for_a_garbage_collection(
 ) -> None:
     """However many offers: there are more of them here than threads."""
     over = threading.Event()
-    monkeypatch.setattr(sweeps, "wait_until_over", lambda _: over.wait(30))
+    monkeypatch.setattr(sweeps, "wait_until_over", lambda _: over.wait(60))
     offers = [asyncio.create_task(offer(stub)) for _ in range(20)]
     try:
         while len(list(store.list("pins/"))) < 8:  # noqa: ASYNC110  (other threads)
@@ -361,10 +361,11 @@ async def test_a_file_is_free_after_a_call_that_is_cancelled_twice(uploads: Uplo
     try:
         await arrived(spool, 1000)
         await asyncio.sleep(0)
-        uploads.pool.submit(over.wait, 30)
+        uploads.pool.submit(over.wait, 60)
         for _ in range(2):
             call.cancel()
             await asyncio.sleep(0.1)
+        await asyncio.wait([call], timeout=60)
         assert call.cancelled()
     finally:
         over.set()
