@@ -135,7 +135,7 @@ def test_an_unknown_architecture_is_not_implemented_and_the_known_ones_are_named
     [
         ({"dtype": "int4"}, ValueError, "dtype 'int4': choose one of auto, float32"),
         ({"mapping": {"tp_size": 1}}, ValueError, "give a Mapping"),
-        ({"quant_config": QuantConfig("W4A16_GPTQ")}, NotImplementedError, "W4A16_GPTQ: it is not made here"),
+        ({"quant_config": QuantConfig("W4A8_AWQ")}, NotImplementedError, "W4A8_AWQ: it is not made here"),
         ({"quant_config": "W4A16"}, ValueError, "quant_config is 'W4A16': give a QuantConfig"),
         (
             {"hf_model_or_dir": "nowhere"},

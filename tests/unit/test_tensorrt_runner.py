@@ -240,7 +240,7 @@ def test_a_worker_loads_a_plan_and_serves_it(tmp_path: Path, monkeypatch: pytest
         "no_block_reuse": False,
         "trusted_keys": [],
     }
-    arguments = Namespace(device="cuda", store=store.url, trust_native=True, **more)
+    arguments = Namespace(device="cuda", store=store.url, trust_native=True, imports=0.0, **more)
     with ThreadPoolExecutor(1) as pool, theirs:
         serving = pool.submit(worker._serve, FrameSocket(theirs), arguments)
         with ours:
