@@ -257,6 +257,7 @@ def test_builders_that_race_make_one_engine_with_one_name(bucket: SeaweedFS, che
         assert len(blobs.read(store, file)) == file.size
 
 
+@pytest.mark.drill  # it waits for what everybody has patience for
 async def test_a_store_that_is_away_stops_nothing_that_is_served(
     bucket: SeaweedFS, checkpoint: Path, tmp_path: Path
 ) -> None:

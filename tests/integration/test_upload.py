@@ -243,7 +243,7 @@ async def test_a_file_that_is_changed_meanwhile(cluster: Cluster, large: Path) -
     assert caught.value.reason == "FILE_CHANGED"
 
 
-@pytest.mark.parametrize("file", ["", "copy.gguf"])
+@pytest.mark.parametrize("file", ["", pytest.param("copy.gguf", marks=pytest.mark.drill)])
 async def test_the_same_engine_from_everywhere(
     file: str, cluster: Cluster, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

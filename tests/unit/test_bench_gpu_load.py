@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="bench.gpu_load runs on the device")
 
 
+@pytest.mark.drill
 def test_random_load_gives_all_blocks_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench import gpu_load
     from bench.serving import load

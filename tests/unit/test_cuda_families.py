@@ -41,6 +41,10 @@ CASES = {
 }  # fmt: skip
 
 
+QUICK = ("gemma3", "phi3-longrope-partial-tied", "falcon-rw", "gptj", "gpt2", "qwen2-moe")
+"""The kinds of norm, rope, attention and feed-forward; the others in drills."""
+
+
 def work(count: int = 5) -> list[Sequence]:
     """A prompt that one step takes, and one in chunks that others decode beside; past 40 tokens, where LongRoPE begins again."""
     torch.manual_seed(1)
@@ -48,7 +52,9 @@ def work(count: int = 5) -> list[Sequence]:
     return [Sequence(0, row, prompt, len(prompt), count, Sampling(0.0)) for row, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.drill) for case in CASES]
+)
 def test_gives_the_plain_runners_tokens(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 2)  # fewer programs, each of which takes its time here
     family, changes = CASES[case]

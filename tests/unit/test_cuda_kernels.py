@@ -36,7 +36,7 @@ def test_equals_its_reference(op: str, data: st.DataObject) -> None:
     check(op, inputs, attrs)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_attention_equals_its_reference(data: st.DataObject) -> None:
     tensors, attrs, steps = data.draw(st.composite(attention_case)(torch.float32))
