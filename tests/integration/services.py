@@ -1,6 +1,7 @@
 """Starts the real services as processes, each on a free port of the loopback interface."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -89,3 +90,28 @@ def standing(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def up(model: str, root: Path, before: Sequence[str] = (), behind: Sequence[str] = ()) -> Iterator[str]:
+    """The URL of the HTTP API of a cluster that `enginehouse up` starts; Ctrl-C ends it, with status 0.
+
+    Args:
+        model: NAME=CHECKPOINT.
+        root: where it keeps its data; `up.log` there has what it says.
+        before, behind: arguments before `up`, and after its own.
+    """
+    command = [sys.executable, "-m", "enginehouse", *before, "up", model, "--port", "0", "--json", "--data", str(root)]
+    with (root / "up.log").open("w") as log:
+        process = subprocess.Popen([*command, *behind], stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        assert told, (root / "up.log").read_text()
+        found: str = json.loads(told)["http"]
+        yield found
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stdout is not None
+        process.stdout.close()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.integration.services import up
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 
@@ -22,20 +23,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    root = tmp_path_factory.mktemp("up")
-    command = [sys.executable, "-m", "enginehouse", "up", f"demo={DEMO}", "--port", "0", "--json", "--data", str(root)]
-    with (root / "up.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
-        assert process.stdout is not None
-        told = process.stdout.readline()
-        assert told, (root / "up.log").read_text()
-        yield json.loads(told)["http"]
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert process.stdout is not None
-        process.stdout.close()
+    with up(f"demo={DEMO}", tmp_path_factory.mktemp("up")) as found:
+        yield found
 
 
 def bounded(url: str, path: Path) -> Path:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import jsonschema
 import openai
 import pytest
 
-from tests.integration.services import service
+from tests.integration.services import service, up
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo-model"
@@ -28,21 +27,9 @@ pytestmark = pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reaso
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of a cluster that serves the demo model."""
     root = tmp_path_factory.mktemp("up")
-    command = [sys.executable, "-m", "enginehouse", "up", f"demo={DEMO}", "--port", "0", "--json", "--data", str(root)]
-    with (root / "up.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
-        assert process.stdout is not None
-        told = process.stdout.readline()
-        assert told, (root / "up.log").read_text()
-        found: str = json.loads(told)["http"]
+    with up(f"demo={DEMO}", root) as found:
         yield found
         assert f"page       {found}/" in (root / "up.log").read_text()
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 @pytest.fixture(scope="module")

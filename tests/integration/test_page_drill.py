@@ -8,9 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 
 from enginehouse import key_file
+from tests.integration.services import up
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no browser: pip install -e '.[browser]'")
 
@@ -45,20 +43,8 @@ def url(tmp_path_factory: pytest.TempPathFactory, secret: tuple[Path, str]) -> I
     root = tmp_path_factory.mktemp("up")
     keys, key = secret
     (root / "key").write_text(key)
-    command = [sys.executable, "-m", "enginehouse", "--api-key-file", str(root / "key"), "up", f"demo={DEMO}"]
-    command += ["--port", "0", "--json", "--data", str(root / "data"), "--api-keys", str(keys)]
-    with (root / "up.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
-        assert process.stdout is not None
-        told = process.stdout.readline()
-        assert told, (root / "up.log").read_text()
-        yield json.loads(told)["http"]
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert process.stdout is not None
-        process.stdout.close()
+    with up(f"demo={DEMO}", root, ("--api-key-file", str(root / "key")), ("--api-keys", str(keys))) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
