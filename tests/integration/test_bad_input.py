@@ -206,8 +206,8 @@ def test_too_many_requests_are_refused_with_a_time_to_come_back(cluster: Cluster
     long = stopping(max_tokens=200, ignore_eos=True)
     submits = [cluster.submit(**long) for _ in range(MAX_BATCH_SIZE + MAX_WAITING + 1)]
     behind = cluster.submit(engine_id="0" * 64)  # which the front refuses, when it has told the worker of the others
-    call = cluster.executor.Run(iter([Command(submit=submit) for submit in (*submits, behind)]), timeout=60)
     with standing(cluster.worker):
+        call = cluster.executor.Run(iter([Command(submit=submit) for submit in (*submits, behind)]), timeout=60)
         assert [item.handle for item in next(call).failed] == [behind.handle]
     failures = {item.handle: item.failure for output in call for item in output.failed}
     assert list(failures) == [submits[-1].handle], "the last one, and no other"

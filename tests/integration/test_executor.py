@@ -195,8 +195,8 @@ async def test_a_bad_request_on_a_run_stream_fails_alone(running: Running, stub:
 async def test_a_handle_that_is_in_use_ends_the_stream(running: Running, stub: ExecutorStub) -> None:
     commands = [pb.Command(submit=running.submit(200, handle=1)) for _ in range(2)]
     commands.append(pb.Command(submit=running.submit(5, handle=2, engine_id="0" * 64)))
-    call = aiter(stub.Run(iter(commands)))
     with standing(running.worker()):
+        call = aiter(stub.Run(iter(commands)))
         assert [item.handle for item in (await anext(call)).failed] == [
             2
         ]  # the front has told the worker of the others
