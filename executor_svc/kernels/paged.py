@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from executor_svc.kernels.rows import pdl, wait_before
+from executor_svc.kernels.target import capability
 
 TILE = 128  # queries of a sequence that a program of `prefill` takes
 LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of 2: their exponential is one instruction
@@ -24,20 +25,60 @@ class Form(NamedTuple):
     stages: int
 
 
+# Pairs of 8-bit numbers, two pairs at a time: the first of each, and the second of each, in float16. An integer is made of the
+# float16 1024 + (number + 128), whose lower byte it is.
+_FP8 = tl.constexpr("""{
+.reg .b16 one, other;
+.reg .b32 x, y;
+mov.b32 {one, other}, $2;
+cvt.rn.f16x2.e4m3x2 x, one;
+cvt.rn.f16x2.e4m3x2 y, other;
+prmt.b32 $0, x, y, 0x5410;
+prmt.b32 $1, x, y, 0x7632;
+}""")
+_INT8 = tl.constexpr("""{
+.reg .b32 x, less;
+mov.b32 less, 0x64806480;
+xor.b32 x, $2, 0x80808080;
+prmt.b32 $0, x, 0x64646464, 0x4240;
+prmt.b32 $1, x, 0x64646464, 0x4341;
+sub.rn.f16x2 $0, $0, less;
+sub.rn.f16x2 $1, $1, less;
+}""")
+
+
+@triton.jit
+def _halves(pairs, small: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Of numbers of 8 bits, two in each of 16, the first and the second ones, in float16: exactly."""
+    if ASM:
+        first, second = tl.inline_asm_elementwise(
+            _INT8 if small == tl.int8 else _FP8, "=&r,=&r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        first = (pairs & 255).to(tl.uint8).to(small, bitcast=True).to(tl.float16)
+        second = ((pairs >> 8) & 255).to(tl.uint8).to(small, bitcast=True).to(tl.float16)
+    return first, second
+
+
 @triton.jit
 def _block(
-    q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
-    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+    q, q_odd, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output, output_odd,
+    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr, small: tl.constexpr,
+    CAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
-    """N keys from `start` on; without MASK every query sees all of them."""
-    dims = tl.arange(0, BD)
+    """N keys from `start` on; without MASK every query sees all of them. Heads are D long, in memory as in these caches."""
+    dims = tl.arange(0, WIDE)
     seen = start + tl.arange(0, N)
     inside = seen < last
     page = tl.load(table + seen // PAGE, inside, 0).to(tl.int64)
     row = ((page * PAGE + seen % PAGE) * G + group) * D
-    k = tl.load(k_cache + row[None, :] + dims[:, None], inside[None, :] & (dims < D)[:, None], 0.0)
-    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
+    k = tl.load(k_cache + row[None, :] + dims[:, None], inside[None, :] & (dims < D)[:, None], 0)
+    if small is None:
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
+    else:
+        k, k_odd = _halves(k, small, ASM)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
+        scores = tl.dot(q_odd, k_odd.to(q.dtype), scores, input_precision="ieee")
     if CAP:
         scores = cap * LOG2E * (2.0 / (1.0 + tl.exp(-2.0 * scores * scale / cap)) - 1.0)
     else:
@@ -53,9 +94,16 @@ def _block(
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[:, None])
     rescale = tl.exp2(best - base)
-    v = tl.load(v_cache + row[:, None] + dims[None, :], inside[:, None] & (dims < D)[None, :], 0.0)
-    output = output * rescale[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
-    return higher, total * rescale + tl.sum(weights, 1), output
+    total = total * rescale + tl.sum(weights, 1)
+    weights = weights.to(q.dtype)
+    v = tl.load(v_cache + row[:, None] + dims[None, :], inside[:, None] & (dims < D)[None, :], 0)
+    if small is None:
+        output = output * rescale[:, None] + tl.dot(weights, v.to(q.dtype), input_precision="ieee")
+    else:
+        v, v_odd = _halves(v, small, ASM)
+        output = output * rescale[:, None] + tl.dot(weights, v.to(q.dtype), input_precision="ieee")
+        output_odd = output_odd * rescale[:, None] + tl.dot(weights, v_odd.to(q.dtype), input_precision="ieee")
+    return higher, total, output, output_odd
 
 
 @triton.jit
@@ -74,25 +122,36 @@ def _queries(q, there, cache):  # type: ignore[no-untyped-def]  # noqa: ANN001
 def _attend(
     q, k_cache, v_cache, table, first, whole, last, position, slope, group, scale, v_scale, cap, window, G: tl.constexpr,
     D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr, ASM: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
-    """A tile of queries over the keys [first, last), of which they all see those before `whole`: maximum, sum and output.
+    """A tile of queries over the keys [first, whole) and [whole, last), of which they all see the former: maximum, sum, output.
 
-    Keys and values of 8 bits are in units of scales: that of keys is part of `scale`.
+    Keys and values of 8 bits are in units of scales: that of keys is part of `scale`. They are read two at a time, as 16 bits,
+    which the device brings from shared memory to its products as they lie, and products are of the even and the odd dimensions.
     """
+    EIGHT: tl.constexpr = k_cache.dtype.element_ty.primitive_bitwidth == 8
+    small: tl.constexpr = k_cache.dtype.element_ty if EIGHT else None
+    WIDE: tl.constexpr = BD // 2 if EIGHT else BD
+    LONG: tl.constexpr = D // 2 if EIGHT else D
     best = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    output = tl.zeros((M, BD), tl.float32)
+    output = tl.zeros((M, WIDE), tl.float32)
+    q_odd, output_odd = q, output
+    if EIGHT:
+        q, q_odd = tl.split(tl.reshape(q, (M, WIDE, 2)))
+        k_cache, v_cache = k_cache.to(tl.pointer_type(tl.int16)), v_cache.to(tl.pointer_type(tl.int16))
     for start in range(first, whole, N):
-        best, total, output = _block(
-            q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
-            G, D, PAGE, N, BD, CAP, ALIBI, WINDOW, False,
+        best, total, output, output_odd = _block(
+            q, q_odd, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
+            output_odd, G, LONG, PAGE, N, WIDE, small, CAP, ALIBI, WINDOW, False, ASM,
         )  # fmt: skip
     for start in range(tl.maximum(first, whole), last, N):
-        best, total, output = _block(
-            q, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
-            G, D, PAGE, N, BD, CAP, ALIBI, WINDOW, True,
+        best, total, output, output_odd = _block(
+            q, q_odd, k_cache, v_cache, table, start, last, position, slope, group, scale, cap, window, best, total, output,
+            output_odd, G, LONG, PAGE, N, WIDE, small, CAP, ALIBI, WINDOW, True, ASM,
         )  # fmt: skip
+    if EIGHT:
+        output = tl.interleave(output, output_odd)
     return best, total, output * v_scale
 
 
@@ -101,7 +160,7 @@ def _prefill(
     q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, tile_row, tile_at, table_stride, scale, v_scale, cap,
     window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,
     PARTS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     tile, head = tl.program_id(1) // PARTS, tl.program_id(0)
@@ -126,7 +185,7 @@ def _prefill(
         whole = first
     best, total, output = _attend(
         values, k_cache, v_cache, tables + tl.load(table_rows + row).to(tl.int64) * table_stride, first, whole, last, position,
-        slope, head // (H // G), scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
+        slope, head // (H // G), scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW, ASM,
     )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + offset, output.to(out.dtype.element_ty), there)
@@ -159,7 +218,8 @@ def prefill(
         q, k_cache, v_cache, out, alibi, tables, table_rows, starts, lengths, *tiles, tables.stride(0), scale, v_scale, soft_cap,
         window,
         H=heads, G=groups, D=head_dim, PAGE=page, M=m, N=form.keys, PARTS=TILE // m, BD=max(16, wide),
-        CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, num_warps=form.warps, num_stages=form.stages, **pdl(),
+        CAP=soft_cap != 0, ALIBI=alibi is not None, WINDOW=window != 0, ASM=capability() > 0, num_warps=form.warps,
+        num_stages=form.stages, **pdl(),
     )  # fmt: skip
 
 
@@ -168,7 +228,7 @@ def _decode(
     q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride, scale, v_scale, cap,
     window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     BD: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -198,7 +258,7 @@ def _decode(
         whole = first
     best, total, output = _attend(
         values, k_cache, v_cache, tables + tl.load(table_rows + row).to(tl.int64) * table_stride, first, whole, last, position,
-        slope, group, scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW,
+        slope, group, scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW, ASM,
     )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
     if splits == 1:
@@ -255,7 +315,13 @@ def decode(
     stats = q.new_empty((rows, splits, heads), dtype=torch.float32)
     if form is None:
         form = _DECODE if wide * q.itemsize <= 256 else _form(wide * q.itemsize)[1]
-    options = {"CAP": soft_cap != 0, "ALIBI": alibi is not None, "WINDOW": window != 0, **pdl()}
+    options = {
+        "CAP": soft_cap != 0,
+        "ALIBI": alibi is not None,
+        "WINDOW": window != 0,
+        "ASM": capability() > 0,
+        **pdl(),
+    }
     _decode[(rows, groups, splits)](
         q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, tables.stride(0), scale, v_scale,
         soft_cap, window,

@@ -117,6 +117,36 @@ def test_prompts_that_begin_read_their_keys_where_they_are(head_dim: int, monkey
     assert taken == [3]  # tiles of the two
 
 
+@pytest.mark.parametrize("small", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_attention_over_a_cache_of_8_bits(head_dim: int, small: torch.dtype) -> None:
+    """Every number that 8 bits stand for, in decodes and in a prompt that goes on; read in pairs, which must not be mistaken."""
+    torch.manual_seed(head_dim)
+    query_lens, context_lens = [1, 1, 5], [70, 3, 75]
+    table = torch.randperm(15).int().view(3, 5)
+    ends = [range(context - count, context) for count, context in zip(query_lens, context_lens, strict=True)]
+    slots = torch.tensor([table[row, at // 16] * 16 + at % 16 for row, part in enumerate(ends) for at in part])
+    codes = torch.randint(-128, 128, (2, 15, 16, 2, head_dim), dtype=torch.int8)
+    if small.is_floating_point:
+        codes[(codes & 127) == 127] = 0  # which is no number
+    unit = (
+        2**-7
+    )  # and what is written is in such units: Triton's interpreter rounds to float8 otherwise than devices do
+    q, k, v = (torch.randn(len(slots), heads * head_dim, dtype=torch.float16) for heads in (4, 2, 2))
+    k, v = ((part / unit).to(small).half() * unit for part in (k / 4, v / 4))
+    attrs = {"cache": 0, "head_dim": head_dim, "scale": 0.1, "window": 0, "k_scale": unit, "v_scale": unit}
+    attrs["kv_int8"] = not small.is_floating_point
+
+    def run(operator: Any, dtype: torch.dtype) -> torch.Tensor:
+        step = Step(query_lens, context_lens, table, slots, *([part.clone().view(small)] for part in codes))
+        found: torch.Tensor = operator(q.to(dtype), k.to(dtype), v.to(dtype), step=step, **attrs)
+        return found.float()
+
+    torch.testing.assert_close(
+        run(kernels.attention, torch.float16), run(REFERENCE["attention"], torch.float32), rtol=4e-3, atol=4e-3
+    )
+
+
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 50), (3, 20000)])
 def test_chooses_the_first_of_the_most_probable(rows: int, vocab: int) -> None:
     from executor_svc.kernels.stage import choose
