@@ -54,9 +54,9 @@ quantized() { [ ! -f "$model" ] || bench quantize 900 quantize "$model" --tokens
 
 timed() {
   one_gpu
-  bench fp8 240 gpu --tune --model $of_8b-fp8
+  bench fp8 240 gpu --tune --model $of_8b-fp8 --profile 1 256
   bench start 400 start --read-ahead
-  bench fp8_kv 180 gpu --tune --model $of_8b-fp8 --kv-cache-dtype fp8 --only mixed_s itl_ms_b256
+  bench fp8_kv 180 gpu --tune --model $of_8b-fp8 --kv-cache-dtype fp8 --only mixed_s itl_ms_b256 --profile 256
   bench grpc 240 gpu_grpc --rounds 3
   bench int4 300 gpu --tune --model $of_8b-int4 --only itl_ms_b1 itl_ms_b8 itl_ms_b64
   bench int8 300 gpu --tune --model $of_8b-int8 --only itl_ms_b1 itl_ms_b8 itl_ms_b64

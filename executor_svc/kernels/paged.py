@@ -69,10 +69,11 @@ def _block(
     """N keys from `start` on; without MASK every query sees all of them. Heads are D long, in memory as in these caches."""
     dims = tl.arange(0, WIDE)
     seen = start + tl.arange(0, N)
-    inside = seen < last
+    inside = seen < last if MASK else tl.full((N,), True, tl.int1)
+    wide = dims < D if D < WIDE else tl.full((WIDE,), True, tl.int1)
     page = tl.load(table + seen // PAGE, inside, 0).to(tl.int64)
     row = ((page * PAGE + seen % PAGE) * G + group) * D
-    k = tl.load(k_cache + row[None, :] + dims[:, None], inside[None, :] & (dims < D)[:, None], 0)
+    k = tl.load(k_cache + row[None, :] + dims[:, None], inside[None, :] & wide[:, None], 0)
     if small is None:
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
     else:
@@ -96,7 +97,7 @@ def _block(
     rescale = tl.exp2(best - base)
     total = total * rescale + tl.sum(weights, 1)
     weights = weights.to(q.dtype)
-    v = tl.load(v_cache + row[:, None] + dims[None, :], inside[:, None] & (dims < D)[None, :], 0)
+    v = tl.load(v_cache + row[:, None] + dims[None, :], inside[:, None] & wide[None, :], 0)
     if small is None:
         output = output * rescale[:, None] + tl.dot(weights, v.to(q.dtype), input_precision="ieee")
     else:
