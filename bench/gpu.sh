@@ -65,7 +65,7 @@ timed() {
 
 checks() {
   bench load 780 gpu_load --minutes 10 --kv-blocks 600 &
-  run tests 900 "$python" -m pytest tests/gpu --ignore tests/gpu/test_gpu_ranks.py -n 4 -rfE --durations 20 \
+  run tests 900 "$python" -m pytest tests/gpu --ignore tests/gpu/test_gpu_ranks.py -p no:benchmark -n 4 -rfE --durations 20 \
     --junitxml "$out/tests.xml" &
   {
     run sanitize 300 bench/sanitize.sh

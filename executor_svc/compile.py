@@ -36,7 +36,7 @@ from executor_svc.group import Group
 from executor_svc.kernel_archive import archive_name, pack
 from executor_svc.kernels.paged import SPLITS_FOR
 from executor_svc.kernels.tactics import RULE, Table, from_json
-from executor_svc.peer_memory import BYTES
+from executor_svc.peer_memory import default_bytes
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, ta
         for name, declared in program.weights.items()
     }
     make = functools.partial(CudaRunner, program, weights, limits, kv_memory=1 << 40, table=table, device="meta")
-    runner = make(group=Absent(program, tp_size, BYTES if tp_size > 1 else 0))
+    runner = make(group=Absent(program, tp_size, default_bytes(tp_size) if tp_size > 1 else 0))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         with triton.AsyncCompileMode(pool, ignore_errors=True) as found, torch.inference_mode():
             for graph in runner.graphs:

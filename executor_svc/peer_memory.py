@@ -14,7 +14,9 @@ from torch import Tensor
 from engine.errors import InvalidArgument
 
 BYTES_VARIABLE = "ENGINEHOUSE_ALL_REDUCE_BYTES"
-BYTES = 1 << 20
+_SENT = (
+    8 << 20
+)  # bytes of a message to all the others together: up to here bench/all_reduce.py finds it faster than NCCL
 LARGEST = 1 << 24  # the kernel's places are numbers of 32 bits
 _PAGE = 1 << 21  # what is smaller may lie beside others' memory, all of which would be shared
 _LAZY_ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
@@ -40,13 +42,18 @@ def peer_memory(on_gpu: bool, size: int, fill: int) -> PeerMemory:
     return _CudaMemory(size, fill) if on_gpu else _HostMemory(size, fill)
 
 
-def most_bytes() -> int:
-    """Of a message, up to which ranks sum by themselves: what the environment says, or the default.
+def default_bytes(ranks: int) -> int:
+    """Of a message, up to which so many ranks sum by themselves: each sends it to all the others."""
+    return _SENT // max(1, ranks - 1)
+
+
+def most_bytes(ranks: int) -> int:
+    """What the environment says instead of `default_bytes`, or that.
 
     Raises:
         InvalidArgument: it says something else.
     """
-    text = os.environ.get(BYTES_VARIABLE, str(BYTES))
+    text = os.environ.get(BYTES_VARIABLE, str(default_bytes(ranks)))
     if not (text.isdecimal() and int(text) <= LARGEST):
         raise InvalidArgument(f"{BYTES_VARIABLE} is {text!r}, expected bytes up to {LARGEST}, or 0 for NCCL alone")
     return 0 if os.environ.get("NCCL_P2P_DISABLE") == "1" else int(text)

@@ -142,7 +142,7 @@ class Ranks(Group):
         """Raises InvalidArgument: the environment's variable is no number, or too large."""
         if self.tp_size == 1 or self.here % self.tp_size:  # a group has ranks on other machines
             return 0
-        return self.least(most_bytes())
+        return self.least(most_bytes(self.tp_size))
 
     def share(self, size: int, fill: int) -> list[int] | None:
         failure = "another rank has none"

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from executor_svc.kernels.products import counters, summed
 from executor_svc.kernels.rows import gated, normed, pdl, to_small, wait_before
 from executor_svc.kernels.target import capability
 
@@ -148,8 +149,8 @@ def tiles(
 
 @triton.jit(do_not_specialize=["rows"])
 def _bulk(
-    q, weight, q_scales, scales, bias, y, rows, outputs, columns,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BAND: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    q, weight, q_scales, scales, bias, y, partial, arrived, rows, outputs, columns, M: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr, SPLITS: tl.constexpr, BAND: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     """Programs beside one another share weights, and BAND of them later their rows: the L2 cache has both."""
     wait_before(PDL)
@@ -158,30 +159,41 @@ def _bulk(
     high = tl.minimum(tl.cdiv(rows, M) - first, BAND)
     top, left = (first + tl.program_id(0) % wide % high) * M, tl.program_id(0) % wide // high * N
     KIND: tl.constexpr = tl.int32 if q.dtype == tl.int8 else tl.float32
+    split, share = tl.program_id(1), tl.cdiv(tl.cdiv(columns, K), SPLITS) * K
     sums = tl.zeros((M, N), KIND)
-    for start in range(0, columns, K):
+    for start in range(split * share, tl.minimum(columns, (split + 1) * share), K):
         sums = tl.dot(q.load([top, start]), weight.load([left, start]).T, sums, out_dtype=KIND)
     row, out = top + tl.arange(0, M), left + tl.arange(0, N)
     here, there = row < rows, out < outputs
-    of_out = tl.load(scales + out, there, 0.0).to(tl.float32)
-    sums = sums.to(tl.float32) * tl.load(q_scales + row, here, 0.0)[:, None] * of_out[None, :]
-    if BIAS:
-        sums += tl.load(bias + out, there, 0.0).to(tl.float32)[None, :]
-    target = y + row.to(tl.int64)[:, None] * outputs + out[None, :]
-    tl.store(target, sums.to(y.dtype.element_ty), here[:, None] & there[None, :])
+    inside = here[:, None] & there[None, :]
+    target = row.to(tl.int64)[:, None] * outputs + out[None, :]
+    last, sums = summed(
+        sums, partial, arrived + tl.program_id(0), split, rows.to(tl.int64) * outputs, target, inside, SPLITS
+    )
+    if last:
+        of_out = tl.load(scales + out, there, 0.0).to(tl.float32)
+        made = sums.to(tl.float32) * tl.load(q_scales + row, here, 0.0)[:, None] * of_out[None, :]
+        if BIAS:
+            made += tl.load(bias + out, there, 0.0).to(tl.float32)[None, :]
+        tl.store(y + target, made.to(y.dtype.element_ty), inside)
 
 
 def bulk(
     q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    *, m: int = 128, n: int = 128, k: int = 128, stages: int = 4, warps: int = 8,
+    *, m: int = 128, n: int = 128, k: int = 128, stages: int = 4, warps: int = 8, splits: int = 1,
 ) -> Tensor:  # fmt: skip
-    """The product for many rows, of a multiple of 16 inputs, which the bulk copy engine (TMA) brings."""
+    """The product for many rows, of a multiple of 16 inputs, which the bulk copy engine (TMA) brings.
+
+    splits: parts of the inputs, side by side, where there are few tiles.
+    """
     rows, (outputs, columns) = len(q), weight.shape
     y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
     left, right = (TensorDescriptor.from_tensor(part, [size, k]) for part, size in ((q, m), (weight, n)))
-    _bulk[(triton.cdiv(rows, m) * triton.cdiv(outputs, n),)](
-        left, right, q_scales, scales, bias, y, rows, outputs, columns,
-        M=m, N=n, K=k, BAND=8, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
+    kind = torch.int32 if q.dtype is torch.int8 else torch.float32
+    partial = torch.empty((splits, rows, outputs) if splits > 1 else (0,), dtype=kind, device=q.device)
+    _bulk[(triton.cdiv(rows, m) * triton.cdiv(outputs, n), splits)](
+        left, right, q_scales, scales, bias, y, partial, counters(q.device), rows, outputs, columns,
+        M=m, N=n, K=k, SPLITS=splits, BAND=8, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
     )  # fmt: skip
     return y
 

@@ -7,7 +7,6 @@ Codes become floating point numbers by their bits alone, since the instruction t
 leading bits of 16 (24, 128, ...) they count in steps of 1, and what is too much is taken away.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from executor_svc.kernels.products import counters, summed
 from executor_svc.kernels.rows import pdl, wait_before
 from executor_svc.kernels.target import capability
 
@@ -213,31 +213,14 @@ def _tiles(
             sums += part * tl.load(scales + place, there, 0.0).to(tl.float32)[:, None]
     target = row.to(tl.int64)[None, :] * outputs + out[:, None]
     inside = there[:, None] & here[None, :]
-    last = True
-    if SPLITS > 1:
-        tl.store(partial + split.to(tl.int64) * rows * outputs + target, sums, inside)
-        tl.debug_barrier()  # what all threads have stored is there before one of them says so
-        counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        last = tl.atomic_add(counter, 1) == SPLITS - 1
-        if last:
-            tl.store(counter, 0)
-            sums = tl.zeros((N, M), tl.float32)
-            for number in tl.static_range(SPLITS):  # in one order, whoever was last
-                sums += tl.load(
-                    partial + number * rows.to(tl.int64) * outputs + target, inside, 0.0, cache_modifier=".cg"
-                )
+    counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    last, sums = summed(sums, partial, counter, split, rows.to(tl.int64) * outputs, target, inside, SPLITS)
     if last:
         if BITS == 8:
             sums *= tl.load(scales + out, there, 0.0).to(tl.float32)[:, None]
         if BIAS:
             sums += tl.load(bias + out, there, 0.0).to(tl.float32)[:, None]
         tl.store(y + target, sums.to(dtype), inside)
-
-
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """int32 zeros, which a kernel leaves as it finds them: products of a stream run one after another."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
 def tiles(
@@ -252,7 +235,7 @@ def tiles(
     partial = x.new_empty((splits, rows, outputs) if splits > 1 else (0,), dtype=torch.float32)
     words: Any = x.view(torch.int32) if bits == 4 else x
     _tiles[(*grid, splits)](
-        words, packed.weight, packed.scales, packed.zeros, bias, y, partial, _counters(x.device), rows, outputs, packed.columns,
+        words, packed.weight, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, packed.columns,
         *_groups(packed), words.stride(0), M=m, N=n, K=k, SPLITS=splits, BITS=bits, ZEROS=packed.zeros is not None,
         BIAS=bias is not None, ASM=capability() > 0, num_stages=stages, num_warps=warps, **pdl(),
     )  # fmt: skip

@@ -5,8 +5,10 @@ weights.
 A pair is the product with gate and up, [2 * n, columns], and `silu_mul` of it, whose input stays in registers.
 """
 
+import functools
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +19,7 @@ from executor_svc.kernels.rows import pdl, wait_before
 class Form(NamedTuple):
     """Rows of the weight and columns of a block, stages and warps of a program of `thin`: bench/products.py tries them.
 
-    Of packed weights also how many parts of the columns are summed side by side.
+    Of weights of 8 bits and fewer also how many parts of the columns are summed side by side.
     """
 
     n: int = 64
@@ -25,6 +27,31 @@ class Form(NamedTuple):
     stages: int = 5
     warps: int = 4
     splits: int = 1
+
+
+@functools.cache
+def counters(device: torch.device) -> Tensor:
+    """int32 zeros, which a kernel leaves as it finds them: products of a stream run one after another."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def summed(sums, partial, counter, split, size, target, inside, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Whether this program is the last of a tile's to end, and then the sum of all their parts, in one order whoever was last.
+
+    A program's part goes to `partial` + split * size + target; `counter` counts them, and is 0 again afterwards.
+    """
+    last = True
+    if SPLITS > 1:
+        tl.store(partial + split.to(tl.int64) * size + target, sums, inside)
+        tl.debug_barrier()  # what all threads have stored is there before one of them says so
+        last = tl.atomic_add(counter, 1) == SPLITS - 1
+        if last:
+            tl.store(counter, 0)
+            sums = tl.zeros_like(sums)
+            for number in tl.static_range(SPLITS):
+                sums += tl.load(partial + number * size + target, inside, 0, cache_modifier=".cg")
+    return last, sums
 
 
 @triton.jit

@@ -17,6 +17,8 @@ from executor_svc.kernels.target import capability
 
 MOST_ROWS = 64  # with more, dense products take as long as their arithmetic, and cuBLAS is fastest
 
+FEW_TILES = 256  # rows up to which a product of 8 bits may have fewer tiles than the device has multiprocessors
+
 
 class Product(NamedTuple):
     """A product: up to so many rows, a power of 2, with a weight [outputs, columns].
@@ -117,7 +119,12 @@ def candidates(shape: Product) -> list[Tactic]:
         forms += [("thin", Form(k=k, stages=stages)) for k, stages in _BLOCKS]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
     if shape.rows > MOST_ROWS:
-        blocks = (Form(128, 128, 4, 8), Form(256, 128, 3, 8), Form(64, 128, 4, 8))
+        blocks = [Form(128, 128, 4, 8), Form(256, 128, 3, 8), Form(64, 128, 4, 8)]
+        if shape.rows <= FEW_TILES:  # more on their way, of tiles that are too few for the device
+            blocks += [Form(64, 128, 8, 8, splits) for splits in (1, 2, 4)] + [
+                Form(128, 128, 6, 8, 2),
+                Form(64, 128, 8, 4, 2),
+            ]
         return [LIBRARY, *(Tactic("bulk", form) for form in blocks)]
     forms += [
         ("tiles", Form(n, k, stages)) for n, k, stages in ((64, 256, 5), (64, 256, 3), (64, 128, 5), (32, 256, 5))
@@ -150,8 +157,9 @@ def multiply_fp8(
     if kernel in ("library", "bulk") and weight.shape[1] % 16 == 0:
         form = form if kernel == "bulk" else Form(128, 128, 4, 8)
         return fp8.bulk(
-            q, q_scales, weight, scales, bias, dtype, n=form.n, k=form.k, stages=form.stages, warps=form.warps
-        )
+            q, q_scales, weight, scales, bias, dtype,
+            n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits,
+        )  # fmt: skip
     return fp8.tiles(q, q_scales, weight, scales, bias, dtype, n=form.n, k=form.k, stages=form.stages, warps=form.warps)
 
 

@@ -34,7 +34,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 def test_products_of_int4(zeros: bool, group: int, dtype: torch.dtype) -> None:
     """Every tactic; sums in parts leave their counters at 0."""
     from executor_svc.kernels import gpu as cuda
-    from executor_svc.kernels import integers, tactics
+    from executor_svc.kernels import integers, products, tactics
 
     torch.manual_seed(group)
     for outputs, columns in ((6144, 4096), (4096, 14336), (1000, 904), (77, 200)):
@@ -51,7 +51,7 @@ def test_products_of_int4(zeros: bool, group: int, dtype: torch.dtype) -> None:
             for tactic in [None, *tactics.candidates(shape)]:
                 table = {shape: tactic} if tactic else {}
                 close(cuda.linear_int4(x, weight, scales, points, bias, group_size=group, table=table), wanted)
-    assert not integers._counters(x.device).any()
+    assert not products.counters(x.device).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

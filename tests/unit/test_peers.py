@@ -63,7 +63,7 @@ class Pair(Group):
     """Of two ranks, whose memory this one can reach; a GPU's is not here."""
 
     def most_shared(self) -> int:
-        return peer_memory.most_bytes()
+        return peer_memory.most_bytes(2)
 
     def share(self, size: int, fill: int) -> list[int]:
         return [1 << 40, (1 << 40) + size]
@@ -74,12 +74,13 @@ def test_who_sums_by_itself(plain: Path, tmp_path: Path, monkeypatch: pytest.Mon
     pair = Pair(1, Parallelism(2, 2, 1))
     device = torch.device("cpu")
     buffers = peers.open_buffers(program, pair, device)
-    assert (buffers.rank, buffers.columns, buffers.dtype, buffers.rows) == (1, 64, torch.float16, 8192)
+    assert (buffers.rank, buffers.columns, buffers.dtype, buffers.rows) == (1, 64, torch.float16, 65536)
     row = torch.empty(1, 64, dtype=torch.float16)
-    assert buffers.take(row) and buffers.take(row.expand(8192, 64))
-    others = (row.expand(8193, 64), row.expand(0, 64), row.float(), torch.empty(1, 32, dtype=torch.float16))
+    assert buffers.take(row) and buffers.take(row.expand(65536, 64))
+    others = (row.expand(65537, 64), row.expand(0, 64), row.float(), torch.empty(1, 32, dtype=torch.float16))
     assert not any(map(buffers.take, others))
     assert peers.open_buffers(program, ALONE, device) is None
+    assert [peer_memory.default_bytes(ranks) >> 10 for ranks in (1, 2, 4, 8)] == [8192, 8192, 2730, 1170]
     for value in ("-1", "much", str(1 << 30)):
         monkeypatch.setenv("ENGINEHOUSE_ALL_REDUCE_BYTES", value)
         with pytest.raises(InvalidArgument, match=f"{value}', expected bytes up to 16777216, or 0 for NCCL alone"):
