@@ -115,11 +115,12 @@ class Bench:
         return 1e3 * (many - one) / 256
 
     def profile(self, rows: int) -> None:
-        """Kernels of a decode step, or of a prompt of 4096, by time."""
-        work = self.requests([(128, 40)] * rows if rows else [(4096, 1)])
+        """Kernels of decode steps with so many rows, or of a prompt of -rows tokens, by time."""
+        work = self.requests([(128, 40)] * rows if rows > 0 else [(-rows, 1)])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             self.run(work)
-        print(f"batch {rows}: 40 tokens each\n{seen.key_averages().table(sort_by='cuda_time_total', row_limit=16)}")
+        what = f"{rows} requests of 40 tokens" if rows > 0 else f"a prompt of {-rows}"
+        print(f"{what}\n{seen.key_averages().table(sort_by='cuda_time_total', row_limit=16)}")
 
 
 def _prefix(quantization: dict[str, Any] | None) -> str:
@@ -137,7 +138,9 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of mixed_s")
-    parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes; 0 is a prompt of 4096")
+    parser.add_argument(
+        "--profile", type=int, nargs="*", default=[], help="batch sizes; a negative one is a prompt's length"
+    )
     parser.add_argument("--tp", type=int, default=1, help="GPUs that each layer is divided among")
     parser.add_argument("--pp", type=int, default=1, help="groups of GPUs that the layers are divided among")
     arguments = parser.parse_args()

@@ -48,7 +48,7 @@ ranks_of() {  # NAME SECONDS ARGUMENTS OF bench.gpu ...
 }
 
 of_8b=bench/models/llama-3.1-8b
-one_gpu() { bench bf16 300 gpu --tune --profile 1 8 64 256 0; }
+one_gpu() { bench bf16 300 gpu --tune --profile 1 8 64 256 -4096; }
 
 quantized() { [ ! -f "$model" ] || bench quantize 900 quantize "$model" --tokens 50000; }
 
