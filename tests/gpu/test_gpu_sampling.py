@@ -1,5 +1,8 @@
 """Tokens drawn by the Triton kernels on the device, at real sizes, against draw.py there; and a runner that waits for nothing."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,17 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1.0, "min_p": 0.1},
     {"temperature": 1.0, "top_p": 1e-6},
 ]
+
+
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    """What waits for the device raises RuntimeError."""
+    with warnings.catch_warnings(action="ignore"):  # that not all that waits is found
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def borders(logits: torch.Tensor, sampling: Sampling, number: float) -> list[tuple[int, int]]:
@@ -75,11 +89,8 @@ def test_equals_the_definition(dtype: torch.dtype, vocab: int, scale: float) -> 
         )
         if len(columns):
             settings = torch.from_numpy(columns[:-rows]).cuda()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with waiting_refused():
                 sample(logits, tokens, settings, limited=True)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         for row in (tokens != wanted).nonzero().flatten().tolist():
             number, token = numbers[chosen.index(row)], int(tokens[row])
             allowed = borders(logits[row], samplings[row], number)
@@ -134,11 +145,8 @@ def test_the_runner_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     start = runner.start
 
     def watched(batch: Batch) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_refused():
             start(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(runner, "start", watched)
     run_ahead(runner, Scheduler(scheduler_config(runner, loaded.manifest)), found)
