@@ -47,7 +47,7 @@ def test_the_best_of_what_is_allowed(size: int) -> None:
     for seed in range(5):
         logits, masks, allowed = case(size, seed)
         bits = 32 * -(-size // 32)
-        found, wanted = choose.best(logits, addresses(masks), bits), allowed.argmax(-1)
+        found, wanted = choose.tokens(logits, addresses(masks), bits), allowed.argmax(-1)
         some = allowed.isnan().any(-1) | (allowed > -torch.inf).any(-1)  # where all are -inf, torch gives the first
         assert torch.equal(found[some], wanted[some])
         for row, mask in enumerate(masks):
@@ -59,14 +59,14 @@ def test_the_best_of_what_is_allowed(size: int) -> None:
 
 def test_an_allowed_token_is_chosen_if_all_are_impossible() -> None:
     mask = np.array([0, 2, 0, 0], dtype=np.uint8)
-    assert choose.best(torch.full((1, 20), -torch.inf), addresses([mask]), 32).tolist() == [9]
-    assert choose.best(torch.full((1, 20), -torch.inf), [0]).tolist() == [0]
+    assert choose.tokens(torch.full((1, 20), -torch.inf), addresses([mask]), 32).tolist() == [9]
+    assert choose.tokens(torch.full((1, 20), -torch.inf), [0]).tolist() == [0]
 
 
 def test_masks_of_other_logits_are_refused() -> None:
     mask = np.full(4, 255, dtype=np.uint8)
     with pytest.raises(ValueError, match="1 masks of 32 tokens do not belong to logits"):
-        choose.best(torch.zeros(1, 33), addresses([mask]), 32)
+        choose.tokens(torch.zeros(1, 33), addresses([mask]), 32)
     with pytest.raises(ValueError, match="do not belong"):
         choose.forbid(torch.zeros(2, 32), addresses([mask]), 32)
 
