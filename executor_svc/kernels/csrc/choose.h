@@ -13,12 +13,15 @@ INLINE vu NAME(allowed)(const uint8_t *mask, long i) {
 #endif
 }
 
+/* Whether any of the tokens i, i + 1 ... may be allowed. */
+INLINE int NAME(any_allowed)(const uint8_t *mask, long i) { return mask[i >> 3] | (LANES == 16 ? mask[(i >> 3) + 1] : 0); }
+
 /* The first of the largest logits that the mask allows; a NaN counts as infinite. Without a mask all are allowed. */
 INLINE int64_t NAME(best_of)(const float *logits, long size, const uint8_t *mask) {
     vf most = SPLAT(-INFINITY);
     vi at = (vi)SPLAT(0);
     at -= 1;
-    VECTORS(size, {
+    VECTORS(size, if (!mask || NAME(any_allowed)(mask, i)) {
         vf v = NAME(load_some)(FP32, logits, i, n);
         v = NAME(choose)((vu)(v != v), SPLAT(INFINITY), v);
         vu larger = (vu)(v > most);
@@ -55,7 +58,8 @@ INLINE int64_t NAME(draw_of)(const float *logits, long size, const uint8_t *mask
     for (long first = 0; first < size; first += SUMMED) {
         const long end = first + SUMMED < size ? first + SUMMED : size;
         vf sum = SPLAT(0);
-        for (long i = first; i < end; i += LANES) sum += NAME(weights)(logits, i, end - i, mask, most, temperature);
+        for (long i = first; i < end; i += LANES)
+            if (!mask || NAME(any_allowed)(mask, i)) sum += NAME(weights)(logits, i, end - i, mask, most, temperature);
         total += sums[first / SUMMED] = NAME(sum)(sum);
     }
     double left = number * total;
