@@ -1,7 +1,8 @@
 """From logits to tokens: greedy, or random with numbers that are counted, not drawn; and what is told beside them.
 
 The order: logit bias, bad words, min_tokens and what guided output forbids, repetition penalty, presence and frequency penalty
-(processors.py); temperature, top-k, top-p of what top-k leaves, min-p (draw.py). It is transformers' order. vLLM applies min-p
+(processors.py); temperature, top-k, top-p of what top-k leaves, min-p (draw.py). On the CPU a guided row that wants only a
+temperature beside its mask is drawn by kernels/choose.py, by the same definition. It is transformers' order. vLLM applies min-p
 before top-k and top-p, so that its top-p is a share of what min-p leaves, and looks for the beginning of a bad word in the
 completion alone. transformers may part equally probable tokens at the border of top-p, which stay together here, and allows a
 bad word that is one end-of-sequence id, which is masked here as any other.

@@ -3,15 +3,18 @@
 A mask is the address of a bit a token, from the lowest of its first byte on, in whole words of 32 bits; 0 allows every token.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from executor_svc.kernels import library
 
 _library: Any = library.load()
+_NONE: Mapping[int, float] = {}
 
 
 def serves(logits: Tensor) -> bool:
@@ -20,7 +23,7 @@ def serves(logits: Tensor) -> bool:
 
 
 def tokens(
-    logits: Tensor, masks: list[int], bits: int = 0, temperatures: dict[int, float] | None = None, numbers: Any = ()
+    logits: Tensor, masks: list[int], bits: int = 0, temperatures: Mapping[int, float] = _NONE, numbers: ArrayLike = ()
 ) -> Tensor:
     """A token of each row, int64 [N], of those that its mask allows. What is found of a row does not depend on the others.
 
