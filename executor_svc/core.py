@@ -222,9 +222,10 @@ class Sequence:
 
     @cached_property
     def masked(self) -> bool:
-        """Whether the most probable token is wanted of those that its guide allows, by the logits as they are."""
+        """Whether its tokens are those that its guide allows, with their probabilities by the logits as they are."""
         edited = self.sampling.edits or bool(self.min_tokens) or bool(self.candidates)
-        return self.guide is not None and self.sampling.temperature == 0 and not edited
+        limited = self.sampling.temperature > 0 and self.sampling.limited
+        return self.guide is not None and not limited and not edited
 
     @property
     def tells_prompt(self) -> bool:

@@ -1,7 +1,8 @@
 """From logits to tokens: greedy, or random with numbers that are counted, not drawn; and what is told beside them.
 
 The order: logit bias, bad words, min_tokens and what guided output forbids, repetition penalty, presence and frequency penalty
-(processors.py); temperature, top-k, top-p of what top-k leaves, min-p (draw.py). It is transformers' order. vLLM applies min-p
+(processors.py); temperature, top-k, top-p of what top-k leaves, min-p (draw.py). On the CPU a guided row that wants only a
+temperature beside its mask is drawn by kernels/choose.py, by the same definition. It is transformers' order. vLLM applies min-p
 before top-k and top-p, so that its top-p is a share of what min-p leaves, and looks for the beginning of a bad word in the
 completion alone. transformers may part equally probable tokens at the border of top-p, which stay together here, and allows a
 bad word that is one end-of-sequence id, which is masked here as any other.
@@ -48,6 +49,10 @@ def uniform(seeds: list[int], positions: list[int]) -> np.ndarray:
     return (words >> np.uint32(8)) * 2.0**-24
 
 
+def _numbers(sequences: list[Sequence], positions: list[int]) -> np.ndarray:
+    return uniform([sequence.sampling.seed for sequence in sequences], positions)
+
+
 class _Way(enum.Enum):
     """Rows that take the same way are worked on together, and only those pay for it."""
 
@@ -85,17 +90,23 @@ def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> S
     others = [row for row, sequence in enumerate(sequences) if not sequence.plain]
     ways: dict[_Way, list[int]] = {}
     masks, bits = [0] * len(sequences), 0
+    drawn: dict[int, float] = {}  # temperatures of rows that are drawn as they are masked
     native = choose.serves(logits)
     for row in others:
         sequence = sequences[row]
         if native and sequence.masked:
             masks[row], bits = sequence.guide.bits(), sequence.guide.num_bits
+            if sequence.sampling.temperature > 0:
+                drawn[row] = sequence.sampling.temperature
         elif way := _way(sequence, positions[row]):
             ways.setdefault(way, []).append(row)
     if len(sequences) == sum(map(len, ways.values())):
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    elif native:
+        numbers = _numbers([sequences[row] for row in drawn], [positions[row] for row in drawn]) if drawn else ()
+        tokens = choose.tokens(logits, masks, bits, drawn, numbers)
     else:
-        tokens = choose.best(logits, masks, bits) if native else logits.argmax(-1)
+        tokens = logits.argmax(-1)
     told: dict[int, Logprobs] = {}
     for way, all_rows in ways.items():
         for rows in slices(all_rows, logits.shape[-1]):
@@ -109,9 +120,8 @@ def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> S
             if way in (_Way.CANDIDATES, _Way.GREEDY):
                 tokens[rows] = scores.argmax(-1)
             else:
-                numbers = uniform([sequence.sampling.seed for sequence in chosen], at)
                 settings = [sequence.sampling for sequence in chosen]
-                tokens[rows] = draw(scores, settings, torch.from_numpy(numbers).to(logits.device))
+                tokens[rows] = draw(scores, settings, torch.from_numpy(_numbers(chosen, at)).to(logits.device))
     token_ids: list[int] = tokens.tolist()
     wanted: dict[int, list[int]] = {}
     for row in others:

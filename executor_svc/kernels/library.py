@@ -84,7 +84,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "activation": [_INT, _INT, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER],
     "experts": [ctypes.POINTER(Experts)],
     "rope": [_INT, _POINTER, *[_LONG] * 4, _POINTER, _POINTER, _LONG, _INT, _POINTER],
-    "best": [_POINTER, *[_LONG] * 3, _POINTER, _POINTER],
+    "choose": [_POINTER, *[_LONG] * 3, *[_POINTER] * 4],
     "forbid": [_POINTER, *[_LONG] * 3, _POINTER],
     "attention": [ctypes.POINTER(Attention)],
 }

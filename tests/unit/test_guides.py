@@ -101,12 +101,13 @@ def test_masks_are_the_bits() -> None:
         assert _masks(bits, count, torch.device("cpu")).tolist() == wanted
 
 
-def test_what_a_greedy_token_costs(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_token_costs(temperature: float, guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of the matcher for the token, one for the next mask, none for the end where the text cannot end; no float masks."""
     monkeypatch.setattr("executor_svc.guide._QUICK", 60)
     monkeypatch.setattr("executor_svc.sampler.edit", None if choose.serves(torch.zeros(1, 1)) else edit)
     monkeypatch.setattr(guides, "_masks", None)
-    run = [guided(request(sampling=Sampling(0.0)), guides, regex="[a-c]{200}") for _ in range(32)]
+    run = [guided(request(sampling=Sampling(temperature)), guides, regex="[a-c]{200}") for _ in range(32)]
     calls: Counter[str] = Counter()
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,6 +161,32 @@ def test_only_allowed_tokens_are_chosen_beside_free_rows(
     assert torch.equal(logits, kept)
     assert set(tokens[1::2]) <= {ord("p"), ord("q"), ord("r")}
     assert tokens[::2] == sample(logits, [free, free] * 20, list(range(1, 41))).token_ids[::2]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_frequencies_are_those_of_what_is_allowed(
+    guides: Guides, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chi-square, as in test_sampler.py; and the same token for a seed and position alone as beside other rows."""
+    if not native:
+        monkeypatch.setattr(choose, "_library", None)
+    count, temperature = 5000, 0.7
+    logits = torch.randn(1, len(TABLE.tokens), generator=torch.Generator().manual_seed(0)).expand(count, -1)
+    held = guided(request(sampling=Sampling(temperature, seed=3)), guides, regex="[k-p]")
+    tokens = sample(logits, [held] * count, list(range(1, count + 1))).token_ids
+    places = list(range(ord("k"), ord("p") + 1))
+    assert set(tokens) <= set(places)
+    wanted = count * torch.softmax(logits[0, places].double() / temperature, -1).numpy()
+    counts = np.bincount(tokens, minlength=len(TABLE.tokens))[places]
+    assert ((counts - wanted) ** 2 / wanted).sum() < 5 + 4 * np.sqrt(2 * 5) + 12
+    others = [
+        request(sampling=Sampling(0.0)),
+        request(),
+        guided(request(sampling=Sampling(0.0)), guides, regex="[k-p]"),
+    ]
+    mixed = sample(logits[:400], [*others, held] * 100, [at // 4 + 1 for at in range(400)]).token_ids
+    assert mixed[3::4] == tokens[:100]
+    assert [sample(logits[:1], [held], [at]).token_ids[0] for at in range(1, 101)] == tokens[:100]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ enum { SILU = 0, GELU = 1, GELU_TANH = 2 };
 enum { PANEL = 32, KEYS = 16, CHUNK = 128, QUERY_ROWS = 48, CACHE = 512 << 10, AHEAD = 8 << 10 };
 enum { EXACT = 1024 }; /* products of two integers of 8 bits, whose sum float32 still holds exactly */
 enum { ALONE = 1 << 14 }; /* elements up to which one thread is quicker than two */
+enum { SUMMED = 512 }; /* tokens whose probabilities are summed in float32 */
 enum { EACH = 128 }; /* rows of an expert, on average, that are computed at a time: they pay for reading its weights once more */
 
 #define SIZE(type) ((type) == BF16 ? 2 : 4)
@@ -263,8 +264,9 @@ void enginehouse_rope(int type, const void *x, long stride, long rows, long head
 }
 
 /* `masks` has an address for each row, or 0. */
-void enginehouse_best(const float *logits, long stride, long rows, long size, const uint8_t *const *masks, int64_t *tokens) {
-    CALL(best, logits, stride, rows, size, masks, tokens);
+void enginehouse_choose(const float *logits, long stride, long rows, long size, const uint8_t *const *masks,
+                        const float *temperatures, const double *numbers, int64_t *tokens) {
+    CALL(choose_tokens, logits, stride, rows, size, masks, temperatures, numbers, tokens);
 }
 
 void enginehouse_forbid(float *logits, long stride, long rows, long size, const uint8_t *const *masks) {
