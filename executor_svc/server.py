@@ -20,7 +20,6 @@ from executor_svc.clients import Client
 from executor_svc.drain import Drain, take_no_more
 from executor_svc.launch import Spares
 from executor_svc.machines import Machines
-from executor_svc.read_ahead import read_ahead
 from executor_svc.residents import beside, least_used, memory_left
 from executor_svc.single import single_outputs
 from executor_svc.telemetry import Telemetry, name_request
@@ -125,15 +124,7 @@ class ExecutorServicer:
         worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.update({engine_id: kv_memory}))
         await worker.start(self._spares, self._machines, kv_memory, left)
         self._run(self._prepare_ranks(worker))
-        if self._device == "cuda":
-            self._run(self._read_ahead(worker))
         return worker
-
-    async def _read_ahead(self, worker: WorkerProcess) -> None:
-        def stopped() -> bool:
-            return worker.ready.done() or worker.ended.done()
-
-        await asyncio.to_thread(read_ahead, self._store, worker.engine_id, self._machines.count, stopped)
 
     async def _check_room(self, engine_id: str, kv_memory: int) -> None:
         """Raises ResourceExhausted for an engine that does not fit, before a process is started.

@@ -34,7 +34,7 @@ from executor_svc.loop import scheduler_config
 from executor_svc.node import this_node
 from tests.running import run_ahead
 
-store, engine, trusted = DirectoryStore(sys.argv[1]), sys.argv[2], Trust(native=sys.argv[3] == "trusted")
+store, engine, trusted = DirectoryStore(Path(sys.argv[1])), sys.argv[2], Trust(native=sys.argv[3] == "trusted")
 node = this_node("cuda")
 loaded = begin_load(store, engine, node)
 with loaded.arriving:
