@@ -1,10 +1,12 @@
 """Triton kernels for products with weights of 4 and 8 bits (`engine.ops.linear_int4`, `linear_int8`), as the set lays them out.
 
-One row: words of 32 bits are taken apart in float32 (`gemv`). More: tiles of the weight become integers of 16 bits in registers,
-for the tensor cores, and sums are scaled group by group (`tiles`). Many: the matrix is made in memory (`expand`), for cuBLAS.
+Few rows: tiles of the weight become integers of 16 bits in the registers from which the tensor cores take them, and sums are
+scaled group by group (`tiles`). Many: the matrix is made in memory (`expand`), for cuBLAS.
 
 Codes become floating point numbers by their bits alone, since the instruction that converts integers is a slow one: below the
-leading bits of 16 (24, 128, ...) they count in steps of 1, and what is too much is taken away.
+leading bits of 128 or 1024 they count in steps of 1, and what is too much is taken away. They are taken two at a time, a byte of
+4 bits or two of 8, as pairs of 16 bits in a word: such words are what a thread has of the tall side of a product, neighbours of
+a row, so that nothing is moved between threads.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from executor_svc.kernels.fp8 import able
 from executor_svc.kernels.products import counters, summed
 from executor_svc.kernels.rows import pdl, wait_before
 from executor_svc.kernels.target import capability
@@ -64,153 +68,132 @@ def takes(packed: Packed, x: Tensor) -> bool:
     return halves and whole and (packed.bits == 8 or packed.unit >= 32)
 
 
-@triton.jit
-def _float(words, BITS: tl.constexpr, NUMBER: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Codes of words as float32: 16 + code of 4 bits, 256 + code of 8."""
-    SHIFT: tl.constexpr = 23 - BITS - BITS * NUMBER
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-    LEADING: tl.constexpr = 0x41800000 if BITS == 4 else 0x43800000
-    if SHIFT >= 0:
-        moved = words << SHIFT
-    else:
-        moved = words >> -SHIFT
-    return ((moved & MASK) | LEADING).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _half(pairs, SECOND: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """The first or second number of 16 bits in each word of 32."""
-    return ((pairs >> 16) if SECOND else pairs).to(tl.int16).to(dtype, bitcast=True)
-
-
-@triton.jit
-def _gemv(
-    x, weight, scales, zeros, bias, y, outputs, columns, groups, group,
-    N: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
-    EACH: tl.constexpr = 32 // BITS
-    out, at = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, WORDS)
-    there, words = (out < outputs)[:, None], columns // EACH
-    ours = weight + out.to(tl.int64)[:, None] * words + at[None, :]
-    ahead = tl.load(ours, there & (at < words)[None, :], 0)
-    wait_before(PDL)
-    sums = tl.zeros((N, WORDS), tl.float32)
-    for start in range(0, words, WORDS):
-        word = ahead
-        if BITS == 8:
-            word = word ^ -2139062144  # 0x80808080: then codes are 0 ... 255
-        ahead = tl.load(ours + start + WORDS, there & (start + WORDS + at < words)[None, :], 0)
-        part, total = tl.zeros((N, WORDS), tl.float32), tl.zeros((1, WORDS), tl.float32)
-        for pair in tl.static_range(EACH // 2):
-            values = tl.load(x + (start + at) * (EACH // 2) + pair, start + at < words, 0)[None, :]
-            first = _half(values, False, y.dtype.element_ty).to(tl.float32)
-            second = _half(values, True, y.dtype.element_ty).to(tl.float32)
-            part += _float(word, BITS, 2 * pair) * first
-            part += _float(word, BITS, 2 * pair + 1) * second
-            total += first + second
-        if BITS == 8:
-            sums += part - total * 384.0
-        else:
-            place = out[:, None] * groups + ((start + at) * EACH // group)[None, :]
-            inside = there & (start + at < words)[None, :]
-            middle = 24.0
-            if ZEROS:
-                middle = tl.load(zeros + place, inside, 0).to(tl.float32) + 16.0
-            sums += (part - total * middle) * tl.load(scales + place, inside, 0.0).to(tl.float32)
-    result = tl.sum(sums, 1)
-    if BITS == 8:
-        result *= tl.load(scales + out, out < outputs, 0.0).to(tl.float32)
-    if BIAS:
-        result += tl.load(bias + out, out < outputs, 0.0).to(tl.float32)
-    tl.store(y + out, result.to(y.dtype.element_ty), out < outputs)
-
-
-def gemv(x: Tensor, packed: Packed, bias: Tensor | None, *, n: int = 16, k: int = 1024, warps: int = 4) -> Tensor:
-    """linear of one row, [1, inputs] of 16 bits; a program has n outputs, and k inputs at a time."""
-    outputs, columns, bits = len(packed.weight), packed.columns, packed.bits
-    y = x.new_empty(1, outputs)
-    _gemv[(triton.cdiv(outputs, n),)](
-        x.view(torch.int32), packed.weight.view(torch.int32), packed.scales, packed.zeros, bias, y, outputs, columns,
-        *_groups(packed), N=n, WORDS=k * bits // 32, BITS=bits, ZEROS=packed.zeros is not None, BIAS=bias is not None,
-        num_warps=warps, **pdl(),
-    )  # fmt: skip
-    return y
-
-
 def _groups(packed: Packed) -> tuple[int, int]:
-    """How many a row has, and how long they are."""
-    group = min(packed.group or packed.columns, packed.columns)
-    return triton.cdiv(packed.columns, group), group
+    """How many a row has, and how long they are: one by itself is as long as any row."""
+    one = not packed.group or packed.group >= packed.columns
+    return (1, 1 << 30) if one else (triton.cdiv(packed.columns, packed.group), packed.group)
 
 
-# Four codes in bytes, of which two at a time are spread over words of 32 bits, as `leading` + code; then `less` is added.
-_SPREAD = """{{
-.reg .b32 one;
-mov.b32 one, {one};
-prmt.b32 $0, $2, 0, 0x4140;
-prmt.b32 $1, $2, 0, 0x4342;
-{shift}
-lop3.b32 $0, $0, 0x000F000F, {leading}, 0xEA;
-lop3.b32 $1, $1, 0x000F000F, {leading}, 0xEA;
-fma.rn.{kind}x2 $0, $0, one, $3;
-fma.rn.{kind}x2 $1, $1, one, $4;
-}}"""
-_SHIFT = "shr.b32 $0, $0, 4;\nshr.b32 $1, $1, 4;"
-_BF16 = {"one": "0x3F803F80", "leading": "0x43004300", "kind": "bf16"}
-_FP16 = {"one": "0x3C003C00", "leading": "0x64006400", "kind": "f16"}
-_LOW_BF16, _HIGH_BF16 = (tl.constexpr(_SPREAD.format(shift=shift, **_BF16)) for shift in ("", _SHIFT))
-_LOW_FP16, _HIGH_FP16 = (tl.constexpr(_SPREAD.format(shift=shift, **_FP16)) for shift in ("", _SHIFT))
+# Twice the bits of -128 and of -1024, as int32: with a zero added, of that much less.
+LESS_BF16, LESS_FP16 = (tl.constexpr(twice - (1 << 32)) for twice in (0xC300C300, 0xE400E400))
+
+
+def _assembly(bits: int, dtype: torch.dtype, many: int) -> str:
+    """Makes `many` pairs of numbers of 16 bits of as many pairs of codes, which are a word or the lower part of one.
+
+    A pair is spread over a word, where the bits of 128 or 1024 make numbers of it. Of 4 bits the zero and as much are taken away
+    from it, an operand. Of 8 bits bfloat16 has room for 7: the sign is a number of its own, 128 or 256; float16 has 128 added.
+    """
+    wide = dtype == torch.float16
+    kind, one, leading = ("f16x2", "0x3C003C00", "0x64006400") if wide else ("bf16x2", "0x3F803F80", "0x43004300")
+    less = "0xBC00BC00" if wide else "0xBF80BF80"
+    by, code = (one if bits == 4 else less), f"${many}"
+    lines = [f".reg .b32 other, by;\nmov.b32 by, {by};"]
+    if bits == 4 and many > 1:
+        lines += [f"shr.u32 other, {code}, 4;"]
+    for at in range(many):
+        pair = f"${at}"
+        if bits == 4 and many > 1:
+            lines += [f"prmt.b32 {pair}, {code}, other, 0x0{4 + at}0{at};"]
+        elif bits == 4:
+            lines += [f"mul.lo.u32 {pair}, {code}, 0x1001;"]
+        else:
+            lines += [f"prmt.b32 {pair}, {code}, 0, 0x4{2 * at + 1}4{2 * at};"]
+        if bits == 4:
+            lines += [f"lop3.b32 {pair}, {pair}, 0x000F000F, {leading}, 0xEA;"]
+            lines += [f"fma.rn.{kind} {pair}, {pair}, by, ${many + 1 + at};"]
+        else:
+            if wide:
+                lines += [f"xor.b32 {pair}, {pair}, 0x64806480;", "mov.b32 other, 0x64806480;"]
+            else:
+                lines += [f"lop3.b32 other, {pair}, 0x00800080, {leading}, 0xEA;"]
+                lines += [f"lop3.b32 {pair}, {pair}, 0x007F007F, {leading}, 0xEA;"]
+            lines += [f"fma.rn.{kind} {pair}, other, by, {pair};"]
+    return "{{{}}}".format("\n".join(lines))
 
 
 @triton.jit
-def _nibbles(codes, zero, HIGH: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """The low or high four bits of bytes [N, K], less zero [N]: integers of 16 bits, exactly."""
-    if ASM:
-        LEADING: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
-        less = tl.broadcast_to((-(zero + LEADING)).to(dtype)[:, None], codes.shape)
-        if dtype == tl.bfloat16:
-            code = tl.inline_asm_elementwise(
-                _HIGH_BF16 if HIGH else _LOW_BF16, "=&r,=&r,r,r,r", [codes, less], tl.bfloat16, is_pure=True, pack=4
-            )
+def _numbers(codes, zero, ASM: tl.constexpr, MANY: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Of pairs of codes [N, K / 2], of 4 bits less zero [N], integers of 16 bits [N, K], exactly."""
+    FOUR: tl.constexpr = codes.dtype == tl.uint8
+    if ASM == "":
+        if FOUR:
+            first = (codes & 15).to(tl.float32) - zero[:, None]
+            second = (codes >> 4).to(tl.float32) - zero[:, None]
         else:
-            code = tl.inline_asm_elementwise(
-                _HIGH_FP16 if HIGH else _LOW_FP16, "=&r,=&r,r,r,r", [codes, less], tl.float16, is_pure=True, pack=4
-            )
+            first, second = codes.to(tl.int8), (codes >> 8).to(tl.int8)
+        first, second = first.to(dtype), second.to(dtype)
     else:
-        code = (((codes >> 4) if HIGH else (codes & 15)).to(tl.float32) - zero[:, None]).to(dtype)
-    return code
+        if FOUR:
+            LESS: tl.constexpr = LESS_BF16 if dtype == tl.bfloat16 else LESS_FP16
+            less = tl.broadcast_to((zero * 0x10001 + LESS)[:, None], codes.shape)
+            if MANY == 4:
+                form: tl.constexpr = "=&r,=&r,=&r,=&r,r,r,r,r,r"
+                pairs = tl.inline_asm_elementwise(ASM, form, [codes, less], tl.int32, is_pure=True, pack=4)
+            else:
+                one = codes.to(tl.int32)
+                pairs = tl.inline_asm_elementwise(ASM, "=&r,r,r", [one, less], tl.int32, is_pure=True, pack=1)
+        elif MANY == 2:
+            pairs = tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [codes], tl.int32, is_pure=True, pack=2)
+        else:
+            pairs = tl.inline_asm_elementwise(ASM, "=&r,r", [codes.to(tl.int32)], tl.int32, is_pure=True, pack=1)
+        first, second = pairs.to(tl.int16).to(dtype, bitcast=True), (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(first, second), (codes.shape[0], 2 * codes.shape[1]))
+
+
+@triton.jit
+def _of_rows(pointers, TWICE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """What is at [N] pointers; if TWICE, half at a time: of more pointers than threads Triton would go by shared memory."""
+    if TWICE:
+        N: tl.constexpr = pointers.shape[0]
+        first, second = tl.split(tl.permute(tl.reshape(pointers, (2, N // 2)), (1, 0)))
+        found = tl.reshape(tl.permute(tl.join(tl.load(first), tl.load(second)), (1, 0)), (N,))
+    else:
+        found = tl.load(pointers)
+    return found
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _tiles(
-    x, weight, scales, zeros, bias, y, partial, arrived, rows, outputs, columns, groups, group, x_stride,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr,
-    BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    x, weight, scales, zeros, bias, y, partial, arrived, rows, outputs, width, groups, x_stride,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ZEROS: tl.constexpr, BIAS: tl.constexpr, BULK: tl.constexpr, WHOLE: tl.constexpr, TWICE: tl.constexpr, ASM: tl.constexpr,
+    MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    """The weight is of pairs of codes, `width` of them a row, which tiles divide if WHOLE."""
     dtype: tl.constexpr = y.dtype.element_ty
-    WIDTH: tl.constexpr = K * BITS // 8  # bytes of a row of a tile
+    PAIRS: tl.constexpr = K // 2
     row, out = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
-    split, at = tl.program_id(2), tl.arange(0, WIDTH)
-    here, there, width = row < rows, out < outputs, columns * BITS // 8
-    ours = weight + out.to(tl.int64)[:, None] * width + at[None, :]
-    theirs = x + row.to(tl.int64)[None, :] * x_stride + at[:, None]
-    share = tl.cdiv(tl.cdiv(width, WIDTH), SPLITS) * WIDTH
+    here, there = row < rows, out < outputs
+    mine = tl.minimum(out, outputs - 1)
+    if not BULK:
+        at, column = tl.arange(0, PAIRS), tl.arange(0, K)
+        ours = weight + mine.to(tl.int64)[:, None] * width + at[None, :]
+        theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
+    split, share = tl.program_id(2), tl.cdiv(tl.cdiv(width, PAIRS), SPLITS) * PAIRS
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
-    for start in range(split * share, tl.minimum(width, (split + 1) * share), WIDTH):
-        inside = start + at < width
-        codes = tl.load(ours + start, there[:, None] & inside[None, :], 0, eviction_policy="evict_first")
-        values = tl.load(theirs + start, here[None, :] & inside[:, None], 0)
-        if BITS == 8:
-            sums = tl.dot(codes.to(dtype), values, sums)
-        else:
-            place = out * groups + start * 2 // group
-            zero = tl.full((N,), 8.0, tl.float32)
+    for start in range(split * share, tl.minimum(width, (split + 1) * share), PAIRS):
+        if BITS == 4:
+            place = mine * groups + start * 2 // GROUP
+            scale = _of_rows(scales + place, TWICE)
+            zero = tl.full((N,), 8, tl.int32)
             if ZEROS:
-                zero = tl.load(zeros + place, there, 0).to(tl.float32)
-            part = tl.dot(_nibbles(codes, zero, False, dtype, ASM), _half(values, False, dtype))
-            part = tl.dot(_nibbles(codes, zero, True, dtype, ASM), _half(values, True, dtype), part)
-            sums += part * tl.load(scales + place, there, 0.0).to(tl.float32)[:, None]
+                zero = _of_rows(zeros + place, TWICE).to(tl.int32)
+        if BULK:
+            codes = weight.load([tl.program_id(1) * N, start])
+            values = x.load([tl.program_id(0) * M, start * 2]).T
+        elif WHOLE:
+            codes = tl.load(ours + start, eviction_policy="evict_first")
+            values = tl.load(theirs + start * 2, here[None, :], 0.0)
+        else:
+            codes = tl.load(ours + start, (start + at < width)[None, :], 0, eviction_policy="evict_first")
+            values = tl.load(theirs + start * 2, here[None, :] & (start * 2 + column < width * 2)[:, None], 0.0)
+        if BITS == 4:
+            part = tl.dot(_numbers(codes, zero, ASM, MANY, dtype), values)
+            sums += part * scale.to(tl.float32)[:, None]
+        else:
+            sums = tl.dot(_numbers(codes, None, ASM, MANY, dtype), values, sums)
     target = row.to(tl.int64)[None, :] * outputs + out[:, None]
     inside = there[:, None] & here[None, :]
     counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -224,20 +207,34 @@ def _tiles(
 
 
 def tiles(
-    x: Tensor, packed: Packed, bias: Tensor | None,
-    *, m: int = 64, n: int = 64, k: int = 128, stages: int = 5, warps: int = 4, splits: int = 1,
+    x: Tensor, packed: Packed, bias: Tensor | None, *, m: int = 64, n: int = 64, k: int = 128, stages: int = 5, warps: int = 2,
+    splits: int = 1, bulk: bool = False,
 ) -> Tensor:  # fmt: skip
-    """linear of any number of rows of 16 bits, of which a program takes up to m; splits: parts of the inputs, side by side."""
+    """linear of any number of rows of 16 bits, of which a program takes up to m; splits: parts of the inputs, side by side.
+
+    bulk: the copy engine (TMA) brings tiles, where there is one and rows begin at multiples of 16 bytes.
+    """
     rows, outputs, bits = len(x), len(packed.weight), packed.bits
     y = x.new_empty(rows, outputs)
-    m, k = min(m, max(16, triton.next_power_of_2(rows))), min(k, packed.unit or k)
-    grid = (triton.cdiv(rows, m), triton.cdiv(outputs, n))
+    m, k = min(m, max(8, triton.next_power_of_2(rows))), min(k, packed.unit or k)
+    grid = (triton.cdiv(rows, m), triton.cdiv(outputs, n), splits)
     partial = x.new_empty((splits, rows, outputs) if splits > 1 else (0,), dtype=torch.float32)
-    words: Any = x.view(torch.int32) if bits == 4 else x
-    _tiles[(*grid, splits)](
-        words, packed.weight, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, packed.columns,
-        *_groups(packed), words.stride(0), M=m, N=n, K=k, SPLITS=splits, BITS=bits, ZEROS=packed.zeros is not None,
-        BIAS=bias is not None, ASM=capability() > 0, num_stages=stages, num_warps=warps, **pdl(),
+    given: Any = x
+    pairs: Any = packed.weight if bits == 4 else packed.weight.view(torch.int16)
+    width, (groups, group) = pairs.shape[1], _groups(packed)
+    aligned = all((part.data_ptr() | part.stride(0) * part.element_size()) % 16 == 0 for part in (x, pairs))
+    bulk = bulk and able() and aligned
+    if bulk:
+        given, pairs = TensorDescriptor.from_tensor(x, [m, k]), TensorDescriptor.from_tensor(pairs, [n, k // 2])
+    # Warps load their codes as words; for a warpgroup's product the pairs of a word are in four threads.
+    grouped = capability() // 10 == 9 and warps % 4 == 0 and m > 8 and n >= 64
+    many = 1 if grouped else 16 // bits
+    _tiles[grid](
+        given, pairs, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, width, groups,
+        x.stride(0), M=m, N=n, K=k, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
+        BIAS=bias is not None, BULK=bulk, WHOLE=packed.columns % k == 0, TWICE=n > 16 * warps,
+        ASM=_assembly(bits, x.dtype, many) if capability() else "", MANY=many, num_stages=stages, num_warps=warps,
+        maxnreg=128 if bulk and n <= 16 * warps else None, **pdl(),
     )  # fmt: skip
     return y
 

@@ -17,6 +17,8 @@ from executor_svc.kernels.target import capability
 
 MOST_ROWS = 64  # with more, dense products take as long as their arithmetic, and cuBLAS is fastest
 
+FEW_ROWS = 16  # up to which warps by themselves multiply with integers, and not the four of a warpgroup
+
 FEW_TILES = 256  # rows up to which a product of 8 bits may have fewer tiles than the device has multiprocessors
 
 
@@ -36,8 +38,7 @@ class Product(NamedTuple):
 class Tactic(NamedTuple):
     """kernel: "library" (cuBLAS, or torch's for 8 bits; of integers with a matrix that is made of them).
 
-    For dense weights "gemv", of one row, by blocks of form.k columns, and "thin"; for float8 "tiles" and "bulk"; for integers
-    "gemv" and "tiles".
+    For dense weights "gemv", of one row, by blocks of form.k columns, and "thin"; for 8 bits and fewer "tiles" and "bulk".
     """
 
     kernel: str
@@ -48,6 +49,11 @@ Table = dict[Product, Tactic]
 EIGHT = ("fp8", "w8a8")  # whose input is of 8 bits, too
 RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
+# Of integers with up to FEW_ROWS and with more: kernel, n, stages and warps, the rule's first.
+_PACKED = (
+    (("tiles", 64, 5, 2), ("tiles", 32, 5, 2)),
+    (("bulk", 128, 4, 8), ("bulk", 256, 3, 8), ("tiles", 64, 4, 4)),
+)
 _BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
 
 
@@ -92,17 +98,16 @@ def _rule_fp8(shape: Product) -> Tactic:
 def _rule_packed(shape: Product) -> Tactic:
     if shape.rows > MOST_ROWS:
         return LIBRARY
-    if shape.rows == 1 and shape.kind == "int8":
-        return Tactic("gemv", Form(16, 1024))
-    return Tactic("tiles", Form(64, 128, 5, 4, _splits(shape, 64)))
+    kernel, n, stages, warps = _PACKED[shape.rows > FEW_ROWS][0]
+    return Tactic(kernel, Form(n, 128, stages, warps, _splits(shape, n, warps)))
 
 
-def _splits(shape: Product, n: int) -> int:
-    """As many parts as bring four programs to each multiprocessor of an H100, of four tiles at least.
+def _splits(shape: Product, n: int, warps: int) -> int:
+    """As many parts as bring 16 warps to each multiprocessor of an H100, of four tiles at least.
 
-    And so few that to write and read their sums takes at most a quarter of the time of reading a weight of 4 bits.
+    And so few that writing and reading their sums, in the cache, is at most as much as the weight if it is of 4 bits.
     """
-    wanted, most = 4 * 132 * n // shape.outputs, min(shape.columns // 512, shape.columns // (64 * shape.rows))
+    wanted, most = 16 // warps * 132 * n // shape.outputs, min(shape.columns // 512, shape.columns // (16 * shape.rows))
     return 1 << max(0, min(wanted, most, 8).bit_length() - 1)
 
 
@@ -110,10 +115,9 @@ def candidates(shape: Product) -> list[Tactic]:
     """What could be fastest."""
     forms: list[tuple[str, Form]] = []
     if shape.kind.startswith("int"):
-        gemv = [Form(n, k) for n, k in ((4, 2048), (8, 1024), (16, 1024))] if shape.rows == 1 else []
-        few = [Form(n, 128, stages, 4, splits) for n, stages in ((32, 6), (64, 5)) for splits in (1, 2, 4, 8)]
-        tiles = few if shape.rows <= MOST_ROWS else []
-        return [LIBRARY, *(Tactic("gemv", form) for form in gemv), *(Tactic("tiles", form) for form in tiles)]
+        few = _PACKED[shape.rows > FEW_ROWS] if shape.rows <= MOST_ROWS else ()
+        forms += [(kernel, Form(n, 128, *others, splits)) for kernel, n, *others in few for splits in (1, 2, 4, 8)]
+        return [LIBRARY, *(Tactic(*form) for form in forms)]
     if shape.kind not in EIGHT:
         forms += [("gemv", Form(k=k)) for k in (1024, 2048) if shape.rows == 1]
         forms += [("thin", Form(k=k, stages=stages)) for k, stages in _BLOCKS]
@@ -166,11 +170,12 @@ def multiply_fp8(
 def multiply_packed(x: Tensor, packed: Packed, bias: Tensor | None, tactic: Tactic) -> Tensor:
     """linear of x [T, in] of 16 bits, contiguous, with a weight of integers."""
     kernel, form = tactic
-    if kernel == "gemv" and len(x) == 1:
-        return integers.gemv(x, packed, bias, n=form.n, k=form.k, warps=form.warps)
     if kernel == "library":
         return F.linear(x, integers.expand(packed, x.dtype), bias)
-    return integers.tiles(x, packed, bias, n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits)
+    return integers.tiles(
+        x, packed, bias,
+        n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits, bulk=kernel == "bulk",
+    )  # fmt: skip
 
 
 def to_json(table: Table) -> bytes:
