@@ -9,7 +9,7 @@ leading bits of 128 or 1024 they count in steps of 1, and what is too much is ta
 a row, so that nothing is moved between threads.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -74,6 +74,7 @@ def _groups(packed: Packed) -> tuple[int, int]:
     return (1, 1 << 30) if one else (triton.cdiv(packed.columns, packed.group), packed.group)
 
 
+_PREFETCH = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
 # Twice the bits of -128 and of -1024, as int32: with a zero added, of that much less.
 LESS_BF16, LESS_FP16 = (tl.constexpr(twice - (1 << 32)) for twice in (0xC300C300, 0xE400E400))
 
@@ -155,7 +156,7 @@ def _of_rows(pointers, TWICE: tl.constexpr):  # type: ignore[no-untyped-def]  # 
 
 @triton.jit(do_not_specialize=["rows"])
 def _tiles(
-    x, weight, scales, zeros, bias, y, partial, arrived, rows, outputs, width, groups, x_stride,
+    x, weight, x_tiles, weight_tiles, scales, zeros, bias, y, partial, arrived, rows, outputs, width, groups, x_stride,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ZEROS: tl.constexpr, BIAS: tl.constexpr, BULK: tl.constexpr, WHOLE: tl.constexpr, TWICE: tl.constexpr, ASM: tl.constexpr,
     MANY: tl.constexpr, PDL: tl.constexpr,
@@ -166,11 +167,16 @@ def _tiles(
     row, out = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
     here, there = row < rows, out < outputs
     mine = tl.minimum(out, outputs - 1)
-    if not BULK:
-        at, column = tl.arange(0, PAIRS), tl.arange(0, K)
-        ours = weight + mine.to(tl.int64)[:, None] * width + at[None, :]
-        theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
     split, share = tl.program_id(2), tl.cdiv(tl.cdiv(width, PAIRS), SPLITS) * PAIRS
+    at, column = tl.arange(0, PAIRS), tl.arange(0, K)
+    begin = weight + mine.to(tl.int64)[:, None] * width
+    ours = begin + at[None, :]
+    theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
+    if (
+        PDL
+    ):  # the first 512 inputs are on their way to the cache, 64 bytes at a time, while the kernel before this one ends
+        early = tl.minimum(split * share + tl.arange(0, BITS) * (256 // BITS), width - 1)
+        tl.inline_asm_elementwise(_PREFETCH, "=r,l", [begin + early[None, :]], tl.int32, is_pure=False, pack=1)
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
     for start in range(split * share, tl.minimum(width, (split + 1) * share), PAIRS):
@@ -181,8 +187,8 @@ def _tiles(
             if ZEROS:
                 zero = _of_rows(zeros + place, TWICE).to(tl.int32)
         if BULK:
-            codes = weight.load([tl.program_id(1) * N, start])
-            values = x.load([tl.program_id(0) * M, start * 2]).T
+            codes = weight_tiles.load([tl.program_id(1) * N, start])
+            values = x_tiles.load([tl.program_id(0) * M, start * 2]).T
         elif WHOLE:
             codes = tl.load(ours + start, eviction_policy="evict_first")
             values = tl.load(theirs + start * 2, here[None, :], 0.0)
@@ -219,18 +225,17 @@ def tiles(
     m, k = min(m, max(8, triton.next_power_of_2(rows))), min(k, packed.unit or k)
     grid = (triton.cdiv(rows, m), triton.cdiv(outputs, n), splits)
     partial = x.new_empty((splits, rows, outputs) if splits > 1 else (0,), dtype=torch.float32)
-    given: Any = x
-    pairs: Any = packed.weight if bits == 4 else packed.weight.view(torch.int16)
+    pairs = packed.weight if bits == 4 else packed.weight.view(torch.int16)
     width, (groups, group) = pairs.shape[1], _groups(packed)
     aligned = all((part.data_ptr() | part.stride(0) * part.element_size()) % 16 == 0 for part in (x, pairs))
     bulk = bulk and able() and aligned
-    if bulk:
-        given, pairs = TensorDescriptor.from_tensor(x, [m, k]), TensorDescriptor.from_tensor(pairs, [n, k // 2])
+    left = TensorDescriptor.from_tensor(x, [m, k]) if bulk else None
+    right = TensorDescriptor.from_tensor(pairs, [n, k // 2]) if bulk else None
     # Warps load their codes as words; for a warpgroup's product the pairs of a word are in four threads.
     grouped = capability() // 10 == 9 and warps % 4 == 0 and m > 8 and n >= 64
     many = 1 if grouped else 16 // bits
     _tiles[grid](
-        given, pairs, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, width, groups,
+        x, pairs, left, right, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, width, groups,
         x.stride(0), M=m, N=n, K=k, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
         BIAS=bias is not None, BULK=bulk, WHOLE=packed.columns % k == 0, TWICE=n > 16 * warps,
         ASM=_assembly(bits, x.dtype, many) if capability() else "", MANY=many, num_stages=stages, num_warps=warps,
