@@ -87,8 +87,7 @@ def _assembly(bits: int, dtype: torch.dtype, many: int) -> str:
     """
     wide = dtype == torch.float16
     kind, one, leading = ("f16x2", "0x3C003C00", "0x64006400") if wide else ("bf16x2", "0x3F803F80", "0x43004300")
-    less = "0xBC00BC00" if wide else "0xBF80BF80"
-    by, code = (one if bits == 4 else less), f"${many}"
+    code, by = f"${many}", one if bits == 4 else one.replace("3", "B")  # or -1
     lines = [f".reg .b32 other, by;\nmov.b32 by, {by};"]
     if bits == 4 and many > 1:
         lines += [f"shr.u32 other, {code}, 4;"]
@@ -234,12 +233,13 @@ def tiles(
     # Warps load their codes as words; for a warpgroup's product the pairs of a word are in four threads.
     grouped = capability() // 10 == 9 and warps % 4 == 0 and m > 8 and n >= 64
     many = 1 if grouped else 16 // bits
+    room = 128 if bulk and n <= 16 * warps else None  # registers with which two programs of 8 warps share a multiprocessor
     _tiles[grid](
         x, pairs, left, right, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, width, groups,
         x.stride(0), M=m, N=n, K=k, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
         BIAS=bias is not None, BULK=bulk, WHOLE=packed.columns % k == 0, TWICE=n > 16 * warps,
         ASM=_assembly(bits, x.dtype, many) if capability() else "", MANY=many, num_stages=stages, num_warps=warps,
-        maxnreg=128 if bulk and n <= 16 * warps else None, **pdl(),
+        maxnreg=room, **pdl(),
     )  # fmt: skip
     return y
 

@@ -51,7 +51,7 @@ RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
 # Of integers with up to FEW_ROWS and with more: kernel, n, stages and warps, the rule's first.
 _PACKED = (
-    (("tiles", 64, 5, 2), ("tiles", 32, 5, 2)),
+    (("tiles", 64, 5, 2), ("tiles", 32, 8, 2)),
     (("bulk", 128, 4, 8), ("bulk", 256, 3, 8), ("tiles", 64, 4, 4)),
 )
 _BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
