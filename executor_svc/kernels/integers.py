@@ -233,7 +233,7 @@ def tiles(
     # Warps load their codes as words; for a warpgroup's product the pairs of a word are in four threads.
     grouped = capability() // 10 == 9 and warps % 4 == 0 and m > 8 and n >= 64
     many = 1 if grouped else 16 // bits
-    room = 128 if bulk and n <= 16 * warps else None  # registers, so that two programs of 8 warps share a multiprocessor
+    room = 128 if bulk and n <= 16 * warps else None  # registers: two programs of 8 warps share a multiprocessor
     _tiles[grid](
         x, pairs, left, right, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, width, groups,
         x.stride(0), M=m, N=n, K=k, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
