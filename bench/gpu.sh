@@ -26,6 +26,9 @@ print(torch.cuda.device_count())') || exit 2
 { nvidia-smi; nvidia-smi topo -m; nproc; free -g; df -h "$out" "${TMPDIR:-/tmp}"; "$python" -m pip list; } >"$out/machine" 2>&1
 [ "$gpus" -gt 0 ] || { echo "torch finds no GPU here" >&2; exit 2; }
 
+# Bytecode, as an installed package has it: in an image without it, each process compiles all that it imports (1.5 s of torch's).
+nice "$python" -m compileall -q -j 4 . $("$python" -c 'import site; print(*site.getsitepackages())') >/dev/null 2>&1 &
+
 run() {  # NAME SECONDS COMMAND ...: at most so many seconds, whatever comes of it
   local name=$1 limit=$2 began=$SECONDS status
   shift 2
@@ -55,7 +58,7 @@ quantized() { [ ! -f "$model" ] || bench quantize 900 quantize "$model" --tokens
 timed() {
   one_gpu
   bench fp8 240 gpu --tune --model $of_8b-fp8 --profile 1 256
-  bench start 400 start --read-ahead
+  bench start 400 start
   bench fp8_kv 180 gpu --tune --model $of_8b-fp8 --kv-cache-dtype fp8 --only mixed_s itl_ms_b256 --profile 256
   bench grpc 240 gpu_grpc --rounds 3
   bench int4 300 gpu --tune --model $of_8b-int4 --only itl_ms_b1 itl_ms_b8 itl_ms_b64
@@ -80,8 +83,11 @@ ranks() {
   run all_reduce 120 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.all_reduce --out "$out/all_reduce.json"
   ranks_of tp2 200 --tune --tp 2 --only itl_ms_b1 itl_ms_b64 ttft_ms_4096 mixed_s
   ENGINEHOUSE_ALL_REDUCE_BYTES=0 ranks_of tp2_nccl 150 --tune --tp 2 --only itl_ms_b1 itl_ms_b64
+  # Of a prompt all sums by our own kernel.
+  ENGINEHOUSE_ALL_REDUCE_BYTES=$((64 << 20)) ranks_of tp2_ours 120 --tune --tp 2 --only ttft_ms_4096
   one_gpu
   ranks_of pp2 200 --tune --pp 2 --only mixed_s itl_ms_b1
+  ranks_of pp2_batch512 200 --tune --pp 2 --batch 512 --only mixed_s
   ranks_of 70b_tp2 300 --tune --tp 2 --model bench/models/llama-3.1-70b --only itl_ms_b1 mixed_s --requests 256
   bench start_ranks 500 start_ranks --gigabytes 16 --tp 2 --rounds 2
 }

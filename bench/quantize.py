@@ -42,21 +42,21 @@ class Form:
     half_of: str = ""
 
 
-FORMS = {
+FORMS = {  # those with a bound first
     "int8": Form({"quant_algo": "W8A16"}, most=0.002),
     "int4": Form({"quant_algo": "W4A16"}),
-    "int4 gptq": Form({"quant_algo": "W4A16_GPTQ"}),
     "int4 awq": Form({"quant_algo": "W4A16_AWQ"}, half_of="int4"),
+    "fp8": Form({"quant_algo": "FP8"}, most=0.005),
+    "fp8 per token": Form({"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, most=0.005),
+    "smoothquant": Form({"quant_algo": "W8A8_SQ_PER_CHANNEL"}, most=0.015),
+    "int4 gptq": Form({"quant_algo": "W4A16_GPTQ"}),
+    "kv fp8": Form({"kv_cache_quant_algo": "FP8"}),
+    "kv int8": Form({"kv_cache_quant_algo": "INT8"}),
     "int4 g32": Form({"quant_algo": "W4A16", "group_size": 32}),
     "int4 awq g32": Form({"quant_algo": "W4A16_AWQ", "group_size": 32}),
     "int4 awq g64": Form({"quant_algo": "W4A16_AWQ", "group_size": 64}),
     "int4 zeros": Form({"quant_algo": "W4A16", "has_zero_point": True}),
     "int4 awq zeros": Form({"quant_algo": "W4A16_AWQ", "has_zero_point": True}),
-    "fp8": Form({"quant_algo": "FP8"}, most=0.005),
-    "fp8 per token": Form({"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, most=0.005),
-    "smoothquant": Form({"quant_algo": "W8A8_SQ_PER_CHANNEL"}, most=0.015),
-    "kv fp8": Form({"kv_cache_quant_algo": "FP8"}),
-    "kv int8": Form({"kv_cache_quant_algo": "INT8"}),
 }
 
 

@@ -1,12 +1,11 @@
 """How long a start takes: from `python -m executor_svc` to the first token of a stored engine, none of it in the page cache.
 
-    python -m bench.start [--model bench/models/llama-3.1-8b] [--read-ahead] [--rounds 1] [--dir DIR] [--out FILE.json]
+    python -m bench.start [--model bench/models/llama-3.1-8b] [--rounds 1] [--dir DIR] [--out FILE.json]
 
 The engine has random weights in real files (about as many bytes as the model: DIR needs a little more). It is started with its
-compiled kernels and, with an empty cache of Triton's, without them; with --read-ahead a third time, with its kernels, while
-another process reads the files into the page cache. The plain parallel read of the same files is the floor. Each phase's end is
-told, in seconds from the executor's start: its worker has imported torch; the first weights are asked for; all are there; the
-runner is ready; the engine is loaded; the port is open; the token has come.
+compiled kernels and, with an empty cache of Triton's, without them. The plain parallel read of the same files is the floor. Each
+phase's end is told, in seconds from the executor's start: its worker has imported torch; the first weights are asked for; all
+are there; the runner is ready; the engine is loaded; the port is open; the token has come.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,13 @@ import grpc
 import msgspec
 import torch
 
-from bench.read_ahead import READERS, read_all
 from bench.serving import save
 from builder_svc.build_config import BuildConfig
 from builder_svc.pipeline import build
 from builder_svc.weights import write_weights
 from engine import blobs, registry
 from engine.directory import DirectoryStore
-from engine.manifest import Manifest, engine_id
+from engine.manifest import CHUNK_SIZE, Manifest, engine_id
 from executor_svc.loader import load_engine
 from executor_svc.node import this_node
 from protos.v1.common_pb2 import SamplingParams, StoppingCriteria
@@ -40,6 +39,7 @@ from protos.v1.executor_pb2 import Submit
 from protos.v1.executor_pb2_grpc import ExecutorStub
 
 PROMPT = 128  # tokens
+READERS = 16  # chunks at a time
 PHASES = ("imports", "asked", "weights", "runner", "loaded", "listening", "start")
 _LOADED = re.compile(
     r"MB loaded in ([\d.]+) s \(weights from ([\d.]+) to ([\d.]+) s, runner ([\d.]+) s\) .* waited (-?[\d.]+) s"
@@ -90,9 +90,26 @@ def weight_files(store: DirectoryStore, manifest: Manifest) -> list[Path]:
     return [store.root / blobs.blob_key(file.digest) for rank in manifest.ranks for file in rank.weights]
 
 
-def start(
-    store: DirectoryStore, manifest: Manifest, device: str, trusted: bool, cache: Path, *, read_ahead: bool = False
-) -> dict[str, Any]:
+def read_all(paths: list[Path]) -> float:
+    """Seconds in which all of the files are read, in parallel, into memory that nobody looks at."""
+    own = threading.local()
+
+    def read(path: Path, offset: int) -> None:
+        if not hasattr(own, "buffer"):
+            own.buffer = bytearray(CHUNK_SIZE)
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            file.readinto(own.buffer)
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        chunks = [pool.submit(read, path, at) for path in paths for at in range(0, path.stat().st_size, CHUNK_SIZE)]
+        for chunk in chunks:
+            chunk.result()
+    return time.perf_counter() - began
+
+
+def start(store: DirectoryStore, manifest: Manifest, device: str, trusted: bool, cache: Path) -> dict[str, Any]:
     """Starts an executor and asks it for a token; seconds from the process' start to the end of each phase."""
     submit = Submit(
         engine_id=manifest.engine_id,
@@ -111,9 +128,6 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
-    ahead = None
-    if read_ahead:
-        ahead = subprocess.Popen([sys.executable, "-m", "bench.read_ahead", *map(str, weight_files(store, manifest))])
     found: dict[str, Any] = {}
 
     def follow() -> None:
@@ -144,8 +158,6 @@ def start(
         process.terminate()
         process.wait(60)
         follower.join()
-        if ahead:
-            ahead.wait(60)
     print("".join(f"    {line}" for line in lines), end="", flush=True)
     found["compiled"] = len(
         [*cache.glob("*/*.cubin"), *cache.glob("*/*.so")]
@@ -160,7 +172,6 @@ def main() -> None:
         "--dir", type=Path, help="on the disk that is to be measured; by default the system's for temporary files"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--read-ahead", action="store_true", help="also start while another process reads the weights")
     parser.add_argument("--rounds", type=int, default=1, help="of each way to start")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -176,20 +187,18 @@ def main() -> None:
             f"{size / 1e9:.2f} GB and {kernels / 1e3:.0f} kB of kernels made in {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        ways = {"with_kernels": (True, False), "read_ahead": (True, True), "without_kernels": (False, False)}
-        if not arguments.read_ahead:
-            del ways["read_ahead"]
+        ways = {"with_kernels": True, "without_kernels": False}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
         forget(root)
         read_s = read_all(weight_files(store, manifest))
         found: dict[str, Any] = {"model": arguments.model.name, "bytes": size, "read_s": round(read_s, 3), "ways": runs}
         for number in range(arguments.rounds):
-            for name, (trusted, read_ahead) in ways.items():
+            for name, trusted in ways.items():
                 cache = root / f"{name}-{number}"
                 cache.mkdir()
                 found["dropped"] = forget(root)
                 print(f"  {name}, without {found['dropped']}")
-                run = start(store, manifest, arguments.device, trusted, cache, read_ahead=read_ahead)
+                run = start(store, manifest, arguments.device, trusted, cache)
                 runs[name].append(run)
                 found["start_s"] = min(run["start_s"] for run in runs["with_kernels"])
                 save(arguments.out, found)

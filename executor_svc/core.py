@@ -221,11 +221,10 @@ class Sequence:
         return self.sampling.temperature == 0 and self.unedited and not self.min_tokens
 
     @cached_property
-    def masked(self) -> bool:
-        """Whether its tokens are those that its guide allows, with their probabilities by the logits as they are."""
+    def direct(self) -> bool:
+        """Whether its tokens are chosen or drawn by the logits as they are, of all tokens or of those that its guide allows."""
         edited = self.sampling.edits or bool(self.min_tokens) or bool(self.candidates)
-        limited = self.sampling.temperature > 0 and self.sampling.limited
-        return self.guide is not None and not limited and not edited
+        return not edited and not (self.sampling.temperature > 0 and self.sampling.limited)
 
     @property
     def tells_prompt(self) -> bool:

@@ -50,7 +50,7 @@ class _Flight:
     Attributes:
         tokens: int32, on the host, there when the event has passed.
         sampled: of one that had to wait for its tokens, these.
-        batch, rows: of one whose logits are another rank's, it, and how many there are.
+        batch, rows: of one whose logits are another rank's, it, and how many there are, or tokens, if that one draws them.
     """
 
     tokens: Tensor
@@ -58,13 +58,15 @@ class _Flight:
     sampled: Sampled | None = None
     batch: Batch | None = None
     rows: int = 0
+    drawn: bool = False
 
 
 class CudaRunner:
     """Interprets a program on a GPU.
 
     Of several ranks, rank 0's is used as any runner, and the others' `follow`. In a tensor-parallel group all ranks have the same
-    logits and draw the same tokens. Each place of a pipeline works on a batch of its own, and rank 0 gets the logits.
+    logits and draw the same tokens. Each place of a pipeline works on a batch of its own, and rank 0 gets
+    the tokens, or logits that are to be edited or told of.
 
     Args:
         program: one that `takes` takes.
@@ -158,23 +160,20 @@ class CudaRunner:
     def start(self, batch: Batch) -> None:
         layout, logits, sampled, drawn = self._launch(batch)
         count, rows = len(layout.samples), len(layout.samples) + len(layout.prompt_rows)
-        if drawn:
+        if self._piped:
+            self._flights.append(_Flight(sampled[:0], batch=batch, rows=rows, drawn=drawn))
+        elif drawn:
             self._flights.append(_Flight(*self._host.fetch(sampled[:count])))
-        elif self._piped:
-            self._flights.append(_Flight(sampled[:0], batch=batch, rows=rows))
         else:
             found = answer(logits[:rows].float(), batch)
             self._keep(layout, self._column(np.array(found.token_ids, dtype=np.int32)))
             self._flights.append(_Flight(sampled[:0], sampled=found))
 
     def _launch(self, batch: Batch) -> tuple[HostStep, Tensor, Tensor, bool]:
-        """A batch's columns, its logits and tokens, and whether these are drawn: else the logits are to be edited or told of.
-
-        Or they are another rank's.
-        """
+        """A batch's columns, its logits and tokens, and whether these are drawn: else the logits are to be edited or told of."""
         layout = self._layout.lay_out(batch)
         items = [item for item in batch.items if item.samples]
-        drawn = not len(layout.prompt_rows) and all(item.unedited for item in items) and not self._piped
+        drawn = not len(layout.prompt_rows) and all(item.unedited for item in items)
         random = draws(items, layout.sampling_rows) if drawn else NOTHING
         limited = len(random) > 0 and any(item.sequence.sampling.limited for item in items)
         self._group.tell({**vars(layout), "random": random, "drawn": drawn, "limited": limited})
@@ -186,17 +185,23 @@ class CudaRunner:
         values = unpack(plan)
         random, drawn, limited = (values.pop(name) for name in ("random", "drawn", "limited"))
         layout = HostStep(**values)
-        logits, _ = self._compute_step(layout, random, limited=limited)
-        if self._piped:
-            self._group.bring_home(logits, len(layout.samples) + len(layout.prompt_rows))
+        logits, sampled = self._compute_step(layout, random, limited=limited)
+        count = len(layout.samples)
+        if self._piped and drawn:
+            self._group.bring_tokens(sampled[:count], count)
+        elif self._piped:
+            self._group.bring_home(logits, count + len(layout.prompt_rows))
         elif not drawn:
-            self._keep(layout, torch.empty(len(layout.samples), dtype=torch.int32, device=self._device))
+            self._keep(layout, torch.empty(count, dtype=torch.int32, device=self._device))
 
     def _compute_step(self, layout: HostStep, random: np.ndarray, *, limited: bool) -> tuple[Tensor, Tensor]:
-        """A step's logits and the tokens of its samples, the most probable ones but where `random` says otherwise."""
+        """A step's logits and the tokens of its samples, the most probable ones but where `random` says otherwise.
+
+        A place of a pipeline that has no logits has no tokens.
+        """
         graph = next((graph for graph in self.graphs if graph.shape.fits(layout)), None)
         logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
-        if len(random):
+        if len(random) and logits.dim() > 1:
             count = len(layout.samples)
             self._sample(logits[:count], sampled[:count], moved, limited=limited)
         return logits, sampled
@@ -210,6 +215,9 @@ class CudaRunner:
         flight = self._flights.popleft()
         if flight.batch is not None:
             with torch.inference_mode(), torch.cuda.stream(self._home):  # of None: no stream
+                if flight.drawn:
+                    tokens = self._group.bring_tokens(None, flight.rows)
+                    return Sampled([] if tokens is None else tokens.tolist())
                 logits = self._group.bring_home(None, flight.rows)
                 if logits is None:
                     raise Internal("no rank has sent logits")
@@ -262,8 +270,8 @@ class CudaRunner:
         return logits, self._choose(logits, sampling_rows)
 
     def _choose(self, logits: Tensor, sampling_rows: Tensor) -> Tensor:
-        """The most probable tokens, which are kept; none in a pipeline, where rank 0 chooses and tells by the next plan."""
-        return self._last[:0] if self._piped else choose(logits, sampling_rows, self._last)
+        """The most probable tokens, which are kept; none where there are no logits."""
+        return choose(logits, sampling_rows, self._last) if logits.dim() > 1 else self._last[:0]
 
     def _logits(
         self, token_ids: Tensor, positions: Tensor, indices: Tensor, rope_lengths: Tensor, step: DeviceStep
@@ -304,7 +312,7 @@ class CudaRunner:
         for step in steps:
             filled = step.of_row(self._fill_row)
             logits, sampled, _ = self._run(filled, NOTHING)
-            if self._piped:
+            if logits.dim() == 1:  # it has none
                 continue
             count = len(filled.samples)
             greedy = torch.zeros(count * (WIDTH + 1), dtype=torch.int32)

@@ -59,6 +59,10 @@ class Group:
         """Takes float32 logits [rows, vocab_size] from the pipeline's last place to rank 0; what is not there is None."""
         return logits
 
+    def bring_tokens(self, tokens: Tensor | None, rows: int) -> Tensor | None:  # noqa: ARG002
+        """Takes tokens, int32 [rows], the same way."""
+        return tokens
+
     def communicator(self) -> int:
         """The address of the tensor-parallel group's ncclComm_t, for what runs collectives by itself."""
         raise Internal("a rank that is alone has no communicator")

@@ -17,7 +17,7 @@ BYTES_VARIABLE = "ENGINEHOUSE_ALL_REDUCE_BYTES"
 _SENT = (
     8 << 20
 )  # bytes of a message to all the others together: up to here bench/all_reduce.py finds it faster than NCCL
-LARGEST = 1 << 24  # the kernel's places are numbers of 32 bits
+LARGEST = 1 << 26  # the kernel's places are numbers of 32 bits
 _PAGE = 1 << 21  # what is smaller may lie beside others' memory, all of which would be shared
 _LAZY_ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 

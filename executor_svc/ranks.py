@@ -122,14 +122,21 @@ class Ranks(Group):
             self._vocab_size = int(self._store.get("vocab_size"))
 
     def bring_home(self, logits: Tensor | None, rows: int) -> Tensor | None:
+        logits = logits if logits is None else logits[:rows].float()
+        return self._bring(logits, (rows, self._vocab_size), torch.float32)
+
+    def bring_tokens(self, tokens: Tensor | None, rows: int) -> Tensor | None:
+        return self._bring(tokens, (rows,), torch.int32)
+
+    def _bring(self, values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         if self._home is None:
-            return logits
-        if self.rank == self._end and logits is not None and rows:
-            self._send(logits[:rows].float(), 0, self._home)
+            return values
+        if self.rank == self._end and values is not None and shape[0]:
+            self._send(values, 0, self._home)
         if self.rank:
             return None
-        brought = torch.empty(rows, self._vocab_size, device=self._device)
-        if rows:
+        brought = torch.empty(shape, dtype=dtype, device=self._device)
+        if shape[0]:
             dist.recv(brought, self._end, self._home)
         return brought
 

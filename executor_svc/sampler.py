@@ -1,8 +1,8 @@
 """From logits to tokens: greedy, or random with numbers that are counted, not drawn; and what is told beside them.
 
 The order: logit bias, bad words, min_tokens and what guided output forbids, repetition penalty, presence and frequency penalty
-(processors.py); temperature, top-k, top-p of what top-k leaves, min-p (draw.py). On the CPU a guided row that wants only a
-temperature beside its mask is drawn by kernels/choose.py, by the same definition. It is transformers' order. vLLM applies min-p
+(processors.py); temperature, top-k, top-p of what top-k leaves, min-p (draw.py). On the CPU a row that wants only a temperature,
+and a guide's mask, is drawn by kernels/choose.py, by the same definition. It is transformers' order. vLLM applies min-p
 before top-k and top-p, so that its top-p is a share of what min-p leaves, and looks for the beginning of a bad word in the
 completion alone. transformers may part equally probable tokens at the border of top-p, which stay together here, and allows a
 bad word that is one end-of-sequence id, which is masked here as any other.
@@ -90,12 +90,13 @@ def sample(logits: Tensor, sequences: list[Sequence], positions: list[int]) -> S
     others = [row for row, sequence in enumerate(sequences) if not sequence.plain]
     ways: dict[_Way, list[int]] = {}
     masks, bits = [0] * len(sequences), 0
-    drawn: dict[int, float] = {}  # temperatures of rows that are drawn as they are masked
+    drawn: dict[int, float] = {}  # temperatures of rows that are drawn as they are
     native = choose.serves(logits)
     for row in others:
         sequence = sequences[row]
-        if native and sequence.masked:
-            masks[row], bits = sequence.guide.bits(), sequence.guide.num_bits
+        if native and sequence.direct:
+            if sequence.guide is not None:
+                masks[row], bits = sequence.guide.bits(), sequence.guide.num_bits
             if sequence.sampling.temperature > 0:
                 drawn[row] = sequence.sampling.temperature
         elif way := _way(sequence, positions[row]):

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.fp8 import able
 from executor_svc.kernels.products import counters, summed
-from executor_svc.kernels.rows import pdl, wait_before
+from executor_svc.kernels.rows import bring, pdl, wait_before
 from executor_svc.kernels.target import capability
 
 
@@ -74,7 +74,6 @@ def _groups(packed: Packed) -> tuple[int, int]:
     return (1, 1 << 30) if one else (triton.cdiv(packed.columns, packed.group), packed.group)
 
 
-_PREFETCH = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
 # Twice the bits of -128 and of -1024, as int32: with a zero added, of that much less.
 LESS_BF16, LESS_FP16 = (tl.constexpr(twice - (1 << 32)) for twice in (0xC300C300, 0xE400E400))
 
@@ -171,11 +170,9 @@ def _tiles(
     begin = weight + mine.to(tl.int64)[:, None] * width
     ours = begin + at[None, :]
     theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
-    if (
-        PDL
-    ):  # the first 512 inputs are on their way to the cache, 64 bytes at a time, while the kernel before this one ends
-        early = tl.minimum(split * share + tl.arange(0, BITS) * (256 // BITS), width - 1)
-        tl.inline_asm_elementwise(_PREFETCH, "=r,l", [begin + early[None, :]], tl.int32, is_pure=False, pack=1)
+    if PDL:  # the first 512 inputs of this part
+        lines = tl.minimum(split * share + tl.arange(0, BITS // 2) * (512 // BITS), width - 1)
+        bring((begin + lines[None, :]).to(tl.int64), tl.broadcast_to(there[:, None], (N, BITS // 2)))
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
     for start in range(split * share, tl.minimum(width, (split + 1) * share), PAIRS):

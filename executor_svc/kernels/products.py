@@ -1,7 +1,7 @@
 """Triton kernels for products with few rows, whose time goes into reading the weight once.
 
-The first part of a GEMV's weight is on its way before the kernel waits for the one before it (`wait_before`): no kernel writes
-weights.
+The first part of a weight may be on its way before the kernel waits for the one before it (`wait_before`): no kernel writes
+weights. A GEMV has it in registers, others bring it into the L2 cache while norms and attention leave the memory idle.
 A pair is the product with gate and up, [2 * n, columns], and `silu_mul` of it, whose input stays in registers.
 """
 
@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from executor_svc.kernels.rows import pdl, wait_before
+from executor_svc.kernels.rows import bring, pdl, wait_before
 
 
 class Form(NamedTuple):
     """Rows of the weight and columns of a block, stages and warps of a program of `thin`: bench/products.py tries them.
 
-    Of weights of 8 bits and fewer also how many parts of the columns are summed side by side.
+    Of weights of 8 bits and fewer also how many parts of the columns are summed side by side. ahead: MiB of the weight that are
+    brought into the L2 cache early.
     """
 
     n: int = 64
@@ -27,6 +28,21 @@ class Form(NamedTuple):
     stages: int = 5
     warps: int = 4
     splits: int = 1
+    ahead: int = 0
+
+
+def early(weight: Tensor, ahead: int) -> int:
+    """Bytes of each row of a weight that make so many MiB in all: a power of 2, in lines of 128; 0 for none."""
+    share = min((ahead << 20) // len(weight), weight.shape[1] * weight.itemsize)
+    return 1 << (share.bit_length() - 1) if pdl()["PDL"] and share >= 128 else 0
+
+
+@triton.jit
+def bring_rows(rows, there, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Brings the first bytes of rows, which begin at these addresses, into the L2 cache."""
+    if EARLY > 0:
+        lines = rows.to(tl.int64)[:, None] + tl.arange(0, EARLY // 128)[None, :] * 128
+        bring(lines, tl.broadcast_to(there[:, None], lines.shape))
 
 
 @functools.cache
@@ -130,6 +146,7 @@ def _thin(
     K: tl.constexpr,
     PAIR: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001
     row, at = tl.arange(0, M), tl.arange(0, K)
@@ -140,7 +157,9 @@ def _thin(
     else:
         mine = tl.program_id(0) * N + tl.arange(0, N)
         out = mine
-    ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
+    first = weight + out.to(tl.int64) * columns
+    bring_rows(first, mine < outputs, EARLY)
+    ours = first[:, None] + at[None, :]
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
     for start in range(0, columns, K):
@@ -170,6 +189,7 @@ def thin(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form = Form(), *,
     y = x.new_empty(rows, outputs)
     _thin[(triton.cdiv(outputs, form.n // 2 if pair else form.n),)](
         x, weight, bias, y, rows, outputs, columns, x.stride(0), M=max(16, triton.next_power_of_2(rows)), N=form.n,
-        K=form.k, PAIR=pair, BIAS=bias is not None, num_stages=form.stages, num_warps=form.warps, **pdl(),
+        K=form.k, PAIR=pair, BIAS=bias is not None, EARLY=early(weight, form.ahead), num_stages=form.stages,
+        num_warps=form.warps, **pdl(),
     )  # fmt: skip
     return y

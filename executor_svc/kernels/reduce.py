@@ -1,6 +1,6 @@
 """A Triton kernel for the sum over a tensor-parallel group, and the norm behind it, through memory that the ranks' GPUs share.
 
-One shot: each rank writes its rows into a buffer of every rank, its own too, and sums what comes into its own. Nothing is told
+One shot: each rank writes its rows into a buffer of every other rank, and sums its own and what comes. Nothing is told
 beside the data: a buffer is empty where it has the bits of -0.0, which are never sent (as in TensorRT-LLM's one-shot kernels and
 NCCL's protocol LL), so that no fence has to wait until what was written has arrived at the other end of the link.
 
@@ -15,8 +15,9 @@ A buffer has two halves, which a row uses by turns, and whoever has read a row l
   and read its weights while this one waits for its peers.
 * How many rows there are may change from one sum to the next: each row has a place and a turn of its own, which lies in the
   device's memory, so that a replayed graph goes on where the last one has ended.
-* It always ends. A program writes all its rows before it waits for any, and there are no more programs than multiprocessors, so
-  that all are on the device at once as soon as the kernels before have ended, whatever other ranks do.
+* It always ends. A program writes a row before it waits for that row, and a few ahead, in the order in which the same program
+  of the other ranks waits for them; and there are no more programs than multiprocessors, so that all are on the device at once
+  as soon as the kernels before have ended, whatever other ranks do.
 * All ranks get the same bits: each adds the same numbers in float32, in the order of the ranks. The sum is then rounded, before
   anything is added to it, as by the operators one after another.
 """
@@ -34,6 +35,7 @@ from executor_svc.kernels.fp8 import keep
 from executor_svc.kernels.rows import pdl, scaled, wait_before
 
 PER_WARP = 512  # numbers of a row, at least
+AHEAD = tl.constexpr(4)  # rows that a program has sent before it waits for the first
 EMPTY = {torch.bfloat16: 0x80008000, torch.float16: 0x80008000, torch.float32: 0x80000000}  # 32 bits of it, by dtype
 
 
@@ -71,6 +73,22 @@ def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@triton.jit
+def _something(values):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """The same numbers, of which -0.0, which would be nothing, is 0.0."""
+    return tl.where(values == 0, 0.0, values).to(values.dtype)
+
+
+@triton.jit
+def _send(x, buffers, turns, row, rank, size, capacity, at, inside, WORLD: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Writes a row to all other ranks."""
+    place = tl.load(turns + row, volatile=True) * WORLD * capacity + row * size
+    mine = _something(tl.load(x + row * size + at, inside, 0.0))
+    for peer in tl.static_range(WORLD):
+        theirs = tl.multiple_of(buffers[peer].to(tl.pointer_type(x.dtype.element_ty)), 16)
+        tl.store(theirs + (place + rank * capacity) + at, mine, inside & (peer != rank))
+
+
 @triton.jit(do_not_specialize=["rows", "rank"])
 def _reduce(
     x, buffers, own, turns, rows, rank, residual, weight, input_scale, y, scales, total, size, capacity, eps,
@@ -84,24 +102,26 @@ def _reduce(
     NOTHING: tl.constexpr = -2147483648 if KIND.primitive_bitwidth == 32 else -32768  # the least of all integers
     factors = tl.load(weight + at, inside, 0.0) if ADD else 0
     wait_before(PDL)
-    for row in range(first, rows, tl.num_programs(0)):
-        place = tl.load(turns + row, volatile=True) * WORLD * capacity + row * size
-        mine = tl.load(x + row * size + at, inside, 0.0)
-        mine = tl.where(mine == 0, 0.0, mine).to(KIND)  # -0.0 would be nothing
-        for peer in tl.static_range(WORLD):
-            theirs = tl.multiple_of(buffers[peer].to(tl.pointer_type(KIND)), 16)
-            tl.store(theirs + (place + rank * capacity) + at, mine, inside)
+    turn_of_all = AHEAD * tl.num_programs(0)
+    for row in range(first, tl.minimum(rows, turn_of_all), tl.num_programs(0)):
+        _send(x, buffers, turns, row, rank, size, capacity, at, inside, WORLD)
     for row in range(first, rows, tl.num_programs(0)):
         turn, there = tl.load(turns + row, volatile=True), row * size + at
+        mine = _something(tl.load(x + there, inside, 0.0))
         before = tl.load(residual + there, inside, 0.0) if ADD else 0
         ours = tl.multiple_of(own.to(tl.pointer_type(KIND)), 16) + (turn * WORLD * capacity + row * size) + at
         sums, least = tl.zeros((BLOCK,), tl.float32), NOTHING
         while least == NOTHING:
-            sums, bits = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), BITS)
-            for peer in tl.static_range(WORLD):
-                part = tl.load(ours + peer * capacity, inside, 0.0, volatile=True)
-                bits = tl.minimum(bits, part.to(BITS, bitcast=True))
-                sums += part.to(tl.float32)
+            if WORLD == 2:  # whose sum does not depend on the order
+                part = tl.load(ours + (1 - rank) * capacity, inside, 0.0, volatile=True)
+                bits, sums = part.to(BITS, bitcast=True), mine.to(tl.float32) + part.to(tl.float32)
+            else:
+                sums, bits = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), BITS)
+                for peer in tl.static_range(WORLD):
+                    part = tl.load(ours + peer * capacity, inside & (peer != rank), 0.0, volatile=True)
+                    part = tl.where(peer == rank, mine, part)
+                    bits = tl.minimum(bits, part.to(BITS, bitcast=True))
+                    sums += part.to(tl.float32)
             least = tl.min(bits).to(tl.int32)
         value = sums.to(KIND)
         if ADD:
@@ -113,8 +133,11 @@ def _reduce(
         else:
             tl.store(y + there, value, inside)
         for peer in tl.static_range(WORLD):
-            tl.store(ours + peer * capacity, tl.full((BLOCK,), NOTHING, BITS).to(KIND, bitcast=True), inside)
+            nothing = tl.full((BLOCK,), NOTHING, BITS).to(KIND, bitcast=True)
+            tl.store(ours + peer * capacity, nothing, inside & (peer != rank))
         tl.store(turns + row, 1 - turn)
+        if row + turn_of_all < rows:
+            _send(x, buffers, turns, row + turn_of_all, rank, size, capacity, at, inside, WORLD)
 
 
 def _launch(

@@ -14,6 +14,7 @@ from engine.ops import REFERENCE, Step
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
 kernels = pytest.importorskip("executor_svc.kernels.gpu")
+products = pytest.importorskip("executor_svc.kernels.products")
 tactics = pytest.importorskip("executor_svc.kernels.tactics")
 
 FEW = settings(max_examples=12, deadline=None)
@@ -63,6 +64,16 @@ def test_every_tactic_of_a_product_of_few_rows(rows: int, bias: bool, pair: bool
         assert tactics.choose(shape, table) == tactic
         found = (kernels.linear_silu_mul if pair else kernels.linear)(x, weight, added, table=table)
         torch.testing.assert_close(found.float(), wanted, rtol=4e-3, atol=4e-3)
+
+
+def test_how_much_of_a_weight_comes_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels may begin before the one before has ended; whole lines, at most what is asked for."""
+    shapes = [(4096, 4096), (28672, 4096), (128256, 4096), (300_000, 4096), (4096, 96)]
+    weights = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    assert [products.early(weight, 16) for weight in weights] == [0] * 5
+    monkeypatch.setattr(products, "pdl", lambda: {"PDL": True})
+    assert [products.early(weight, 16) for weight in weights] == [4096, 512, 128, 0, 128]
+    assert products.early(weights[0], 0) == 0
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 700])

@@ -83,7 +83,7 @@ def test_who_sums_by_itself(plain: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert [peer_memory.default_bytes(ranks) >> 10 for ranks in (1, 2, 4, 8)] == [8192, 8192, 2730, 1170]
     for value in ("-1", "much", str(1 << 30)):
         monkeypatch.setenv("ENGINEHOUSE_ALL_REDUCE_BYTES", value)
-        with pytest.raises(InvalidArgument, match=f"{value}', expected bytes up to 16777216, or 0 for NCCL alone"):
+        with pytest.raises(InvalidArgument, match=f"{value}', expected bytes up to 67108864, or 0 for NCCL alone"):
             peers.open_buffers(program, pair, device)
     for name, value in (("ENGINEHOUSE_ALL_REDUCE_BYTES", "0"), ("NCCL_P2P_DISABLE", "1")):
         monkeypatch.delenv("ENGINEHOUSE_ALL_REDUCE_BYTES", raising=False)
