@@ -168,6 +168,8 @@ def _prefill(
     row, at = tl.load(tile_row + tile), tl.load(tile_at + tile) + tl.program_id(1) % PARTS * M
     begin, length = tl.load(starts + row), tl.load(lengths + row)
     count = tl.load(starts + row + 1) - begin
+    if at >= count:
+        return
     query = at + tl.arange(0, M)
     dims = tl.arange(0, BD)
     there = (query < count)[:, None] & (dims < D)[None, :]

@@ -128,6 +128,20 @@ def test_prompts_that_begin_read_their_keys_where_they_are(head_dim: int, monkey
     assert taken == [3]  # tiles of the two
 
 
+def test_nothing_is_read_behind_the_last_key() -> None:
+    """Of heads that are so long that several programs share a tile of queries, most of which are beyond this prompt's last."""
+    torch.manual_seed(0)
+    caches = [torch.full((3, 16, 1, 256), float("inf")) for _ in range(2)]
+    for cache in caches:
+        cache[1], cache[2, :5] = torch.randn(16, 1, 256), torch.randn(5, 1, 256)
+    q, k, v = torch.randn(5, 512), torch.randn(5, 256), torch.randn(5, 256)
+    found = []
+    for operator in (kernels.attention, REFERENCE["attention"]):
+        step = Step([5], [21], torch.tensor([[1, 2]]).int(), torch.arange(32, 37), *([part.clone()] for part in caches))
+        found.append(operator(q, k, v, step=step, cache=0, head_dim=256, scale=0.1, window=0))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("small", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_attention_over_a_cache_of_8_bits(head_dim: int, small: torch.dtype) -> None:
