@@ -102,8 +102,8 @@ def _reduce(
     NOTHING: tl.constexpr = -2147483648 if KIND.primitive_bitwidth == 32 else -32768  # the least of all integers
     factors = tl.load(weight + at, inside, 0.0) if ADD else 0
     wait_before(PDL)
-    turn_of_all = AHEAD * tl.num_programs(0)
-    for row in range(first, tl.minimum(rows, turn_of_all), tl.num_programs(0)):
+    ahead = AHEAD * tl.num_programs(0)
+    for row in range(first, tl.minimum(rows, ahead), tl.num_programs(0)):
         _send(x, buffers, turns, row, rank, size, capacity, at, inside, WORLD)
     for row in range(first, rows, tl.num_programs(0)):
         turn, there = tl.load(turns + row, volatile=True), row * size + at
@@ -136,8 +136,8 @@ def _reduce(
             nothing = tl.full((BLOCK,), NOTHING, BITS).to(KIND, bitcast=True)
             tl.store(ours + peer * capacity, nothing, inside & (peer != rank))
         tl.store(turns + row, 1 - turn)
-        if row + turn_of_all < rows:
-            _send(x, buffers, turns, row + turn_of_all, rank, size, capacity, at, inside, WORLD)
+        if row + ahead < rows:
+            _send(x, buffers, turns, row + ahead, rank, size, capacity, at, inside, WORLD)
 
 
 def _launch(

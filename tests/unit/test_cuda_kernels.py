@@ -154,9 +154,8 @@ def test_attention_over_a_cache_of_8_bits(head_dim: int, small: torch.dtype) -> 
     codes = torch.randint(-128, 128, (2, 15, 16, 2, head_dim), dtype=torch.int8)
     if small.is_floating_point:
         codes[(codes & 127) == 127] = 0  # which is no number
-    unit = (
-        2**-7
-    )  # and what is written is in such units: Triton's interpreter rounds to float8 otherwise than devices do
+    # What is written is in whole units: Triton's interpreter rounds to float8 otherwise than devices do.
+    unit = 2**-7
     q, k, v = (torch.randn(len(slots), heads * head_dim, dtype=torch.float16) for heads in (4, 2, 2))
     k, v = ((part / unit).to(small).half() * unit for part in (k / 4, v / 4))
     attrs = {"cache": 0, "head_dim": head_dim, "scale": 0.1, "window": 0, "k_scale": unit, "v_scale": unit}
