@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.fp8 import able
-from executor_svc.kernels.products import counters, summed
-from executor_svc.kernels.rows import bring, pdl, wait_before
+from executor_svc.kernels.products import bring_rows, counters, early, summed
+from executor_svc.kernels.rows import pdl, wait_before
 from executor_svc.kernels.target import capability
 
 
@@ -74,33 +74,41 @@ def _groups(packed: Packed) -> tuple[int, int]:
     return (1, 1 << 30) if one else (triton.cdiv(packed.columns, packed.group), packed.group)
 
 
+WIDEST = 16
+"""Columns of a product of few rows, at most."""
 # Twice the bits of -128 and of -1024, as int32: with a zero added, of that much less.
 LESS_BF16, LESS_FP16 = (tl.constexpr(twice - (1 << 32)) for twice in (0xC300C300, 0xE400E400))
 
 
-def _assembly(bits: int, dtype: torch.dtype, many: int) -> str:
+def _assembly(bits: int, dtype: torch.dtype, many: int, above: bool = False) -> str:
     """Makes `many` pairs of numbers of 16 bits of as many pairs of codes, which are a word or the lower part of one.
 
     A pair is spread over a word, where the bits of 128 or 1024 make numbers of it. Of 4 bits the zero and as much are taken away
-    from it, an operand. Of 8 bits bfloat16 has room for 7: the sign is a number of its own, 128 or 256; float16 has 128 added.
+    from it, an operand; if `above`, nothing is: they stand so far up in the word that they count in steps of 1 above 16 or 64.
+    Of 8 bits bfloat16 has room for 7: the sign is a number of its own, 128 or 256; float16 has 128 added.
     """
     wide = dtype == torch.float16
     kind, one, leading = ("f16x2", "0x3C003C00", "0x64006400") if wide else ("bf16x2", "0x3F803F80", "0x43004300")
+    mask, up = "0x000F000F", 0
+    if above:
+        mask, leading, up = ("0x00F000F0", "0x54005400", 4) if wide else ("0x00780078", "0x41804180", 3)
     code, by = f"${many}", one if bits == 4 else one.replace("3", "B")  # or -1
-    lines = [f".reg .b32 other, by;\nmov.b32 by, {by};"]
+    lines = [".reg .b32 other, low, by;", f"mov.b32 by, {by};"]
     if bits == 4 and many > 1:
-        lines += [f"shr.u32 other, {code}, 4;"]
+        lines += [f"shl.b32 low, {code}, {up};" if up else f"mov.b32 low, {code};"]
+        lines += [f"shr.u32 other, {code}, {4 - up};"]
     for at in range(many):
         pair = f"${at}"
         if bits == 4 and many > 1:
-            lines += [f"prmt.b32 {pair}, {code}, other, 0x0{4 + at}0{at};"]
+            lines += [f"prmt.b32 {pair}, low, other, 0x0{4 + at}0{at};"]
         elif bits == 4:
-            lines += [f"mul.lo.u32 {pair}, {code}, 0x1001;"]
+            lines += [f"mul.lo.u32 {pair}, {code}, {0x1001 << up:#x};"]
         else:
             lines += [f"prmt.b32 {pair}, {code}, 0, 0x4{2 * at + 1}4{2 * at};"]
         if bits == 4:
-            lines += [f"lop3.b32 {pair}, {pair}, 0x000F000F, {leading}, 0xEA;"]
-            lines += [f"fma.rn.{kind} {pair}, {pair}, by, ${many + 1 + at};"]
+            lines += [f"lop3.b32 {pair}, {pair}, {mask}, {leading}, 0xEA;"]
+            if not above:
+                lines += [f"fma.rn.{kind} {pair}, {pair}, by, ${many + 1 + at};"]
         else:
             if wide:
                 lines += [f"xor.b32 {pair}, {pair}, 0x64806480;", "mov.b32 other, 0x64806480;"]
@@ -112,18 +120,33 @@ def _assembly(bits: int, dtype: torch.dtype, many: int) -> str:
 
 
 @triton.jit
+def _above(dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What numbers stand above their codes of 4 bits where zeros are taken from the sums."""
+    return 16 if dtype == tl.bfloat16 else 64
+
+
+@triton.jit
 def _numbers(codes, zero, ASM: tl.constexpr, MANY: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Of pairs of codes [N, K / 2], of 4 bits less zero [N], integers of 16 bits [N, K], exactly."""
+    """Of pairs of codes [N, K / 2] integers of 16 bits [N, K], exactly: of 4 bits less zero [N], or, without, as far above."""
     FOUR: tl.constexpr = codes.dtype == tl.uint8
     if ASM == "":
         if FOUR:
-            first = (codes & 15).to(tl.float32) - zero[:, None]
-            second = (codes >> 4).to(tl.float32) - zero[:, None]
+            if zero is None:
+                less = tl.full((codes.shape[0],), -_above(dtype), tl.float32)
+            else:
+                less = zero.to(tl.float32)
+            first = (codes & 15).to(tl.float32) - less[:, None]
+            second = (codes >> 4).to(tl.float32) - less[:, None]
         else:
             first, second = codes.to(tl.int8), (codes >> 8).to(tl.int8)
         first, second = first.to(dtype), second.to(dtype)
     else:
-        if FOUR:
+        if FOUR and zero is None:
+            if MANY == 4:
+                pairs = tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,r", [codes], tl.int32, is_pure=True, pack=4)
+            else:
+                pairs = tl.inline_asm_elementwise(ASM, "=&r,r", [codes.to(tl.int32)], tl.int32, is_pure=True, pack=1)
+        elif FOUR:
             LESS: tl.constexpr = LESS_BF16 if dtype == tl.bfloat16 else LESS_FP16
             less = tl.broadcast_to((zero * 0x10001 + LESS)[:, None], codes.shape)
             if MANY == 4:
@@ -155,28 +178,55 @@ def _of_rows(pointers, TWICE: tl.constexpr):  # type: ignore[no-untyped-def]  # 
 @triton.jit(do_not_specialize=["rows"])
 def _tiles(
     x, weight, x_tiles, weight_tiles, scales, zeros, bias, y, partial, arrived, rows, outputs, width, groups, x_stride,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ZEROS: tl.constexpr, BIAS: tl.constexpr, BULK: tl.constexpr, WHOLE: tl.constexpr, TWICE: tl.constexpr, ASM: tl.constexpr,
-    MANY: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, BULK: tl.constexpr, WHOLE: tl.constexpr, TWICE: tl.constexpr,
+    ASM: tl.constexpr, MANY: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
-    """The weight is of pairs of codes, `width` of them a row, which tiles divide if WHOLE."""
+    """The weight is of pairs of codes, `width` of them a row, which tiles divide if WHOLE.
+
+    WIDE: few rows, of weights of 4 bits. Each has so many columns of the product, one for each group that a tile takes: x is
+    there in its own and 0 elsewhere, so that a tile is as wide as the memory wants its rows and each sum has a scale.
+    """
     dtype: tl.constexpr = y.dtype.element_ty
     PAIRS: tl.constexpr = K // 2
-    row, out = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
+    ROWS: tl.constexpr = M // WIDE if WIDE else M
+    row, out = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * N + tl.arange(0, N)
     here, there = row < rows, out < outputs
     mine = tl.minimum(out, outputs - 1)
     split, share = tl.program_id(2), tl.cdiv(tl.cdiv(width, PAIRS), SPLITS) * PAIRS
     at, column = tl.arange(0, PAIRS), tl.arange(0, K)
     begin = weight + mine.to(tl.int64)[:, None] * width
     ours = begin + at[None, :]
-    theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
-    if PDL:  # the first 512 inputs of this part
-        lines = tl.minimum(split * share + tl.arange(0, BITS // 2) * (512 // BITS), width - 1)
-        bring((begin + lines[None, :]).to(tl.int64), tl.broadcast_to(there[:, None], (N, BITS // 2)))
+    UNIT: tl.constexpr = K // WIDE if WIDE else K
+    if WIDE:
+        term = tl.program_id(0) * M + tl.arange(0, M)
+        seen, term_row, own = (term < rows * WIDE)[None, :], term // WIDE, term % WIDE
+        theirs = x + term_row.to(tl.int64)[None, :] * x_stride + column[:, None]
+        seen &= (column // UNIT)[:, None] == own[None, :]
+        inner = tl.arange(0, UNIT)
+        parts = x + term_row.to(tl.int64)[:, None] * x_stride + own[:, None] * UNIT + inner[None, :]
+    else:
+        seen = here[None, :]
+        theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
+    first = tl.minimum(split * share, width - EARLY * 4 // BITS)  # of this part, in pairs
+    bring_rows(tl.reshape(begin, (N,)) + first, there, EARLY)
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
     for start in range(split * share, tl.minimum(width, (split + 1) * share), PAIRS):
-        if BITS == 4:
+        if BITS == 4 and WIDE:
+            # Of a tile that ends short, the groups behind the last have no x.
+            group = tl.minimum((start * 2 + own * UNIT) // GROUP, groups - 1)
+            place = mine[:, None] * groups + group[None, :]
+            scale = tl.load(scales + place).to(tl.float32)
+            zero = 8 + _above(dtype)
+            if ZEROS:
+                zero = tl.load(zeros + place).to(tl.float32) + _above(dtype)
+            behind = width * 2 - start * 2 - own * UNIT
+            part_of = tl.load(
+                parts + start * 2, (term < rows * WIDE)[:, None] & (inner[None, :] < behind[:, None]), 0.0
+            )
+            whole = tl.sum(part_of.to(tl.float32), 1)
+        elif BITS == 4:
             place = mine * groups + start * 2 // GROUP
             scale = _of_rows(scales + place, TWICE)
             zero = tl.full((N,), 8, tl.int32)
@@ -187,15 +237,20 @@ def _tiles(
             values = x_tiles.load([tl.program_id(0) * M, start * 2]).T
         elif WHOLE:
             codes = tl.load(ours + start, eviction_policy="evict_first")
-            values = tl.load(theirs + start * 2, here[None, :], 0.0)
+            values = tl.load(theirs + start * 2, seen, 0.0)
         else:
             codes = tl.load(ours + start, (start + at < width)[None, :], 0, eviction_policy="evict_first")
-            values = tl.load(theirs + start * 2, here[None, :] & (start * 2 + column < width * 2)[:, None], 0.0)
-        if BITS == 4:
+            values = tl.load(theirs + start * 2, seen & (start * 2 + column < width * 2)[:, None], 0.0)
+        if BITS == 4 and WIDE:
+            part = tl.dot(_numbers(codes, None, ASM, MANY, dtype), values)
+            sums += (part - zero * whole[None, :]) * scale
+        elif BITS == 4:
             part = tl.dot(_numbers(codes, zero, ASM, MANY, dtype), values)
             sums += part * scale.to(tl.float32)[:, None]
         else:
             sums = tl.dot(_numbers(codes, None, ASM, MANY, dtype), values, sums)
+    if WIDE:
+        sums = tl.sum(tl.reshape(sums, (N, ROWS, WIDE)), 2)
     target = row.to(tl.int64)[None, :] * outputs + out[:, None]
     inside = there[:, None] & here[None, :]
     counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -210,7 +265,7 @@ def _tiles(
 
 def tiles(
     x: Tensor, packed: Packed, bias: Tensor | None, *, m: int = 64, n: int = 64, k: int = 128, stages: int = 5, warps: int = 2,
-    splits: int = 1, bulk: bool = False,
+    splits: int = 1, ahead: int = 0, bulk: bool = False,
 ) -> Tensor:  # fmt: skip
     """linear of any number of rows of 16 bits, of which a program takes up to m; splits: parts of the inputs, side by side.
 
@@ -218,7 +273,14 @@ def tiles(
     """
     rows, outputs, bits = len(x), len(packed.weight), packed.bits
     y = x.new_empty(rows, outputs)
-    m, k = min(m, max(8, triton.next_power_of_2(rows))), min(k, packed.unit or k)
+    m, wide = min(m, triton.next_power_of_2(rows)), 0
+    if bits == 4 and not bulk and m <= WIDEST:
+        k = min(k, packed.unit * WIDEST // m)
+        wide = max(1, k // packed.unit)
+    elif bits == 4:
+        k = min(k, packed.unit)
+    together = max(8, m * max(wide, 1))
+    m = together // max(wide, 1)
     grid = (triton.cdiv(rows, m), triton.cdiv(outputs, n), splits)
     partial = x.new_empty((splits, rows, outputs) if splits > 1 else (0,), dtype=torch.float32)
     pairs = packed.weight if bits == 4 else packed.weight.view(torch.int16)
@@ -228,15 +290,16 @@ def tiles(
     left = TensorDescriptor.from_tensor(x, [m, k]) if bulk else None
     right = TensorDescriptor.from_tensor(pairs, [n, k // 2]) if bulk else None
     # Warps load their codes as words; for a warpgroup's product the pairs of a word are in four threads.
-    grouped = capability() // 10 == 9 and warps % 4 == 0 and m > 8 and n >= 64
+    grouped = capability() // 10 == 9 and warps % 4 == 0 and together > 8 and n >= 64
     many = 1 if grouped else 16 // bits
     room = 128 if bulk and n <= 16 * warps else None  # registers: two programs of 8 warps share a multiprocessor
+    brought = early(pairs, ahead) // splits
     _tiles[grid](
         x, pairs, left, right, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, width, groups,
-        x.stride(0), M=m, N=n, K=k, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
+        x.stride(0), M=together, N=n, K=k, WIDE=wide, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
         BIAS=bias is not None, BULK=bulk, WHOLE=packed.columns % k == 0, TWICE=n > 16 * warps,
-        ASM=_assembly(bits, x.dtype, many) if capability() else "", MANY=many, num_stages=stages, num_warps=warps,
-        maxnreg=room, **pdl(),
+        ASM=_assembly(bits, x.dtype, many, bool(wide)) if capability() else "", MANY=many,
+        EARLY=brought if brought >= 128 else 0, num_stages=stages, num_warps=warps, maxnreg=room, **pdl(),
     )  # fmt: skip
     return y
 

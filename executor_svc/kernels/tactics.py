@@ -49,10 +49,10 @@ Table = dict[Product, Tactic]
 EIGHT = ("fp8", "w8a8")  # whose input is of 8 bits, too
 RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
-# Of integers with up to FEW_ROWS and with more: kernel, n, stages and warps, the rule's first.
+# Of integers with up to FEW_ROWS and with more: kernel, n, k, stages and warps, the rule's first.
 _PACKED = (
-    (("tiles", 64, 5, 2), ("tiles", 32, 8, 2)),
-    (("bulk", 128, 4, 8), ("bulk", 256, 3, 8), ("tiles", 64, 4, 4)),
+    (("tiles", 64, 512, 3, 4), ("tiles", 32, 512, 3, 2), ("tiles", 64, 256, 4, 4), ("tiles", 32, 128, 8, 2)),
+    (("bulk", 128, 128, 4, 8), ("bulk", 256, 128, 3, 8), ("tiles", 64, 128, 4, 4)),
 )
 _BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
 
@@ -98,8 +98,8 @@ def _rule_fp8(shape: Product) -> Tactic:
 def _rule_packed(shape: Product) -> Tactic:
     if shape.rows > MOST_ROWS:
         return LIBRARY
-    kernel, n, stages, warps = _PACKED[shape.rows > FEW_ROWS][0]
-    return Tactic(kernel, Form(n, 128, stages, warps, _splits(shape, n, warps)))
+    kernel, n, k, stages, warps = _PACKED[shape.rows > FEW_ROWS][0]
+    return Tactic(kernel, Form(n, k, stages, warps, _splits(shape, n, warps), 0 if shape.rows > FEW_ROWS else AHEAD))
 
 
 def _splits(shape: Product, n: int, warps: int) -> int:
@@ -116,7 +116,12 @@ def candidates(shape: Product) -> list[Tactic]:
     forms: list[tuple[str, Form]] = []
     if shape.kind.startswith("int"):
         few = _PACKED[shape.rows > FEW_ROWS] if shape.rows <= MOST_ROWS else ()
-        forms += [(kernel, Form(n, 128, *others, splits)) for kernel, n, *others in few for splits in (1, 2, 4, 8)]
+        forms += [
+            (kernel, Form(*form, splits, ahead))
+            for kernel, *form in few
+            for splits in (1, 2, 4, 8)
+            for ahead in (0, AHEAD)
+        ]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
     if shape.kind not in EIGHT:
         forms += [("gemv", Form(k=k)) for k in (1024, 2048) if shape.rows == 1]
@@ -179,7 +184,7 @@ def multiply_packed(x: Tensor, packed: Packed, bias: Tensor | None, tactic: Tact
         return F.linear(x, integers.expand(packed, x.dtype), bias)
     return integers.tiles(
         x, packed, bias,
-        n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits, bulk=kernel == "bulk",
+        n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits, ahead=form.ahead, bulk=kernel == "bulk",
     )  # fmt: skip
 
 

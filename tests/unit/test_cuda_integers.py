@@ -125,6 +125,8 @@ def execute(assembly: str, inputs: list[Tensor], outputs: int) -> list[Tensor]:
                 made = one
             case "shr", _:
                 made = one >> others[0]
+            case "shl", _:
+                made = one << others[0] & 0xFFFFFFFF
             case "mul", _, _:
                 made = one * others[0] & 0xFFFFFFFF
             case "xor", _:
@@ -158,6 +160,12 @@ def test_assembly_takes_codes_apart_exactly(bits: int, many: int, dtype: torch.d
     integers = tactics.integers
     assembly = integers._assembly(bits, dtype, many)
     pairs = torch.stack((codes % (1 << bits), codes >> bits))
+    if bits == 4:
+        found = torch.stack(execute(integers._assembly(bits, dtype, many, above=True), [words], many))
+        low, high = (
+            part.to(dtype).view(torch.uint16).long() for part in pairs + (16 if dtype == torch.bfloat16 else 64)
+        )
+        assert torch.equal(found, low | high << 16)
     for zero in range(16 if bits == 4 else 1):
         leading = integers.LESS_BF16 if dtype == torch.bfloat16 else integers.LESS_FP16
         less = torch.tensor(leading.value + zero * 0x10001)
