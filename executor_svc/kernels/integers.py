@@ -74,8 +74,7 @@ def _groups(packed: Packed) -> tuple[int, int]:
     return (1, 1 << 30) if one else (triton.cdiv(packed.columns, packed.group), packed.group)
 
 
-WIDEST = 16
-"""Columns of a product of few rows, at most."""
+WIDEST = 8  # columns, of few rows, in which a product has groups side by side
 # Twice the bits of -128 and of -1024, as int32: with a zero added, of that much less.
 LESS_BF16, LESS_FP16 = (tl.constexpr(twice - (1 << 32)) for twice in (0xC300C300, 0xE400E400))
 
@@ -274,12 +273,10 @@ def tiles(
     rows, outputs, bits = len(x), len(packed.weight), packed.bits
     y = x.new_empty(rows, outputs)
     m, wide = min(m, triton.next_power_of_2(rows)), 0
-    if bits == 4 and not bulk and m <= WIDEST:
-        k = min(k, packed.unit * WIDEST // m)
-        wide = max(1, k // packed.unit)
-    elif bits == 4:
-        k = min(k, packed.unit)
-    together = max(8, m * max(wide, 1))
+    if bits == 4:
+        k = min(k, packed.unit * (1 if bulk else max(1, WIDEST // m)))
+        wide = k // packed.unit if k > packed.unit else 0
+    together = max(8, m * max(wide, 1))  # columns of the product
     m = together // max(wide, 1)
     grid = (triton.cdiv(rows, m), triton.cdiv(outputs, n), splits)
     partial = x.new_empty((splits, rows, outputs) if splits > 1 else (0,), dtype=torch.float32)
@@ -298,7 +295,7 @@ def tiles(
         x, pairs, left, right, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, width, groups,
         x.stride(0), M=together, N=n, K=k, WIDE=wide, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
         BIAS=bias is not None, BULK=bulk, WHOLE=packed.columns % k == 0, TWICE=n > 16 * warps,
-        ASM=_assembly(bits, x.dtype, many, bool(wide)) if capability() else "", MANY=many,
+        ASM=_assembly(bits, x.dtype, many, wide > 0) if capability() else "", MANY=many,
         EARLY=brought if brought >= 128 else 0, num_stages=stages, num_warps=warps, maxnreg=room, **pdl(),
     )  # fmt: skip
     return y

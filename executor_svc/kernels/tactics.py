@@ -49,11 +49,12 @@ Table = dict[Product, Tactic]
 EIGHT = ("fp8", "w8a8")  # whose input is of 8 bits, too
 RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
-# Of integers with up to FEW_ROWS and with more: kernel, n, k, stages and warps, the rule's first.
-_PACKED = (
-    (("tiles", 64, 512, 3, 4), ("tiles", 32, 512, 3, 2), ("tiles", 64, 256, 4, 4), ("tiles", 32, 128, 8, 2)),
-    (("bulk", 128, 128, 4, 8), ("bulk", 256, 128, 3, 8), ("tiles", 64, 128, 4, 4)),
-)
+# Of integers kernel, n, k, stages and warps, the rule's first: with up to 4 rows, up to FEW_ROWS, and more.
+_PACKED = {
+    4: (("tiles", 64, 512, 3, 4), ("tiles", 64, 256, 4, 4)),
+    FEW_ROWS: (("tiles", 64, 128, 5, 2), ("tiles", 32, 128, 8, 2)),
+    MOST_ROWS: (("bulk", 128, 128, 4, 8), ("bulk", 256, 128, 3, 8), ("tiles", 64, 128, 4, 4)),
+}
 _BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
 
 
@@ -98,8 +99,12 @@ def _rule_fp8(shape: Product) -> Tactic:
 def _rule_packed(shape: Product) -> Tactic:
     if shape.rows > MOST_ROWS:
         return LIBRARY
-    kernel, n, k, stages, warps = _PACKED[shape.rows > FEW_ROWS][0]
-    return Tactic(kernel, Form(n, k, stages, warps, _splits(shape, n, warps), 0 if shape.rows > FEW_ROWS else AHEAD))
+    kernel, n, k, stages, warps = _packed(shape)[0]
+    return Tactic(kernel, Form(n, k, stages, warps, _splits(shape, n, warps)))
+
+
+def _packed(shape: Product) -> tuple[tuple[str, int, int, int, int], ...]:
+    return next((forms for most, forms in _PACKED.items() if shape.rows <= most), ())
 
 
 def _splits(shape: Product, n: int, warps: int) -> int:
@@ -115,16 +120,11 @@ def candidates(shape: Product) -> list[Tactic]:
     """What could be fastest."""
     forms: list[tuple[str, Form]] = []
     if shape.kind.startswith("int"):
-        few = _PACKED[shape.rows > FEW_ROWS] if shape.rows <= MOST_ROWS else ()
-        forms += [
-            (kernel, Form(*form, splits, ahead))
-            for kernel, *form in few
-            for splits in (1, 2, 4, 8)
-            for ahead in (0, AHEAD)
-        ]
+        forms += [(kernel, Form(*form, splits)) for kernel, *form in _packed(shape) for splits in (1, 2, 4, 8)]
+        forms += [(kernel, form._replace(ahead=AHEAD)) for kernel, form in forms[:4] if shape.rows <= FEW_ROWS]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
     if shape.kind not in EIGHT:
-        forms += [("gemv", Form(k=k)) for k in (1024, 2048) if shape.rows == 1]
+        forms += [("gemv", Form(k=k, ahead=ahead)) for k in (1024, 2048) for ahead in (0, AHEAD) if shape.rows == 1]
         forms += [("thin", Form(k=k, stages=stages)) for k, stages in _BLOCKS]
         forms += [("thin", Form(k=k, stages=stages, ahead=AHEAD)) for k, stages in ((128, 4), (128, 5), (256, 3))]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
@@ -146,7 +146,7 @@ def candidates(shape: Product) -> list[Tactic]:
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tactic: Tactic, *, pair: bool) -> Tensor:
     """`linear`, and of a pair `silu_mul` of it."""
     if tactic.kernel == "gemv" and len(x) == 1:
-        return products.gemv(x, weight, bias, pair=pair, block=tactic.form.k)
+        return products.gemv(x, weight, bias, pair=pair, block=tactic.form.k, ahead=tactic.form.ahead)
     if tactic.kernel == "thin":
         return products.thin(x, weight, bias, tactic.form, pair=pair)
     return rows.silu_mul(F.linear(x, weight, bias)) if pair else F.linear(x, weight, bias)
