@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,16 @@ def close(found: Tensor, wanted: Tensor) -> None:
     assert torch.isfinite(found.float()).all() and error <= bound, error
 
 
+def telling(found: list[Any]) -> list[Any]:
+    """Of the candidates those that are compiled otherwise: with one part and with more."""
+    return [tactic for tactic in found if tactic.form.splits in (1, 4)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [32, 64, 128, 1 << 20])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_products_of_int4(zeros: bool, group: int, dtype: torch.dtype) -> None:
-    """Every tactic; sums in parts leave their counters at 0."""
+    """Sums in parts leave their counters at 0."""
     from executor_svc.kernels import gpu as cuda
     from executor_svc.kernels import integers, products, tactics
 
@@ -48,7 +54,7 @@ def test_products_of_int4(zeros: bool, group: int, dtype: torch.dtype) -> None:
             wanted = REFERENCE["linear_int4"](x.float(), weight, scales, points, bias.float(), group_size=group)
             kind = integers.Packed(weight, scales, points, group).kind
             shape = tactics.Product(tactics.power(rows), outputs, columns, kind)
-            for tactic in [None, *tactics.candidates(shape)]:
+            for tactic in [None, *telling(tactics.candidates(shape))]:
                 table = {shape: tactic} if tactic else {}
                 close(cuda.linear_int4(x, weight, scales, points, bias, group_size=group, table=table), wanted)
     assert not products.counters(x.device).any()
@@ -69,7 +75,7 @@ def test_products_of_int8(dtype: torch.dtype) -> None:
             x = torch.randn(rows, columns, device="cuda", dtype=dtype)
             wanted = REFERENCE["linear_int8"](x.float(), weight, scales, bias.float())
             shape = tactics.Product(tactics.power(rows), outputs, columns, "int8")
-            for tactic in [None, *tactics.candidates(shape)]:
+            for tactic in [None, *telling(tactics.candidates(shape))]:
                 close(cuda.linear_int8(x, weight, scales, bias, table={shape: tactic} if tactic else {}), wanted)
             q, of_rows = quantize_int8(x)
             ours, our_scales = cuda.quantize_int8(x)
