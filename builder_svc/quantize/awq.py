@@ -3,8 +3,12 @@
 Weights whose inputs are large matter most. Before rounding, each input channel's weights are multiplied by a scale and the input
 is divided by it: s = mean|x| ^ alpha, the alpha being the one of a grid by which a sample's outputs change least. Then groups are
 clipped, where that makes their part of the outputs better. Queries' and keys' rows are not clipped: their products would double
-the error. Beyond the paper, each group's scale is that of least squares for its codes, and weights are rounded with feedback, as
-GPTQ does (`gptq.py`).
+the error. Beyond the paper, weights are rounded with feedback, as GPTQ does (`gptq.py`), and:
+
+* Where a scale would not help once there is feedback, there is none: that is tried on some rows.
+* Codes that change outputs least are of weights that are too small, by 1 or 2%. A layer's noise is its own, but that they shrink
+  is common to all of them, and adds up. So each group's scale, and in the end each row's, is such that a sample's outputs keep
+  the size that they have in the direction of the right ones.
 """
 
 from collections.abc import Sequence
@@ -22,6 +26,8 @@ _ALPHAS = tuple(step / 20 for step in range(20))
 _SHRUNK = tuple(1 - step / 20 for step in range(11))
 _FITS = 3
 _ROWS = 4096  # of a weight, that are clipped at a time
+_TRIED = 1024  # rows of a weight, about, that tell whether a scale helps
+_MOST = 1.25  # times as large as its codes make it a row becomes, or as small
 
 
 def input_scale(weights: Sequence[tuple[Tensor, Int4]], inputs: Inputs, rows: Rows | None) -> Tensor:
@@ -47,7 +53,19 @@ def input_scale(weights: Sequence[tuple[Tensor, Int4]], inputs: Inputs, rows: Ro
             )
         if lost < least.to(lost.device):
             best, least = scale, lost
-    return best
+    ones = torch.ones_like(best)
+    return best if _after_feedback(weights, inputs, best) < _after_feedback(weights, inputs, ones) else ones
+
+
+def _after_feedback(weights: Sequence[tuple[Tensor, Int4]], inputs: Inputs, scale: Tensor) -> float:
+    """The squares by which a sample's outputs of some rows change that are rounded with feedback, unclipped."""
+    products, lost = inputs.scaled_products(scale), 0.0
+    feedback = Feedback(products)
+    for weight, form in weights:
+        some = weight[:: max(1, len(weight) // _TRIED)] * scale
+        error = feedback.rounded(some, form, *int4_scales(some, form)) - some
+        lost += float(((error @ products) * error).sum())
+    return lost
 
 
 def pack_clipped(weight: Tensor, form: Int4, inputs: Inputs, scale: Tensor, kept: int = 0) -> dict[str, Tensor]:
@@ -69,7 +87,13 @@ def pack_clipped(weight: Tensor, form: Int4, inputs: Inputs, scale: Tensor, kept
         piece = weight[start : start + _ROWS]
         unclipped = torch.arange(start, start + len(piece), device=weight.device) < kept
         scales, zeros = _best(piece, form, products, unclipped)
-        pieces.append(pack_int4(feedback.rounded(piece, form, scales, zeros), form, scales, zeros))
+        rounded = feedback.rounded(piece, form, scales, zeros)
+        across = piece @ whole
+        larger = (across * piece).sum(1) / (across * rounded).sum(1)
+        larger = torch.where((larger > 1 / _MOST) & (larger < _MOST), larger, 1)
+        sized = stored(scales * larger[:, None], form)
+        rounded = (grouped(rounded, form) * (sized / scales)[..., None]).view_as(piece)
+        pieces.append(pack_int4(rounded, form, sized, zeros))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
@@ -94,7 +118,15 @@ def _best(weight: Tensor, form: Int4, products: Tensor, unclipped: Tensor) -> tu
         fitted = stored(_least_squares(weight, form, products, scales, zeros), form)
         lost = _lost(weight, form, products, fitted, zeros)
         scales, least = torch.where(lost < least, fitted, scales), torch.where(lost < least, lost, least)
-    return scales, zeros
+    return stored(_sized(weight, form, products, scales, zeros), form), zeros
+
+
+def _sized(weight: Tensor, form: Int4, products: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The scale by which each group's codes, as they are, have the weight's size in the weight's direction: [rows, groups]."""
+    groups = grouped(weight, form)
+    across = torch.bmm(groups.transpose(0, 1), products).transpose(0, 1)
+    along = (across * grouped(int4_rounded(weight, form, scales, zeros), form)).sum(-1)
+    return torch.where(along > 0, scales * (across * groups).sum(-1) / along, scales)
 
 
 def _least_squares(weight: Tensor, form: Int4, products: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
