@@ -101,7 +101,7 @@ class CudaRunner:
         operators = bind(implementations("gpu"), group)
         for name in ("linear", "linear_silu_mul", "linear_int4", "linear_int8", "product_fp8", "product_int8"):
             operators[name] = functools.partial(operators[name], table=table)
-        buffers = open_buffers(program, group, self._device)
+        buffers = open_buffers(program, group, limits.max_num_tokens, self._device)
         if buffers:
             operators |= summing(buffers, group)
         fused = fuse(program, sums=buffers is not None)

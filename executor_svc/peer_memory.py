@@ -14,10 +14,8 @@ from torch import Tensor
 from engine.errors import InvalidArgument
 
 BYTES_VARIABLE = "ENGINEHOUSE_ALL_REDUCE_BYTES"
-_SENT = (
-    8 << 20
-)  # bytes of a message to all the others together: up to here bench/all_reduce.py finds it faster than NCCL
 LARGEST = 1 << 26  # the kernel's places are numbers of 32 bits
+_SENT = 8 << 20  # bytes to all of several others together
 _PAGE = 1 << 21  # what is smaller may lie beside others' memory, all of which would be shared
 _LAZY_ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
@@ -43,8 +41,12 @@ def peer_memory(on_gpu: bool, size: int, fill: int) -> PeerMemory:
 
 
 def default_bytes(ranks: int) -> int:
-    """Of a message, up to which so many ranks sum by themselves: each sends it to all the others."""
-    return _SENT // max(1, ranks - 1)
+    """Of a message, up to which so many ranks sum by themselves.
+
+    Of two any, since bench/all_reduce.py finds that faster than NCCL at every size. Of more each sends its own to all the others,
+    where a ring would send less.
+    """
+    return _SENT // (ranks - 1) if ranks > 2 else LARGEST
 
 
 def most_bytes(ranks: int) -> int:

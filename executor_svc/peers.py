@@ -1,7 +1,7 @@
 """Sums over a tensor-parallel group of GPUs of one machine by our own kernel, which `kernels/reduce.py` explains.
 
-It is for messages of few bytes, whose time is not the link's: $ENGINEHOUSE_ALL_REDUCE_BYTES says up to how many, and 0 that
-none goes this way (`peer_memory.py`). Larger ones are NCCL's, too, as are all where ranks cannot write to each other's memory.
+$ENGINEHOUSE_ALL_REDUCE_BYTES says up to how many bytes of a message, and 0 that none goes this way (`peer_memory.py`). Larger
+ones are NCCL's, as are all where ranks cannot write to each other's memory.
 """
 
 import logging
@@ -20,14 +20,17 @@ from executor_svc.kernels.reduce import EMPTY, Buffers, all_reduce, all_reduce_n
 log = logging.getLogger(__name__)
 
 
-def open_buffers(program: Program, group: Group, device: torch.device) -> Buffers | None:
-    """Buffers for what a program sums; None where NCCL is to do it. Every rank calls it, and all find the same."""
+def open_buffers(program: Program, group: Group, rows: int, device: torch.device) -> Buffers | None:
+    """Buffers for what a program sums of up to so many rows at once, or of as many as go this way; None where NCCL is to do it.
+
+    Every rank calls it, and all find the same.
+    """
     if not (most := group.most_shared()):
         return None
     summed = next((op.outputs[0].type for op in program.ops if op.op == "all_reduce"), None)
     columns = int(summed.shape[-1]) if summed else 1
     dtype = getattr(torch, summed.dtype) if summed else torch.float32
-    return make_buffers(group, most // (columns * dtype.itemsize), columns, dtype, device)
+    return make_buffers(group, min(rows, most // (columns * dtype.itemsize)), columns, dtype, device)
 
 
 def make_buffers(group: Group, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Buffers | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.fp8 import able
-from executor_svc.kernels.products import bring_rows, counters, early, summed
+from executor_svc.kernels.products import counters, summed
 from executor_svc.kernels.rows import pdl, wait_before
 from executor_svc.kernels.target import capability
 
@@ -179,7 +179,7 @@ def _tiles(
     x, weight, x_tiles, weight_tiles, scales, zeros, bias, y, partial, arrived, rows, outputs, width, groups, x_stride,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, BULK: tl.constexpr, WHOLE: tl.constexpr, TWICE: tl.constexpr,
-    ASM: tl.constexpr, MANY: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     """The weight is of pairs of codes, `width` of them a row, which tiles divide if WHOLE.
 
@@ -194,8 +194,7 @@ def _tiles(
     mine = tl.minimum(out, outputs - 1)
     split, share = tl.program_id(2), tl.cdiv(tl.cdiv(width, PAIRS), SPLITS) * PAIRS
     at, column = tl.arange(0, PAIRS), tl.arange(0, K)
-    begin = weight + mine.to(tl.int64)[:, None] * width
-    ours = begin + at[None, :]
+    ours = weight + mine.to(tl.int64)[:, None] * width + at[None, :]
     UNIT: tl.constexpr = K // WIDE if WIDE else K
     if WIDE:
         term = tl.program_id(0) * M + tl.arange(0, M)
@@ -207,8 +206,6 @@ def _tiles(
     else:
         seen = here[None, :]
         theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
-    first = tl.minimum(split * share, width - EARLY * 4 // BITS)  # of this part, in pairs
-    bring_rows(tl.reshape(begin, (N,)) + first, there, EARLY)
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
     for start in range(split * share, tl.minimum(width, (split + 1) * share), PAIRS):
@@ -264,7 +261,7 @@ def _tiles(
 
 def tiles(
     x: Tensor, packed: Packed, bias: Tensor | None, *, m: int = 64, n: int = 64, k: int = 128, stages: int = 5, warps: int = 2,
-    splits: int = 1, ahead: int = 0, bulk: bool = False,
+    splits: int = 1, bulk: bool = False,
 ) -> Tensor:  # fmt: skip
     """linear of any number of rows of 16 bits, of which a program takes up to m; splits: parts of the inputs, side by side.
 
@@ -290,13 +287,12 @@ def tiles(
     grouped = capability() // 10 == 9 and warps % 4 == 0 and together > 8 and n >= 64
     many = 1 if grouped else 16 // bits
     room = 128 if bulk and n <= 16 * warps else None  # registers: two programs of 8 warps share a multiprocessor
-    brought = early(pairs, ahead) // splits
     _tiles[grid](
         x, pairs, left, right, packed.scales, packed.zeros, bias, y, partial, counters(x.device), rows, outputs, width, groups,
         x.stride(0), M=together, N=n, K=k, WIDE=wide, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
         BIAS=bias is not None, BULK=bulk, WHOLE=packed.columns % k == 0, TWICE=n > 16 * warps,
         ASM=_assembly(bits, x.dtype, many, wide > 0) if capability() else "", MANY=many,
-        EARLY=brought if brought >= 128 else 0, num_stages=stages, num_warps=warps, maxnreg=room, **pdl(),
+        num_stages=stages, num_warps=warps, maxnreg=room, **pdl(),
     )  # fmt: skip
     return y
 

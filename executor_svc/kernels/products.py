@@ -31,12 +31,9 @@ class Form(NamedTuple):
     ahead: int = 0
 
 
-def early(weight: Tensor, ahead: int, at_once: int | None = None) -> int:
-    """Bytes of each row of a weight that make so many MiB in all: a power of 2, in lines of 128; 0 for none.
-
-    at_once: rows that programs wait for beside the kernel before, if not all.
-    """
-    share = min((ahead << 20) // min(len(weight), at_once or len(weight)), weight.shape[1] * weight.itemsize)
+def early(weight: Tensor, ahead: int) -> int:
+    """Bytes of each row of a weight that make so many MiB in all: a power of 2, in lines of 128; 0 for none."""
+    share = min((ahead << 20) // len(weight), weight.shape[1] * weight.itemsize)
     return 1 << (share.bit_length() - 1) if pdl()["PDL"] and share >= 128 else 0
 
 
@@ -91,7 +88,6 @@ def _gemv(
     PAIR: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001
     out = tl.program_id(0).to(tl.int64)
@@ -102,8 +98,6 @@ def _gemv(
     ahead_up = ahead
     if PAIR:
         ahead_up = tl.load(second, at < columns, 0.0)
-    rows = out + tl.arange(0, 1 + PAIR) * outputs
-    bring_rows(weight + rows * columns, rows >= 0, EARLY)
     wait_before(PDL)
     sums = tl.zeros((BLOCK,), tl.float32)
     sums_up = sums
@@ -126,16 +120,13 @@ def _gemv(
     tl.store(y + out, result)
 
 
-def gemv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, pair: bool = False, block: int = 2048, ahead: int = 0
-) -> Tensor:
+def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, pair: bool = False, block: int = 2048) -> Tensor:
     """linear, or of a pair linear and silu_mul, for one row x [1, columns]: a program for each row of the weight."""
     columns = weight.shape[1]
     outputs = weight.shape[0] // 2 if pair else weight.shape[0]
     y = x.new_empty(1, outputs)
     _gemv[(outputs,)](
-        x, weight, bias, y, columns, outputs, PAIR=pair, BIAS=bias is not None, BLOCK=block,
-        EARLY=early(weight, ahead, 2048), num_warps=4, **pdl(),
+        x, weight, bias, y, columns, outputs, PAIR=pair, BIAS=bias is not None, BLOCK=block, num_warps=4, **pdl()
     )  # fmt: skip
     return y
 

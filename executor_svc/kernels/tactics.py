@@ -121,10 +121,9 @@ def candidates(shape: Product) -> list[Tactic]:
     forms: list[tuple[str, Form]] = []
     if shape.kind.startswith("int"):
         forms += [(kernel, Form(*form, splits)) for kernel, *form in _packed(shape) for splits in (1, 2, 4, 8)]
-        forms += [(kernel, form._replace(ahead=AHEAD)) for kernel, form in forms[:4] if shape.rows <= FEW_ROWS]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
     if shape.kind not in EIGHT:
-        forms += [("gemv", Form(k=k, ahead=ahead)) for k in (1024, 2048) for ahead in (0, AHEAD) if shape.rows == 1]
+        forms += [("gemv", Form(k=k)) for k in (1024, 2048) if shape.rows == 1]
         forms += [("thin", Form(k=k, stages=stages)) for k, stages in _BLOCKS]
         forms += [("thin", Form(k=k, stages=stages, ahead=AHEAD)) for k, stages in ((128, 4), (128, 5), (256, 3))]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
@@ -146,7 +145,7 @@ def candidates(shape: Product) -> list[Tactic]:
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tactic: Tactic, *, pair: bool) -> Tensor:
     """`linear`, and of a pair `silu_mul` of it."""
     if tactic.kernel == "gemv" and len(x) == 1:
-        return products.gemv(x, weight, bias, pair=pair, block=tactic.form.k, ahead=tactic.form.ahead)
+        return products.gemv(x, weight, bias, pair=pair, block=tactic.form.k)
     if tactic.kernel == "thin":
         return products.thin(x, weight, bias, tactic.form, pair=pair)
     return rows.silu_mul(F.linear(x, weight, bias)) if pair else F.linear(x, weight, bias)
@@ -184,7 +183,7 @@ def multiply_packed(x: Tensor, packed: Packed, bias: Tensor | None, tactic: Tact
         return F.linear(x, integers.expand(packed, x.dtype), bias)
     return integers.tiles(
         x, packed, bias,
-        n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits, ahead=form.ahead, bulk=kernel == "bulk",
+        n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits, bulk=kernel == "bulk",
     )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from executor_svc.kernels.tactics import (
 )
 
 F8 = torch.float8_e4m3fn
-_EARLIER = 1.05  # times the fastest's
 _FLUSH = 400e6  # bytes of weights that a measurement goes through: more than the device's cache holds
 
 
@@ -138,14 +137,8 @@ def shapes(program: Program, limits: Limits) -> dict[Product, str]:
 
 
 def tune(program: Program, limits: Limits) -> Table:
-    """The tactic of each product of a program that `fuse` has been over."""
+    """The fastest tactic of each product of a program that `fuse` has been over."""
     return {
-        shape: preferred(measure(shape, candidates(shape), getattr(torch, dtype)))
+        shape: next(iter(measure(shape, candidates(shape), getattr(torch, dtype))))
         for shape, dtype in shapes(program, limits).items()
     }
-
-
-def preferred(found: dict[Tactic, float]) -> Tactic:
-    """The fastest, or one that brings its weight early and is nearly as fast: behind attention it has more time for that."""
-    first, least = next(iter(found.items()))
-    return next((tactic for tactic, us in found.items() if tactic.form.ahead and us <= least * _EARLIER), first)

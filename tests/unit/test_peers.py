@@ -73,22 +73,23 @@ def test_who_sums_by_itself(plain: Path, tmp_path: Path, monkeypatch: pytest.Mon
     _, program = make(plain, tmp_path / "store", dtype="float16", tp_size=2)
     pair = Pair(1, Parallelism(2, 2, 1))
     device = torch.device("cpu")
-    buffers = peers.open_buffers(program, pair, device)
-    assert (buffers.rank, buffers.columns, buffers.dtype, buffers.rows) == (1, 64, torch.float16, 65536)
+    buffers = peers.open_buffers(program, pair, 1 << 30, device)
+    assert (buffers.rank, buffers.columns, buffers.dtype, buffers.rows) == (1, 64, torch.float16, 1 << 19)
     row = torch.empty(1, 64, dtype=torch.float16)
-    assert buffers.take(row) and buffers.take(row.expand(65536, 64))
-    others = (row.expand(65537, 64), row.expand(0, 64), row.float(), torch.empty(1, 32, dtype=torch.float16))
+    assert buffers.take(row) and buffers.take(row.expand(1 << 19, 64))
+    others = (row.expand(1 + (1 << 19), 64), row.expand(0, 64), row.float(), torch.empty(1, 32, dtype=torch.float16))
     assert not any(map(buffers.take, others))
-    assert peers.open_buffers(program, ALONE, device) is None
-    assert [peer_memory.default_bytes(ranks) >> 10 for ranks in (1, 2, 4, 8)] == [8192, 8192, 2730, 1170]
+    assert peers.open_buffers(program, pair, 300, device).rows == 300
+    assert peers.open_buffers(program, ALONE, 300, device) is None
+    assert [peer_memory.default_bytes(ranks) >> 10 for ranks in (1, 2, 4, 8)] == [65536, 65536, 2730, 1170]
     for value in ("-1", "much", str(1 << 30)):
         monkeypatch.setenv("ENGINEHOUSE_ALL_REDUCE_BYTES", value)
         with pytest.raises(InvalidArgument, match=f"{value}', expected bytes up to 67108864, or 0 for NCCL alone"):
-            peers.open_buffers(program, pair, device)
+            peers.open_buffers(program, pair, 300, device)
     for name, value in (("ENGINEHOUSE_ALL_REDUCE_BYTES", "0"), ("NCCL_P2P_DISABLE", "1")):
         monkeypatch.delenv("ENGINEHOUSE_ALL_REDUCE_BYTES", raising=False)
         monkeypatch.setenv(name, value)
-        assert peers.open_buffers(program, pair, device) is None
+        assert peers.open_buffers(program, pair, 300, device) is None
 
 
 @pytest.mark.parametrize(
