@@ -1,14 +1,15 @@
 """How fast a GPU serves: time to the first token, a decode step at several batch sizes, and mixed requests.
 
     python -m bench.gpu [--model bench/models/llama-3.1-8b[-fp8|-int4|-int8]] [--kv-cache-dtype fp8|int8] [--batch 256] [--tune]
-        [--out FILE.json] [--only WORKLOAD ...] [--requests 1024] [--profile ROWS ...]
+        [--tokens 8192] [--out FILE.json] [--only WORKLOAD ...] [--requests 1024] [--profile ROWS ...]
     torchrun --nproc-per-node 2 -m bench.gpu --tp 2 ...
 
 Requests go through scheduler and runner as in the worker's own loop; prompts are token ids, end-of-sequence ids do not count.
 Dummy weights, on this device; where there is no GPU on the CPU, to try the program itself. Names of results begin with `fp8_`,
 `int4_` or `int8_` where products are packed; `kv_` follows where the KV cache is of 8 bits; those of several GPUs with tp or pp
-and how many; those of another batch size than 256 end with it. `mixed_s` is of 1024 requests, or of as many as are asked for,
-which its name then has. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts of 128 tokens; medians.
+and how many; those of another batch size than 256, or other tokens a step than 8192, end with it. `mixed_s` is of 1024 requests,
+or of as many as are asked for, which its name then has. `itl_ms_bN` is (time for 257 tokens - time for 1) / 256 with N prompts
+of 128 tokens; medians.
 """
 
 import argparse
@@ -50,16 +51,25 @@ class Bench:
     """An engine of dummy weights, loaded."""
 
     def __init__(
-        self, store: Path, model: Path, kv_cache_dtype: str, batch: int, tuned: bool, *, tp: int = 1, pp: int = 1
+        self,
+        store: Path,
+        model: Path,
+        kv_cache_dtype: str,
+        batch: int,
+        tokens: int,
+        tuned: bool,
+        *,
+        tp: int = 1,
+        pp: int = 1,
     ) -> None:
-        sizes = {"max_batch_size": batch, "max_seq_len": 8192, "max_num_tokens": 8192, "tp_size": tp, "pp_size": pp}
+        sizes = {"max_batch_size": batch, "max_seq_len": 8192, "max_num_tokens": tokens, "tp_size": tp, "pp_size": pp}
         engine = build_dummy(model, store, device=DEVICE, kv_cache_dtype=kv_cache_dtype, **sizes)
         self.loaded = load(store, engine, tuned=tuned)
         self.group = self.loaded.group
         self.prefix = _prefix(self.loaded.manifest.quantization)
         self.prefix += {"auto": "", "fp8": "kv_", "int8": "kv_int8_"}[kv_cache_dtype]
         self.prefix += "".join(f"{name}{size}_" for name, size in (("tp", tp), ("pp", pp)) if size > 1)
-        self.suffix = "" if batch == 256 else f"_batch{batch}"
+        self.suffix = ("" if batch == 256 else f"_batch{batch}") + ("" if tokens == 8192 else f"_tokens{tokens}")
         print("tuned in {:.1f} s, runner with graphs in {:.1f} s".format(*self.loaded.seconds), flush=True)
         self.serial = 0
 
@@ -135,6 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "int8"], default="auto")
     parser.add_argument("--batch", type=int, default=256, help="requests that run at once")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step, at most")
     parser.add_argument("--tune", action="store_true", help="measure tactics first, as a builder does")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of mixed_s")
@@ -155,7 +166,8 @@ def measure(store: Path, arguments: argparse.Namespace) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         speed = read_speed() / 1e3
     parallel = {"tp": arguments.tp, "pp": arguments.pp}
-    bench = Bench(store, arguments.model, arguments.kv_cache_dtype, arguments.batch, arguments.tune, **parallel)
+    sizes = arguments.batch, arguments.tokens
+    bench = Bench(store, arguments.model, arguments.kv_cache_dtype, *sizes, arguments.tune, **parallel)
     if bench.group.rank:
         bench.follow()
         os._exit(0)  # as a worker does

@@ -88,6 +88,7 @@ ranks() {
   one_gpu
   ranks_of pp2 200 --tune --pp 2 --only mixed_s itl_ms_b1
   ranks_of pp2_batch512 200 --tune --pp 2 --batch 512 --only mixed_s
+  ranks_of pp2_tokens1024 200 --tune --pp 2 --batch 512 --tokens 1024 --only mixed_s
   ranks_of 70b_tp2 300 --tune --tp 2 --model bench/models/llama-3.1-70b --only itl_ms_b1 mixed_s --requests 256
   bench start_ranks 500 start_ranks --gigabytes 16 --tp 2 --rounds 2
 }
