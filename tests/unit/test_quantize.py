@@ -213,6 +213,24 @@ def test_columns_make_up_for_each_other(columns: int, zeros: bool) -> None:
     torch.testing.assert_close(alone, unpacked(pack(weight, form), form, columns))  # nothing goes together
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_outputs_of_awq_keep_their_size_and_inputs_have_scales_where_these_help(zeros: bool) -> None:
+    """Of inputs that go together: feedback makes up for more if they are as they are, whatever rounding to nearest likes."""
+    made = torch.Generator().manual_seed(2)
+    common = torch.randn(16, 64, generator=made)
+    x = torch.randn(600, 16, generator=made) @ common + 0.1 * torch.randn(600, 64, generator=made)
+    weight, form, inputs = torch.randn(40, 64, generator=made), Int4(32, zeros, "float16"), seen(x)
+    scale = awq.input_scale([(weight, form)], inputs, None)
+    assert (scale == 1).all()
+    right = x @ weight.T
+    for kept in (0, 40):
+        found = x @ unpacked(awq.pack_clipped(weight, form, inputs, scale, kept), form, 64).T
+        size = (found * right).sum(0) / right.square().sum(0)
+        assert (
+            (size - 1).abs().max() < 1e-3 < (found - right).norm() / right.norm()
+        )  # but for float16's rounding of scales
+
+
 def test_awq_loses_less_in_every_layer_on_text_that_it_has_not_seen(tmp_path: Path) -> None:
     """Of a trained model, whole layers: scales are folded, heads share their values, and what was fitted holds elsewhere."""
     made, calib = {}, CalibConfig(calib_batches=16, calib_max_seq_length=256)
