@@ -231,29 +231,33 @@ def rope_attention(
     v_scale: float = 0.0,
     kv_int8: bool = False,  # noqa: ARG001
 ) -> Tensor:
-    """`rope` of q and k, and `attention`: what is rotated goes straight into the cache."""
+    """`rope` of q and k, and `attention`: what is rotated goes straight into the cache, of decodes alone in the same kernel."""
     here = DeviceStep.of(step)
     k_cache, v_cache = here.k_caches[cache], here.v_caches[cache]
+    settings = {"scale": scale * (k_scale or 1), "v_scale": v_scale or 1.0, "window": window, "soft_cap": soft_cap}
+    if here.num_decodes == len(q):
+        new = paged.New(k, v, cos, sin, here.slots, interleaved, k_scale)
+        return _attend(q, k, v, alibi, here, cache, new=new, **settings)
     keep = here.fresh is not None
     form = {"interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale, "keep": keep}
     q, k, v = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, **form)
-    settings = {"scale": scale * (k_scale or 1), "v_scale": v_scale or 1.0, "window": window, "soft_cap": soft_cap}
     return _attend(q, k, v, alibi, here, cache, **settings)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None, step: DeviceStep, cache: int,
-    *, scale: float, v_scale: float, window: int, soft_cap: float,
+    *, scale: float, v_scale: float, window: int, soft_cap: float, new: paged.New | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of what the cache holds already, and k and v with it."""
+    """Attention of what the cache holds already, and k and v with it but for what is new."""
     k_cache, v_cache, tables = step.k_caches[cache], step.v_caches[cache], step.block_tables
     settings = {"scale": scale, "v_scale": v_scale, "window": window, "soft_cap": soft_cap}
     # Rows that only fill a step up are of no sequence, and keep what lies there; numbers that overflow would be told of on a CPU.
-    out, count = torch.empty_like(q) if q.is_cuda else torch.zeros_like(q), step.num_decodes
+    made = torch.empty if q.is_cuda else torch.zeros
+    out, count = made(q.shape, dtype=q.dtype, device=q.device), step.num_decodes
     if count:
         paged.decode(
             q[:count], k_cache, v_cache, alibi, tables, step.rows[:count], step.lengths[:count], step.arrived, out[:count],
-            **settings,
+            **settings, new=new,
         )  # fmt: skip
     if step.starts is None:
         return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from executor_svc.kernels.rows import pdl, wait_before
+from executor_svc.kernels.rows import partners, pdl, put, turned, wait_before
 from executor_svc.kernels.target import capability
 
 TILE = 128  # queries of a sequence that a program of `prefill` takes
@@ -108,12 +108,11 @@ def _block(
 
 
 @triton.jit
-def _queries(q, there, cache):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Queries at `q`, in the dtype of products with the cache's keys and values.
+def _queries(values, cache):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Queries in the dtype of products with the cache's keys and values.
 
     Of bfloat16 and a cache of 8 bits it is float16: the device has an instruction that makes it of 8 bits, and none for bfloat16.
     """
-    values = tl.load(q, there, 0.0)
     if cache.dtype.element_ty.primitive_bitwidth == 8 and values.dtype == tl.bfloat16:
         values = tl.clamp(values.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
     return values
@@ -174,7 +173,7 @@ def _prefill(
     dims = tl.arange(0, BD)
     there = (query < count)[:, None] & (dims < D)[None, :]
     offset = ((begin + query).to(tl.int64) * H + head)[:, None] * D + dims[None, :]
-    values = _queries(q + offset, there, k_cache)
+    values = _queries(tl.load(q + offset, there, 0.0), k_cache)
     position = length - count + query
     slope = tl.zeros((M,), tl.float32)
     if ALIBI:
@@ -226,11 +225,36 @@ def prefill(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["table_rows", "lengths"])
+@triton.jit
+def _turned(
+    q, k, v, cos, sin, slot, k_cache, v_cache, heads, there, group, owner, half, k_scale, v_scale,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    """A token's queries, rotated. Its key of a group, rotated, and its value are in the caches then, for the owner's threads.
+
+    Without a branch, so that all that is read is on its way at once.
+    """
+    SMALL: tl.constexpr = k_cache.dtype.element_ty.primitive_bitwidth == 8
+    one, dims = group + tl.arange(0, 1), tl.arange(0, BD)
+    mine = (one < G) & owner
+    inside = mine[:, None] & (dims < D)[None, :]
+    queries, others = partners(q, heads, there, half, D, BD, INTERLEAVED)
+    key, other = partners(k, one, mine, half, D, BD, INTERLEAVED)
+    value = tl.load(v + one[:, None] * D + dims[None, :], inside, 0.0)
+    queries = turned(queries, others, cos, sin, half, BD, INTERLEAVED)
+    key = turned(key, other, cos, sin, half, BD, INTERLEAVED)
+    put(key, k_cache, k_cache, 0, slot, one, inside, k_scale, G, D, BD, SMALL, False)
+    put(value, v_cache, v_cache, 0, slot, one, inside, v_scale, G, D, BD, SMALL, False)
+    tl.debug_barrier()
+    return queries
+
+
+@triton.jit(do_not_specialize_on_alignment=["table_rows", "lengths", "slots"])
 def _decode(
-    q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride, scale, v_scale, cap,
-    window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BD: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    q, k, v, cos, sin, slots, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride,
+    q_stride, k_stride, v_stride, half, scale, k_scale, v_scale, cap, window, H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr,
+    CAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     wait_before(PDL)
@@ -251,7 +275,17 @@ def _decode(
     heads = group * (H // G) + mine
     dims = tl.arange(0, BD)
     there = (mine < H // G)[:, None] & (dims < D)[None, :]
-    values = _queries(q + (row.to(tl.int64) * H + heads)[:, None] * D + dims[None, :], there, k_cache)
+    token = row.to(tl.int64)
+    if ROPE:
+        cos += token * half
+        sin += token * half
+        values = _turned(
+            q + token * q_stride, k + token * k_stride, v + token * v_stride, cos, sin, tl.load(slots + token), k_cache, v_cache,
+            heads, mine < H // G, group, split == splits - 1, half, k_scale, v_scale, G, D, BD, INTERLEAVED,
+        )  # fmt: skip
+    else:
+        values = tl.load(q + token * q_stride + heads[:, None] * D + dims[None, :], there, 0.0)
+    values = _queries(values, k_cache)
     slope = tl.zeros((M,), tl.float32)
     if ALIBI:
         slope += tl.load(alibi + heads, mine < H // G, 0.0)
@@ -299,10 +333,27 @@ def _combine(
 _DECODE, _DECODE_SMALL = Form(64, 2, 3), Form(128, 4, 3)
 
 
+class New(NamedTuple):
+    """What a decode is to rotate, and to write into the caches: keys and values [S, G * D] of its tokens.
+
+    Attributes:
+        cos, sin: float32 [S, r / 2]. slots: [S], rows of the flattened caches.
+        k_scale: of caches of 8 bits.
+    """
+
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    interleaved: bool
+    k_scale: float
+
+
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor,
     lengths: Tensor, arrived: Tensor, out: Tensor,
-    *, scale: float, v_scale: float = 1.0, window: int, soft_cap: float, form: Form | None = None,
+    *, scale: float, v_scale: float = 1.0, window: int, soft_cap: float, new: New | None = None, form: Form | None = None,
 ) -> None:  # fmt: skip
     """Attention of one query a sequence, [S, H * D], into `out`, whose rows with a length of 0 stay as they are.
 
@@ -310,6 +361,7 @@ def decode(
 
     Args:
         arrived: int32, at least [S, G], zeros, and zeros again afterwards: how many splits have ended.
+        new: if given, q is rotated, too, and what is written is seen; if not, the caches hold it already.
     """
     _, page, groups, head_dim = k_cache.shape
     rows, heads = q.shape[0], q.shape[1] // head_dim
@@ -328,9 +380,10 @@ def decode(
         "ASM": capability() > 0,
         **pdl(),
     }
+    k, v, cos, sin, slots, interleaved, k_scale = new or New(q, q, q, q, q, False, 0.0)
     _decode[(rows, groups, splits)](
-        q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, tables.stride(0), scale, v_scale,
-        soft_cap, window,
+        q, k, v, cos, sin, slots, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived,
+        tables.stride(0), q.stride(0), k.stride(0), v.stride(0), cos.shape[-1], scale, k_scale, v_scale, soft_cap, window,
         H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=form.keys, BD=wide,
-        SPLITS=splits, num_warps=form.warps, num_stages=form.stages, **options,
+        SPLITS=splits, ROPE=new is not None, INTERLEAVED=interleaved, num_warps=form.warps, num_stages=form.stages, **options,
     )  # fmt: skip

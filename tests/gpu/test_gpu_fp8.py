@@ -89,12 +89,13 @@ def rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, step: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("ratio", [1, 4, 7])
-def test_attention(dtype: torch.dtype, head_dim: int, ratio: int) -> None:
-    """Decodes, cached prefixes and prompts that begin, in one step, over a cache of 8 bits."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_attention(alone: bool, dtype: torch.dtype, head_dim: int, ratio: int) -> None:
+    """Decodes alone, or with cached prefixes and prompts that begin, in one step, over a cache of 8 bits."""
     from executor_svc.kernels import gpu as cuda
 
     torch.manual_seed(head_dim + ratio)
-    groups, lens = 2, [(1, 0), (1, 17), (1, 700), (130, 0), (64, 300), (77, 3), (5, 0)]
+    groups, lens = 2, [(1, 0), (1, 17), (1, 700), *([] if alone else [(130, 0), (64, 300), (77, 3), (5, 0)])]
     counts = [-(-sum(pair) // 16) for pair in lens]
     order = torch.randperm(sum(counts) + 3).int()
     table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
