@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.serving import save
 from executor_svc.kernels import paged, prompt
+from executor_svc.kernels.decodes import decode
 from executor_svc.kernels.paged import Form
 from executor_svc.kernels.tuning import timed
 
@@ -167,7 +168,7 @@ def decodes(table: Table, case: str, rows: int, length: int, dtype: torch.dtype)
     for form in itertools.starmap(Form, itertools.product((32, 64, 128), (2, 4), (2, 3, 4))):
 
         def ours(number: int, form: Form = form) -> Tensor:
-            paged.decode(
+            decode(
                 q, *caches[number], None, block_tables, all_rows, lengths, arrived, out, scale=SCALE, window=0, soft_cap=0.0,
                 form=form,
             )  # fmt: skip

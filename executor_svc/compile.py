@@ -34,7 +34,7 @@ from executor_svc.cuda_layout import HostStep, trial
 from executor_svc.cuda_runner import CudaRunner
 from executor_svc.group import Group
 from executor_svc.kernel_archive import archive_name, pack
-from executor_svc.kernels.paged import SPLITS_FOR
+from executor_svc.kernels.decodes import SPLITS_FOR
 from executor_svc.kernels.tactics import RULE, Table, from_json
 from executor_svc.peer_memory import default_bytes
 

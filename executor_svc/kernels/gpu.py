@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.ops import REFERENCE, Step
 from engine.ops import rms_norm as reference_rms_norm
-from executor_svc.kernels import paged, prompt, rounded, rows, tactics
+from executor_svc.kernels import decodes, paged, prompt, rounded, rows, tactics
 from executor_svc.kernels.grouped import experts
 from executor_svc.kernels.integers import Packed, takes
 from executor_svc.kernels.tactics import RULE, Product, Table
@@ -55,7 +55,7 @@ class DeviceStep(Step):
         lengths: int32 [num_seqs], context_lens.
         starts: int32, the rows of the batch at which the other sequences begin, and the last one's end.
         tiles: int32 [n] twice, as `paged.prefill` takes them.
-        arrived: int32 zeros, a number for each decode and key head: `paged.decode` counts there.
+        arrived: int32 zeros, a number for each decode and key head: `decodes.decode` counts there.
         fresh, cached: the tiles of sequences that begin in this step, and the rest; None where that is not known.
     """
 
@@ -231,31 +231,32 @@ def rope_attention(
     v_scale: float = 0.0,
     kv_int8: bool = False,  # noqa: ARG001
 ) -> Tensor:
-    """`rope` of q and k, and `attention`: what is rotated goes straight into the cache, of decodes alone in the same kernel."""
+    """`rope` of q and k, and `attention`: what is rotated goes straight into the cache, of decodes in the same kernel."""
     here = DeviceStep.of(step)
     k_cache, v_cache = here.k_caches[cache], here.v_caches[cache]
     settings = {"scale": scale * (k_scale or 1), "v_scale": v_scale or 1.0, "window": window, "soft_cap": soft_cap}
-    if here.num_decodes == len(q):
-        new = paged.New(k, v, cos, sin, here.slots, interleaved, k_scale)
-        return _attend(q, k, v, alibi, here, cache, new=new, **settings)
-    keep = here.fresh is not None
-    form = {"interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale, "keep": keep}
-    q, k, v = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, **form)
-    return _attend(q, k, v, alibi, here, cache, **settings)
+    count = here.num_decodes
+    new = decodes.New(q[:count], *(part[:count] for part in (k, v, cos, sin, here.slots)), interleaved, k_scale)
+    if count < len(
+        q
+    ):  # all tokens, since in a graph's step prompts may begin where there are fewer decodes than it has room for
+        form = {"interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale, "keep": here.fresh is not None}
+        q, k, v = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, **form)
+    return _attend(q, k, v, alibi, here, cache, new=new, **settings)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None, step: DeviceStep, cache: int,
-    *, scale: float, v_scale: float, window: int, soft_cap: float, new: paged.New | None = None,
+    *, scale: float, v_scale: float, window: int, soft_cap: float, new: decodes.New | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of what the cache holds already, and k and v with it but for what is new."""
+    """Attention of what the cache holds already, and k and v with it; what decodes are still to rotate and to write is `new`."""
     k_cache, v_cache, tables = step.k_caches[cache], step.v_caches[cache], step.block_tables
     settings = {"scale": scale, "v_scale": v_scale, "window": window, "soft_cap": soft_cap}
     # Rows that only fill a step up are of no sequence, and keep what lies there; numbers that overflow would be told of on a CPU.
     made = torch.empty if q.is_cuda else torch.zeros
     out, count = made(q.shape, dtype=q.dtype, device=q.device), step.num_decodes
     if count:
-        paged.decode(
+        decodes.decode(
             q[:count], k_cache, v_cache, alibi, tables, step.rows[:count], step.lengths[:count], step.arrived, out[:count],
             **settings, new=new,
         )  # fmt: skip

@@ -19,7 +19,9 @@ def test_random_load_gives_all_blocks_back(tmp_path: Path, monkeypatch: pytest.M
     from bench import gpu_load
     from bench.serving import load
 
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 2)  # fewer programs, each of which takes its time here
+    monkeypatch.setattr(
+        "executor_svc.kernels.decodes.SPLITS_FOR", 2
+    )  # fewer programs, each of which takes its time here
     checkpoint = save_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
     config = BuildConfig(device="cpu", dtype="float32", max_seq_len=64, max_batch_size=4, max_num_tokens=20)
     engine = build(checkpoint, config, store=DirectoryStore(tmp_path / "store")).manifest.engine_id

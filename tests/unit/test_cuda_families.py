@@ -56,7 +56,9 @@ def work(count: int = 5) -> list[Sequence]:
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.drill) for case in CASES]
 )
 def test_gives_the_plain_runners_tokens(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 2)  # fewer programs, each of which takes its time here
+    monkeypatch.setattr(
+        "executor_svc.kernels.decodes.SPLITS_FOR", 2
+    )  # fewer programs, each of which takes its time here
     family, changes = CASES[case]
     layers = {"num_hidden_layers": len(changes.get("layer_types", [0, 0]))}
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family, **{**layers, **changes})

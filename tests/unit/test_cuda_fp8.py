@@ -148,7 +148,7 @@ def test_decodes_alone_rotate_and_write_what_they_read(
     dtype: torch.dtype, window: int, interleaved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one kernel: of a first token, of one that begins a page, and of one whose keys are split; half of a head is rotated."""
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 32)
+    monkeypatch.setattr("executor_svc.kernels.decodes.SPLITS_FOR", 32)
     monkeypatch.setattr(cuda.rows, "rope_write", lambda *_a, **_b: pytest.fail("a kernel of its own"))
     torch.manual_seed(0)
     table = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0, 0, 0, 0], [*range(4, 13)]], dtype=torch.int32)
@@ -228,7 +228,7 @@ def test_gives_the_references_tokens(
     name: str, cache: str, count: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the sense of docs/architecture.md. By group, products run on their references."""
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)
+    monkeypatch.setattr("executor_svc.kernels.decodes.SPLITS_FOR", 8)
     loaded = load(plain, tmp_path, name, kv_cache_dtype=cache)
     runner = cuda_runner.CudaRunner(
         loaded.program, loaded.weights, loaded.manifest.limits, kv_memory=1 << 20, device="cpu"

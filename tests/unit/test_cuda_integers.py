@@ -313,7 +313,7 @@ def test_gives_the_references_tokens(
     name: str, rounds: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the sense of docs/architecture.md; where activations are rounded, with a KV cache of int8, too."""
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)
+    monkeypatch.setattr("executor_svc.kernels.decodes.SPLITS_FOR", 8)
     cuda_runner = pytest.importorskip("executor_svc.cuda_runner")
     case = CASES[name]
     save_quantized(plain, tmp_path / "checkpoint", case.config, no_head(case.writer))

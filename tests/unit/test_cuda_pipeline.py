@@ -84,7 +84,7 @@ def place(store: DirectoryStore, engine_id: str, group: Place) -> tuple[LoadedEn
 
 def test_gives_one_ranks_tokens_and_sends_no_logits_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But of rows that are edited on the host. A batch more is in flight than there are places."""
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)
+    monkeypatch.setattr("executor_svc.kernels.decodes.SPLITS_FOR", 8)
     checkpoint, store = save_checkpoint(tmp_path / "model", num_hidden_layers=2), DirectoryStore(tmp_path / "store")
     engine_id = build(checkpoint, BuildConfig(device="cpu", pp_size=2, **LIMITS), store=store).manifest.engine_id
     first = Place(0)

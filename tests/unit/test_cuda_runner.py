@@ -47,7 +47,9 @@ def test_gives_the_plain_runners_tokens(
     engine: LoadedEngine, temperature: float, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunked prompts, cached prefixes, and with few blocks preemption; trials before leave nothing behind."""
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)  # fewer programs, each of which takes its time here
+    monkeypatch.setattr(
+        "executor_svc.kernels.decodes.SPLITS_FOR", 8
+    )  # fewer programs, each of which takes its time here
     expected = sequences(4, temperature)
     Engine(engine).run(expected)
     memory = (blocks + 1) * 16 * engine.manifest.model.kv_bytes_per_token

@@ -126,7 +126,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
 
 def run(engine: LoadedEngine, work: list[Sequence], monkeypatch: pytest.MonkeyPatch) -> list[list[Sequence]]:
     """By both runners, a batch ahead where that is possible; the sequences of each batch that went to the host's sampler."""
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)  # fewer programs, each of which takes its time here
+    monkeypatch.setattr(
+        "executor_svc.kernels.decodes.SPLITS_FOR", 8
+    )  # fewer programs, each of which takes its time here
     asked: list[list[Sequence]] = []
 
     def asking(logits: torch.Tensor, batch: Any) -> Any:
@@ -158,7 +160,7 @@ def test_guided_rows_go_to_the_host_and_wait_for_their_tokens(
     """One batch ahead, tokens are those of the runner that is never ahead."""
     size = engine.manifest.model.vocab_size
     guides = Guides(TokenTable((*(bytes([97 + token % 26]) for token in range(size - 1)), b"</s>"), (size - 1,)))
-    monkeypatch.setattr("executor_svc.kernels.paged.SPLITS_FOR", 8)
+    monkeypatch.setattr("executor_svc.kernels.decodes.SPLITS_FOR", 8)
     try:
         free = request(0, Sampling(1.0, 30, seed=6))
         held, same = (
