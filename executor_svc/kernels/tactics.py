@@ -49,12 +49,10 @@ Table = dict[Product, Tactic]
 EIGHT = ("fp8", "w8a8")  # whose input is of 8 bits, too
 RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
-# Of integers kernel, n, k, stages and warps, the rule's first: with up to 4 rows, up to FEW_ROWS, and more.
-_PACKED = {
-    4: (("tiles", 64, 512, 3, 4), ("tiles", 64, 256, 4, 4)),
-    FEW_ROWS: (("tiles", 64, 128, 5, 2), ("tiles", 32, 128, 8, 2)),
-    MOST_ROWS: (("bulk", 128, 128, 4, 8), ("bulk", 256, 128, 3, 8), ("tiles", 64, 128, 4, 4)),
-}
+# Of integers: kernel, n, k, stages and warps, the rule's first. Of few rows tiles take several groups, of more one.
+_WIDE = (("tiles", 64, 512, 3, 4), ("tiles", 64, 256, 4, 4), ("tiles", 32, 512, 3, 2))
+_NARROW = (("tiles", 64, 128, 5, 2), ("tiles", 32, 128, 8, 2))
+_MANY = (("bulk", 128, 128, 4, 8), ("bulk", 256, 128, 3, 8), ("tiles", 64, 128, 4, 4))
 _BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
 
 
@@ -104,7 +102,10 @@ def _rule_packed(shape: Product) -> Tactic:
 
 
 def _packed(shape: Product) -> tuple[tuple[str, int, int, int, int], ...]:
-    return next((forms for most, forms in _PACKED.items() if shape.rows <= most), ())
+    """Forms for products with integers."""
+    if shape.rows > FEW_ROWS:
+        return _MANY if shape.rows <= MOST_ROWS else ()
+    return (*_WIDE, *_NARROW[1:]) if shape.kind == "int8" else _WIDE if shape.rows <= 4 else _NARROW
 
 
 def _splits(shape: Product, n: int, warps: int) -> int:
