@@ -82,9 +82,7 @@ ranks() {
   run rank_tests 300 "$python" -m pytest tests/gpu/test_gpu_ranks.py -rfE --durations 20
   run all_reduce 120 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.all_reduce --out "$out/all_reduce.json"
   ranks_of tp2 200 --tune --tp 2 --only itl_ms_b1 itl_ms_b64 ttft_ms_4096 mixed_s
-  ENGINEHOUSE_ALL_REDUCE_BYTES=0 ranks_of tp2_nccl 150 --tune --tp 2 --only itl_ms_b1 itl_ms_b64
-  # Of a prompt all sums by our own kernel.
-  ENGINEHOUSE_ALL_REDUCE_BYTES=$((64 << 20)) ranks_of tp2_ours 120 --tune --tp 2 --only ttft_ms_4096
+  ENGINEHOUSE_ALL_REDUCE_BYTES=0 ranks_of tp2_nccl 150 --tune --tp 2 --only itl_ms_b1 itl_ms_b64 ttft_ms_4096
   one_gpu
   ranks_of pp2 200 --tune --pp 2 --only mixed_s itl_ms_b1
   ranks_of pp2_batch512 200 --tune --pp 2 --batch 512 --only mixed_s

@@ -126,7 +126,7 @@ class CudaRunner:
         self._layout = CudaLayout(limits.max_batch_size, per_sequence, rope_lengths=self._by_length)
         self._flights: deque[_Flight] = deque()
         self._piped = group.pp_size > 1
-        in_flight = group.pp_size + 1 if self._piped else IN_FLIGHT  # one waits for each place while all compute
+        in_flight = group.pp_size + 1 if self._piped else IN_FLIGHT  # one more waits for the first place
         self._host = HostMemory(self._device, in_flight, max(limits.max_num_tokens, rows) * 12 + 4096, rows)
         self._home = torch.cuda.Stream() if self._piped and self._on_gpu else None  # waits for logits and nothing else
         group.agree_on_logits(program)

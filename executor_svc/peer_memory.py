@@ -43,8 +43,8 @@ def peer_memory(on_gpu: bool, size: int, fill: int) -> PeerMemory:
 def default_bytes(ranks: int) -> int:
     """Of a message, up to which so many ranks sum by themselves.
 
-    Of two any, since bench/all_reduce.py finds that faster than NCCL at every size. Of more each sends its own to all the others,
-    where a ring would send less.
+    Of two as much as can be, since bench/all_reduce.py finds that faster than NCCL at every size. Of more each sends its own to
+    all the others, where a ring would send less.
     """
     return _SENT // (ranks - 1) if ranks > 2 else LARGEST
 

@@ -27,7 +27,7 @@ _SHRUNK = tuple(1 - step / 20 for step in range(11))
 _FITS = 3
 _ROWS = 4096  # of a weight, that are clipped at a time
 _TRIED = 1024  # rows of a weight, about, that tell whether a scale helps
-_MOST = 1.25  # times as large as its codes make it a row becomes, or as small
+_MOST = 1.25  # times as large as its codes make it a group or row becomes, or as small
 
 
 def input_scale(weights: Sequence[tuple[Tensor, Int4]], inputs: Inputs, rows: Rows | None) -> Tensor:
@@ -89,9 +89,7 @@ def pack_clipped(weight: Tensor, form: Int4, inputs: Inputs, scale: Tensor, kept
         scales, zeros = _best(piece, form, products, unclipped)
         rounded = feedback.rounded(piece, form, scales, zeros)
         across = piece @ whole
-        larger = (across * piece).sum(1) / (across * rounded).sum(1)
-        larger = torch.where((larger > 1 / _MOST) & (larger < _MOST), larger, 1)
-        sized = stored(scales * larger[:, None], form)
+        sized = stored(scales * _larger((across * piece).sum(1), (across * rounded).sum(1))[:, None], form)
         rounded = (grouped(rounded, form) * (sized / scales)[..., None]).view_as(piece)
         pieces.append(pack_int4(rounded, form, sized, zeros))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -126,7 +124,13 @@ def _sized(weight: Tensor, form: Int4, products: Tensor, scales: Tensor, zeros: 
     groups = grouped(weight, form)
     across = torch.bmm(groups.transpose(0, 1), products).transpose(0, 1)
     along = (across * grouped(int4_rounded(weight, form, scales, zeros), form)).sum(-1)
-    return torch.where(along > 0, scales * (across * groups).sum(-1) / along, scales)
+    return scales * _larger((across * groups).sum(-1), along)
+
+
+def _larger(wanted: Tensor, found: Tensor) -> Tensor:
+    """How many times; 1 where it would be out of all proportion, as of what is nearly nothing."""
+    times = wanted / found
+    return torch.where((times > 1 / _MOST) & (times < _MOST), times, 1)
 
 
 def _least_squares(weight: Tensor, form: Int4, products: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:

@@ -237,9 +237,8 @@ def rope_attention(
     settings = {"scale": scale * (k_scale or 1), "v_scale": v_scale or 1.0, "window": window, "soft_cap": soft_cap}
     count = here.num_decodes
     new = decodes.New(q[:count], *(part[:count] for part in (k, v, cos, sin, here.slots)), interleaved, k_scale)
-    if count < len(
-        q
-    ):  # all tokens, since in a graph's step prompts may begin where there are fewer decodes than it has room for
+    # All tokens, since in a graph's step prompts may begin where there are fewer decodes than it has room for.
+    if count < len(q):
         form = {"interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale, "keep": here.fresh is not None}
         q, k, v = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, **form)
     return _attend(q, k, v, alibi, here, cache, new=new, **settings)

@@ -4,9 +4,9 @@ Few rows: tiles of the weight become integers of 16 bits in the registers from w
 scaled group by group (`tiles`). Many: the matrix is made in memory (`expand`), for cuBLAS.
 
 Codes become floating point numbers by their bits alone, since the instruction that converts integers is a slow one: below the
-leading bits of 128 or 1024 they count in steps of 1, and what is too much is taken away. They are taken two at a time, a byte of
-4 bits or two of 8, as pairs of 16 bits in a word: such words are what a thread has of the tall side of a product, neighbours of
-a row, so that nothing is moved between threads.
+leading bits of 128 or 1024 they count in steps of 1, and what is too much is taken away, from them or, of few rows, from sums.
+They are taken two at a time, a byte of 4 bits or two of 8, as pairs of 16 bits in a word: such words are what a thread has of
+the tall side of a product, neighbours of a row, so that nothing is moved between threads.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.fp8 import able
-from executor_svc.kernels.products import counters, summed
+from executor_svc.kernels.products import bring_rows, counters, summed
 from executor_svc.kernels.rows import pdl, wait_before
 from executor_svc.kernels.target import capability
 
@@ -74,6 +74,7 @@ def _groups(packed: Packed) -> tuple[int, int]:
     return (1, 1 << 30) if one else (triton.cdiv(packed.columns, packed.group), packed.group)
 
 
+_EARLY = 512  # inputs of a program's rows that come into the L2 cache while it waits for what makes x
 WIDEST = 8  # columns, of few rows, in which a product has groups side by side
 # Twice the bits of -128 and of -1024, as int32: with a zero added, of that much less.
 LESS_BF16, LESS_FP16 = (tl.constexpr(twice - (1 << 32)) for twice in (0xC300C300, 0xE400E400))
@@ -179,7 +180,7 @@ def _tiles(
     x, weight, x_tiles, weight_tiles, scales, zeros, bias, y, partial, arrived, rows, outputs, width, groups, x_stride,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, BULK: tl.constexpr, WHOLE: tl.constexpr, TWICE: tl.constexpr,
-    ASM: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, MANY: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     """The weight is of pairs of codes, `width` of them a row, which tiles divide if WHOLE.
 
@@ -206,6 +207,8 @@ def _tiles(
     else:
         seen = here[None, :]
         theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
+    first = tl.minimum(split * share, width - EARLY * 4 // BITS)  # pairs of this part
+    bring_rows(weight + mine.to(tl.int64) * width + first, there, EARLY)
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
     for start in range(split * share, tl.minimum(width, (split + 1) * share), PAIRS):
@@ -292,6 +295,7 @@ def tiles(
         x.stride(0), M=together, N=n, K=k, WIDE=wide, SPLITS=splits, BITS=bits, GROUP=group, ZEROS=packed.zeros is not None,
         BIAS=bias is not None, BULK=bulk, WHOLE=packed.columns % k == 0, TWICE=n > 16 * warps,
         ASM=_assembly(bits, x.dtype, many, wide > 0) if capability() else "", MANY=many,
+        EARLY=_EARLY * bits // 8 if pdl()["PDL"] and not wide and packed.columns >= _EARLY else 0,
         num_stages=stages, num_warps=warps, maxnreg=room, **pdl(),
     )  # fmt: skip
     return y

@@ -109,7 +109,7 @@ def _packed(shape: Product) -> tuple[tuple[str, int, int, int, int], ...]:
 
 
 def _splits(shape: Product, n: int, warps: int) -> int:
-    """As many parts as bring 16 warps to each multiprocessor of an H100, of four tiles at least.
+    """As many parts as bring 16 warps to each multiprocessor of an H100, of 512 inputs at least.
 
     And so few that writing and reading their sums, in the cache, is at most as much as the weight if it is of 4 bits.
     """

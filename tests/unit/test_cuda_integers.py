@@ -72,8 +72,8 @@ def multiply_int4(
     assert not tactics.products.counters(x.device).any()
 
 
-ROWS = pytest.mark.parametrize("rows", [1, 5, 70])
-INT4 = [(70, 256, 128, False), (37, 200, 32, True), (33, 136, 1024, False), (20, 264, 192, True)]
+ROWS = pytest.mark.parametrize("rows", [1, 3, 5, 70])
+INT4 = [(70, 256, 128, False), (24, 2184, 128, True), (37, 200, 32, True), (33, 136, 1024, False), (20, 264, 192, True)]
 
 
 @ROWS
