@@ -120,11 +120,14 @@ def _best(weight: Tensor, form: Int4, products: Tensor, unclipped: Tensor) -> tu
 
 
 def _sized(weight: Tensor, form: Int4, products: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """The scale by which each group's codes, as they are, have the weight's size in the weight's direction: [rows, groups]."""
+    """The scale by which each group's codes, as they are, have the weight's size in the weight's direction: [rows, groups].
+
+    Of positive ones, as it was measured (bench/LOG.md, 2026-11-30): negative ones stay those of least squares.
+    """
     groups = grouped(weight, form)
     across = torch.bmm(groups.transpose(0, 1), products).transpose(0, 1)
     along = (across * grouped(int4_rounded(weight, form, scales, zeros), form)).sum(-1)
-    return scales * _larger((across * groups).sum(-1), along)
+    return torch.where(scales > 0, scales * _larger((across * groups).sum(-1), along), scales)
 
 
 def _larger(wanted: Tensor, found: Tensor) -> Tensor:
