@@ -135,6 +135,7 @@ def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
         draw(st.integers(1, 70)),
         draw(st.integers(1, 140)),
     )
+    outputs = max(outputs, 4 // max(rows, 1))  # a single sum may be nearly 0, with all of its terms' rounding
     x, y, weight = (torch.randn(*shape, dtype=dtype) for shape in ((rows, size), (rows, size), (size,)))
     precise = draw(st.sampled_from([dtype, torch.float32]))  # a norm's weight may have more than its activations
     heads, eps = draw(st.integers(1, 3)), {"eps": 1e-5}
