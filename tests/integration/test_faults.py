@@ -167,7 +167,9 @@ def test_a_disk_that_fills_up_during_the_upload_fails_the_job_in_words(
     assert registry.names(store) == ["tiny"]
 
 
-@pytest.mark.parametrize("damage", ["a flipped byte", "cut off", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["a flipped byte", *(pytest.param(how, marks=pytest.mark.drill) for how in ("cut off", "gone"))]
+)
 def test_damage_in_the_bucket_is_never_loaded(bucket: SeaweedFS, checkpoint: Path, tmp_path: Path, damage: str) -> None:
     store = open_store(bucket.url(f"damage-{damage.split()[-1]}"))
     good, bad = (build(checkpoint, options, store=store).manifest for options in two_options())

@@ -143,7 +143,7 @@ async def test_several_ranks_give_the_tokens_of_one(running: Running, stub: Exec
         assert not running.workers(), "all ranks end"
 
 
-@pytest.mark.parametrize(("name", "rank"), [("tp 2", 1), ("pp 2", 0)])
+@pytest.mark.parametrize(("name", "rank"), [("tp 2", 1), pytest.param("pp 2", 0, marks=pytest.mark.drill)])
 async def test_a_rank_that_dies_ends_the_streams_and_all_come_back(
     running: Running, stub: ExecutorStub, name: str, rank: int
 ) -> None:

@@ -41,7 +41,7 @@ CASES = {
 }  # fmt: skip
 
 
-QUICK = ("gemma3", "phi3-longrope-partial-tied", "falcon-rw", "gptj", "gpt2", "qwen2-moe")
+QUICK = ("gemma3", "phi3-longrope-partial-tied", "falcon-rw", "gpt2", "qwen2-moe")
 """The kinds of norm, rope, attention and feed-forward; the others in drills."""
 
 

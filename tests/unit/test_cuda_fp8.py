@@ -169,6 +169,7 @@ def test_decodes_alone_rotate_and_write_what_they_read(
         close(one.float(), other.float())
 
 
+@pytest.mark.drill
 def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """At an 8B's sizes: the interpreter takes what the compiler does not, and more shared memory than there is."""
     config = json.loads((LARGE / "config.json").read_text()) | {"num_hidden_layers": 1, "vocab_size": 1024}

@@ -540,6 +540,7 @@ def test_uploads_under_other_prefixes_are_left_alone(seaweed: SeaweedFS, s3: S3S
     assert other.discard_partial(age=0) == 1
 
 
+@pytest.mark.drill
 def test_an_upload_that_still_grows_is_not_discarded(s3: S3Store, prefix: str, large_file: Path):
     interrupt(s3, "blobs/x", large_file, at=4 * MIB)
     (left,) = s3._uploads._list(prefix)[0]

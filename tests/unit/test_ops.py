@@ -320,7 +320,7 @@ def test_experts_weights_that_others_take_too_are_left_as_they_are() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("level", ["avx2", "plain"])
+@pytest.mark.parametrize("level", ["avx2", pytest.param("plain", marks=pytest.mark.drill)])
 def test_native_operators_of_lesser_processors_agree_too(level: str) -> None:
     """The level is chosen once in a process: it has its own, without pytest and what that brings along."""
     program = "import test_ops\nfor op in test_ops.NATIVE:\n    test_ops.agrees('native', op, 30)\n    print(op)"
