@@ -206,6 +206,7 @@ def test_the_executor_of_the_profile_gpu_comes_up_and_waits(cluster: Cluster) ->
         assert cluster.healthy("executor-gpu")
 
 
+@pytest.mark.drill
 def test_services_end_in_order_and_are_not_healthy_any_more(cluster: Cluster) -> None:
     for name in ("gateway", "executor-1", "executor-2", "builder"):
         running, each = cluster.running[name], UP[name]

@@ -78,6 +78,7 @@ async def test_executors_told_to_stop_or_killed_under_streams_lose_nothing(store
             await made.settled([survivor])
 
 
+@pytest.mark.drill
 async def test_streams_of_a_killed_worker_go_on_when_it_is_back(store: str, tmp_path: Path) -> None:
     """There is no other executor; its front starts the worker again."""
     async with fleet(store, tmp_path, 1) as made:

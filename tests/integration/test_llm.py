@@ -96,6 +96,7 @@ def test_guided_output(llm: LLM) -> None:
         llm.generate(PROMPT, SamplingParams(guided_decoding=GuidedDecodingParams(regex="(")))
 
 
+@pytest.mark.drill
 def test_streaming_in_a_script_adds_up(llm: LLM) -> None:
     result = llm.generate_async(PROMPT, LONG, streaming=True)
     outputs = list(result)

@@ -184,7 +184,8 @@ def test_a_rank_reads_its_own_weights_alone(checkpoint: Path, tmp_path: Path) ->
         load_engine(CountingStore(tmp_path), manifest.engine_id, NODE)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_the_runner_for_cuda_gives_the_plain_runners_tokens(tp: int, pp: int, tmp_path: Path) -> None:
     """Each rank a process, with Triton's interpreter and gloo, which sums what has more than 3 rows."""
     checkpoint = save_checkpoint(tmp_path / "tiny", num_hidden_layers=pp)
