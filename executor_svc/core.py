@@ -86,7 +86,9 @@ class SchedulerConfig:
 
     Attributes:
         max_in_flight: batches between schedule and commit.
-        future_tokens: whether a runner can take as input a token that a batch in flight is still sampling.
+        places: of a pipeline, each of which works on a batch of its own.
+        future_tokens: whether a runner can take as input a token that a batch in flight is still sampling, if that is no later
+            than the places'th before; in a pipeline only of one that is `drawn`.
         mixed_batches: whether one batch may hold prompts and decodes.
         prefix_cache: whether blocks may be shared between sequences.
         max_waiting: sequences beside the max_batch_size that can run; one more is refused.
@@ -99,6 +101,7 @@ class SchedulerConfig:
     max_num_tokens: int
     max_seq_len: int
     max_in_flight: int = 1
+    places: int = 1
     future_tokens: bool = False
     mixed_batches: bool = True
     prefix_cache: bool = True
@@ -154,6 +157,7 @@ class Sequence:
         num_computed: tokens whose keys are in the cache, counting those of batches in flight.
         num_cached: prompt tokens that the prefix cache had at first admission; None before.
         pending: tokens being sampled by batches in flight. in_flight: batches in flight that hold it.
+        taken_from: the first step of a pipeline that may take the last of the pending tokens.
         emitted: whether a token of it has been emitted. finish: set once; from then on it is in no new batch.
         most_tokens, most_blocks: that it can come to, and their blocks; set when it is added.
         track: for metrics and logs, which the worker's tally keeps; nothing else looks at it.
@@ -189,6 +193,7 @@ class Sequence:
     num_cached: int | None = None
     pending: int = 0
     in_flight: int = 0
+    taken_from: float = 0
     emitted: bool = False
     finish: Finish | None = None
     most_tokens: int = 0
@@ -268,6 +273,11 @@ class Batch:
 
     step: int
     items: tuple[Scheduled, ...]
+
+    @cached_property
+    def drawn(self) -> bool:
+        """Whether a device can choose all its tokens: no logits are edited, or told of."""
+        return all((item.unedited or not item.samples) and not item.prompt_rows for item in self.items)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ class HostStep:
         return rows[order], first[order].astype(np.int32)
 
     @property
+    def num_logits(self) -> int:
+        """Rows of logits that are wanted."""
+        return len(self.samples) + len(self.prompt_rows)
+
+    @property
     def begins(self) -> np.ndarray:
         """bool, which of the sequences behind the first num_decodes have all their keys in this step."""
         lengths: np.ndarray = self.lengths[self.num_decodes :]

@@ -50,23 +50,21 @@ class _Flight:
     Attributes:
         tokens: int32, on the host, there when the event has passed.
         sampled: of one that had to wait for its tokens, these.
-        batch, rows: of one whose logits are another rank's, it, and how many there are, or tokens, if that one draws them.
+        batch: of one that is answered when it is finished; then `tokens` are logits, of another rank.
     """
 
     tokens: Tensor
     event: Any = None
     sampled: Sampled | None = None
     batch: Batch | None = None
-    rows: int = 0
-    drawn: bool = False
 
 
 class CudaRunner:
     """Interprets a program on a GPU.
 
     Of several ranks, rank 0's is used as any runner, and the others' `follow`. In a tensor-parallel group all ranks have the same
-    logits and draw the same tokens. Each place of a pipeline works on a batch of its own, and rank 0 gets
-    the tokens, or logits that are to be edited or told of.
+    logits and draw the same tokens. Each place of a pipeline works on a batch of its own. The last one sends its tokens to the
+    first, where they wait for the step that takes them; or logits, if they are to be edited or told of, to rank 0.
 
     Args:
         program: one that `takes` takes.
@@ -126,15 +124,18 @@ class CudaRunner:
         self._layout = CudaLayout(limits.max_batch_size, per_sequence, rope_lengths=self._by_length)
         self._flights: deque[_Flight] = deque()
         self._piped = group.pp_size > 1
-        in_flight = group.pp_size + 1 if self._piped else IN_FLIGHT  # one more waits for the first place
+        self._leads = self._piped and group.rank < group.tp_size
+        self._coming: deque[Any] = deque()  # events behind the tokens of steps, of which later ones wait for the oldest
+        in_flight = group.pp_size - 1 + IN_FLIGHT
         self._host = HostMemory(self._device, in_flight, max(limits.max_num_tokens, rows) * 12 + 4096, rows)
-        self._home = torch.cuda.Stream() if self._piped and self._on_gpu else None  # waits for logits and nothing else
+        self._home = torch.cuda.Stream() if self._leads and self._on_gpu else None  # waits for tokens and nothing else
         group.agree_on_logits(program)
         self.capabilities = Capabilities(
             num_blocks,
             BLOCK_SIZE,
-            future_tokens=not self._piped,
+            future_tokens=True,
             max_in_flight=in_flight,
+            places=group.pp_size,
             overlaps=True,
             rope=rope,
         )
@@ -158,26 +159,41 @@ class CudaRunner:
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:
-        layout, logits, sampled, drawn = self._launch(batch)
-        count, rows = len(layout.samples), len(layout.samples) + len(layout.prompt_rows)
-        if self._piped:
-            self._flights.append(_Flight(sampled[:0], batch=batch, rows=rows, drawn=drawn))
-        elif drawn:
-            self._flights.append(_Flight(*self._host.fetch(sampled[:count])))
+        layout, logits, sampled = self._launch(batch)
+        if self._leads:
+            self._flights.append(self._await(layout, batch))
+        elif batch.drawn:
+            self._flights.append(_Flight(*self._host.fetch(sampled[: len(layout.samples)])))
         else:
-            found = answer(logits[:rows].float(), batch)
+            found = answer(logits[: layout.num_logits].float(), batch)
             self._keep(layout, self._column(np.array(found.token_ids, dtype=np.int32)))
             self._flights.append(_Flight(sampled[:0], sampled=found))
 
-    def _launch(self, batch: Batch) -> tuple[HostStep, Tensor, Tensor, bool]:
-        """A batch's columns, its logits and tokens, and whether these are drawn: else the logits are to be edited or told of."""
+    def _launch(self, batch: Batch) -> tuple[HostStep, Tensor, Tensor]:
+        """A batch's columns, its logits and tokens."""
         layout = self._layout.lay_out(batch)
         items = [item for item in batch.items if item.samples]
-        drawn = not len(layout.prompt_rows) and all(item.unedited for item in items)
-        random = draws(items, layout.sampling_rows) if drawn else NOTHING
+        random = draws(items, layout.sampling_rows) if batch.drawn else NOTHING
         limited = len(random) > 0 and any(item.sequence.sampling.limited for item in items)
-        self._group.tell({**vars(layout), "random": random, "drawn": drawn, "limited": limited})
-        return layout, *self._compute_step(layout, random, limited=limited), drawn
+        self._group.tell({**vars(layout), "random": random, "drawn": batch.drawn, "limited": limited})
+        return layout, *self._compute_step(layout, random, limited=limited)
+
+    def _await(self, layout: HostStep, batch: Batch) -> _Flight:
+        with torch.cuda.stream(self._home):  # of None: no stream
+            brought = self._bring(layout, drawn=batch.drawn)
+            if brought is None:
+                raise Internal("no rank sends tokens or logits")
+            return _Flight(*self._host.fetch(brought)) if batch.drawn else _Flight(brought, batch=batch)
+
+    def _bring(self, layout: HostStep, *, drawn: bool) -> Tensor | None:
+        """In a pipeline's first place: tokens as soon as the last place has drawn them, and keeps them; else rank 0's logits."""
+        with torch.cuda.stream(self._home):
+            if not drawn:
+                brought = self._group.bring_home(None, layout.num_logits)
+            elif (brought := self._group.bring_tokens(None, len(layout.samples))) is not None:
+                keep(self._last, self._column(layout.sampling_rows), brought)
+            self._coming.append(self._home.record_event() if self._home else None)
+        return brought
 
     @torch.inference_mode()
     def follow(self, plan: bytes) -> None:
@@ -187,10 +203,12 @@ class CudaRunner:
         layout = HostStep(**values)
         logits, sampled = self._compute_step(layout, random, limited=limited)
         count = len(layout.samples)
-        if self._piped and drawn:
+        if self._leads:
+            self._bring(layout, drawn=drawn)
+        elif self._piped and drawn:
             self._group.bring_tokens(sampled[:count], count)
         elif self._piped:
-            self._group.bring_home(logits, count + len(layout.prompt_rows))
+            self._group.bring_home(logits, layout.num_logits)
         elif not drawn:
             self._keep(layout, torch.empty(count, dtype=torch.int32, device=self._device))
 
@@ -199,6 +217,9 @@ class CudaRunner:
 
         A place of a pipeline that has no logits has no tokens.
         """
+        while len(self._coming) >= self._group.pp_size:
+            if event := self._coming.popleft():
+                event.wait()
         graph = next((graph for graph in self.graphs if graph.shape.fits(layout)), None)
         logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
         if len(random) and logits.dim() > 1:
@@ -214,14 +235,8 @@ class CudaRunner:
     def finish(self) -> Sampled:
         flight = self._flights.popleft()
         if flight.batch is not None:
-            with torch.inference_mode(), torch.cuda.stream(self._home):  # of None: no stream
-                if flight.drawn:
-                    tokens = self._group.bring_tokens(None, flight.rows)
-                    return Sampled([] if tokens is None else tokens.tolist())
-                logits = self._group.bring_home(None, flight.rows)
-                if logits is None:
-                    raise Internal("no rank has sent logits")
-                return answer(logits, flight.batch)
+            with torch.inference_mode(), torch.cuda.stream(self._home):
+                return answer(flight.tokens, flight.batch)
         if flight.sampled is not None:
             return flight.sampled
         if flight.event is not None:
@@ -330,4 +345,5 @@ class CudaRunner:
         )
 
     def _column(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        column = torch.from_numpy(values)
+        return (column.pin_memory() if self._on_gpu else column).to(self._device, non_blocking=True)

@@ -60,7 +60,7 @@ class Group:
         return logits
 
     def bring_tokens(self, tokens: Tensor | None, rows: int) -> Tensor | None:  # noqa: ARG002
-        """Takes tokens, int32 [rows], the same way."""
+        """Takes tokens, int32 [rows], from each rank of the last place to the one of its place in the first."""
         return tokens
 
     def communicator(self) -> int:

@@ -42,6 +42,7 @@ def scheduler_config(
         max_num_tokens=limits.max_num_tokens,
         max_seq_len=limits.max_seq_len,
         max_in_flight=can.max_in_flight,
+        places=can.places,
         future_tokens=can.future_tokens,
         mixed_batches=can.mixed_batches,
         prefix_cache=can.prefix_cache and block_reuse,

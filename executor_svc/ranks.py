@@ -65,16 +65,18 @@ class Ranks(Group):
         groups = [dist.new_group(list(range(first, first + self.tp_size)), timeout=_PATIENCE) for first in firsts]
         self._tp = groups[rank // self.tp_size]
         self._first = rank // self.tp_size * self.tp_size  # of its tensor-parallel group
-        self._end = self.size - self.tp_size  # the rank that has logits for rank 0
-        # Logits have connections of their own, so that they wait for no activations that are on their way.
-        self._home = dist.new_group([0, self._end], timeout=_PATIENCE) if self.pp_size > 1 else None
+        self._end = self.size - self.tp_size  # the first rank of the last place, which has logits for rank 0
+        # Logits and tokens have connections of their own, so that they wait for no activations that are on their way.
+        ends = range(self.tp_size if self.pp_size > 1 else 0)
+        homes = [dist.new_group([first, self._end + first], timeout=_PATIENCE) for first in ends]
+        self._home = homes[rank % self.tp_size] if homes and (rank < self.tp_size or rank >= self._end) else None
         self._sent: deque[tuple[Any, Tensor]] = deque()  # on the way, the oldest first
         self._vocab_size = 0
         self._shared: list[PeerMemory | None] = []  # kept
         self.least(0)  # connects, which takes memory of a GPU's
         self.all_reduce(torch.zeros(1, device=self._device))
-        if self._home is not None and rank in (0, self._end):
-            dist.broadcast(torch.zeros(1, device=self._device), 0, self._home)
+        if self._home is not None:
+            dist.broadcast(torch.zeros(1, device=self._device), rank % self.tp_size, self._home)
         self._followers: list[FrameSocket] = []
         if rank == 0:
             self._followers = _gather(store, host, self.size)
@@ -122,6 +124,8 @@ class Ranks(Group):
             self._vocab_size = int(self._store.get("vocab_size"))
 
     def bring_home(self, logits: Tensor | None, rows: int) -> Tensor | None:
+        if self.rank not in (0, self._end):
+            return None
         logits = logits if logits is None else logits[:rows].float()
         return self._bring(logits, (rows, self._vocab_size), torch.float32)
 
@@ -129,15 +133,15 @@ class Ranks(Group):
         return self._bring(tokens, (rows,), torch.int32)
 
     def _bring(self, values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        if self._home is None:
+        if self.pp_size == 1:
             return values
-        if self.rank == self._end and values is not None and shape[0]:
-            self._send(values, 0, self._home)
-        if self.rank:
+        if self.rank >= self._end and values is not None and shape[0]:
+            self._send(values, self.rank - self._end, self._home)
+        if self.rank >= self.tp_size:
             return None
         brought = torch.empty(shape, dtype=dtype, device=self._device)
         if shape[0]:
-            dist.recv(brought, self._end, self._home)
+            dist.recv(brought, self._end + self.rank, self._home)
         return brought
 
     def communicator(self) -> int:

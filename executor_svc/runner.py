@@ -36,8 +36,9 @@ class Capabilities:
         num_blocks, block_size: of the cache that it has allocated. A runner of slots has blocks as long as a sequence may be.
         mixed_batches: whether a batch may hold prompts and decodes.
         prefix_cache: whether sequences may share blocks.
-        future_tokens: whether it can take as input what a batch in flight is still sampling.
+        future_tokens: whether it can take as input what a batch in flight is still sampling (see SchedulerConfig).
         max_in_flight: batches that may be started before the first is finished.
+        places: of a pipeline.
         overlaps: whether `start` returns before the batch is computed, so that the worker can do other work meanwhile.
         rope: what its program says of rotary frequencies that depend on a sequence's length.
     """
@@ -48,6 +49,7 @@ class Capabilities:
     prefix_cache: bool = True
     future_tokens: bool = False
     max_in_flight: int = 1
+    places: int = 1
     overlaps: bool = False
     rope: RopeLengths | None = None
 
@@ -110,7 +112,8 @@ class TorchRunner:
             limits.max_batch_size, per_sequence, BLOCK_SIZE, rope_lengths=ROPE_LENGTHS in program.inputs
         )
         group.agree_on_logits(program)
-        self.capabilities = Capabilities(num_blocks, BLOCK_SIZE, max_in_flight=group.pp_size, rope=rope)
+        places = group.pp_size
+        self.capabilities = Capabilities(num_blocks, BLOCK_SIZE, max_in_flight=places, places=places, rope=rope)
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:

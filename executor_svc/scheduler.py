@@ -151,6 +151,10 @@ class Scheduler:
             return None
         self._steps += 1
         batch = Batch(self._steps, tuple(items))
+        if self.config.places > 1:
+            taken_from = batch.step + self.config.places if batch.drawn else math.inf
+            for item in items:
+                item.sequence.taken_from = taken_from
         self._in_flight.append(batch)
         return batch
 
@@ -265,10 +269,10 @@ class Scheduler:
         """Running sequences that can be in the next batch, by rank: those that lack one token, and those that lack more."""
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
-        future = self.config.future_tokens
+        future, step = self.config.future_tokens, self._steps + 1
         for sequence in self.running:
             pending = sequence.pending
-            if pending and (not future or sequence.needs_tokens):
+            if pending and (not future or sequence.needs_tokens or sequence.taken_from > step):
                 continue
             num_tokens = len(sequence.token_ids) + pending
             if num_tokens >= sequence.most_tokens:
@@ -288,8 +292,7 @@ class Scheduler:
 
     def _schedule_decodes(self, decodes: list[Sequence], items: list[Scheduled]) -> None:
         block_size = self.config.block_size
-        if not self.config.future_tokens:  # with several batches in flight, each takes its share
-            decodes = decodes[: -(-len(self.running) // self.config.max_in_flight)]
+        decodes = decodes[: -(-len(self.running) // self.config.places)]  # each place has its share
         for sequence in decodes:
             start, room = sequence.num_computed, len(sequence.blocks) * block_size
             # A sequence without blocks was preempted just now.

@@ -45,6 +45,7 @@ class BlockRunner:
         self.memory = [[-1] * config.block_size for _ in range(config.num_blocks)]
         self.results: deque[Sampled] = deque()
         self.unknown: dict[Sequence, list[int]] = {}  # sampled, not committed: what a device would know
+        self.sampled: dict[Sequence, Batch] = {}  # the last batch that did
 
     def start(self, batch: Batch) -> None:
         size, tokens = self.config.block_size, []
@@ -57,6 +58,11 @@ class BlockRunner:
             unknown = self.unknown.get(sequence, [])
             assert self.config.future_tokens or not unknown, "its last token is not known yet"
             known = sequence.token_ids + unknown
+            if len(sequence.token_ids) < item.start + item.count and self.config.places > 1:
+                before = self.sampled[sequence]
+                assert before.drawn and batch.step - before.step >= self.config.places, (
+                    "another place has its last token"
+                )
             for at in range(item.start, item.start + item.count):
                 key = cell(self.config, known[at], max(sequence.rope_length, at + 1))
                 self.memory[sequence.blocks[at // size]][at % size] = key
@@ -65,6 +71,7 @@ class BlockRunner:
                 seen = [self.memory[sequence.blocks[at // size]][at % size] for at in range(end)]
                 token = next_token(seen)
                 self.unknown.setdefault(sequence, []).append(token)
+                self.sampled[sequence] = batch
                 tokens.append(token)
         self.results.append(Sampled(tokens))
 
@@ -96,7 +103,8 @@ def tight_configs(draw: st.DrawFn) -> SchedulerConfig:
         max_batch_size=draw(st.integers(1, 6)),
         max_num_tokens=draw(st.integers(6, 20)),
         max_seq_len=40,
-        max_in_flight=draw(st.integers(1, 3)),
+        max_in_flight=draw(st.integers(1, 4)),
+        places=draw(st.integers(1, 3)),
         future_tokens=draw(st.booleans()),
         mixed_batches=draw(st.booleans()),
         prefix_cache=draw(st.booleans()),
@@ -479,12 +487,14 @@ def test_commits_out_of_order_are_refused() -> None:
         scheduler.commit(second, Sampled([1]))
 
 
-def test_batches_in_flight_share_the_decodes() -> None:
-    """So that every place of a pipeline has work."""
-    config = config_of(max_in_flight=2)
+@pytest.mark.parametrize(("at_once", "future"), [(2, False), (3, True)])
+def test_places_share_the_decodes(at_once: int, future: bool) -> None:
+    """So that every place of a pipeline has work, and where tokens stay on the devices the first has its next already."""
+    config = config_of(max_in_flight=at_once, places=2, future_tokens=future)
     scheduler, runner = Scheduler(config), BlockRunner(config)
     for number in range(5):
         scheduler.add(sequence_of([number + 1, 2], 6))
+    most = 0
     in_flight: deque[Batch] = deque()
     sizes = []
     while not scheduler.idle:
@@ -492,9 +502,35 @@ def test_batches_in_flight_share_the_decodes() -> None:
             runner.start(batch)
             in_flight.append(batch)
             sizes.append(len(batch.items))
+        most = max(most, len(in_flight))
         first = in_flight.popleft()
         scheduler.commit(first, runner.finish(first))
-    assert sizes == [5, *[3, 2] * 5]
+    assert sizes == [5, *[3, 2] * 5] and most == at_once
+
+
+def test_tokens_that_are_chosen_on_the_host_are_waited_for() -> None:
+    """In a pipeline, where the first place does not have them before."""
+    config = config_of(max_in_flight=3, places=2, future_tokens=True)
+    scheduler, runner = Scheduler(config), BlockRunner(config)
+    for number, edited in enumerate([False, True]):
+        sampling = Sampling(0, logit_bias=((1, 0.0),) if edited else ())
+        scheduler.add(Sequence(0, number, [1, 2], 2, 6, sampling))
+    batches = []
+    for _ in range(2):
+        batch = scheduler.schedule()
+        assert batch is not None
+        runner.start(batch)
+        batches.append(batch)
+        if len(batches) == 1:
+            scheduler.commit(batch, runner.finish(batch))
+    third = scheduler.schedule()
+    assert third is not None and [batch.drawn for batch in (*batches, third)] == [False, True, False]
+    runner.start(third)
+    fourth = scheduler.schedule()
+    assert fourth is not None and fourth.items[0].sequence is batches[1].items[0].sequence and len(fourth.items) == 1
+    runner.start(fourth)
+    scheduler.commit(batches[1], runner.finish(batches[1]))
+    assert scheduler.schedule() is None
 
 
 def test_integrity_check_sees_a_lost_and_a_stolen_block() -> None:

@@ -30,7 +30,9 @@ class Recorder:
     """
 
     def __init__(self, ours: socket.socket, overlaps: bool, broken: int, places: int) -> None:
-        self.capabilities = Capabilities(num_blocks=16, block_size=4, overlaps=overlaps, max_in_flight=places)
+        self.capabilities = Capabilities(
+            num_blocks=16, block_size=4, overlaps=overlaps, max_in_flight=places, places=places
+        )
         self.events: list[str] = []
         self._ours, self._front, self._broken = ours, FrameSocket(ours), broken
         self._started: deque[Batch] = deque()
