@@ -47,6 +47,12 @@ class DirectoryStore(Store):
                     raise DataLoss(f"{key} in {self.root} {end}: {fix}", reason="OBJECT_TRUNCATED")
                 done += count
 
+    def read_ahead(self, key: str, offset: int, size: int) -> bool:
+        with self._errors(key), self._path(key).open("rb", buffering=0) as file:
+            if not _cached(file, offset + size - 1):
+                os.pread(file.fileno(), size, offset)
+        return True
+
     def size(self, key: str) -> int | None:
         with self._errors(key):
             path = self._path(key)
@@ -262,3 +268,10 @@ def _sync(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _cached(file: BinaryIO, offset: int) -> bool:
+    """Whether the page cache has a byte of a file, where the system tells."""
+    with suppress(OSError, AttributeError):  # it has not; or there is no such call
+        return os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) > 0
+    return False

@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 
 class Store(abc.ABC):
-    """Nine verbs over keys; safe to use from several threads and processes.
+    """Ten verbs over keys; safe to use from several threads and processes.
 
     Each raises `Unavailable` when the store cannot be reached, `PermissionDenied` when it refuses and `ResourceExhausted`
     when it is full.
@@ -47,6 +47,10 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from byte `offset` on. Raises NotFound, and DataLoss when the object ends before."""
+
+    def read_ahead(self, key: str, offset: int, size: int) -> bool:  # noqa: ARG002
+        """Has this machine's main memory keep a part of an object for who reads it next; False where it keeps nothing."""
+        return False
 
     @abc.abstractmethod
     def size(self, key: str) -> int | None:

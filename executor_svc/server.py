@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from engine import registry
+from engine import blobs, registry
 from engine.backends import open_store
 from engine.errors import EnginehouseError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from engine.store import Store
@@ -123,7 +123,7 @@ class ExecutorServicer:
         self._telemetry.watch(worker)
         worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.update({engine_id: kv_memory}))
         await worker.start(self._spares, self._machines, kv_memory, left)
-        self._run(self._prepare_ranks(worker))
+        self._run(self._prepare(worker))
         return worker
 
     async def _check_room(self, engine_id: str, kv_memory: int) -> None:
@@ -141,11 +141,15 @@ class ExecutorServicer:
         sizes = weights(self._store, manifest, self._device, machines=self._machines.count)
         Budget(self._device, free, left).check(manifest, sizes, kv_memory or None)
 
-    async def _prepare_ranks(self, worker: WorkerProcess) -> None:
-        """Starts an engine's other ranks before rank 0, which still imports torch, asks for them."""
+    async def _prepare(self, worker: WorkerProcess) -> None:
+        """Starts an engine's other ranks, and reads weights ahead, before rank 0, which still imports torch, asks for them."""
         with contextlib.suppress(EnginehouseError, OSError):  # of which rank 0 tells
             manifest = await asyncio.to_thread(registry.manifest, self._store, worker.engine_id)
             await worker.prepare(len(manifest.ranks), _AHEAD * self._machines.count)
+            here = manifest.ranks[: len(manifest.ranks) // self._machines.count]
+            await asyncio.to_thread(
+                blobs.read_ahead, self._store, [file for rank in here for file in rank.weights], lambda: worker.arriving
+            )
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing new, lets requests end within so many seconds, then ends their streams; loads are called off at once.

@@ -74,6 +74,11 @@ class WorkerProcess:
         return self.status.state == EngineState.ENGINE_STATE_READY and not self.ended.done()
 
     @property
+    def arriving(self) -> bool:
+        """Whether weights have begun to arrive, or will not."""
+        return self.progress.bytes_done > 0 or self.ready.done() or self.stopping
+
+    @property
     def leaving(self) -> bool:
         """Whether it is being unloaded: its last requests may still run."""
         return self.status.state == EngineState.ENGINE_STATE_UNLOADING

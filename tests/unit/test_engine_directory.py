@@ -15,7 +15,7 @@ from store_harness import MIB, interrupt, keys
 
 from engine.backends import open_store
 from engine.directory import DirectoryStore
-from engine.errors import InvalidArgument, PermissionDenied, ResourceExhausted, Unavailable
+from engine.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from tests.conftest import small_file_system
 
 
@@ -235,3 +235,26 @@ def test_strange_files_are_not_listed(tmp_path: Path):
     store.create("models/demo/0000000001.json", b"1")
     (tmp_path / "models" / "demo" / ".nfs0001").touch()
     assert keys(store, "models/demo/") == ["models/demo/0000000001.json"]
+
+
+def test_reading_ahead_brings_a_part_into_the_page_cache(directory: DirectoryStore, large_file: Path):
+    directory.upload("blobs/x", large_file)
+    file = os.open(directory.root / "blobs/x", os.O_RDONLY)
+
+    def cached(offset: int) -> bool:
+        try:
+            return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+
+    try:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached(large_file.stat().st_size - 1):
+            pytest.skip("this file system keeps all its files in memory")
+        assert directory.read_ahead("blobs/x", 0, MIB)
+        assert cached(0) and cached(MIB - 1)
+    finally:
+        os.close(file)
+    with pytest.raises(NotFound):
+        directory.read_ahead("blobs/y", 0, MIB)

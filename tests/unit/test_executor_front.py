@@ -2,12 +2,20 @@
 
 import asyncio
 import socket
+from pathlib import Path
 
 import pytest
 
+from builder_svc.build_config import BuildConfig
+from builder_svc.pipeline import build
+from engine import blobs
+from engine.directory import DirectoryStore
 from engine.errors import ResourceExhausted
 from executor_svc.clients import MAX_BUFFERED, Client
 from executor_svc.frames import FrameSocket, frame, read_frames
+from executor_svc.launch import Spares
+from executor_svc.server import ExecutorServicer
+from tests.conftest import save_checkpoint
 
 
 async def test_outputs_come_in_order_and_end_when_all_engines_have_drained() -> None:
@@ -98,3 +106,37 @@ def test_the_end_of_the_front_is_seen() -> None:
     ours.close()
     with pytest.raises(ConnectionError), theirs:
         FrameSocket(theirs).receive(1)
+
+
+class Reading(DirectoryStore):
+    """Tells what is read ahead of it; keeps so many parts."""
+
+    def __init__(self, root: Path, most: int) -> None:
+        super().__init__(root)
+        self.parts: list[tuple[str, int]] = []
+        self.most = most
+
+    def read_ahead(self, key: str, offset: int, size: int) -> bool:
+        self.parts.append((key, offset))
+        return super().read_ahead(key, offset, size) and len(self.parts) < self.most
+
+
+@pytest.mark.parametrize("most", [1, 100])
+async def test_weights_are_read_ahead_while_the_worker_imports(tmp_path: Path, most: int) -> None:
+    """In order, in one thread, as long as the store keeps them and no worker has begun to read."""
+    checkpoint = save_checkpoint(tmp_path / "model", vocab_size=20_000)
+    manifest = build(checkpoint, BuildConfig(device="cpu", max_seq_len=64), store=DirectoryStore(tmp_path)).manifest
+    store = Reading(tmp_path, most)
+    never = Spares([], program=("-c", "import time; time.sleep(60)"))
+    servicer = ExecutorServicer(str(tmp_path), "cpu", never)
+    servicer._store = store
+    worker = await servicer.load(manifest.engine_id)
+    await asyncio.wait_for(asyncio.gather(*servicer._tasks), 20)
+    weights = [(blobs.blob_key(file.digest), file.size) for rank in manifest.ranks for file in rank.weights]
+    parts = [(key, offset) for key, size in weights for offset in range(0, size, 1 << 20)]
+    assert len(parts) > 1 and store.parts == parts[:most] and not worker.arriving
+    worker.progress.bytes_done = 1
+    store.parts.clear()
+    await servicer._prepare(worker)
+    assert store.parts == []
+    await servicer.close()
