@@ -231,24 +231,20 @@ def rope_attention(
     v_scale: float = 0.0,
     kv_int8: bool = False,  # noqa: ARG001
 ) -> Tensor:
-    """`rope` of q and k, and `attention`: what is rotated goes straight into the cache, of decodes in the same kernel."""
+    """`rope` of q and k, and `attention`: what is rotated goes straight into the cache."""
     here = DeviceStep.of(step)
     k_cache, v_cache = here.k_caches[cache], here.v_caches[cache]
     settings = {"scale": scale * (k_scale or 1), "v_scale": v_scale or 1.0, "window": window, "soft_cap": soft_cap}
-    count = here.num_decodes
-    new = decodes.New(q[:count], *(part[:count] for part in (k, v, cos, sin, here.slots)), interleaved, k_scale)
-    # All tokens, since in a graph's step prompts may begin where there are fewer decodes than it has room for.
-    if count < len(q):
-        form = {"interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale, "keep": here.fresh is not None}
-        q, k, v = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, **form)
-    return _attend(q, k, v, alibi, here, cache, new=new, **settings)
+    form = {"interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale, "keep": here.fresh is not None}
+    q, k, v = rows.rope_write(q, k, v, cos, sin, here.slots, k_cache, v_cache, **form)
+    return _attend(q, k, v, alibi, here, cache, **settings)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None, step: DeviceStep, cache: int,
-    *, scale: float, v_scale: float, window: int, soft_cap: float, new: decodes.New | None = None,
+    *, scale: float, v_scale: float, window: int, soft_cap: float,
 ) -> Tensor:  # fmt: skip
-    """Attention of what the cache holds already, and k and v with it; what decodes are still to rotate and to write is `new`."""
+    """Attention of what the cache holds already, and k and v with it."""
     k_cache, v_cache, tables = step.k_caches[cache], step.v_caches[cache], step.block_tables
     settings = {"scale": scale, "v_scale": v_scale, "window": window, "soft_cap": soft_cap}
     # Rows that only fill a step up are of no sequence, and keep what lies there; numbers that overflow would be told of on a CPU.
@@ -257,7 +253,7 @@ def _attend(
     if count:
         decodes.decode(
             q[:count], k_cache, v_cache, alibi, tables, step.rows[:count], step.lengths[:count], step.arrived, out[:count],
-            **settings, new=new,
+            **settings,
         )  # fmt: skip
     if step.starts is None:
         return out

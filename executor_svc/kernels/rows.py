@@ -131,30 +131,21 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def partners(source, heads, there, half, D: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Heads [HEADS] of a token at `source`, [HEADS, BLOCK], and the number that each of theirs is rotated with."""
+def _turn(source, heads, there, cos, sin, half, D: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+    """Heads [HEADS] of a token at `source`, rotated, [HEADS, BLOCK]."""
     at = tl.arange(0, BLOCK)
-    inside = there[:, None] & (at < D)[None, :]
+    inside, turned = there[:, None] & (at < D)[None, :], at < 2 * half
     if INTERLEAVED:
-        partner = tl.where(at % 2 == 0, at + 1, at - 1)
+        first = at % 2 == 0
+        partner, angle = tl.where(first, at + 1, at - 1), at // 2
     else:
-        partner = tl.where(at < half, at + half, at - half)
+        first = at < half
+        partner, angle = tl.where(first, at + half, at - half), tl.where(first, at, at - half)
     rows = source + heads[:, None] * D
     value = tl.load(rows + at[None, :], inside, 0.0)
-    return value, tl.load(rows + partner[None, :], inside & (at < 2 * half)[None, :], 0.0)
-
-
-@triton.jit
-def turned(value, other, cos, sin, half, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Heads [HEADS, BLOCK] and their partners, rotated."""
-    at = tl.arange(0, BLOCK)
-    if INTERLEAVED:
-        first, angle = at % 2 == 0, at // 2
-    else:
-        first, angle = at < half, tl.where(at < half, at, at - half)
-    within = at < 2 * half
-    c, s = tl.load(cos + angle, within, 1.0)[None, :], tl.load(sin + angle, within, 0.0)[None, :]
-    wide, other = value.to(tl.float32), other.to(tl.float32)
+    other = tl.load(rows + partner[None, :], inside & turned[None, :], 0.0).to(tl.float32)
+    c, s = tl.load(cos + angle, turned, 1.0)[None, :], tl.load(sin + angle, turned, 0.0)[None, :]
+    wide = value.to(tl.float32)
     return tl.where(first[None, :], wide * c - other * s, wide * c + other * s).to(value.dtype)
 
 
@@ -167,8 +158,9 @@ def _rope(
     token = tl.program_id(0).to(tl.int64)
     heads, at = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
     there = heads < H
-    value, other = partners(x + token * stride, heads, there, half, D, BLOCK, INTERLEAVED)
-    result = turned(value, other, cos + token * half, sin + token * half, half, BLOCK, INTERLEAVED)
+    result = _turn(
+        x + token * stride, heads, there, cos + token * half, sin + token * half, half, D, BLOCK, INTERLEAVED
+    )
     target = y + token * H * D + heads[:, None] * D + at[None, :]
     tl.store(target, result, there[:, None] & (at < D)[None, :])
 
@@ -216,7 +208,7 @@ def write(
 
 
 @triton.jit
-def put(
+def _put(
     value, cache, kept, token, slot, heads, inside, scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr, KEEP: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
@@ -268,23 +260,21 @@ def _rope_write(
     if part < queries:
         heads = part * HEADS + mine
         there = heads < H
-        value, other = partners(q + token * q_stride, heads, there, half, D, BLOCK, INTERLEAVED)
-        result = turned(value, other, cos, sin, half, BLOCK, INTERLEAVED)
+        result = _turn(q + token * q_stride, heads, there, cos, sin, half, D, BLOCK, INTERLEAVED)
         target = q_out + token * H * D + heads[:, None] * D + at[None, :]
         tl.store(target, result, there[:, None] & (at < D)[None, :])
     elif part < queries + keys:
         heads = (part - queries) * HEADS + mine
         there = heads < G
-        value, other = partners(k + token * k_stride, heads, there, half, D, BLOCK, INTERLEAVED)
-        result = turned(value, other, cos, sin, half, BLOCK, INTERLEAVED)
+        result = _turn(k + token * k_stride, heads, there, cos, sin, half, D, BLOCK, INTERLEAVED)
         inside = there[:, None] & (at < D)[None, :]
-        put(result, k_cache, k_out, token, tl.load(slots + token), heads, inside, k_scale, G, D, BLOCK, SMALL, KEEP)
+        _put(result, k_cache, k_out, token, tl.load(slots + token), heads, inside, k_scale, G, D, BLOCK, SMALL, KEEP)
     else:
         heads = (part - queries - keys) * HEADS + mine
         inside = (heads < G)[:, None] & (at < D)[None, :]
         value = tl.load(v + token * v_stride + heads[:, None] * D + at[None, :], inside, 0.0)
         slot = tl.load(slots + token)
-        put(value, v_cache, v_out, token, slot, heads, inside, v_scale, G, D, BLOCK, SMALL, KEEP and SMALL)
+        _put(value, v_cache, v_out, token, slot, heads, inside, v_scale, G, D, BLOCK, SMALL, KEEP and SMALL)
 
 
 def rope_write(

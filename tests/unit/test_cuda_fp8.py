@@ -142,34 +142,6 @@ def test_attention_over_a_cache_of_8_bits(head_dim: int, fused: bool, monkeypatc
     assert len(taken) == (fused and head_dim == 64)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("dtype", "window"), [(torch.float16, 0), (torch.float16, 20), (F8, 0), (torch.int8, 0)])
-def test_decodes_alone_rotate_and_write_what_they_read(
-    dtype: torch.dtype, window: int, interleaved: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one kernel: of a first token, of one that begins a page, and of one whose keys are split; half of a head is rotated."""
-    monkeypatch.setattr("executor_svc.kernels.decodes.SPLITS_FOR", 32)
-    monkeypatch.setattr(cuda.rows, "rope_write", lambda *_a, **_b: pytest.fail("a kernel of its own"))
-    torch.manual_seed(0)
-    table = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0, 0, 0, 0], [*range(4, 13)]], dtype=torch.int32)
-    lengths = [1, 17, 139]
-    slots = torch.tensor([int(row[(n - 1) // 16]) * 16 + (n - 1) % 16 for row, n in zip(table, lengths, strict=True)])
-    cached = [(torch.randn(13, 16, 2, 20) * 30).clamp(-127, 127).to(dtype) for _ in range(2)]
-    parts = torch.split(torch.randn(3, 8 * 20).half(), [4 * 20, 2 * 20, 2 * 20], 1)
-    angles = torch.randn(3, 5)
-    attrs: dict[str, Any] = {"cache": 0, "head_dim": 20, "scale": 0.01, "window": window, "interleaved": interleaved}
-    if dtype is not torch.float16:
-        attrs |= {"k_scale": 0.03, "v_scale": 0.01, "kv_int8": dtype is torch.int8}
-    found = []
-    for function in (cuda.rope_attention, rotated):
-        caches = [cache.clone() for cache in cached]
-        step = Step([1, 1, 1], lengths, table, slots, [caches[0]], [caches[1]])
-        found.append((function(*parts, angles.cos(), angles.sin(), step=step, **dict(attrs)), *caches))
-    for one, other in zip(*found, strict=True):
-        close(one.float(), other.float())
-
-
-@pytest.mark.drill
 def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """At an 8B's sizes: the interpreter takes what the compiler does not, and more shared memory than there is."""
     config = json.loads((LARGE / "config.json").read_text()) | {"num_hidden_layers": 1, "vocab_size": 1024}
