@@ -209,6 +209,8 @@ def _tiles(
         theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
     first = tl.minimum(split * share, width - EARLY * 4 // BITS)  # pairs of this part
     bring_rows(weight + mine.to(tl.int64) * width + first, there, EARLY)
+    if BITS == 8:
+        scale = _of_rows(scales + mine, TWICE)
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
     for start in range(split * share, tl.minimum(width, (split + 1) * share), PAIRS):
@@ -243,11 +245,10 @@ def _tiles(
         if BITS == 4 and WIDE:
             part = tl.dot(_numbers(codes, None, ASM, MANY, dtype), values)
             sums += (part - zero * whole[None, :]) * scale
-        elif BITS == 4:
-            part = tl.dot(_numbers(codes, zero, ASM, MANY, dtype), values)
-            sums += part * scale.to(tl.float32)[:, None]
         else:
-            sums = tl.dot(_numbers(codes, None, ASM, MANY, dtype), values, sums)
+            # Not into the sums, of 8 bits either: a warpgroup's product would go on while the next codes come to its registers.
+            part = tl.dot(_numbers(codes, zero if BITS == 4 else None, ASM, MANY, dtype), values)
+            sums += part * scale.to(tl.float32)[:, None]
     if WIDE:
         sums = tl.sum(tl.reshape(sums, (N, ROWS, WIDE)), 2)
     target = row.to(tl.int64)[None, :] * outputs + out[:, None]
@@ -255,8 +256,6 @@ def _tiles(
     counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     last, sums = summed(sums, partial, counter, split, rows.to(tl.int64) * outputs, target, inside, SPLITS)
     if last:
-        if BITS == 8:
-            sums *= tl.load(scales + out, there, 0.0).to(tl.float32)[:, None]
         if BIAS:
             sums += tl.load(bias + out, there, 0.0).to(tl.float32)[:, None]
         tl.store(y + target, sums.to(dtype), inside)

@@ -5,6 +5,7 @@ In float16: the interpreter knows no products of bfloat16.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -226,6 +227,7 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     program = rounding(program, "token", 1)
     (tmp_path / "program.json").write_bytes(program.to_json())
     told = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    told |= {"TRITON_KERNEL_DUMP": "1", "TRITON_DUMP_DIR": str(tmp_path / "dump")}
     command = [sys.executable, "-m", "executor_svc.compile", str(tmp_path / "program.json")]
     command += ["--limits", json.dumps(limits), "--out", str(tmp_path / "kernels"), "--compute-capability", "9.0"]
     done = subprocess.run(command, capture_output=True, text=True, env=told, cwd=Path(__file__).parents[2])
@@ -233,6 +235,12 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     unpack((tmp_path / "kernels").read_bytes(), tmp_path)
     found = {path.stem for path in tmp_path.rglob("*.cubin")}
     assert found >= {"_tiles", "_expand", "_gemv", "_norm", "_bulk", "_rope_write", "_decode"}, found
+    # A product of a warpgroup whose tall side is in registers has ended before the next tile is loaded into them.
+    dumped = [path.read_text() for path in tmp_path.rglob("_tiles.ttgir")]
+    by_registers = [text for text in dumped if re.search(r"warp_group_dot .*: tensor<.* \* !ttg.memdesc", text)]
+    assert by_registers
+    for text in by_registers:
+        assert set(re.findall(r"pendings = (\d+)", text)) == {"0"}
 
 
 @pytest.mark.parametrize("static", [False, True])
