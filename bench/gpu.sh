@@ -59,6 +59,7 @@ timed() {
   one_gpu
   bench fp8 240 gpu --tune --model $of_8b-fp8 --profile 1 256
   bench start 400 start
+  bench start_fp8 300 start --model $of_8b-fp8
   bench fp8_kv 180 gpu --tune --model $of_8b-fp8 --kv-cache-dtype fp8 --only mixed_s itl_ms_b256 --profile 256
   bench grpc 240 gpu_grpc --rounds 3
   bench int4 300 gpu --tune --model $of_8b-int4 --only itl_ms_b1 itl_ms_b8 itl_ms_b64
@@ -68,7 +69,7 @@ timed() {
 
 checks() {
   bench load 780 gpu_load --minutes 10 --kv-blocks 600 &
-  run tests 900 "$python" -m pytest tests/gpu --ignore tests/gpu/test_gpu_ranks.py -p no:benchmark -n 4 -rfE --durations 20 \
+  run tests 900 "$python" -m pytest tests/gpu --ignore tests/gpu/test_gpu_ranks.py -p no:benchmark -n 8 -rfE --durations 20 \
     --junitxml "$out/tests.xml" &
   {
     run sanitize 300 bench/sanitize.sh
@@ -88,6 +89,7 @@ ranks() {
   ranks_of pp2_batch512 200 --tune --pp 2 --batch 512 --only mixed_s
   ranks_of pp2_tokens1024 200 --tune --pp 2 --batch 512 --tokens 1024 --only mixed_s
   ranks_of 70b_tp2 300 --tune --tp 2 --model bench/models/llama-3.1-70b --only itl_ms_b1 mixed_s --requests 256
+  bench start_ranks_memory 300 start_ranks --gigabytes 16 --tp 2 --rounds 2 --dir /dev/shm  # of a store that no disk limits
   bench start_ranks 500 start_ranks --gigabytes 16 --tp 2 --rounds 2
 }
 
@@ -96,7 +98,6 @@ more() {
   [ ! -f "$model" ] || bench real 200 real "$model"
   bench sampling 120 sampling
   bench products_packed 300 products --kind int4 int8 w8a8
-  bench start_fp8 300 start --model $of_8b-fp8
   bench products 300 products --kind fp8 dense
   bench attention 300 attention
   wait
