@@ -69,7 +69,7 @@ timed() {
 
 checks() {
   bench load 780 gpu_load --minutes 10 --kv-blocks 600 &
-  run tests 900 "$python" -m pytest tests/gpu --ignore tests/gpu/test_gpu_ranks.py -p no:benchmark -n 8 -rfE --durations 20 \
+  run tests 900 "$python" -m pytest tests/gpu --ignore tests/gpu/test_gpu_ranks.py -p no:benchmark -n 8 -vv -rfE --durations 20 \
     --junitxml "$out/tests.xml" &
   {
     run sanitize 300 bench/sanitize.sh
@@ -80,14 +80,14 @@ checks() {
 }
 
 ranks() {
-  run rank_tests 300 "$python" -m pytest tests/gpu/test_gpu_ranks.py -rfE --durations 20
+  run rank_tests 300 "$python" -m pytest tests/gpu/test_gpu_ranks.py -vv -rfE --durations 20
   run all_reduce 120 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.all_reduce --out "$out/all_reduce.json"
   ranks_of tp2 200 --tune --tp 2 --only itl_ms_b1 itl_ms_b64 ttft_ms_4096 mixed_s
   ENGINEHOUSE_ALL_REDUCE_BYTES=0 ranks_of tp2_nccl 150 --tune --tp 2 --only itl_ms_b1 itl_ms_b64 ttft_ms_4096
   one_gpu
   ranks_of pp2 200 --tune --pp 2 --only mixed_s itl_ms_b1
   ranks_of pp2_batch512 200 --tune --pp 2 --batch 512 --only mixed_s
-  ranks_of pp2_tokens1024 200 --tune --pp 2 --batch 512 --tokens 1024 --only mixed_s
+  ranks_of pp2_tokens1024 200 --tune --pp 2 --batch 512 --tokens 1024 --only mixed_s itl_ms_b1
   ranks_of 70b_tp2 300 --tune --tp 2 --model bench/models/llama-3.1-70b --only itl_ms_b1 mixed_s --requests 256
   bench start_ranks_memory 300 start_ranks --gigabytes 16 --tp 2 --rounds 2 --dir /dev/shm  # of a store that no disk limits
   bench start_ranks 500 start_ranks --gigabytes 16 --tp 2 --rounds 2

@@ -87,8 +87,8 @@ class SchedulerConfig:
     Attributes:
         max_in_flight: batches between schedule and commit.
         places: of a pipeline, each of which works on a batch of its own.
-        future_tokens: whether a runner can take as input a token that a batch in flight is still sampling, if that is no later
-            than the places'th before; in a pipeline only of one that is `drawn`.
+        future_tokens: whether a runner can take as input a token that a batch in flight is still sampling; in a pipeline only of
+            one that is `drawn`.
         mixed_batches: whether one batch may hold prompts and decodes.
         prefix_cache: whether blocks may be shared between sequences.
         max_waiting: sequences beside the max_batch_size that can run; one more is refused.
@@ -157,7 +157,7 @@ class Sequence:
         num_computed: tokens whose keys are in the cache, counting those of batches in flight.
         num_cached: prompt tokens that the prefix cache had at first admission; None before.
         pending: tokens being sampled by batches in flight. in_flight: batches in flight that hold it.
-        taken_from: the first step of a pipeline that may take the last of the pending tokens.
+        sampled_by: the step of a pipeline that samples the last of the pending tokens; infinite if the host is to choose it.
         emitted: whether a token of it has been emitted. finish: set once; from then on it is in no new batch.
         most_tokens, most_blocks: that it can come to, and their blocks; set when it is added.
         track: for metrics and logs, which the worker's tally keeps; nothing else looks at it.
@@ -193,7 +193,7 @@ class Sequence:
     num_cached: int | None = None
     pending: int = 0
     in_flight: int = 0
-    taken_from: float = 0
+    sampled_by: float = 0
     emitted: bool = False
     finish: Finish | None = None
     most_tokens: int = 0
@@ -269,10 +269,15 @@ class Scheduled(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's work."""
+    """One step's work.
+
+    Attributes:
+        apart: so many steps before it sample nothing that it takes.
+    """
 
     step: int
     items: tuple[Scheduled, ...]
+    apart: int = 0
 
     @cached_property
     def drawn(self) -> bool:

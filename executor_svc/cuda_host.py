@@ -43,6 +43,11 @@ class HostMemory:
         moved = self.pin(*parts).to(self._device, non_blocking=True)
         return list(moved.split([len(part) for part in parts]))
 
+    def column(self, values: np.ndarray) -> Tensor:
+        """A column by itself, on the device when the stream comes to it."""
+        column = torch.from_numpy(values)
+        return (column.pin_memory() if self._on_gpu else column).to(self._device, non_blocking=True)
+
     def fetch(self, tokens: Tensor) -> tuple[Tensor, Any]:
         """The batch's tokens on their way to the host: they are there when the event, if there is one, has passed."""
         found = self._tokens[self._turn][: len(tokens)]

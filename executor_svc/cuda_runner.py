@@ -3,6 +3,7 @@
 A step in the stream: its columns come from a pinned buffer; `stage` fills in tokens that only the device knows, and finds each
 token's row of the cache; the program runs; a token of each row is drawn and kept by table row, where the next step finds it,
 and sent to the host. Nothing waits for the host but batches with a row whose logits are edited, or of which more is told.
+In a pipeline the first place gets tokens from the last (`first_place.py`).
 """
 
 import functools
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import Internal
 from engine.manifest import Limits
 from engine.program import ROPE_LENGTHS, Program
 from executor_svc.core import Batch, Sampled
 from executor_svc.cuda_graphs import Graph, memory, shapes
 from executor_svc.cuda_host import HostMemory
 from executor_svc.cuda_layout import NOTHING, CudaLayout, HostStep, Shape, draws, largest
+from executor_svc.first_place import FirstPlace
 from executor_svc.group import ALONE, Group, bind
 from executor_svc.interpreter import Interpreter
 from executor_svc.kernels import fp8, implementations
@@ -34,6 +35,7 @@ from executor_svc.kernels.tactics import RULE, Table
 from executor_svc.kernels.target import roomy
 from executor_svc.peers import open_buffers, summing
 from executor_svc.plans import unpack
+from executor_svc.prompt_rows import MAX_PROMPT_ROWS
 from executor_svc.rope_lengths import rope_lengths
 from executor_svc.runner import BLOCK_SIZE, Capabilities, cache_blocks, caches
 from executor_svc.sampler import answer
@@ -106,7 +108,9 @@ class CudaRunner:
         self._interpreter = Interpreter(fused, weights, operators)
         per_sequence = -(-limits.max_seq_len // BLOCK_SIZE)
         # one block more takes the keys of rows that only fill a graph up
-        steps = memory(fused, limits)
+        in_flight = group.pp_size - 1 + IN_FLIGHT
+        home = in_flight * 4 * group.agree_on_logits(program) * (limits.max_batch_size + MAX_PROMPT_ROWS)
+        steps = memory(fused, limits) + home
         share = _KV_SHARE if kv_share is None else kv_share
         capped = kv_share is not None
         num_blocks = group.least(
@@ -123,13 +127,9 @@ class CudaRunner:
         self._by_length = ROPE_LENGTHS in program.inputs
         self._layout = CudaLayout(limits.max_batch_size, per_sequence, rope_lengths=self._by_length)
         self._flights: deque[_Flight] = deque()
-        self._piped = group.pp_size > 1
-        self._leads = self._piped and group.rank < group.tp_size
-        self._coming: deque[Any] = deque()  # events behind the tokens of steps, of which later ones wait for the oldest
-        in_flight = group.pp_size - 1 + IN_FLIGHT
         self._host = HostMemory(self._device, in_flight, max(limits.max_num_tokens, rows) * 12 + 4096, rows)
-        self._home = torch.cuda.Stream() if self._leads and self._on_gpu else None  # waits for tokens and nothing else
-        group.agree_on_logits(program)
+        self._piped = group.pp_size > 1
+        self._first = FirstPlace(group, self._host, self._last) if self._piped and group.rank < group.tp_size else None
         self.capabilities = Capabilities(
             num_blocks,
             BLOCK_SIZE,
@@ -160,13 +160,14 @@ class CudaRunner:
     @torch.inference_mode()
     def start(self, batch: Batch) -> None:
         layout, logits, sampled = self._launch(batch)
-        if self._leads:
-            self._flights.append(self._await(layout, batch))
+        if self._first:
+            received = self._first.receive(layout, drawn=batch.drawn)
+            self._flights.append(_Flight(*received, batch=None if batch.drawn else batch))
         elif batch.drawn:
             self._flights.append(_Flight(*self._host.fetch(sampled[: len(layout.samples)])))
         else:
             found = answer(logits[: layout.num_logits].float(), batch)
-            self._keep(layout, self._column(np.array(found.token_ids, dtype=np.int32)))
+            self._keep(layout, self._host.column(np.array(found.token_ids, dtype=np.int32)))
             self._flights.append(_Flight(sampled[:0], sampled=found))
 
     def _launch(self, batch: Batch) -> tuple[HostStep, Tensor, Tensor]:
@@ -175,36 +176,21 @@ class CudaRunner:
         items = [item for item in batch.items if item.samples]
         random = draws(items, layout.sampling_rows) if batch.drawn else NOTHING
         limited = len(random) > 0 and any(item.sequence.sampling.limited for item in items)
-        self._group.tell({**vars(layout), "random": random, "drawn": batch.drawn, "limited": limited})
-        return layout, *self._compute_step(layout, random, limited=limited)
-
-    def _await(self, layout: HostStep, batch: Batch) -> _Flight:
-        with torch.cuda.stream(self._home):  # of None: no stream
-            brought = self._bring(layout, drawn=batch.drawn)
-            if brought is None:
-                raise Internal("no rank sends tokens or logits")
-            return _Flight(*self._host.fetch(brought)) if batch.drawn else _Flight(brought, batch=batch)
-
-    def _bring(self, layout: HostStep, *, drawn: bool) -> Tensor | None:
-        """In a pipeline's first place: tokens as soon as the last place has drawn them, and keeps them; else rank 0's logits."""
-        with torch.cuda.stream(self._home):
-            if not drawn:
-                brought = self._group.bring_home(None, layout.num_logits)
-            elif (brought := self._group.bring_tokens(None, len(layout.samples))) is not None:
-                keep(self._last, self._column(layout.sampling_rows), brought)
-            self._coming.append(self._home.record_event() if self._home else None)
-        return brought
+        self._group.tell(
+            {**vars(layout), "random": random, "drawn": batch.drawn, "limited": limited, "apart": batch.apart}
+        )
+        return layout, *self._compute_step(layout, random, limited=limited, apart=batch.apart)
 
     @torch.inference_mode()
     def follow(self, plan: bytes) -> None:
         """Computes this rank's part of a step that rank 0 has started."""
         values = unpack(plan)
-        random, drawn, limited = (values.pop(name) for name in ("random", "drawn", "limited"))
+        random, drawn, limited, apart = (values.pop(name) for name in ("random", "drawn", "limited", "apart"))
         layout = HostStep(**values)
-        logits, sampled = self._compute_step(layout, random, limited=limited)
+        logits, sampled = self._compute_step(layout, random, limited=limited, apart=apart)
         count = len(layout.samples)
-        if self._leads:
-            self._bring(layout, drawn=drawn)
+        if self._first:
+            self._first.receive(layout, drawn=drawn)
         elif self._piped and drawn:
             self._group.bring_tokens(sampled[:count], count)
         elif self._piped:
@@ -212,14 +198,15 @@ class CudaRunner:
         elif not drawn:
             self._keep(layout, torch.empty(count, dtype=torch.int32, device=self._device))
 
-    def _compute_step(self, layout: HostStep, random: np.ndarray, *, limited: bool) -> tuple[Tensor, Tensor]:
+    def _compute_step(
+        self, layout: HostStep, random: np.ndarray, *, limited: bool, apart: int
+    ) -> tuple[Tensor, Tensor]:
         """A step's logits and the tokens of its samples, the most probable ones but where `random` says otherwise.
 
         A place of a pipeline that has no logits has no tokens.
         """
-        while len(self._coming) >= self._group.pp_size:
-            if event := self._coming.popleft():
-                event.wait()
+        if self._first:
+            self._first.wait(apart)
         graph = next((graph for graph in self.graphs if graph.shape.fits(layout)), None)
         logits, sampled, moved = self._replay(graph, layout, random) if graph else self._run(layout, random)
         if len(random) and logits.dim() > 1:
@@ -230,17 +217,16 @@ class CudaRunner:
     def _keep(self, layout: HostStep, tokens: Tensor) -> None:
         """Keeps tokens that rank 0 has chosen."""
         if len(tokens):
-            keep(self._last, self._column(layout.sampling_rows), self._group.from_leader(tokens))
+            keep(self._last, self._host.column(layout.sampling_rows), self._group.from_leader(tokens))
 
     def finish(self) -> Sampled:
         flight = self._flights.popleft()
-        if flight.batch is not None:
-            with torch.inference_mode(), torch.cuda.stream(self._home):
-                return answer(flight.tokens, flight.batch)
         if flight.sampled is not None:
             return flight.sampled
         if flight.event is not None:
             flight.event.synchronize()
+        if self._first and flight.batch is not None:
+            return self._first.answer(flight.tokens, flight.batch)
         return Sampled(flight.tokens.tolist())
 
     def _run(self, layout: HostStep, random: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -343,7 +329,3 @@ class CudaRunner:
         return DeviceStep(
             [], [], self._tables, slots, self._k, self._v, num_decodes, rows, lengths, self._arrived, starts, *tiles
         )
-
-    def _column(self, values: np.ndarray) -> Tensor:
-        column = torch.from_numpy(values)
-        return (column.pin_memory() if self._on_gpu else column).to(self._device, non_blocking=True)

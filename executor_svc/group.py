@@ -52,8 +52,9 @@ class Group:
         """
         raise Internal("a rank that is alone has nobody to follow")
 
-    def agree_on_logits(self, program: Program) -> None:
-        """To be called once, with the rank's own program, before `bring_home`: says how wide logits are."""
+    def agree_on_logits(self, program: Program) -> int:  # noqa: ARG002
+        """To be called once, with the rank's own program, before `bring_home`: how wide logits are that come here; 0 for none."""
+        return 0
 
     def bring_home(self, logits: Tensor | None, rows: int) -> Tensor | None:  # noqa: ARG002
         """Takes float32 logits [rows, vocab_size] from the pipeline's last place to rank 0; what is not there is None."""

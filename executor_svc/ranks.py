@@ -76,7 +76,7 @@ class Ranks(Group):
         self.least(0)  # connects, which takes memory of a GPU's
         self.all_reduce(torch.zeros(1, device=self._device))
         if self._home is not None:
-            dist.broadcast(torch.zeros(1, device=self._device), rank % self.tp_size, self._home)
+            self._bring(torch.zeros(1, device=self._device) if rank >= self._end else None, (1,), torch.float32)
         self._followers: list[FrameSocket] = []
         if rank == 0:
             self._followers = _gather(store, host, self.size)
@@ -114,14 +114,13 @@ class Ranks(Group):
             for plan in plans:
                 runner.follow(plan)
 
-    def agree_on_logits(self, program: Program) -> None:
-        if self.pp_size == 1:
-            return
-        if self.rank == self._end:
+    def agree_on_logits(self, program: Program) -> int:
+        if self.pp_size > 1 and self.rank == self._end:
             types = {value.name: value.type for op in program.ops for value in op.outputs}
             self._store.set("vocab_size", str(types[program.outputs[0]].shape[1]))
-        if self.rank == 0:
+        if self.pp_size > 1 and self.rank == 0:
             self._vocab_size = int(self._store.get("vocab_size"))
+        return self._vocab_size
 
     def bring_home(self, logits: Tensor | None, rows: int) -> Tensor | None:
         if self.rank not in (0, self._end):

@@ -133,28 +133,19 @@ class Scheduler:
         if len(self._in_flight) >= self.config.max_in_flight:
             return None
         items: list[Scheduled] = []
-        decodes, prompts = self._ready()
-        if self._switch < math.inf:
-            decodes = self._begin_grown_again(decodes)
-        if self.config.mixed_batches:
-            self._schedule_decodes(decodes, items)
-            self._schedule_prompts(prompts, items)
-        else:  # in turn, so that neither waits for the end of the other
-            first, second = (self._schedule_decodes, decodes), (self._schedule_prompts, prompts)
-            if self._decoded:
-                first, second = second, first
-            for schedule, ready in (first, second):
-                if not items:
-                    schedule(ready, items)
-            self._decoded = bool(items) and items[0].sequence in decodes
+        apart = self.config.places - 1  # steps that other places compute meanwhile
+        self._choose(items, apart)
+        if not items and apart:  # none is ready but what such a step samples
+            apart = 0
+            self._choose(items, apart)
         if not items:
             return None
         self._steps += 1
-        batch = Batch(self._steps, tuple(items))
+        batch = Batch(self._steps, tuple(items), apart)
         if self.config.places > 1:
-            taken_from = batch.step + self.config.places if batch.drawn else math.inf
+            sampled_by = batch.step if batch.drawn else math.inf
             for item in items:
-                item.sequence.taken_from = taken_from
+                item.sequence.sampled_by = sampled_by
         self._in_flight.append(batch)
         return batch
 
@@ -265,14 +256,34 @@ class Scheduler:
             retry_after=wait,
         )
 
-    def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Running sequences that can be in the next batch, by rank: those that lack one token, and those that lack more."""
+    def _choose(self, items: list[Scheduled], apart: int) -> None:
+        """Fills the next batch, of what takes nothing that so many steps before it sample."""
+        decodes, prompts = self._ready(self._steps - apart)
+        if self._switch < math.inf:
+            decodes = self._begin_grown_again(decodes)
+        if self.config.mixed_batches:
+            self._schedule_decodes(decodes, items)
+            self._schedule_prompts(prompts, items)
+        else:  # in turn, so that neither waits for the end of the other
+            first, second = (self._schedule_decodes, decodes), (self._schedule_prompts, prompts)
+            if self._decoded:
+                first, second = second, first
+            for schedule, ready in (first, second):
+                if not items:
+                    schedule(ready, items)
+            self._decoded = bool(items) and items[0].sequence in decodes
+
+    def _ready(self, step: int) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences that can be in the next batch, by rank: those that lack one token, and those that lack more.
+
+        Their other tokens are known, or sampled up to a step.
+        """
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
-        future, step = self.config.future_tokens, self._steps + 1
+        future = self.config.future_tokens
         for sequence in self.running:
             pending = sequence.pending
-            if pending and (not future or sequence.needs_tokens or sequence.taken_from > step):
+            if pending and (not future or sequence.needs_tokens or sequence.sampled_by > step):
                 continue
             num_tokens = len(sequence.token_ids) + pending
             if num_tokens >= sequence.most_tokens:
@@ -292,7 +303,8 @@ class Scheduler:
 
     def _schedule_decodes(self, decodes: list[Sequence], items: list[Scheduled]) -> None:
         block_size = self.config.block_size
-        decodes = decodes[: -(-len(self.running) // self.config.places)]  # each place has its share
+        places = self.config.places  # each has its share, which differ by one at most
+        decodes = decodes[: max(1, (len(self.running) + places - 1 - self._steps % places) // places)]
         for sequence in decodes:
             start, room = sequence.num_computed, len(sequence.blocks) * block_size
             # A sequence without blocks was preempted just now.

@@ -123,7 +123,7 @@ class ExecutorServicer:
         self._telemetry.watch(worker)
         worker.ready.add_done_callback(lambda ready: ready.exception() or self._wanted.update({engine_id: kv_memory}))
         await worker.start(self._spares, self._machines, kv_memory, left)
-        self._run(self._prepare(worker))
+        self._run(self._prepare_load(worker))
         return worker
 
     async def _check_room(self, engine_id: str, kv_memory: int) -> None:
@@ -141,7 +141,7 @@ class ExecutorServicer:
         sizes = weights(self._store, manifest, self._device, machines=self._machines.count)
         Budget(self._device, free, left).check(manifest, sizes, kv_memory or None)
 
-    async def _prepare(self, worker: WorkerProcess) -> None:
+    async def _prepare_load(self, worker: WorkerProcess) -> None:
         """Starts an engine's other ranks, and reads weights ahead, before rank 0, which still imports torch, asks for them."""
         with contextlib.suppress(EnginehouseError, OSError):  # of which rank 0 tells
             manifest = await asyncio.to_thread(registry.manifest, self._store, worker.engine_id)

@@ -8,6 +8,8 @@ from executor_svc.core import Batch, Sequence
 class TableRows:
     """Gives rows out. One that is wanted again is taken from the sequence which has been absent from batches for longest.
 
+    But from none of which a token is pending, since the device keeps that by row: there is always one that does not run.
+
     A sequence's `blocks` only ever grows in place; for anything else, giving its blocks back above all, it gets another
     list. So what a row holds is known by the list that it was made of.
 
@@ -47,7 +49,7 @@ class TableRows:
     def _take(self, sequence: Sequence) -> int:
         """A row for a sequence that has none."""
         if not self._free:
-            absent = next(iter(self._rows))
+            absent = next(one for one in self._rows if one.finish is not None or not one.pending)
             self._free.append(self._rows.pop(absent))
         row = self._rows[sequence] = self._free.pop()
         return row

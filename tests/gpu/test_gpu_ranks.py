@@ -18,11 +18,12 @@ from tests.unit.peers_harness import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
-# All of them take the most probable token: in the graph, by drawing one of one, and on the host.
+# All of them take the most probable token: in the graph, by drawing one of one, on the host, and until one of many comes.
 WAYS = (
     SamplingParams(max_tokens=48, ignore_eos=True),
     SamplingParams(max_tokens=48, ignore_eos=True, temperature=1.0, top_k=1, seed=3),
     SamplingParams(max_tokens=48, ignore_eos=True, logprobs=1),
+    SamplingParams(max_tokens=48, ignore_eos=True, stop_token_ids=list(range(0, 500, 20))),
 )
 
 
@@ -39,8 +40,9 @@ def test_ranks_give_the_tokens_of_one(tp: int, pp: int, dtype: str, tmp_path: Pa
     with GenerationExecutor(several) as executor:
         results = [executor.generate_async(prompt, params) for prompt, params in work]
         tokens = [result.result().outputs[0].token_ids for result in results]
-    for (prompt, _), found in zip(work, tokens, strict=True):
-        assert len(found) == 48
+    assert len({len(found) for found in tokens[len(WAYS) - 1 :: len(WAYS)]}) > 2  # they end one by one
+    for (prompt, params), found in zip(work, tokens, strict=True):
+        assert len(found) == 48 or params is WAYS[-1]
         sequence = Sequence(0, 0, [*prompt, *found], len(prompt), len(found))
         assert shortfall(one, sequence).max() <= 0.02
 

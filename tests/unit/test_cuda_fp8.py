@@ -142,6 +142,7 @@ def test_attention_over_a_cache_of_8_bits(head_dim: int, fused: bool, monkeypatc
     assert len(taken) == (fused and head_dim == 64)
 
 
+@pytest.mark.drill
 def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """At an 8B's sizes: the interpreter takes what the compiler does not, and more shared memory than there is."""
     config = json.loads((LARGE / "config.json").read_text()) | {"num_hidden_layers": 1, "vocab_size": 1024}

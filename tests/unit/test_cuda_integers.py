@@ -238,7 +238,10 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     # A product of a warpgroup whose tall side is in registers has ended before the next tile is loaded into them.
     dumped = [path.read_text() for path in tmp_path.rglob("_tiles.ttgir")]
     by_registers = [text for text in dumped if re.search(r"warp_group_dot .*: tensor<.* \* !ttg.memdesc", text)]
-    assert by_registers
+    assert {re.search(r"%weight: !tt.ptr<(\w+)>", text)[1] for text in by_registers} == {
+        "i8",
+        "i16",
+    }  # of 4 bits, and of 8
     for text in by_registers:
         assert set(re.findall(r"pendings = (\d+)", text)) == {"0"}
 

@@ -246,6 +246,8 @@ def test_reading_ahead_brings_a_part_into_the_page_cache(directory: DirectorySto
             return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
         except BlockingIOError:
             return False
+        except OSError:
+            pytest.skip("this file system does not tell what is cached")
 
     try:
         os.fsync(file)

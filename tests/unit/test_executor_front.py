@@ -123,11 +123,12 @@ class Reading(DirectoryStore):
 
 @pytest.mark.parametrize("most", [1, 100])
 async def test_weights_are_read_ahead_while_the_worker_imports(tmp_path: Path, most: int) -> None:
-    """In order, in one thread, as long as the store keeps them and no worker has begun to read."""
+    """In order, as long as the store keeps them and no worker has begun to read."""
     checkpoint = save_checkpoint(tmp_path / "model", vocab_size=20_000)
     manifest = build(checkpoint, BuildConfig(device="cpu", max_seq_len=64), store=DirectoryStore(tmp_path)).manifest
     store = Reading(tmp_path, most)
-    never = Spares([], program=("-c", "import time; time.sleep(60)"))
+    deaf = "import socket, sys\nfront = socket.socket(fileno=int(sys.argv[2]))\nwhile front.recv(4096): pass"
+    never = Spares([], program=("-c", deaf))
     servicer = ExecutorServicer(str(tmp_path), "cpu", never)
     servicer._store = store
     worker = await servicer.load(manifest.engine_id)
@@ -137,6 +138,6 @@ async def test_weights_are_read_ahead_while_the_worker_imports(tmp_path: Path, m
     assert len(parts) > 1 and store.parts == parts[:most] and not worker.arriving
     worker.progress.bytes_done = 1
     store.parts.clear()
-    await servicer._prepare(worker)
+    await servicer._prepare_load(worker)
     assert store.parts == []
     await servicer.close()

@@ -20,6 +20,7 @@ from executor_svc.kv_cache import KVCache
 from executor_svc.pace import Pace
 from executor_svc.rope_lengths import RopeLengths
 from executor_svc.scheduler import Scheduler
+from executor_svc.table_rows import TableRows
 
 VOCAB = 50
 EOS = 0
@@ -46,23 +47,28 @@ class BlockRunner:
         self.results: deque[Sampled] = deque()
         self.unknown: dict[Sequence, list[int]] = {}  # sampled, not committed: what a device would know
         self.sampled: dict[Sequence, Batch] = {}  # the last batch that did
+        self.rows = TableRows(config.max_batch_size, lambda *_: None)
+        self.last = [-1] * config.max_batch_size  # by row: what a device's next step finds
+        self.coming: deque[tuple[int, list[tuple[int, int]]]] = deque()  # steps with what is to be kept of them
 
     def start(self, batch: Batch) -> None:
         size, tokens = self.config.block_size, []
         assert sum(item.count for item in batch.items) <= self.config.max_num_tokens
         assert len(batch.items) <= self.config.max_batch_size
-        for item in batch.items:
+        while self.coming and self.coming[0][0] < batch.step - batch.apart:
+            for row, token in self.coming.popleft()[1]:
+                self.last[row] = token
+        kept = []
+        for item, row in zip(batch.items, self.rows.of(batch), strict=True):
             sequence = item.sequence
             assert item.count > 0
             assert item.start + item.count < sequence.prompt_len + sequence.max_tokens, "its last token is no input"
             unknown = self.unknown.get(sequence, [])
             assert self.config.future_tokens or not unknown, "its last token is not known yet"
             known = sequence.token_ids + unknown
-            if len(sequence.token_ids) < item.start + item.count and self.config.places > 1:
-                before = self.sampled[sequence]
-                assert before.drawn and batch.step - before.step >= self.config.places, (
-                    "another place has its last token"
-                )
+            if len(sequence.token_ids) < item.start + item.count:
+                assert self.config.places == 1 or self.sampled[sequence].drawn, "the host has its last token"
+                assert self.last[row] == known[-1], "another sequence's token, or an older one"
             for at in range(item.start, item.start + item.count):
                 key = cell(self.config, known[at], max(sequence.rope_length, at + 1))
                 self.memory[sequence.blocks[at // size]][at % size] = key
@@ -72,7 +78,9 @@ class BlockRunner:
                 token = next_token(seen)
                 self.unknown.setdefault(sequence, []).append(token)
                 self.sampled[sequence] = batch
+                kept.append((row, token))
                 tokens.append(token)
+        self.coming.append((batch.step, kept))
         self.results.append(Sampled(tokens))
 
     def finish(self, batch: Batch) -> Sampled:
@@ -118,8 +126,8 @@ prompts = st.one_of(
 )
 actions = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), prompts, st.integers(1, 12), st.integers(-1, 1)),
-        st.tuples(st.just("add"), prompts, st.integers(8, 12), st.integers(-1, 1)),
+        st.tuples(st.just("add"), prompts, st.integers(1, 12), st.integers(-1, 1), st.booleans()),
+        st.tuples(st.just("add"), prompts, st.integers(8, 12), st.integers(-1, 1), st.just(False)),
         st.tuples(st.just("step"), st.integers(1, 6)),
         st.tuples(st.just("cancel"), st.integers(0, 30)),
     ),
@@ -158,14 +166,14 @@ def test_every_sequence_gets_its_own_text_and_every_block_comes_back(config: Sch
 
     for action in script:
         if action[0] == "add":
-            _, prompt, max_tokens, priority = action
+            _, prompt, max_tokens, priority, edited = action
             sequence = Sequence(
                 0,
                 len(sequences),
                 list(prompt),
                 len(prompt),
                 max_tokens,
-                Sampling(0.0),
+                Sampling(0.0, logit_bias=((1, 0.0),) if edited else ()),
                 frozenset({EOS}),
                 priority=priority,
             )
@@ -505,7 +513,22 @@ def test_places_share_the_decodes(at_once: int, future: bool) -> None:
         most = max(most, len(in_flight))
         first = in_flight.popleft()
         scheduler.commit(first, runner.finish(first))
-    assert sizes == [5, *[3, 2] * 5] and most == at_once
+    assert sizes == [5, *[2, 3] * 5] and most == at_once
+
+
+@pytest.mark.parametrize("places", [2, 3])
+def test_nobody_gets_the_row_of_a_token_that_the_device_alone_knows(places: int) -> None:
+    """Where sequences end by themselves, and others come in their place."""
+    config = config_of(max_in_flight=places + 1, places=places, future_tokens=True, max_batch_size=4)
+    scheduler, runner, in_flight = Scheduler(config), BlockRunner(config), deque[Batch]()
+    for number in range(100):
+        scheduler.add(sequence_of([number % (VOCAB - 1) + 1, number % 7 + 1], 20, eos_ids=frozenset({EOS, 1, 2})))
+    while not scheduler.idle:
+        while batch := scheduler.schedule():
+            runner.start(batch)
+            in_flight.append(batch)
+        first = in_flight.popleft()
+        scheduler.commit(first, runner.finish(first))
 
 
 def test_tokens_that_are_chosen_on_the_host_are_waited_for() -> None:
@@ -530,7 +553,19 @@ def test_tokens_that_are_chosen_on_the_host_are_waited_for() -> None:
     assert fourth is not None and fourth.items[0].sequence is batches[1].items[0].sequence and len(fourth.items) == 1
     runner.start(fourth)
     scheduler.commit(batches[1], runner.finish(batches[1]))
-    assert scheduler.schedule() is None
+    fifth = scheduler.schedule()
+    assert fifth is not None and fifth.items[0].sequence is batches[1].items[0].sequence and len(fifth.items) == 1
+
+
+def test_a_sequence_alone_need_not_wait_for_the_host() -> None:
+    """Its steps in a pipeline are queued one behind another."""
+    config = config_of(max_in_flight=3, places=2, future_tokens=True)
+    scheduler, runner = Scheduler(config), BlockRunner(config)
+    scheduler.add(sequence_of([1, 2], 6))
+    for _ in range(3):
+        batch = scheduler.schedule()
+        assert batch is not None
+        runner.start(batch)
 
 
 def test_integrity_check_sees_a_lost_and_a_stolen_block() -> None:
