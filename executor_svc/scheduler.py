@@ -133,15 +133,18 @@ class Scheduler:
         if len(self._in_flight) >= self.config.max_in_flight:
             return None
         items: list[Scheduled] = []
-        apart = self.config.places - 1  # steps that other places compute meanwhile
-        self._choose(items, apart)
-        if not items and apart:  # none is ready but what such a step samples
-            apart = 0
+        # In a pipeline other places compute the steps before meanwhile. What takes nothing of theirs comes first; what does is
+        # queued, but no more of it than one step beyond what is computed at once: newcomers would wait behind it.
+        for apart in range(self.config.places - 1, -1, -1):
+            if len(self._in_flight) > apart + self.config.max_in_flight - self.config.places:
+                break
             self._choose(items, apart)
+            if items:
+                break
         if not items:
             return None
         self._steps += 1
-        batch = Batch(self._steps, tuple(items), apart)
+        batch = Batch(self._steps, tuple(items), self._apart(items))
         if self.config.places > 1:
             sampled_by = batch.step if batch.drawn else math.inf
             for item in items:
@@ -272,6 +275,14 @@ class Scheduler:
                 if not items:
                     schedule(ready, items)
             self._decoded = bool(items) and items[0].sequence in decodes
+
+    def _apart(self, items: list[Scheduled]) -> int:
+        """So many steps before the newest sample nothing that its items take."""
+        apart: float = self.config.max_in_flight if self.config.places > 1 else 0
+        for sequence, start, count, _, _ in items if apart else ():
+            if start + count > len(sequence.token_ids):
+                apart = min(apart, self._steps - 1 - sequence.sampled_by)
+        return int(apart)
 
     def _ready(self, step: int) -> tuple[list[Sequence], list[Sequence]]:
         """Running sequences that can be in the next batch, by rank: those that lack one token, and those that lack more.
