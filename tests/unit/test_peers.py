@@ -26,7 +26,7 @@ harness = pytest.importorskip("tests.unit.peers_harness")
 archives = pytest.importorskip("executor_svc.kernel_archive")
 
 
-@pytest.mark.parametrize(("ranks", "rounds"), [(2, 5), pytest.param(4, 2, marks=pytest.mark.drill)])
+@pytest.mark.parametrize(("ranks", "rounds"), [(2, 3), pytest.param(4, 2, marks=pytest.mark.drill)])
 def test_sums_equal_the_references(ranks: int, rounds: int) -> None:
     assert harness.run_ranks(ranks, ["tests.unit.peers_harness", "cpu", str(rounds)]) == ["the same\n"] * ranks
 
@@ -105,6 +105,7 @@ def test_a_group_on_several_machines_leaves_it_to_nccl(
     assert bool(ranks.most_shared()) is shared
 
 
+@pytest.mark.drill
 def test_kernels_travel_for_both_ways(plain: Path, tmp_path: Path) -> None:
     """With memory that the ranks share, and without."""
     limits = {"max_batch_size": 1, "max_seq_len": 32, "max_num_tokens": 16}
