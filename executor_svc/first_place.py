@@ -34,7 +34,7 @@ class FirstPlace:
                 event.wait()
 
     def receive(self, layout: HostStep, *, drawn: bool) -> tuple[Tensor, Any]:
-        """A step's tokens, int32 [n] on the host; or float32 logits [n, vocab_size], on rank 0's device and nowhere else.
+        """To rank 0 a step's tokens, int32 [n] on the host, or float32 logits [n, vocab_size] on its device; to others nothing.
 
         They are there when the event, if there is one, has passed.
         """
@@ -48,7 +48,7 @@ class FirstPlace:
                 brought = self._group.bring_home(None, layout.num_logits)
             event = self._stream.record_event() if self._stream else None
             self._coming.append(event)
-            if brought is None:  # it follows, and has nothing to do with logits
+            if self._group.rank:  # it follows, and nobody asks it
                 return self._last[:0], event
             return self._host.fetch(brought) if drawn else (brought, event)
 

@@ -115,10 +115,12 @@ class Ranks(Group):
                 runner.follow(plan)
 
     def agree_on_logits(self, program: Program) -> int:
-        if self.pp_size > 1 and self.rank == self._end:
+        if self.pp_size == 1:
+            return 0
+        if self.rank == self._end:
             types = {value.name: value.type for op in program.ops for value in op.outputs}
             self._store.set("vocab_size", str(types[program.outputs[0]].shape[1]))
-        if self.pp_size > 1 and self.rank == 0:
+        if self.rank == 0:
             self._vocab_size = int(self._store.get("vocab_size"))
         return self._vocab_size
 

@@ -278,8 +278,10 @@ class Scheduler:
 
     def _apart(self, items: list[Scheduled]) -> int:
         """So many steps before the newest sample nothing that its items take."""
-        apart: float = self.config.max_in_flight if self.config.places > 1 else 0
-        for sequence, start, count, _, _ in items if apart else ():
+        if self.config.places == 1:
+            return 0
+        apart: float = self.config.max_in_flight
+        for sequence, start, count, _, _ in items:
             if start + count > len(sequence.token_ids):
                 apart = min(apart, self._steps - 1 - sequence.sampled_by)
         return int(apart)

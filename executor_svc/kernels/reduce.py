@@ -17,7 +17,8 @@ A buffer has two halves, which a row uses by turns, and whoever has read a row l
   device's memory, so that a replayed graph goes on where the last one has ended.
 * It always ends. A program writes a row before it waits for that row, and a few ahead, in the order in which the same program
   of the other ranks waits for them; and there are no more programs than multiprocessors, so that all are on the device at once
-  as soon as the kernels before have ended, whatever other ranks do. What NCCL receives beside them, in a pipeline, leaves room.
+  as soon as the kernels before have ended, whatever other ranks do. In a pipeline NCCL receives beside them, which four GPUs
+  are needed to try.
 * All ranks get the same bits: each adds the same numbers in float32, in the order of the ranks. The sum is then rounded, before
   anything is added to it, as by the operators one after another.
 """

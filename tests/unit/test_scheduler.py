@@ -220,6 +220,20 @@ def run_all(scheduler: Scheduler, runner: BlockRunner) -> None:
         scheduler.check_integrity()
 
 
+def run_ahead(scheduler: Scheduler, runner: BlockRunner) -> tuple[list[int], int]:
+    """As the worker does; the batches' sizes, and how many were in flight at most."""
+    in_flight, sizes, most = deque[Batch](), [], 0
+    while not scheduler.idle:
+        while batch := scheduler.schedule():
+            runner.start(batch)
+            in_flight.append(batch)
+            sizes.append(len(batch.items))
+        most = max(most, len(in_flight))
+        first = in_flight.popleft()
+        scheduler.commit(first, runner.finish(first))
+    return sizes, most
+
+
 def config_of(**changes: int | bool) -> SchedulerConfig:
     defaults = {"num_blocks": 64, "block_size": 4, "max_batch_size": 8, "max_num_tokens": 16, "max_seq_len": 64}
     return SchedulerConfig(**{**defaults, **changes})  # type: ignore[arg-type]
@@ -502,17 +516,7 @@ def test_places_share_the_decodes(at_once: int, future: bool) -> None:
     scheduler, runner = Scheduler(config), BlockRunner(config)
     for number in range(5):
         scheduler.add(sequence_of([number + 1, 2], 6))
-    most = 0
-    in_flight: deque[Batch] = deque()
-    sizes = []
-    while not scheduler.idle:
-        while batch := scheduler.schedule():
-            runner.start(batch)
-            in_flight.append(batch)
-            sizes.append(len(batch.items))
-        most = max(most, len(in_flight))
-        first = in_flight.popleft()
-        scheduler.commit(first, runner.finish(first))
+    sizes, most = run_ahead(scheduler, runner)
     assert sizes == [5, *[2, 3] * 5] and most == at_once
 
 
@@ -520,15 +524,10 @@ def test_places_share_the_decodes(at_once: int, future: bool) -> None:
 def test_nobody_gets_the_row_of_a_token_that_the_device_alone_knows(places: int) -> None:
     """Where sequences end by themselves, and others come in their place."""
     config = config_of(max_in_flight=places + 1, places=places, future_tokens=True, max_batch_size=4)
-    scheduler, runner, in_flight = Scheduler(config), BlockRunner(config), deque[Batch]()
+    scheduler = Scheduler(config)
     for number in range(100):
         scheduler.add(sequence_of([number % (VOCAB - 1) + 1, number % 7 + 1], 20, eos_ids=frozenset({EOS, 1, 2})))
-    while not scheduler.idle:
-        while batch := scheduler.schedule():
-            runner.start(batch)
-            in_flight.append(batch)
-        first = in_flight.popleft()
-        scheduler.commit(first, runner.finish(first))
+    run_ahead(scheduler, BlockRunner(config))
 
 
 def test_tokens_that_are_chosen_on_the_host_are_waited_for() -> None:
