@@ -34,7 +34,6 @@ from executor_svc.cuda_layout import HostStep, trial
 from executor_svc.cuda_runner import CudaRunner
 from executor_svc.group import Group
 from executor_svc.kernel_archive import archive_name, pack
-from executor_svc.kernels.decodes import SPLITS_FOR
 from executor_svc.kernels.tactics import RULE, Table, from_json
 from executor_svc.peer_memory import default_bytes
 
@@ -129,11 +128,14 @@ def compile_kernels(program: Program, limits: Limits, arch: int, cache: Path, ta
 
 
 def steps(limits: Limits) -> Iterator[HostStep]:
-    """Steps that no graph holds: any number of decodes, up to where attention is not split, and prompts.
+    """Steps that no graph holds: decodes, of which each power of 2 may have kernels of its own, and prompts.
 
     Prompts begin and go on, with as many tokens, and rows of logits, as products of few rows have each a kernel of their own for.
     """
-    for decodes in range(1, min(limits.max_batch_size, SPLITS_FOR) + 1):
+    most = limits.max_batch_size
+    for decodes in sorted(
+        {min(most, (1 << power) - less) for power in range(1, most.bit_length() + 1) for less in (0, 1)}
+    ):
         yield trial(decodes)
     for power in range(1, (limits.max_num_tokens - 1).bit_length() + 1):
         for cached in (0, 16):
