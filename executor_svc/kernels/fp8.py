@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from executor_svc.kernels.products import bring_rows, counters, early, summed
+from executor_svc.kernels.products import counters, summed
 from executor_svc.kernels.rows import gated, normed, pdl, to_small, wait_before
 from executor_svc.kernels.target import capability
 
@@ -46,9 +46,10 @@ def _norm(
     x, residual, weight, input_scale, q, scales, total, size, stride, eps,
     ADD: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
-    wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    value = normed(x, residual, weight, total, row, at, size, stride, eps, ADD)
+    factors = tl.load(weight + at, at < size, 0.0)
+    wait_before(PDL)
+    value = normed(x, residual, factors, total, row, at, size, stride, eps, ADD)
     keep(value, input_scale, q, scales, row, at, size, STATIC)
 
 
@@ -108,14 +109,12 @@ def silu_mul(gate_up: Tensor, input_scale: Tensor | None, kind: torch.dtype = F8
 @triton.jit(do_not_specialize=["rows"])
 def _tiles(
     q, q_scales, weight, scales, bias, y, rows, outputs, columns,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     row, out = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
     at = tl.arange(0, K)
     here, there = row < rows, out < outputs
-    first = weight + out.to(tl.int64) * columns
-    bring_rows(first, there, EARLY)
-    ours = first[:, None] + at[None, :]
+    ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
     theirs = q + row.to(tl.int64)[None, :] * columns + at[:, None]
     of_out = tl.load(scales + out, there, 0.0)
     wait_before(PDL)
@@ -136,7 +135,7 @@ def _tiles(
 
 def tiles(
     q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    *, m: int = 64, n: int = 64, k: int = 256, stages: int = 5, warps: int = 4, ahead: int = 0,
+    *, m: int = 64, n: int = 64, k: int = 256, stages: int = 5, warps: int = 4,
 ) -> Tensor:  # fmt: skip
     """The product for any number of rows, of which a program takes up to m; the weight is the tall side, read once for them."""
     rows, (outputs, columns) = len(q), weight.shape
@@ -144,7 +143,7 @@ def tiles(
     m = min(m, max(16, triton.next_power_of_2(rows)))
     _tiles[(triton.cdiv(rows, m), triton.cdiv(outputs, n))](
         q, q_scales, weight, scales, bias, y, rows, outputs, columns,
-        M=m, N=n, K=k, BIAS=bias is not None, EARLY=early(weight, ahead), num_stages=stages, num_warps=warps, **pdl(),
+        M=m, N=n, K=k, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
     )  # fmt: skip
     return y
 

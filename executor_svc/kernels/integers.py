@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.fp8 import able
-from executor_svc.kernels.products import bring_rows, counters, summed
-from executor_svc.kernels.rows import pdl, wait_before
+from executor_svc.kernels.products import counters, summed
+from executor_svc.kernels.rows import bring, pdl, wait_before
 from executor_svc.kernels.target import capability
 
 
@@ -175,6 +175,14 @@ def _of_rows(pointers, TWICE: tl.constexpr):  # type: ignore[no-untyped-def]  # 
     return found
 
 
+@triton.jit
+def _bring_rows(rows, there, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Brings the first bytes of rows, which begin at these addresses, into the L2 cache."""
+    if EARLY > 0:
+        lines = rows.to(tl.int64)[:, None] + tl.arange(0, EARLY // 128)[None, :] * 128
+        bring(lines, tl.broadcast_to(there[:, None], lines.shape))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _tiles(
     x, weight, x_tiles, weight_tiles, scales, zeros, bias, y, partial, arrived, rows, outputs, width, groups, x_stride,
@@ -208,7 +216,7 @@ def _tiles(
         seen = here[None, :]
         theirs = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
     first = tl.minimum(split * share, width - EARLY * 4 // BITS)  # pairs of this part
-    bring_rows(weight + mine.to(tl.int64) * width + first, there, EARLY)
+    _bring_rows(weight + mine.to(tl.int64) * width + first, there, EARLY)
     if BITS == 8:
         scale = _of_rows(scales + mine, TWICE)
     wait_before(PDL)

@@ -1,8 +1,7 @@
 """Triton kernels for products with few rows, whose time goes into reading the weight once.
 
-The first part of a weight may be on its way before the kernel waits for the one before it (`wait_before`): no kernel writes
-weights. A GEMV has it in registers, others bring it into the L2 cache while norms and attention leave the memory idle.
-A pair is the product with gate and up, [2 * n, columns], and `silu_mul` of it, whose input stays in registers.
+The first part of a weight that a GEMV takes is on its way before it waits for the kernel before (`wait_before`): no kernel writes
+weights. A pair is the product with gate and up, [2 * n, columns], and `silu_mul` of it, whose input stays in registers.
 """
 
 import functools
@@ -13,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from executor_svc.kernels.rows import bring, pdl, wait_before
+from executor_svc.kernels.rows import pdl, wait_before
 
 
 class Form(NamedTuple):
     """Rows of the weight and columns of a block, stages and warps of a program of `thin`: bench/products.py tries them.
 
-    Of weights of 8 bits and fewer also how many parts of the columns are summed side by side. ahead: MiB of the weight that are
-    brought into the L2 cache early.
+    splits: parts of the columns that are summed side by side.
     """
 
     n: int = 64
@@ -28,21 +26,6 @@ class Form(NamedTuple):
     stages: int = 5
     warps: int = 4
     splits: int = 1
-    ahead: int = 0
-
-
-def early(weight: Tensor, ahead: int) -> int:
-    """Bytes of each row of a weight that make so many MiB in all: a power of 2, in lines of 128; 0 for none."""
-    share = min((ahead << 20) // len(weight), weight.shape[1] * weight.itemsize)
-    return 1 << (share.bit_length() - 1) if pdl()["PDL"] and share >= 128 else 0
-
-
-@triton.jit
-def bring_rows(rows, there, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Brings the first bytes of rows, which begin at these addresses, into the L2 cache."""
-    if EARLY > 0:
-        lines = rows.to(tl.int64)[:, None] + tl.arange(0, EARLY // 128)[None, :] * 128
-        bring(lines, tl.broadcast_to(there[:, None], lines.shape))
 
 
 @functools.cache
@@ -133,22 +116,9 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, pair: bool = False, 
 
 @triton.jit(do_not_specialize=["rows"])
 def _thin(
-    x,
-    weight,
-    bias,
-    y,
-    rows,
-    outputs,
-    columns,
-    x_stride,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    PAIR: tl.constexpr,
-    BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
-    PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    x, weight, bias, y, partial, arrived, rows, outputs, columns, x_stride, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     row, at = tl.arange(0, M), tl.arange(0, K)
     if PAIR:  # half of a program's rows are of gate, the others the same rows of up
         WIDTH: tl.constexpr = N // 2
@@ -157,39 +127,45 @@ def _thin(
     else:
         mine = tl.program_id(0) * N + tl.arange(0, N)
         out = mine
-    first = weight + out.to(tl.int64) * columns
-    bring_rows(first, mine < outputs, EARLY)
-    ours = first[:, None] + at[None, :]
+    split, share = tl.program_id(1), tl.cdiv(tl.cdiv(columns, K), SPLITS) * K
+    ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
     wait_before(PDL)
     sums = tl.zeros((N, M), tl.float32)
-    for start in range(0, columns, K):
+    for start in range(split * share, tl.minimum(columns, (split + 1) * share), K):
         inside = start + at < columns
         w = tl.load(ours + start, (mine < outputs)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first")
         values = tl.load(
             x + row[None, :] * x_stride + (start + at)[:, None], (row < rows)[None, :] & inside[:, None], 0.0
         )
         sums = tl.dot(w, values, sums)
-    if BIAS:
-        sums += tl.load(bias + out, mine < outputs, 0.0).to(tl.float32)[:, None]
+    made, last = mine, True
     if PAIR:
+        if BIAS:
+            sums += tl.load(bias + out, mine < outputs, 0.0).to(tl.float32)[:, None]
         gate, up = tl.split(tl.permute(tl.reshape(sums, (2, N // 2, M)), (1, 2, 0)))
         made = tl.program_id(0) * (N // 2) + tl.arange(0, N // 2)
         result = _silu_mul(gate, up, y.dtype.element_ty)
-    else:
-        made = mine
-        result = sums.to(y.dtype.element_ty)
     there = (made < outputs)[:, None] & (row < rows)[None, :]
-    tl.store(y + row.to(tl.int64)[None, :] * outputs + made[:, None], result, there)
+    target = row.to(tl.int64)[None, :] * outputs + made[:, None]
+    if not PAIR:
+        counter = arrived + tl.program_id(0)
+        last, sums = summed(sums, partial, counter, split, rows.to(tl.int64) * outputs, target, there, SPLITS)
+        if BIAS:
+            sums += tl.load(bias + out, mine < outputs, 0.0).to(tl.float32)[:, None]
+        result = sums.to(y.dtype.element_ty)
+    if last:
+        tl.store(y + target, result, there)
 
 
 def thin(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form = Form(), *, pair: bool = False) -> Tensor:  # noqa: B008  (frozen)
-    """linear, or of a pair linear and silu_mul, for up to 64 rows: the weight is the tall side of the product."""
+    """linear, or of a pair linear and silu_mul, without splits, for up to 64 rows: the weight is the product's tall side."""
     rows, columns = x.shape[0], weight.shape[1]
     outputs = weight.shape[0] // 2 if pair else weight.shape[0]
-    y = x.new_empty(rows, outputs)
-    _thin[(triton.cdiv(outputs, form.n // 2 if pair else form.n),)](
-        x, weight, bias, y, rows, outputs, columns, x.stride(0), M=max(16, triton.next_power_of_2(rows)), N=form.n,
-        K=form.k, PAIR=pair, BIAS=bias is not None, EARLY=early(weight, form.ahead), num_stages=form.stages,
-        num_warps=form.warps, **pdl(),
+    y, splits = x.new_empty(rows, outputs), 1 if pair else form.splits
+    partial = x.new_empty((splits, rows, outputs) if splits > 1 else (0,), dtype=torch.float32)
+    _thin[(triton.cdiv(outputs, form.n // 2 if pair else form.n), splits)](
+        x, weight, bias, y, partial, counters(x.device), rows, outputs, columns, x.stride(0),
+        M=max(16, triton.next_power_of_2(rows)), N=form.n, K=form.k, SPLITS=splits, PAIR=pair, BIAS=bias is not None,
+        num_stages=form.stages, num_warps=form.warps, **pdl(),
     )  # fmt: skip
     return y

@@ -23,7 +23,7 @@ def pdl() -> dict[str, bool]:
 
 @triton.jit
 def wait_before(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first line of a kernel that reads what the kernel before it has written."""
+    """The first line of a kernel that reads what the kernel before it has written; ahead of it, what no kernel writes may be."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -75,21 +75,22 @@ def scaled(value, factors, size, eps):  # type: ignore[no-untyped-def]  # noqa: 
 
 
 @triton.jit
-def normed(x, residual, weight, total, row, at, size, stride, eps, ADD: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """A row of `rms_norm`, or of `add_rms_norm`, whose sum it writes."""
+def normed(x, residual, factors, total, row, at, size, stride, eps, ADD: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """A row of `rms_norm`, or of `add_rms_norm`, whose sum it writes; `factors` are the weight."""
     inside = at < size
     value = tl.load(x + row * stride + at, inside, 0.0)
     if ADD:
         value += tl.load(residual + row * size + at, inside, 0.0)  # rounded to the dtype of x, as the reference does
         tl.store(total + row * size + at, value, inside)
-    return scaled(value, tl.load(weight + at, inside, 0.0), size, eps)
+    return scaled(value, factors, size, eps)
 
 
 @triton.jit
 def _norm(x, residual, weight, y, total, size, stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    tl.store(y + row * size + at, normed(x, residual, weight, total, row, at, size, stride, eps, ADD), at < size)
+    factors = tl.load(weight + at, at < size, 0.0)
+    wait_before(PDL)
+    tl.store(y + row * size + at, normed(x, residual, factors, total, row, at, size, stride, eps, ADD), at < size)
 
 
 def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

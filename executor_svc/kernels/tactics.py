@@ -18,7 +18,6 @@ from executor_svc.kernels.target import capability
 MOST_ROWS = 64  # with more, dense products take as long as their arithmetic, and cuBLAS is fastest
 
 FEW_ROWS = 16  # up to which warps by themselves multiply with integers, and not the four of a warpgroup
-AHEAD = 16  # MiB of a weight that are brought early: some third of the L2 cache
 FEW_TILES = 256  # rows up to which a product of 8 bits may have fewer tiles than the device has multiprocessors
 
 
@@ -126,7 +125,8 @@ def candidates(shape: Product) -> list[Tactic]:
     if shape.kind not in EIGHT:
         forms += [("gemv", Form(k=k)) for k in (1024, 2048) if shape.rows == 1]
         forms += [("thin", Form(k=k, stages=stages)) for k, stages in _BLOCKS]
-        forms += [("thin", Form(k=k, stages=stages, ahead=AHEAD)) for k, stages in ((128, 4), (128, 5), (256, 3))]
+        if shape.kind == "dense" and shape.rows > 1:
+            forms += [("thin", Form(k=k, stages=stages, splits=2)) for k, stages in ((128, 5), (256, 3))]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
     if shape.rows > MOST_ROWS:
         blocks = [Form(128, 128, 4, 8), Form(256, 128, 3, 8), Form(64, 128, 4, 8)]
@@ -139,7 +139,6 @@ def candidates(shape: Product) -> list[Tactic]:
     forms += [
         ("tiles", Form(n, k, stages)) for n, k, stages in ((64, 256, 5), (64, 256, 3), (64, 128, 5), (32, 256, 5))
     ]
-    forms += [("tiles", Form(64, k, 5, ahead=AHEAD)) for k in (128, 256)]
     return [Tactic(*form) for form in forms]
 
 
@@ -173,7 +172,7 @@ def multiply_fp8(
         )  # fmt: skip
     return fp8.tiles(
         q, q_scales, weight, scales, bias, dtype,
-        n=form.n, k=form.k, stages=form.stages, warps=form.warps, ahead=form.ahead,
+        n=form.n, k=form.k, stages=form.stages, warps=form.warps,
     )  # fmt: skip
 
 

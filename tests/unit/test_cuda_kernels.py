@@ -14,7 +14,6 @@ from engine.ops import REFERENCE, Step
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="tests/gpu runs them on the device")
 kernels = pytest.importorskip("executor_svc.kernels.gpu")
-products = pytest.importorskip("executor_svc.kernels.products")
 tactics = pytest.importorskip("executor_svc.kernels.tactics")
 
 FEW = settings(max_examples=12, deadline=None)
@@ -33,7 +32,8 @@ def check(op: str, inputs: list[Any], attrs: dict[str, Any]) -> None:
 @FEW
 @given(data=st.data())
 def test_equals_its_reference(op: str, data: st.DataObject) -> None:
-    inputs, attrs = data.draw(cases(op).filter(lambda case: case[0][0].dtype is torch.float32))
+    kinds = cases(op).filter(lambda case: torch.bfloat16 not in [part.dtype for part in case[0] if part is not None])
+    inputs, attrs = data.draw(kinds)
     check(op, inputs, attrs)
 
 
@@ -66,16 +66,6 @@ def test_every_tactic_of_a_product_of_few_rows(rows: int, bias: bool, pair: bool
         torch.testing.assert_close(found.float(), wanted, rtol=4e-3, atol=4e-3)
 
 
-def test_how_much_of_a_weight_comes_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where kernels may begin before the one before has ended; whole lines, at most what is asked for."""
-    shapes = [(4096, 4096), (28672, 4096), (128256, 4096), (300_000, 4096), (4096, 96)]
-    weights = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
-    assert [products.early(weight, 16) for weight in weights] == [0] * 5
-    monkeypatch.setattr(products, "pdl", lambda: {"PDL": True})
-    assert [products.early(weight, 16) for weight in weights] == [4096, 512, 128, 0, 128]
-    assert products.early(weights[0], 0) == 0
-
-
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 700])
 def test_decodes_split_over_the_context(length: int) -> None:
     """More splits than the context has keys, and fewer."""
@@ -95,6 +85,16 @@ def test_decodes_split_over_the_context(length: int) -> None:
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert torch.equal(made[0].k_caches[0], made[1].k_caches[0])
+
+
+def test_powers_of_two_of_sequences_have_kernels_for_all() -> None:
+    """Of which each number of parts has one: others are not compiled before a start."""
+    from executor_svc.kernels.decodes import parts
+
+    for groups in (1, 3, 8, 40):
+        wanted = {parts(rows * groups) for rows in range(1, 513)}
+        assert {parts((1 << power) * groups) for power in range(10)} == wanted and max(wanted) <= 64
+    assert [parts(programs) for programs in (1, 4, 8, 64, 500, 512, 1024, 4096)] == [64, 64, 32, 16, 2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
