@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.ops import REFERENCE, Step
 from engine.ops import rms_norm as reference_rms_norm
-from executor_svc.kernels import decodes, paged, prompt, rounded, rows, tactics
+from executor_svc.kernels import decodes, ends, paged, prompt, rounded, rows, tactics
 from executor_svc.kernels.grouped import experts
 from executor_svc.kernels.integers import Packed, takes
 from executor_svc.kernels.tactics import RULE, Product, Table
@@ -23,7 +23,10 @@ __all__ = [
     "attention",
     "add_rms_norm_fp8",
     "add_rms_norm_int8",
+    "embedding",
+    "embedding_shard",
     "experts",
+    "gather",
     "linear",
     "linear_int4",
     "linear_int8",
@@ -37,6 +40,7 @@ __all__ = [
     "rms_norm_int8",
     "rope",
     "rope_attention",
+    "rope_table",
     "silu_mul",
     "silu_mul_fp8",
     "silu_mul_int8",
@@ -96,6 +100,26 @@ class DeviceStep(Step):
             fresh=tiles([tile for tile in at if begins[tile[0]]]),
             cached=tiles([tile for tile in at if not begins[tile[0]]]),
         )
+
+
+def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """One kernel."""
+    return ends.take(weight, token_ids)
+
+
+def embedding_shard(token_ids: Tensor, weight: Tensor, first: Tensor) -> Tensor:
+    """One kernel."""
+    return ends.take(weight, token_ids, first)
+
+
+def gather(x: Tensor, indices: Tensor) -> Tensor:
+    """One kernel."""
+    return ends.take(x, indices)
+
+
+def rope_table(positions: Tensor, inv_freq: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """One kernel."""
+    return ends.rope_table(positions, inv_freq, scale=scale)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, table: Table = RULE) -> Tensor:

@@ -79,10 +79,10 @@ def _highest(logits, values, places, vocab, stride, CHUNK: tl.constexpr, PDL: tl
     row, chunk = tl.program_id(0), tl.program_id(1)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     found = tl.load(logits + row.to(tl.int64) * stride + at, at < vocab, float("-inf")).to(tl.float32)
-    value, place = tl.max(found, 0, return_indices=True)
+    value = tl.max(tl.where(found == found, found, float("-inf")), 0)  # and then where: less work than both at once
     target = row * tl.num_programs(1) + chunk
     tl.store(values + target, value)
-    tl.store(places + target, tl.minimum(chunk * CHUNK + place, vocab - 1))
+    tl.store(places + target, tl.min(tl.where(found == value, tl.minimum(at, vocab - 1), vocab - 1), 0))
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])

@@ -151,6 +151,15 @@ def cases(draw: st.DrawFn, op: str) -> tuple[list[Tensor], dict[str, Any]]:
 
     made: dict[str, Callable[[], tuple[list[Any], dict[str, Any]]]] = {
         "embedding": lambda: ([torch.randint(0, outputs, (rows,), dtype=torch.int32), matrix()], {}),
+        "embedding_shard": lambda: (
+            [torch.randint(0, 2 * outputs, (rows,), dtype=torch.int32), matrix(), torch.tensor([outputs // 2]).int()],
+            {},
+        ),
+        "gather": lambda: ([matrix(), torch.randint(0, outputs, (rows,), dtype=torch.int32)], {}),
+        "rope_table": lambda: (
+            [torch.randint(0, 200_000, (rows,), dtype=torch.int32), 1 / torch.randint(1, 10**6, (size,))],
+            {"scale": draw(st.floats(0.5, 2))},
+        ),
         "linear": lambda: ([x, matrix(), draw(st.sampled_from([None, torch.randn(outputs, dtype=dtype)]))], {}),
         "linear_int4": lambda: int4_case(draw, rows, size, outputs, dtype),
         "linear_int8": lambda: int8_case(draw, x, outputs),
