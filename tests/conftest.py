@@ -15,11 +15,20 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.interpreted import patch_once
+
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which decides then
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's children would, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # these models are small: a second thread costs more than it gives
+
+
+def pytest_collection_finish() -> None:
+    """Triton imports its interpreter with the first kernel."""
+    if interpreter := sys.modules.get("triton.runtime.interpreter"):
+        patch_once(interpreter)
+
 
 VOCAB_SIZE = 320
 TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void; 你好 🙂"
