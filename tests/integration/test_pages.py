@@ -7,6 +7,7 @@ does not have says so in the page (`tests/documents.py`).
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,16 +35,22 @@ def installed(command: str) -> str:
 class Reader:
     """Somebody who types in a directory where `examples` is, and has a model `demo`.
 
+    Args:
+        home: a reader's that has the model; else it is built.
+
     Attributes:
         places: where the cluster that was started last is, instead of at its usual ports.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, home: Path | None = None) -> None:
         self.directory = directory
         self.environment = {**service_environment(), "ENGINEHOUSE_HOME": str(directory / "home")}
         self.places: dict[str, str] = {}
         (directory / "examples").symlink_to(ROOT / "examples")
-        self.type_in("enginehouse build examples/demo-model --name demo --max-seq-len 128")
+        if home:
+            shutil.copytree(home, directory / "home")
+        else:
+            self.type_in("enginehouse build examples/demo-model --name demo --max-seq-len 128")
 
     def type_in(self, command: str) -> str:
         """Returns what it prints; it has to end well."""
@@ -91,9 +98,14 @@ def known(page: str, reader: Reader, command: str) -> str:
     return command
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Reader(tmp_path_factory.mktemp("first")).directory / "home"
+
+
 @pytest.mark.parametrize("page", FOLLOWED)
-def test_every_command(page: str, tmp_path: Path) -> None:
-    reader, up = Reader(tmp_path), False
+def test_every_command(page: str, home: Path, tmp_path: Path) -> None:
+    reader, up = Reader(tmp_path, home), False
     with ExitStack() as running:
         for command in commands(page):
             starts = re.search(r"(^| )enginehouse up ", command)
