@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Most tests wait for processes: two files of them at a time.
-PARALLEL ?= -n 2 --dist loadfile
+# Most tests wait for processes: two files of them at a time, in the order of tests/conftest.py, the shortest last.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 PROTOS := $(wildcard protos/v1/*.proto)
 
 .PHONY: demo test check drills fuzz bench protos docs site clean

@@ -24,6 +24,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's chil
 os.environ["OMP_NUM_THREADS"] = "1"  # these models are small: a second thread costs more than it gives
 
 
+LONGEST = (
+    "test_endurance_drill.py", "test_tensorrt_families.py", "test_cuda_integers.py", "test_cuda_families.py", "test_fuzz.py",
+    "test_compile.py",
+)  # fmt: skip
+"""Files that take longest behind the integration tests, or as a drill."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those of the services: what is left at the end is short, and no core waits for the other."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish() -> None:
     """Triton imports its interpreter with the first kernel."""
     if interpreter := sys.modules.get("triton.runtime.interpreter"):
