@@ -165,7 +165,7 @@ def decodes(table: Table, case: str, rows: int, length: int, dtype: torch.dtype)
     all_rows, lengths = ints(list(range(rows))), ints([length] * rows)
     arrived, out = ints([0] * rows * GROUPS), torch.zeros_like(q)
     moved = rows * length * GROUPS * DIM * 2 * dtype.itemsize / 1e3
-    for form in itertools.starmap(Form, itertools.product((32, 64, 128), (2, 4), (2, 3, 4))):
+    for form in itertools.starmap(Form, itertools.product((32, 64, 128), (1, 2, 4), (2, 3, 4))):
 
         def ours(number: int, form: Form = form) -> Tensor:
             decode(

@@ -12,7 +12,7 @@ from executor_svc.kernels.rows import pdl, wait_before
 from executor_svc.kernels.target import capability
 
 MOST_HEADS, MOST_ROWS = 16, 32  # of one combination, and of parts that are read for it at once: registers hold them
-SPLITS_FOR = 1024  # programs of a warp that fill the device, an H100's 132 multiprocessors
+SPLITS_FOR = 1024  # programs that fill the device, mostly of a warp: an H100's 132 multiprocessors
 FEW, MOST_SPLITS = 256, 64  # programs that long contexts are split for at least; and at most, in how many parts
 
 
@@ -112,8 +112,9 @@ def _combine(
     tl.store(target, result.to(out.dtype.element_ty), ours[:, None] & (dims < D)[None, :])
 
 
-# The fastest of bench/attention.py for heads of up to 128 numbers: a warp by itself waits for no other.
-_FORM = Form(32, 1, 3)
+# The fastest of bench/attention.py for heads of up to 128 numbers, by the queries of a tile: a warp alone waits for no other.
+_FORMS = {16: Form(32, 1, 3), 32: Form(32, 2, 3)}
+_WIDE_FORM = Form(32, 4, 3)
 
 
 def parts(programs: int) -> int:
@@ -139,11 +140,13 @@ def decode(
     rows, heads = q.shape[0], q.shape[1] // head_dim
     wide = max(16, triton.next_power_of_2(head_dim))
     splits = splits or parts(rows * groups)
-    partial = q.new_empty((rows, splits, heads, wide), dtype=torch.float32)
-    stats = q.new_empty((rows, splits, heads, 2), dtype=torch.float32)
+    shape = (rows, splits, heads) if splits > 1 else (0, 0, 0)
+    partial, stats = (q.new_empty((*shape, size), dtype=torch.float32) for size in (wide, 2))
+    tile = max(16, triton.next_power_of_2(heads // groups))
     together = min(MOST_HEADS, triton.next_power_of_2(heads // groups))
     if form is None:
-        form = _FORM if wide * q.itemsize <= 256 else best_form(wide * q.itemsize)[1]
+        small = wide * q.itemsize <= 256
+        form = _FORMS.get(tile, _WIDE_FORM) if small else best_form(wide * q.itemsize)[1]
     options = {
         "CAP": soft_cap != 0,
         "ALIBI": alibi is not None,
@@ -154,7 +157,6 @@ def decode(
     _decode[(rows, groups, splits)](
         q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, tables.stride(0), scale, v_scale,
         soft_cap, window,
-        H=heads, G=groups, D=head_dim, PAGE=page, M=max(16, triton.next_power_of_2(heads // groups)), N=form.keys, BD=wide,
-        SPLITS=splits, HEADS=together, TOGETHER=min(splits, MOST_ROWS // together), num_warps=form.warps,
-        num_stages=form.stages, **options,
+        H=heads, G=groups, D=head_dim, PAGE=page, M=tile, N=form.keys, BD=wide, SPLITS=splits, HEADS=together,
+        TOGETHER=min(splits, MOST_ROWS // together), num_warps=form.warps, num_stages=form.stages, **options,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 from executor_svc.kernels.rows import pdl, wait_before
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["indices"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["indices", "first"])
 def _take(table, indices, first, y, rows, size, stride, SHARD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     target, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -35,7 +35,7 @@ def take(table: Tensor, indices: Tensor, first: Tensor | None = None) -> Tensor:
     return y
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions"])
+@triton.jit(do_not_specialize_on_alignment=["positions", "inv_freq"])
 def _rope_table(positions, inv_freq, cos, sin, half, scale, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)

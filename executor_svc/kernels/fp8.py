@@ -33,7 +33,7 @@ def keep(value, input_scale, q, scales, row, at, size, STATIC: tl.constexpr):  #
     tl.store(scales + row, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["input_scale"])
 def _quantize(x, input_scale, q, scales, size, stride, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def _quantize(x, input_scale, q, scales, size, stride, STATIC: tl.constexpr, BLO
     keep(value, input_scale, q, scales, row, at, size, STATIC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["input_scale"])
 def _norm(
     x, residual, weight, input_scale, q, scales, total, size, stride, eps,
     ADD: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -53,7 +53,7 @@ def _norm(
     keep(value, input_scale, q, scales, row, at, size, STATIC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["input_scale"])
 def _silu_mul(gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)

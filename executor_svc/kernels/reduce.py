@@ -90,7 +90,7 @@ def _send(x, buffers, turns, row, rank, size, capacity, at, inside, WORLD: tl.co
         tl.store(theirs + (place + rank * capacity) + at, mine, inside & (peer != rank))
 
 
-@triton.jit(do_not_specialize=["rows", "rank"])
+@triton.jit(do_not_specialize=["rows", "rank"], do_not_specialize_on_alignment=["input_scale"])
 def _reduce(
     x, buffers, own, turns, rows, rank, residual, weight, input_scale, y, scales, total, size, capacity, eps,
     WORLD: tl.constexpr, ADD: tl.constexpr, SMALL: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -80,9 +80,10 @@ def _highest(logits, values, places, vocab, stride, CHUNK: tl.constexpr, PDL: tl
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     found = tl.load(logits + row.to(tl.int64) * stride + at, at < vocab, float("-inf")).to(tl.float32)
     value = tl.max(tl.where(found == found, found, float("-inf")), 0)  # and then where: less work than both at once
+    place = tl.min(tl.where((found == value) & (at < vocab), at, vocab), 0)
     target = row * tl.num_programs(1) + chunk
     tl.store(values + target, value)
-    tl.store(places + target, tl.min(tl.where(found == value, tl.minimum(at, vocab - 1), vocab - 1), 0))
+    tl.store(places + target, tl.where(place < vocab, place, chunk * CHUNK))  # of NaN alone the first
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
@@ -91,9 +92,7 @@ def _choose(values, places, rows, last, sampled, CHUNKS: tl.constexpr, WIDE: tl.
     row = tl.program_id(0)
     at = row * CHUNKS + tl.arange(0, WIDE)
     _, chunk = tl.max(tl.load(values + at, tl.arange(0, WIDE) < CHUNKS, float("-inf")), 0, return_indices=True)
-    token = tl.load(
-        places + row * CHUNKS + tl.minimum(chunk, CHUNKS - 1)
-    )  # of NaN alone a reduction may give any place
+    token = tl.load(places + row * CHUNKS + chunk)
     tl.store(sampled + row, token)
     tl.store(last + tl.load(rows + row), token)
 

@@ -58,6 +58,30 @@ def normal(*shape: int, dtype: torch.dtype, over: float = 1.0) -> Tensor:
     return (torch.randn(shape, device="cuda") / over).to(dtype)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_lookups(dtype: torch.dtype) -> None:
+    """Exactly: of whole tables, and of a shard, whose neighbours' rows are 0."""
+    from executor_svc.kernels import gpu
+
+    table, ids = normal(1000, 2050, dtype=dtype), torch.randint(0, 1000, (77,), device="cuda", dtype=torch.int32)
+    assert torch.equal(gpu.embedding(ids, table), table[ids]) and torch.equal(gpu.gather(table, ids.long()), table[ids])
+    first = torch.tensor([0, 400], device="cuda", dtype=torch.int32)[1:]  # at an address that is no multiple of 16
+    assert torch.equal(
+        gpu.embedding_shard(ids, table[:500], first), REFERENCE["embedding_shard"](ids, table[:500], first)
+    )
+
+
+def test_angles_of_far_positions() -> None:
+    from executor_svc.kernels import gpu
+
+    positions = torch.randint(0, 2_000_000, (99,), device="cuda", dtype=torch.int32)
+    frequencies = 1 / 10_000 ** (torch.arange(0, 80, 2, device="cuda") / 80)
+    for ours, theirs in zip(
+        *(f(positions, frequencies, scale=1.3) for f in (gpu.rope_table, REFERENCE["rope_table"])), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_norms_and_activations(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
