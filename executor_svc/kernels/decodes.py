@@ -21,13 +21,11 @@ def _decode(
     q, k_cache, v_cache, alibi, tables, table_rows, lengths, out, partial, stats, arrived, table_stride, scale, v_scale, cap,
     window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     BD: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, TOGETHER: tl.constexpr, CAP: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    APART: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length, table_row = (
-        tl.load(lengths + row),
-        tl.load(table_rows + row),
-    )  # of a step's columns, which the host has brought
+    # Of a step's columns, which the host has brought.
+    length, table_row = tl.load(lengths + row), tl.load(table_rows + row)
     wait_before(PDL)
     if length == 0:  # the step has fewer sequences than room for them: this row of `out` is another's
         return
@@ -50,9 +48,11 @@ def _decode(
     if ALIBI:
         slope += tl.load(alibi + heads, mine < H // G, 0.0)
     position = tl.full((M,), 0, tl.int32) + length - 1
-    # All in one loop, with masks: a second one for the last keys would begin to read when the first has ended.
+    whole = first  # all in one loop, with masks: a second one for the last keys begins to read when the first has ended
+    if APART and not WINDOW:
+        whole = tl.minimum(last, length // N * N)
     best, total, output = attend(
-        values, k_cache, v_cache, tables + table_row.to(tl.int64) * table_stride, first, first, last, position, slope, group,
+        values, k_cache, v_cache, tables + table_row.to(tl.int64) * table_stride, first, whole, last, position, slope, group,
         scale, v_scale, cap, window, G, D, PAGE, M, N, BD, CAP, ALIBI, WINDOW, ASM,
     )  # fmt: skip
     if splits == 1:
@@ -115,6 +115,7 @@ def _combine(
 # The fastest of bench/attention.py for heads of up to 128 numbers, by the queries of a tile: a warp alone waits for no other.
 _FORMS = {16: Form(32, 1, 3), 32: Form(32, 2, 3)}
 _WIDE_FORM = Form(32, 4, 3)
+_SMALL_FORM = Form(128, 4, 3)  # of 8 bits, which take more arithmetic than memory where there are many, without masks
 
 
 def parts(programs: int) -> int:
@@ -144,11 +145,13 @@ def decode(
     partial, stats = (q.new_empty((*shape, size), dtype=torch.float32) for size in (wide, 2))
     tile = max(16, triton.next_power_of_2(heads // groups))
     together = min(MOST_HEADS, triton.next_power_of_2(heads // groups))
-    if form is None:
-        small = wide * q.itemsize <= 256
-        form = _FORMS.get(tile, _WIDE_FORM) if small else best_form(wide * q.itemsize)[1]
+    apart, short = splits == 1 and k_cache.itemsize == 1, wide * q.itemsize <= 256
+    if form is None and short:
+        form = _SMALL_FORM if apart else _FORMS.get(tile, _WIDE_FORM)
+    form = form or best_form(wide * q.itemsize)[1]
     options = {
         "CAP": soft_cap != 0,
+        "APART": apart,
         "ALIBI": alibi is not None,
         "WINDOW": window != 0,
         "ASM": capability() > 0,

@@ -143,15 +143,21 @@ def test_nothing_is_read_behind_the_last_key() -> None:
 
 
 @pytest.mark.parametrize("small", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
-@pytest.mark.parametrize("head_dim", [64, 80])
-def test_attention_over_a_cache_of_8_bits(head_dim: int, small: torch.dtype) -> None:
-    """Every number that 8 bits stand for, in decodes and in a prompt that goes on; read in pairs, which must not be mistaken."""
+@pytest.mark.parametrize(("head_dim", "splits_for"), [(64, 1024), (80, 1)])
+def test_attention_over_a_cache_of_8_bits(
+    head_dim: int, splits_for: int, small: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number that 8 bits stand for, in decodes and in a prompt that goes on; read in pairs, which must not be mistaken.
+
+    Of many sequences a decode is not split, and takes the keys that all see in a loop of their own.
+    """
+    monkeypatch.setattr("executor_svc.kernels.decodes.SPLITS_FOR", splits_for)
     torch.manual_seed(head_dim)
-    query_lens, context_lens = [1, 1, 5], [70, 3, 75]
-    table = torch.randperm(15).int().view(3, 5)
+    query_lens, context_lens = [1, 1, 5], [150, 3, 75]
+    table = torch.randperm(30).int().view(3, 10)
     ends = [range(context - count, context) for count, context in zip(query_lens, context_lens, strict=True)]
     slots = torch.tensor([table[row, at // 16] * 16 + at % 16 for row, part in enumerate(ends) for at in part])
-    codes = torch.randint(-128, 128, (2, 15, 16, 2, head_dim), dtype=torch.int8)
+    codes = torch.randint(-128, 128, (2, 30, 16, 2, head_dim), dtype=torch.int8)
     if small.is_floating_point:
         codes[(codes & 127) == 127] = 0  # which is no number
     # What is written is in whole units: Triton's interpreter rounds to float8 otherwise than devices do.
