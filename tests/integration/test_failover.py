@@ -218,7 +218,7 @@ async def test_clients_that_do_not_read_or_have_vanished_hold_nobody_up(store: s
                         wide = request(number)
                         wide.n = 16
                         wide.output.logprobs = 20  # more than a connection holds
-                        calls.append(gateway_pb2_grpc.GatewayStub(channel).Generate(wide, timeout=10))
+                        calls.append(gateway_pb2_grpc.GatewayStub(channel).Generate(wide, timeout=20))
                 readers = [call.__aiter__() for call in calls[20:]]
                 await asyncio.gather(*(anext(reader) for reader in readers))
                 valve.shut()
