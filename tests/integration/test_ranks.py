@@ -160,8 +160,8 @@ async def test_a_rank_that_dies_ends_the_streams_and_all_come_back(
             pass
     error = from_rpc_error(caught.value)
     assert (error.code, error.reason) == (14, "ENGINE_LOST") and "has ended" in error.message
-    assert time.monotonic() - killed < 30
     assert not set(before) & set(running.workers()), "the others have ended with it"
+    assert time.monotonic() - killed < 5
     async with asyncio.timeout(60):
         while True:
             engines = (await stub.GetStatus(pb.GetStatusRequest())).engines
