@@ -61,9 +61,13 @@ SUBMITS = [
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> None:
+def quiet() -> Iterator[None]:
     """A line for each call would be most of the work; a traceback is told all the same."""
-    logging.getLogger("protos").setLevel(logging.ERROR)
+    logger = logging.getLogger("protos")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(params=["a service", pytest.param("a method", marks=pytest.mark.drill)])
