@@ -1,9 +1,8 @@
 """How long an engine of several ranks takes to start, beside one of one rank that is as large as the largest of them.
 
-    python -m bench.start_ranks [--gigabytes 16] [--tp 2] [--pp 1] [--device cuda] [--dir DIR] [--cached] [--out FILE.json]
+    python -m bench.start_ranks [--gigabytes 16] [--tp 2] [--pp 1] [--device cuda] [--dir DIR] [--out FILE.json]
 
-From `python -m executor_svc` to the first token; none of the files is in the page cache, or all are (`--cached`), where one disk
-for all ranks is not what is to be measured. Held to: at most LATER seconds more.
+From `python -m executor_svc` to the first token; none of the files is in the page cache. Held to: at most LATER seconds more.
 """
 
 import argparse
@@ -46,7 +45,6 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="on the disk that is to be measured; by default the system's")
-    parser.add_argument("--cached", action="store_true", help="leave what was built in the page cache")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     ranks = arguments.tp * arguments.pp
@@ -63,8 +61,7 @@ def main() -> None:
             for number in range(arguments.rounds):
                 cache = root / f"{kind}-{number}"
                 cache.mkdir()
-                if not arguments.cached:
-                    forget(root)
+                forget(root)
                 took.append(start(store, manifest, arguments.device, True, cache)["start_s"])
             found[kind] = statistics.median(took)
     later = found["several"] - found["alone"]
@@ -72,13 +69,7 @@ def main() -> None:
     print(
         f"one rank of {bytes_of_rank['alone'] / 1e9:.2f} GB alone: {found['alone']:.2f} s; {later:+.2f} s, held to {LATER}"
     )
-    facts = {
-        "cached": arguments.cached,
-        "tp": arguments.tp,
-        "pp": arguments.pp,
-        "bytes_of_the_largest_rank": bytes_of_rank,
-        "start_s": found,
-    }
+    facts = {"tp": arguments.tp, "pp": arguments.pp, "bytes_of_the_largest_rank": bytes_of_rank, "start_s": found}
     save(arguments.out, facts)
     if later > LATER:
         raise SystemExit(f"an engine of {ranks} ranks starts {later:.1f} s later than one rank alone")

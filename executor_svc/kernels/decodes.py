@@ -112,7 +112,8 @@ def _combine(
     tl.store(target, result.to(out.dtype.element_ty), ours[:, None] & (dims < D)[None, :])
 
 
-# The fastest of bench/attention.py for heads of up to 128 numbers, by the queries of a tile: a warp alone waits for no other.
+# For heads of up to 128 numbers, by the queries of a tile. Of 16 the fastest of bench/attention.py: a warp alone waits for no
+# other. Of more, which were not measured, as many warps as have registers for it.
 _FORMS = {16: Form(32, 1, 3), 32: Form(32, 2, 3)}
 _WIDE_FORM = Form(32, 4, 3)
 _SMALL_FORM = Form(128, 4, 3)  # of 8 bits, which take more arithmetic than memory where there are many, without masks
@@ -127,20 +128,19 @@ def parts(programs: int) -> int:
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, alibi: Tensor | None, tables: Tensor, table_rows: Tensor,
     lengths: Tensor, arrived: Tensor, out: Tensor,
-    *, scale: float, v_scale: float = 1.0, window: int, soft_cap: float, form: Form | None = None, splits: int = 0,
+    *, scale: float, v_scale: float = 1.0, window: int, soft_cap: float, form: Form | None = None,
 ) -> None:  # fmt: skip
     """Attention of one query a sequence, [S, H * D], into `out`, whose rows with a length of 0 stay as they are.
 
     The grid depends on S alone, so that a graph holds for all lengths. Of a sequence's splits the last to end combines them.
 
     Args:
-        splits: parts of a context, a power of 2; by default as many as fill the device.
         arrived: int32, at least [S, G], zeros, and zeros again afterwards: how many splits have ended.
     """
     _, page, groups, head_dim = k_cache.shape
     rows, heads = q.shape[0], q.shape[1] // head_dim
     wide = max(16, triton.next_power_of_2(head_dim))
-    splits = splits or parts(rows * groups)
+    splits = parts(rows * groups)
     shape = (rows, splits, heads) if splits > 1 else (0, 0, 0)
     partial, stats = (q.new_empty((*shape, size), dtype=torch.float32) for size in (wide, 2))
     tile = max(16, triton.next_power_of_2(heads // groups))

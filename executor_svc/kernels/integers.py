@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.fp8 import able
 from executor_svc.kernels.products import counters, summed
-from executor_svc.kernels.rows import bring, pdl, wait_before
+from executor_svc.kernels.rows import pdl, wait_before
 from executor_svc.kernels.target import capability
 
 
@@ -177,10 +177,22 @@ def _of_rows(pointers, TWICE: tl.constexpr):  # type: ignore[no-untyped-def]  # 
 
 @triton.jit
 def _bring_rows(rows, there, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Brings the first bytes of rows, which begin at these addresses, into the L2 cache."""
+    """Has the first bytes of rows, which begin at these addresses, brought into the L2 cache, and waits for nothing."""
     if EARLY > 0:
         lines = rows.to(tl.int64)[:, None] + tl.arange(0, EARLY // 128)[None, :] * 128
-        bring(lines, tl.broadcast_to(there[:, None], lines.shape))
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $2, 0;
+            @p prefetch.global.L2 [$1];
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r",
+            [lines, tl.broadcast_to(there[:, None], lines.shape).to(tl.int32)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit(do_not_specialize=["rows"])

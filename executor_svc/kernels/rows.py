@@ -30,24 +30,6 @@ def wait_before(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def bring(addresses, there):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Has lines of 128 bytes at addresses (int64) brought into the L2 cache, and waits for nothing. Nobody writes there."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        setp.ne.b32 p, $2, 0;
-        @p prefetch.global.L2 [$1];
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,r",
-        [addresses, there.to(tl.int32)],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def to_fp8(value, scale):  # type: ignore[no-untyped-def]  # noqa: ANN001
     """`engine.ops.to_fp8`; what is no number stays none."""
     exact = tl.div_rn(value.to(tl.float32), scale + tl.zeros_like(value).to(tl.float32))

@@ -92,6 +92,28 @@ def test_a_second_start_compiles_nothing(store: DirectoryStore, engine: Manifest
         assert msgspec.json.decode(done.stdout) == [len(kernels) - number, ["_silu_mul"] * number, []]
 
 
+def test_weights_of_a_few_numbers_may_lie_anywhere() -> None:
+    """The store aligns them to a number of their own, and a kernel for multiples of 16 bytes would be another at a start."""
+    program = """
+from executor_svc.kernels import ends, fp8, reduce
+for module in (ends, fp8, reduce):
+    for kernel in vars(module).values():
+        for parameter in getattr(kernel, "params", ()):
+            if parameter.name in ("first", "inv_freq", "input_scale"):
+                print(kernel.__name__, parameter.name, parameter.do_not_specialize_on_alignment)
+"""
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    told = subprocess.run([sys.executable, "-c", program], env=compiling, check=True, capture_output=True, text=True)
+    launched = {line for line in told.stdout.splitlines() if not line.startswith("keep ")}  # a function of theirs
+    assert launched == {
+        f"{kernel} True"
+        for kernel in (
+            "_take first", "_rope_table inv_freq", "_quantize input_scale", "_norm input_scale", "_silu_mul input_scale",
+            "_reduce input_scale",
+        )
+    }  # fmt: skip
+
+
 def test_the_same_kernels_give_the_same_bytes(store: DirectoryStore, engine: Manifest, tmp_path: Path) -> None:
     archive = blobs.read(store, engine.ranks[0].kernels[0])
     count = sum(name.endswith(".cubin") for name in members(archive))
