@@ -10,10 +10,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.products import counters, summed
-from executor_svc.kernels.rows import gated, normed, pdl, to_small, wait_before
+from executor_svc.kernels.rows import PART, gated, normed, pdl, silu_mul_parts, to_small, wait_before
 from executor_svc.kernels.target import capability
 
 F8 = torch.float8_e4m3fn
+FEW_ROWS = 64  # of which a program each leaves most of the device idle
 
 
 def able() -> bool:
@@ -22,23 +23,31 @@ def able() -> bool:
 
 
 @triton.jit
-def keep(value, input_scale, q, scales, row, at, size, STATIC: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Writes a whole row in 8 bits, and its scale."""
-    wide = value.to(tl.float32)
+def keep(value, highest, input_scale, q, scales, row, at, size, STATIC: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Writes numbers `at` of a row in 8 bits, and its scale. `highest`: the row's largest; of a scale that is given, anything."""
     if STATIC:
         scale = tl.load(input_scale)
     else:
-        scale = tl.maximum(tl.max(tl.abs(wide)), 1e-12) / (127.0 if q.dtype.element_ty == tl.int8 else 448.0)
-    tl.store(q + row * size + at, to_small(wide, scale, q.dtype.element_ty), at < size)
+        scale = tl.maximum(highest, 1e-12) / (127.0 if q.dtype.element_ty == tl.int8 else 448.0)
+    tl.store(q + row * size + at, to_small(value, scale, q.dtype.element_ty), at < size)
     tl.store(scales + row, scale)
 
 
 @triton.jit(do_not_specialize_on_alignment=["input_scale"])
-def _quantize(x, input_scale, q, scales, size, stride, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _quantize(
+    x, highest, input_scale, q, scales, size, stride, PARTS: tl.constexpr, WIDE: tl.constexpr, STATIC: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
+    """PARTS: that there are of a row, each with its largest number; 0 where a program has a whole row."""
     wait_before(PDL)
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + row * stride + at, at < size, 0.0)
-    keep(value, input_scale, q, scales, row, at, size, STATIC)
+    if PARTS:
+        part = tl.arange(0, WIDE)
+        most = tl.max(tl.load(highest + row * PARTS + part, part < PARTS, 0.0))
+    else:
+        most = tl.max(tl.abs(value.to(tl.float32)))
+    keep(value, most, input_scale, q, scales, row, at, size, STATIC)
 
 
 @triton.jit(do_not_specialize_on_alignment=["input_scale"])
@@ -50,14 +59,15 @@ def _norm(
     factors = tl.load(weight + at, at < size, 0.0)
     wait_before(PDL)
     value = normed(x, residual, factors, total, row, at, size, stride, eps, ADD)
-    keep(value, input_scale, q, scales, row, at, size, STATIC)
+    keep(value, tl.max(tl.abs(value.to(tl.float32))), input_scale, q, scales, row, at, size, STATIC)
 
 
 @triton.jit(do_not_specialize_on_alignment=["input_scale"])
 def _silu_mul(gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    keep(gated(gate_up, row, at, size), input_scale, q, scales, row, at, size, STATIC)
+    value = gated(gate_up, row, at, size)
+    keep(value, tl.max(tl.abs(value.to(tl.float32))), input_scale, q, scales, row, at, size, STATIC)
 
 
 def _empty(x: Tensor, size: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -74,11 +84,18 @@ def _form(size: int) -> dict[str, int]:
 
 def quantize(x: Tensor, input_scale: Tensor | None, kind: torch.dtype = F8) -> tuple[Tensor, Tensor]:
     """`quantize_fp8` or `quantize_int8` of x [T, n], whose last dimension is contiguous."""
+    return _quantized(x, None, 0, input_scale, kind, **_form(x.shape[1]))
+
+
+def _quantized(
+    x: Tensor, highest: Tensor | None, parts: int, input_scale: Tensor | None, kind: torch.dtype, **form: int
+) -> tuple[Tensor, Tensor]:
     size = x.shape[1]
     q, scales = _empty(x, size, kind)
-    _quantize[(len(x),)](
-        x, input_scale, q, scales, size, x.stride(0), STATIC=input_scale is not None, **_form(size), **pdl()
-    )
+    _quantize[(len(x), max(parts, 1))](
+        x, highest, input_scale, q, scales, size, x.stride(0),
+        PARTS=parts, WIDE=triton.next_power_of_2(max(parts, 1)), STATIC=input_scale is not None, **form, **pdl(),
+    )  # fmt: skip
     return q, scales
 
 
@@ -97,8 +114,11 @@ def norm(
 
 
 def silu_mul(gate_up: Tensor, input_scale: Tensor | None, kind: torch.dtype = F8) -> tuple[Tensor, Tensor]:
-    """`quantize` of `rows.silu_mul`."""
+    """`quantize` of `rows.silu_mul`: of few rows in two kernels, each of many programs."""
     size = gate_up.shape[1] // 2
+    if len(gate_up) <= FEW_ROWS:
+        y, highest = silu_mul_parts(gate_up)
+        return _quantized(y, highest, highest.shape[1], input_scale, kind, BLOCK=PART, num_warps=4)
     q, scales = _empty(gate_up, size, kind)
     _silu_mul[(len(gate_up),)](
         gate_up, input_scale, q, scales, size, STATIC=input_scale is not None, **_form(size), **pdl()
@@ -108,8 +128,8 @@ def silu_mul(gate_up: Tensor, input_scale: Tensor | None, kind: torch.dtype = F8
 
 @triton.jit(do_not_specialize=["rows"])
 def _tiles(
-    q, q_scales, weight, scales, bias, y, rows, outputs, columns,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    q, q_scales, weight, scales, bias, y, partial, arrived, rows, outputs, columns,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # noqa: ANN001  # fmt: skip
     row, out = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
     at = tl.arange(0, K)
@@ -117,35 +137,49 @@ def _tiles(
     ours = weight + out.to(tl.int64)[:, None] * columns + at[None, :]
     theirs = q + row.to(tl.int64)[None, :] * columns + at[:, None]
     of_out = tl.load(scales + out, there, 0.0)
+    split, share = tl.program_id(2), tl.cdiv(tl.cdiv(columns, K), SPLITS) * K
     wait_before(PDL)
     KIND: tl.constexpr = tl.int32 if q.dtype.element_ty == tl.int8 else tl.float32
     sums = tl.zeros((N, M), KIND)
-    for start in range(0, columns, K):
+    for start in range(split * share, tl.minimum(columns, (split + 1) * share), K):
         inside = start + at < columns
         w = tl.load(ours + start, there[:, None] & inside[None, :], 0.0)
         values = tl.load(theirs + start, here[None, :] & inside[:, None], 0.0)
         # Of float8 the tensor core adds up with some 14 bits: its sums go into others of 32 at each turn.
         sums = tl.dot(w, values, sums, max_num_imprecise_acc=K, out_dtype=KIND)
-    sums = sums.to(tl.float32) * of_out.to(tl.float32)[:, None] * tl.load(q_scales + row, here, 0.0)[None, :]
-    if BIAS:
-        sums += tl.load(bias + out, there, 0.0).to(tl.float32)[:, None]
-    target = y + row.to(tl.int64)[None, :] * outputs + out[:, None]
-    tl.store(target, sums.to(y.dtype.element_ty), there[:, None] & here[None, :])
+    target, inside = row.to(tl.int64)[None, :] * outputs + out[:, None], there[:, None] & here[None, :]
+    counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    last, sums = summed(sums, partial, counter, split, rows.to(tl.int64) * outputs, target, inside, SPLITS)
+    if last:
+        made = sums.to(tl.float32) * of_out.to(tl.float32)[:, None] * tl.load(q_scales + row, here, 0.0)[None, :]
+        if BIAS:
+            made += tl.load(bias + out, there, 0.0).to(tl.float32)[:, None]
+        tl.store(y + target, made.to(y.dtype.element_ty), inside)
 
 
 def tiles(
     q: Tensor, q_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    *, m: int = 64, n: int = 64, k: int = 256, stages: int = 5, warps: int = 4,
+    *, m: int = 64, n: int = 64, k: int = 256, stages: int = 5, warps: int = 4, splits: int = 1,
 ) -> Tensor:  # fmt: skip
-    """The product for any number of rows, of which a program takes up to m; the weight is the tall side, read once for them."""
+    """The product for any number of rows, of which a program takes up to m; the weight is the tall side, read once for them.
+
+    splits: parts of the inputs, side by side.
+    """
     rows, (outputs, columns) = len(q), weight.shape
     y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
     m = min(m, max(16, triton.next_power_of_2(rows)))
-    _tiles[(triton.cdiv(rows, m), triton.cdiv(outputs, n))](
-        q, q_scales, weight, scales, bias, y, rows, outputs, columns,
-        M=m, N=n, K=k, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
+    partial = _partial(q, splits, outputs)
+    _tiles[(triton.cdiv(rows, m), triton.cdiv(outputs, n), splits)](
+        q, q_scales, weight, scales, bias, y, partial, counters(q.device), rows, outputs, columns,
+        M=m, N=n, K=k, SPLITS=splits, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
     )  # fmt: skip
     return y
+
+
+def _partial(q: Tensor, splits: int, outputs: int) -> Tensor:
+    """Room for the sums of parts."""
+    kind = torch.int32 if q.dtype is torch.int8 else torch.float32
+    return torch.empty((splits, len(q), outputs) if splits > 1 else (0,), dtype=kind, device=q.device)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -190,10 +224,8 @@ def bulk(
     rows, (outputs, columns) = len(q), weight.shape
     y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
     left, right = (TensorDescriptor.from_tensor(part, [size, k]) for part, size in ((q, m), (weight, n)))
-    kind = torch.int32 if q.dtype is torch.int8 else torch.float32
-    partial = torch.empty((splits, rows, outputs) if splits > 1 else (0,), dtype=kind, device=q.device)
     _bulk[(triton.cdiv(rows, m) * triton.cdiv(outputs, n), splits)](
-        left, right, q_scales, scales, bias, y, partial, counters(q.device), rows, outputs, columns,
+        left, right, q_scales, scales, bias, y, _partial(q, splits, outputs), counters(q.device), rows, outputs, columns,
         M=m, N=n, K=k, SPLITS=splits, BAND=8, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
     )  # fmt: skip
     return y

@@ -130,7 +130,7 @@ def _reduce(
             tl.store(total + there, value, inside)
             value = scaled(value, factors, size, eps)
         if SMALL:
-            keep(value, input_scale, y, scales, row, at, size, STATIC)
+            keep(value, tl.max(tl.abs(value.to(tl.float32))), input_scale, y, scales, row, at, size, STATIC)
         else:
             tl.store(y + there, value, inside)
         for peer in tl.static_range(WORLD):

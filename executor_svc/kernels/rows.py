@@ -6,6 +6,7 @@ and waits (`gdc_wait`) before it reads what that one writes.
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from executor_svc.kernels.target import capability
 
 HEADS = 8  # that a program rotates
+PART = 1024  # numbers of a row that a program multiplies
 
 
 @functools.cache
@@ -30,21 +32,19 @@ def wait_before(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def to_fp8(value, scale):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """`engine.ops.to_fp8`; what is no number stays none."""
-    exact = tl.div_rn(value.to(tl.float32), scale + tl.zeros_like(value).to(tl.float32))
-    return tl.clamp(exact, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
-
-
-@triton.jit
 def to_small(value, scale, kind: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """In float8_e4m3fn, or `engine.ops.to_int8`."""
+    """`engine.ops.to_fp8` or `engine.ops.to_int8`; what is no number stays none in float8.
+
+    Divided by a product with 1 / scale and what then remains: of a row, the scale alone needs the slow instructions.
+    """
+    wide, inverse = value.to(tl.float32), 1.0 / scale
+    near = tl.clamp(wide * inverse, -512.0, 512.0, propagate_nan=tl.PropagateNan.ALL)
+    exact = tl.fma(tl.fma(-near, scale + tl.zeros_like(near), wide), inverse + tl.zeros_like(near), near)
     if kind == tl.int8:
-        exact = tl.div_rn(value.to(tl.float32), scale + tl.zeros_like(value).to(tl.float32))
         # to an integer: 1.5 * 2^23 leaves no room behind the point
         small = (tl.clamp(exact, -127.0, 127.0) + 12582912.0 - 12582912.0).to(tl.int8)
     else:
-        small = to_fp8(value, scale)
+        small = tl.clamp(exact, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     return small
 
 
@@ -98,18 +98,33 @@ def gated(gate_up, row, at, size):  # type: ignore[no-untyped-def]  # noqa: ANN0
 
 
 @triton.jit
-def _silu_mul(gate_up, y, size, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _silu_mul(gate_up, y, highest, size, HIGHEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     wait_before(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + row * size + at, gated(gate_up, row, at, size), at < size)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    value = gated(gate_up, row, at, size)
+    tl.store(y + row * size + at, value, at < size)
+    if HIGHEST:
+        tl.store(highest + row * tl.num_programs(1) + part, tl.max(tl.abs(value.to(tl.float32))))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[T, 2 * n] -> [T, n]."""
+    return _gated(gate_up, None)
+
+
+def silu_mul_parts(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`silu_mul`, and the largest number, by its size, of each PART of a row, [T, n / PART] float32."""
+    highest = gate_up.new_empty(len(gate_up), triton.cdiv(gate_up.shape[1] // 2, PART), dtype=torch.float32)
+    return _gated(gate_up, highest), highest
+
+
+def _gated(gate_up: Tensor, highest: Tensor | None) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, size)
-    _silu_mul[(rows, triton.cdiv(size, 1024))](gate_up, y, size, BLOCK=1024, num_warps=4, **pdl())
+    _silu_mul[(rows, triton.cdiv(size, PART))](
+        gate_up, y, highest, size, HIGHEST=highest is not None, BLOCK=PART, num_warps=4, **pdl()
+    )
     return y
 
 

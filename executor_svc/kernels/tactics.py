@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from executor_svc.kernels import fp8, integers, products, rows
+from executor_svc.kernels import fp8, fp8_gemv, integers, products, rows
 from executor_svc.kernels.integers import Packed
 from executor_svc.kernels.products import Form
 from executor_svc.kernels.target import capability
@@ -37,7 +37,8 @@ class Product(NamedTuple):
 class Tactic(NamedTuple):
     """kernel: "library" (cuBLAS, or torch's for 8 bits; of integers with a matrix that is made of them).
 
-    For dense weights "gemv", of one row, by blocks of form.k columns, and "thin"; for 8 bits and fewer "tiles" and "bulk".
+    For dense weights "gemv", of one row, by blocks of form.k columns, and "thin"; for 8 bits and fewer "tiles" and "bulk", and
+    for one row of float8, of a multiple of 16 inputs, "gemv".
     """
 
     kernel: str
@@ -49,10 +50,16 @@ EIGHT = ("fp8", "w8a8")  # whose input is of 8 bits, too
 RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
 # Of integers: kernel, n, k, stages and warps, the rule's first. Of few rows tiles take several groups, of more one.
-_WIDE = (("tiles", 64, 512, 3, 4), ("tiles", 64, 256, 4, 4), ("tiles", 32, 512, 3, 2))
+_WIDE = (("tiles", 64, 512, 2, 4), ("tiles", 64, 256, 2, 4), ("tiles", 64, 256, 2, 2), ("tiles", 128, 512, 2, 4))
+_BYTES = (("tiles", 64, 256, 4, 4), ("tiles", 32, 256, 4, 2), ("tiles", 128, 256, 3, 4), ("tiles", 32, 128, 8, 2))
 _NARROW = (("tiles", 64, 128, 5, 2), ("tiles", 32, 128, 8, 2))
 _MANY = (("bulk", 128, 128, 4, 8), ("bulk", 256, 128, 3, 8), ("tiles", 64, 128, 4, 4))
-_BLOCKS = ((128, 3), (128, 4), (128, 5), (256, 3), (256, 5))
+_BLOCKS = ((128, 3), (128, 4), (128, 5), (128, 8), (256, 3), (256, 5))
+# Of float8 one row: rows of the weight and inputs of a block, warps; few rows: inputs of a tile, stages and splits.
+_LINES = ((2, 1024, 1), (1, 1024, 1), (2, 512, 1), (2, 1024, 2))
+_TILES = (
+    (256, 5, 1), (256, 6, 1), (512, 4, 1), (512, 3, 1), (256, 5, 2), (256, 6, 2), (256, 3, 4), (128, 5, 1), (128, 3, 1),
+)  # fmt: skip
 
 
 def shape_of(x: Tensor, weight: Tensor, kind: str) -> Product:
@@ -89,8 +96,14 @@ def _rule(shape: Product) -> Tactic:
 def _rule_fp8(shape: Product) -> Tactic:
     if shape.rows > MOST_ROWS:
         return LIBRARY
-    large = shape.rows > 32 and shape.outputs * shape.columns > 100_000_000
-    return Tactic("tiles", Form(k=128 if large else 256))
+    large = shape.outputs * shape.columns > 100_000_000
+    if shape.rows == 1 and shape.kind == "fp8" and shape.columns % 16 == 0 and not large:
+        return _line(*_LINES[0])
+    return Tactic("tiles", Form(k=128 if large and shape.rows > 32 else 256, splits=2 if shape.outputs <= 4096 else 1))
+
+
+def _line(n: int, k: int, warps: int) -> Tactic:
+    return Tactic("gemv", Form(n, k, warps=warps))
 
 
 def _rule_packed(shape: Product) -> Tactic:
@@ -104,7 +117,7 @@ def _packed(shape: Product) -> tuple[tuple[str, int, int, int, int], ...]:
     """Forms for products with integers."""
     if shape.rows > FEW_ROWS:
         return _MANY if shape.rows <= MOST_ROWS else ()
-    return (*_WIDE, *_NARROW[1:]) if shape.kind == "int8" else _WIDE if shape.rows <= 4 else _NARROW
+    return _BYTES if shape.kind == "int8" else _WIDE if shape.rows <= 4 else _NARROW
 
 
 def _splits(shape: Product, n: int, warps: int) -> int:
@@ -125,6 +138,7 @@ def candidates(shape: Product) -> list[Tactic]:
     if shape.kind not in EIGHT:
         forms += [("gemv", Form(k=k)) for k in (1024, 2048) if shape.rows == 1]
         forms += [("thin", Form(k=k, stages=stages)) for k, stages in _BLOCKS]
+        forms += [("thin", Form(128, 128, 4, 8))] if shape.rows > 32 else []
         if shape.kind == "dense" and shape.rows > 1:
             forms += [("thin", Form(k=k, stages=stages, splits=2)) for k, stages in ((128, 5), (256, 3))]
         return [LIBRARY, *(Tactic(*form) for form in forms)]
@@ -136,9 +150,9 @@ def candidates(shape: Product) -> list[Tactic]:
                 Form(64, 128, 8, 4, 2),
             ]
         return [LIBRARY, *(Tactic("bulk", form) for form in blocks)]
-    forms += [
-        ("tiles", Form(n, k, stages)) for n, k, stages in ((64, 256, 5), (64, 256, 3), (64, 128, 5), (32, 256, 5))
-    ]
+    if shape.rows == 1 and shape.kind == "fp8" and shape.columns % 16 == 0:
+        forms += [_line(*line) for line in _LINES]
+    forms += [("tiles", Form(64, k, stages, splits=splits)) for k, stages, splits in _TILES]
     return [Tactic(*form) for form in forms]
 
 
@@ -164,6 +178,8 @@ def multiply_fp8(
     if kernel == "library" and whole and capability() and dtype is torch.bfloat16 and q.dtype is torch.float8_e4m3fn:
         y = fp8.library(q, q_scales, weight, scales)
         return y if bias is None else y.add_(bias)
+    if kernel == "gemv":
+        return fp8_gemv.gemv(q, q_scales, weight, scales, bias, dtype, n=form.n, k=form.k, warps=form.warps)
     if kernel in ("library", "bulk") and weight.shape[1] % 16 == 0:
         form = form if kernel == "bulk" else Form(128, 128, 4, 8)
         return fp8.bulk(
@@ -172,7 +188,7 @@ def multiply_fp8(
         )  # fmt: skip
     return fp8.tiles(
         q, q_scales, weight, scales, bias, dtype,
-        n=form.n, k=form.k, stages=form.stages, warps=form.warps,
+        n=form.n, k=form.k, stages=form.stages, warps=form.warps, splits=form.splits,
     )  # fmt: skip
 
 

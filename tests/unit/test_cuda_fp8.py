@@ -16,7 +16,7 @@ from test_quantized import no_head
 from torch import Tensor
 
 from engine.directory import DirectoryStore
-from engine.ops import REFERENCE, Step, quantize_fp8
+from engine.ops import REFERENCE, Step, quantize_fp8, quantize_int8
 from executor_svc.core import Sampling, Sequence
 from executor_svc.kernel_archive import unpack
 from executor_svc.loader import LoadedEngine
@@ -59,7 +59,7 @@ def close(found: Tensor, wanted: Tensor, bound: float = 1e-2) -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("size", [40, 300])
+@pytest.mark.parametrize("size", [40, 300, 2100])
 def test_rows_are_quantized_where_they_are_made(static: bool, size: int) -> None:
     torch.manual_seed(size)
     x, residual = (torch.randn(5, size).half() * 3 for _ in range(2))
@@ -71,6 +71,7 @@ def test_rows_are_quantized_where_they_are_made(static: bool, size: int) -> None
         ("add_rms_norm", (x, residual, weight), {"eps": 1e-5}),
         ("add_rms_norm", (x, residual, weight.float()), {"eps": 1e-5}),
         ("silu_mul", (torch.cat((x, residual), 1),), {}),
+        ("silu_mul", (torch.cat((x, residual), 1).repeat(14, 1),), {}),
     ):
         wanted = REFERENCE[name](*inputs, **attrs)
         y, *others = wanted if isinstance(wanted, tuple) else (wanted,)
@@ -85,17 +86,28 @@ def test_rows_are_quantized_where_they_are_made(static: bool, size: int) -> None
     torch.testing.assert_close(scales, of_rows.contiguous())
 
 
+def test_what_is_too_large_or_no_number() -> None:
+    inf, by = float("inf"), torch.tensor([0.01])
+    x = torch.tensor([[inf, -inf, float("nan"), 60000, -60000, 4.481, 4.479, 2e-5, 0]]).half()
+    found, wanted = cuda.quantize_fp8(x, by)[0].float(), quantize_fp8(x, by)[0].float()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert found[0, :2].tolist() == [448, -448] and found[0, 2].isnan()
+    assert torch.equal(cuda.quantize_int8(x[:, 3:], by)[0], quantize_int8(x[:, 3:], by)[0])
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 20, 70, 71])
 def test_products(rows: int, bias: bool) -> None:
     """Sizes that are no multiples of a tile's."""
     torch.manual_seed(rows)
-    columns, outputs = {1: (2100, 7), 2: (2100, 7), 70: (304, 150), 71: (300, 70)}.get(rows, (300, 70))
+    columns, outputs = {1: (2128, 7), 2: (2100, 7), 70: (304, 150), 71: (300, 70)}.get(rows, (300, 70))
     q, weight = ((torch.randn(count, columns) * 40).to(F8) for count in (rows, outputs))
     q_scales, scales, added = torch.rand(rows, 1) / 100, torch.rand(outputs, 1), torch.randn(outputs).half() * 10
     wanted = (q.float() * q_scales) @ (weight.float() * scales).T + (added.float() if bias else 0)
     shape = cuda.tactics.shape_of(q, weight, "fp8")
-    for tactic in [None, *cuda.tactics.candidates(shape)]:
+    candidates = cuda.tactics.candidates(shape)
+    assert any(tactic.kernel == "gemv" for tactic in candidates) == (rows == 1)
+    for tactic in [None, *candidates]:
         dtype, bound = ("float32", 1e-5) if tactic is None else ("float16", 1e-3)
         attrs = {"dtype": fuse.FLOATS.index(dtype), "table": {shape: tactic} if tactic else {}}
         found = cuda.product_fp8(q, q_scales, weight, scales, added if bias else None, **attrs)
