@@ -14,7 +14,7 @@ from executor_svc.kernels.rows import PART, gated, normed, pdl, silu_mul_parts, 
 from executor_svc.kernels.target import capability
 
 F8 = torch.float8_e4m3fn
-FEW_ROWS = 64  # of which a program each leaves most of the device idle
+_IN_PARTS = 64  # rows, of which a program each leaves most of the device idle
 
 
 def able() -> bool:
@@ -63,9 +63,9 @@ def _norm(
 
 
 @triton.jit(do_not_specialize_on_alignment=["input_scale"])
-def _silu_mul(gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+def _silu_mul_rounded(gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = gated(gate_up, row, at, size)
     keep(value, tl.max(tl.abs(value.to(tl.float32))), input_scale, q, scales, row, at, size, STATIC)
 
@@ -114,14 +114,16 @@ def norm(
 
 
 def silu_mul(gate_up: Tensor, input_scale: Tensor | None, kind: torch.dtype = F8) -> tuple[Tensor, Tensor]:
-    """`quantize` of `rows.silu_mul`: of few rows in two kernels, each of many programs."""
-    size = gate_up.shape[1] // 2
-    if len(gate_up) <= FEW_ROWS:
+    """`quantize` of `rows.silu_mul`: of few rows by many programs, and in two kernels where the largest number is to be found."""
+    size, form = gate_up.shape[1] // 2, {"BLOCK": PART, "num_warps": 4}
+    if input_scale is None and len(gate_up) <= _IN_PARTS:
         y, highest = silu_mul_parts(gate_up)
-        return _quantized(y, highest, highest.shape[1], input_scale, kind, BLOCK=PART, num_warps=4)
+        return _quantized(y, highest, highest.shape[1], None, kind, **form)
+    if input_scale is None:
+        form = _form(size)
     q, scales = _empty(gate_up, size, kind)
-    _silu_mul[(len(gate_up),)](
-        gate_up, input_scale, q, scales, size, STATIC=input_scale is not None, **_form(size), **pdl()
+    _silu_mul_rounded[(len(gate_up), triton.cdiv(size, form["BLOCK"]))](
+        gate_up, input_scale, q, scales, size, STATIC=input_scale is not None, **form, **pdl()
     )
     return q, scales
 

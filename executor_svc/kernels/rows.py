@@ -33,9 +33,10 @@ def wait_before(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def to_small(value, scale, kind: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """`engine.ops.to_fp8` or `engine.ops.to_int8`; what is no number stays none in float8.
+    """`engine.ops.to_fp8` or `engine.ops.to_int8`, of scales of at least 2^-126; what is no number stays none in float8.
 
-    Divided by a product with 1 / scale and what then remains: of a row, the scale alone needs the slow instructions.
+    The quotient is a product with 1 / scale, corrected by what then remains (Markstein 1990): slow instructions are for the scale
+    alone. It is the nearest one; of -0 it is 0.
     """
     wide, inverse = value.to(tl.float32), 1.0 / scale
     near = tl.clamp(wide * inverse, -512.0, 512.0, propagate_nan=tl.PropagateNan.ALL)
@@ -114,7 +115,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_parts(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """`silu_mul`, and the largest number, by its size, of each PART of a row, [T, n / PART] float32."""
+    """`silu_mul`, and the largest number, by its size, of each PART of a row, [T, ceil(n / PART)] float32."""
     highest = gate_up.new_empty(len(gate_up), triton.cdiv(gate_up.shape[1] // 2, PART), dtype=torch.float32)
     return _gated(gate_up, highest), highest
 

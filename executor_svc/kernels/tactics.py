@@ -46,6 +46,7 @@ class Tactic(NamedTuple):
 
 
 Table = dict[Product, Tactic]
+_SHARED = 227 << 10  # bytes of shared memory that a program may have on Hopper
 EIGHT = ("fp8", "w8a8")  # whose input is of 8 bits, too
 RULE: Table = {}  # no table: the rule alone
 LIBRARY = Tactic("library")
@@ -99,7 +100,8 @@ def _rule_fp8(shape: Product) -> Tactic:
     large = shape.outputs * shape.columns > 100_000_000
     if shape.rows == 1 and shape.kind == "fp8" and shape.columns % 16 == 0 and not large:
         return _line(*_LINES[0])
-    return Tactic("tiles", Form(k=128 if large and shape.rows > 32 else 256, splits=2 if shape.outputs <= 4096 else 1))
+    halves = shape.outputs <= 4096 <= shape.columns
+    return Tactic("tiles", Form(k=128 if large and shape.rows > 32 else 256, splits=2 if halves else 1))
 
 
 def _line(n: int, k: int, warps: int) -> Tactic:
@@ -152,7 +154,8 @@ def candidates(shape: Product) -> list[Tactic]:
         return [LIBRARY, *(Tactic("bulk", form) for form in blocks)]
     if shape.rows == 1 and shape.kind == "fp8" and shape.columns % 16 == 0:
         forms += [_line(*line) for line in _LINES]
-    forms += [("tiles", Form(64, k, stages, splits=splits)) for k, stages, splits in _TILES]
+    bytes_of = 64 + max(16, shape.rows)  # of an input, in a tile of both
+    forms += [("tiles", Form(64, k, stages, splits=splits)) for k, stages, splits in _TILES if k * stages * bytes_of <= _SHARED]
     return [Tactic(*form) for form in forms]
 
 

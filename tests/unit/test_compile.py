@@ -108,7 +108,7 @@ for module in (ends, fp8, reduce):
     assert launched == {
         f"{kernel} True"
         for kernel in (
-            "_take first", "_rope_table inv_freq", "_quantize input_scale", "_norm input_scale", "_silu_mul input_scale",
+            "_take first", "_rope_table inv_freq", "_quantize input_scale", "_norm input_scale", "_silu_mul_rounded input_scale",
             "_reduce input_scale",
         )
     }  # fmt: skip

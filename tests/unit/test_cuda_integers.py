@@ -247,9 +247,10 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_rows_are_rounded_to_int8_where_they_are_made(static: bool) -> None:
+@pytest.mark.parametrize("size", [40, 2100])
+def test_rows_are_rounded_to_int8_where_they_are_made(size: int, static: bool) -> None:
     torch.manual_seed(0)
-    x, residual, weight = torch.randn(5, 40).half() * 3, torch.randn(5, 40).half(), torch.randn(40).half()
+    x, residual, weight = torch.randn(5, size).half() * 3, torch.randn(5, size).half(), torch.randn(size).half()
     x[2] = residual[2] = 0
     by = torch.tensor([0.02]) if static else None
     for name, inputs, attrs in (
@@ -257,6 +258,7 @@ def test_rows_are_rounded_to_int8_where_they_are_made(static: bool) -> None:
         ("add_rms_norm", (x, residual, weight), {"eps": 1e-5}),
         ("add_rms_norm", (x, residual, weight.float()), {"eps": 1e-5}),
         ("silu_mul", (torch.cat((x, residual), 1),), {}),
+        ("silu_mul", (torch.cat((x, residual), 1).repeat(14, 1),), {}),
     ):
         wanted = REFERENCE[name](*inputs, **attrs)
         y, *others = wanted if isinstance(wanted, tuple) else (wanted,)
