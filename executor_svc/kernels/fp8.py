@@ -63,7 +63,9 @@ def _norm(
 
 
 @triton.jit(do_not_specialize_on_alignment=["input_scale"])
-def _silu_mul_rounded(gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
+def _silu_mul_rounded(
+    gate_up, input_scale, q, scales, size, STATIC: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # type: ignore[no-untyped-def]  # noqa: ANN001, E501
     wait_before(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = gated(gate_up, row, at, size)

@@ -155,7 +155,11 @@ def candidates(shape: Product) -> list[Tactic]:
     if shape.rows == 1 and shape.kind == "fp8" and shape.columns % 16 == 0:
         forms += [_line(*line) for line in _LINES]
     bytes_of = 64 + max(16, shape.rows)  # of an input, in a tile of both
-    forms += [("tiles", Form(64, k, stages, splits=splits)) for k, stages, splits in _TILES if k * stages * bytes_of <= _SHARED]
+    forms += [
+        ("tiles", Form(64, k, stages, splits=splits))
+        for k, stages, splits in _TILES
+        if k * stages * bytes_of <= _SHARED
+    ]
     return [Tactic(*form) for form in forms]
 
 

@@ -99,7 +99,9 @@ def test_products(rows: int, dtype: torch.dtype) -> None:
             shape = tactics.Product(tactics.power(rows), outputs, columns, "fp8")
             for tactic in tactics.candidates(shape):
                 if tactic.kernel != "library":  # which rounds before it adds the bias
-                    found = cuda.product_fp8(q, of_rows.contiguous(), weight, scales, bias, table={shape: tactic}, **attrs)
+                    found = cuda.product_fp8(
+                        q, of_rows.contiguous(), weight, scales, bias, table={shape: tactic}, **attrs
+                    )
                     close(found, exact, 4e-3)
 
 
