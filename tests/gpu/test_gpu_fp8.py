@@ -95,7 +95,7 @@ def test_products(rows: int, dtype: torch.dtype) -> None:
         close(cuda.product_fp8(*cuda.quantize_fp8(x), weight, scales, bias, **attrs), wanted)
         if columns < 5000:
             q, of_rows = quantize_fp8(x)
-            exact = ((q.double() @ weight.double().T) * of_rows * scales + (0 if bias is None else bias)).float()
+            exact = ((q.double() @ weight.double().T) * of_rows * scales.T + (0 if bias is None else bias)).float()
             shape = tactics.Product(tactics.power(rows), outputs, columns, "fp8")
             for tactic in tactics.candidates(shape):
                 if tactic.kernel != "library":  # which rounds before it adds the bias
