@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.products import read_speed
+from bench.products import name_of, read_speed
 from bench.serving import build_dummy, facts, load, run, save
 from engine.errors import Unavailable
 from executor_svc.core import Batch, Sampling, Sequence
@@ -177,6 +177,10 @@ def measure(store: Path, arguments: argparse.Namespace) -> None:
         f"{bench.loaded.runner.capabilities.num_blocks} blocks; the other columns are of an H100"
     )
     found: dict[str, Any] = {"model": arguments.model.name, "read_gb_s": round(speed), "weights_gb": size}
+    if bench.loaded.tactics:
+        found["tactics"] = [
+            f"{' '.join(map(str, shape))}: {name_of(how)}" for shape, how in bench.loaded.tactics.items()
+        ]
     columns = [dict(zip(WORKLOADS, column, strict=False)) for column in TABLES.get(bench.prefix, ())]
     print(f"{'':20}{'ours':>9}{'vLLM':>9}{'floor':>9}{'aim':>9}")
     for workload in arguments.only:

@@ -44,7 +44,9 @@ def name_of(tactic: Tactic) -> str:
     form = tactic.form
     if tactic == tactics.LIBRARY:
         return tactic.kernel
-    return f"{tactic.kernel} {form.n} x {form.k}, {form.stages}" + (f" / {form.splits}" if form.splits > 1 else "")
+    return f"{tactic.kernel} {form.n} x {form.k}, {form.stages}, {form.warps}" + (
+        f" / {form.splits}" if form.splits > 1 else ""
+    )
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ class Loaded:
 
     Attributes:
         seconds: that tuning and making the runner took.
+        tactics: that were measured, of products.
     """
 
     store: DirectoryStore
@@ -45,6 +46,7 @@ class Loaded:
     weight_bytes: int
     seconds: tuple[float, float]
     group: Group
+    tactics: dict[Any, Any]
 
 
 def build_dummy(model: Path, store: Path, *, layers: int | None = None, **options: Any) -> str:
@@ -79,13 +81,14 @@ def load(
     size, began = sum(weight.nbytes for weight in weights.values()), time.perf_counter()
     ready = began
     memory = kv_blocks and (kv_blocks + 1) * 16 * manifest.model.kv_bytes_per_token
+    table: dict[Any, Any] = {}
     runner: Runner
     if device == "cuda" if cuda_runner is None else cuda_runner:
         from executor_svc.cuda_runner import CudaRunner
         from executor_svc.kernels.fuse import fuse
         from executor_svc.kernels.tuning import tune
 
-        table = tune(fuse(loaded.program), manifest.limits) if tuned else {}
+        table = tune(fuse(loaded.program), manifest.limits) if tuned else table
         ready = time.perf_counter()
         runner = CudaRunner(
             loaded.program, weights, manifest.limits, kv_memory=memory, table=table, device=device, group=group
@@ -94,7 +97,8 @@ def load(
         program, weights = unpack(device, loaded.program, weights)
         prepared = prepare(device, program, weights)
         runner = TorchRunner(program, prepared, manifest.limits, device=device, kv_memory=memory, group=group)
-    return Loaded(directory, manifest, runner, size, (ready - began, time.perf_counter() - ready), group)
+    took = ready - began, time.perf_counter() - ready
+    return Loaded(directory, manifest, runner, size, took, group, table)
 
 
 def run(loaded: Loaded, work: list[Sequence], ended: Callable[[Batch], None] = lambda _: None) -> float:
