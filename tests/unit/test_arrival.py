@@ -109,18 +109,20 @@ def test_damage_is_told_and_never_reaches_the_device(store: SlowStore, damage: s
 
 def test_a_front_that_has_gone_ends_the_reading(store: SlowStore) -> None:
     """As any other error of who is told; what was not read yet is not read any more."""
-    file = put(store, 0)
+    files = [put(store, number) for number in range(6)]
     told = 0
 
     def gone(_: int) -> None:
         nonlocal told
         told += 1
         if told == 3:
+            store.let.clear()  # nobody reads on until the one who waits has had time to hear of it
+            threading.Timer(0.5, store.let.set).start()
             raise ConnectionError("the front is gone")
 
-    with pytest.raises(ConnectionError), Arrival(store, [file], "cpu", gone):
+    with pytest.raises(ConnectionError), Arrival(store, files, "cpu", gone):
         pass
-    assert len(store.offsets) < len(file.chunks)
+    assert len(store.offsets) < sum(len(file.chunks) for file in files)
 
 
 def test_an_error_of_who_waits_stops_the_reading(store: SlowStore) -> None:
