@@ -61,6 +61,7 @@ async def end_alike(made: Fleet, tasks: "list[asyncio.Task[Stream]]", before: fl
     assert moved > before
 
 
+@pytest.mark.drill
 async def test_executors_told_to_stop_or_killed_under_streams_lose_nothing(store: str, tmp_path: Path) -> None:
     """Who is told to stop lets its streams end for no time at all, so that they go on elsewhere, too."""
     async with fleet(store, tmp_path, 3, drain=0) as made:
