@@ -88,7 +88,8 @@ def load(
         from executor_svc.kernels.fuse import fuse
         from executor_svc.kernels.tuning import tune
 
-        table = tune(fuse(loaded.program), manifest.limits) if tuned else table
+        if tuned:
+            table = tune(fuse(loaded.program), manifest.limits)
         ready = time.perf_counter()
         runner = CudaRunner(
             loaded.program, weights, manifest.limits, kv_memory=memory, table=table, device=device, group=group

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from executor_svc.kernels.products import counters, summed
+from executor_svc.kernels.products import counters, partials, summed
 from executor_svc.kernels.rows import PART, gated, normed, pdl, silu_mul_parts, to_small, wait_before
 from executor_svc.kernels.target import capability
 
@@ -118,10 +118,10 @@ def norm(
 def silu_mul(gate_up: Tensor, input_scale: Tensor | None, kind: torch.dtype = F8) -> tuple[Tensor, Tensor]:
     """`quantize` of `rows.silu_mul`: of few rows by many programs, and in two kernels where the largest number is to be found."""
     size, form = gate_up.shape[1] // 2, {"BLOCK": PART, "num_warps": 4}
-    if input_scale is None and len(gate_up) <= _IN_PARTS:
-        y, highest = silu_mul_parts(gate_up)
-        return _quantized(y, highest, highest.shape[1], None, kind, **form)
     if input_scale is None:
+        if len(gate_up) <= _IN_PARTS:
+            y, highest = silu_mul_parts(gate_up)
+            return _quantized(y, highest, highest.shape[1], None, kind, **form)
         form = _form(size)
     q, scales = _empty(gate_up, size, kind)
     _silu_mul_rounded[(len(gate_up), triton.cdiv(size, form["BLOCK"]))](
@@ -172,7 +172,7 @@ def tiles(
     rows, (outputs, columns) = len(q), weight.shape
     y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
     m = min(m, max(16, triton.next_power_of_2(rows)))
-    partial = _partial(q, splits, outputs)
+    partial = partials(q, splits, outputs, _sums_of(q))
     _tiles[(triton.cdiv(rows, m), triton.cdiv(outputs, n), splits)](
         q, q_scales, weight, scales, bias, y, partial, counters(q.device), rows, outputs, columns,
         M=m, N=n, K=k, SPLITS=splits, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
@@ -180,10 +180,9 @@ def tiles(
     return y
 
 
-def _partial(q: Tensor, splits: int, outputs: int) -> Tensor:
-    """Room for the sums of parts."""
-    kind = torch.int32 if q.dtype is torch.int8 else torch.float32
-    return torch.empty((splits, len(q), outputs) if splits > 1 else (0,), dtype=kind, device=q.device)
+def _sums_of(q: Tensor) -> torch.dtype:
+    """What a product of q is summed in."""
+    return torch.int32 if q.dtype is torch.int8 else torch.float32
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -228,8 +227,9 @@ def bulk(
     rows, (outputs, columns) = len(q), weight.shape
     y = torch.empty(rows, outputs, dtype=dtype, device=q.device)
     left, right = (TensorDescriptor.from_tensor(part, [size, k]) for part, size in ((q, m), (weight, n)))
+    partial = partials(q, splits, outputs, _sums_of(q))
     _bulk[(triton.cdiv(rows, m) * triton.cdiv(outputs, n), splits)](
-        left, right, q_scales, scales, bias, y, _partial(q, splits, outputs), counters(q.device), rows, outputs, columns,
+        left, right, q_scales, scales, bias, y, partial, counters(q.device), rows, outputs, columns,
         M=m, N=n, K=k, SPLITS=splits, BAND=8, BIAS=bias is not None, num_stages=stages, num_warps=warps, **pdl(),
     )  # fmt: skip
     return y

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executor_svc.kernels.fp8 import able
-from executor_svc.kernels.products import counters, summed
+from executor_svc.kernels.products import counters, partials, summed
 from executor_svc.kernels.rows import pdl, wait_before
 from executor_svc.kernels.target import capability
 
@@ -298,7 +298,7 @@ def tiles(
     together = max(8, m * max(wide, 1))  # columns of the product
     m = together // max(wide, 1)
     grid = (triton.cdiv(rows, m), triton.cdiv(outputs, n), splits)
-    partial = x.new_empty((splits, rows, outputs) if splits > 1 else (0,), dtype=torch.float32)
+    partial = partials(x, splits, outputs)
     pairs = packed.weight if bits == 4 else packed.weight.view(torch.int16)
     width, (groups, group) = pairs.shape[1], _groups(packed)
     aligned = all((part.data_ptr() | part.stride(0) * part.element_size()) % 16 == 0 for part in (x, pairs))

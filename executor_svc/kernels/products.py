@@ -34,6 +34,11 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
+def partials(x: Tensor, splits: int, outputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for what `summed` keeps of a product with x [T, in]: [splits, T, outputs], nothing for a product in one part."""
+    return x.new_empty((splits, len(x), outputs) if splits > 1 else (0,), dtype=dtype)
+
+
 @triton.jit
 def summed(sums, partial, counter, split, size, target, inside, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     """Whether this program is the last of a tile's to end, and then the sum of all their parts, in one order whoever was last.
@@ -162,7 +167,7 @@ def thin(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form = Form(), *,
     rows, columns = x.shape[0], weight.shape[1]
     outputs = weight.shape[0] // 2 if pair else weight.shape[0]
     y, splits = x.new_empty(rows, outputs), 1 if pair else form.splits
-    partial = x.new_empty((splits, rows, outputs) if splits > 1 else (0,), dtype=torch.float32)
+    partial = partials(x, splits, outputs)
     _thin[(triton.cdiv(outputs, form.n // 2 if pair else form.n), splits)](
         x, weight, bias, y, partial, counters(x.device), rows, outputs, columns, x.stride(0),
         M=max(16, triton.next_power_of_2(rows)), N=form.n, K=form.k, SPLITS=splits, PAIR=pair, BIAS=bias is not None,

@@ -98,14 +98,16 @@ def _rule_fp8(shape: Product) -> Tactic:
     if shape.rows > MOST_ROWS:
         return LIBRARY
     large = shape.outputs * shape.columns > 100_000_000
-    if shape.rows == 1 and shape.kind == "fp8" and shape.columns % 16 == 0 and not large:
-        return _line(*_LINES[0])
+    if not large and (lines := _lines(shape)):
+        return lines[0]
     halves = shape.outputs <= 4096 <= shape.columns
     return Tactic("tiles", Form(k=128 if large and shape.rows > 32 else 256, splits=2 if halves else 1))
 
 
-def _line(n: int, k: int, warps: int) -> Tactic:
-    return Tactic("gemv", Form(n, k, warps=warps))
+def _lines(shape: Product) -> list[Tactic]:
+    """Of products that `fp8_gemv` takes."""
+    takes = shape.rows == 1 and shape.kind == "fp8" and shape.columns % 16 == 0
+    return [Tactic("gemv", Form(n, k, warps=warps)) for n, k, warps in _LINES] if takes else []
 
 
 def _rule_packed(shape: Product) -> Tactic:
@@ -152,9 +154,8 @@ def candidates(shape: Product) -> list[Tactic]:
                 Form(64, 128, 8, 4, 2),
             ]
         return [LIBRARY, *(Tactic("bulk", form) for form in blocks)]
-    if shape.rows == 1 and shape.kind == "fp8" and shape.columns % 16 == 0:
-        forms += [_line(*line) for line in _LINES]
     bytes_of = 64 + max(16, shape.rows)  # of an input, in a tile of both
+    forms += _lines(shape)
     forms += [
         ("tiles", Form(64, k, stages, splits=splits))
         for k, stages, splits in _TILES
