@@ -127,6 +127,5 @@ async def soak(executor_address: str, gateway_address: str, count: int, at_once:
         assert load.free_kv_blocks == load.total_kv_blocks == 25
 
 
-@pytest.mark.drill
 async def test_five_hundred_random_requests(addresses: tuple[str, str]) -> None:
     await soak(*addresses, count=500, at_once=64)
